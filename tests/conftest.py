@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """Folder of real tokenizers and conversations, from $SFT_TEST_DATA; skips where there is none."""
+    """Folder of real tokenizers and conversations, from $SFT_TEST_DATA; skips without one."""
     value = os.environ.get("SFT_TEST_DATA")
     if not value:
         pytest.skip("SFT_TEST_DATA is not set: it names the folder of real test data")
