@@ -1,0 +1,42 @@
+"""The data layer: rows -> conversations -> tokens and loss mask -> cache -> packs.
+
+Needs neither Megatron nor CUDA nor a process group: everything here runs on plain Python, numpy
+and a tokenizer. Names are imported when they are first used, so that worker processes which only
+tokenise do not load torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data.arguments import add_data_arguments, prepare_documents_from_args
+    from data.dataset import SFTDataset
+    from data.errors import DataError
+    from data.prepare import prepare_documents
+    from data.token_cache import Documents
+
+__all__ = [
+    "DataError",
+    "Documents",
+    "SFTDataset",
+    "add_data_arguments",
+    "prepare_documents",
+    "prepare_documents_from_args",
+]
+
+_HOME = {
+    "DataError": "data.errors",
+    "Documents": "data.token_cache",
+    "SFTDataset": "data.dataset",
+    "add_data_arguments": "data.arguments",
+    "prepare_documents": "data.prepare",
+    "prepare_documents_from_args": "data.arguments",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,178 @@
+"""Rendering chat templates: compiled once, in Jinja's sandbox, with assistant text marked.
+
+A rendering can carry *marks*: Unicode noncharacters, which no valid text holds, no tokenizer needs,
+and no string filter changes. They stand around what ``{% generation %}`` blocks write, and around
+any text that the caller marks before rendering. Taking them out gives the plain text and, at the
+same time, the character spans between them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from data.errors import DataError, RowError
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+# Noncharacters U+FDD0..U+FDEF are reserved for internal use by Unicode itself.
+ANSWER_OPEN, ANSWER_CLOSE = "\ufdd0", "\ufdd1"  # around what the assistant said
+OTHER_OPEN, OTHER_CLOSE = "\ufdd2", "\ufdd3"  # around what anybody else said
+BLOCK_OPEN, BLOCK_CLOSE = "\ufdd4", "\ufdd5"  # around a {% generation %} block
+MARKS = ANSWER_OPEN + ANSWER_CLOSE + OTHER_OPEN + OTHER_CLOSE + BLOCK_OPEN + BLOCK_CLOSE
+
+
+class _GenerationBlocks(jinja2.ext.Extension):
+    """The ``{% generation %}`` ... ``{% endgeneration %}`` tag: puts marks around its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """Parse the tag into [mark, body, mark]; no scope is opened, so assignments carry on."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        def mark(text: str) -> jinja2.nodes.Node:
+            data = jinja2.nodes.TemplateData(text).set_lineno(line)
+            return jinja2.nodes.Output([data]).set_lineno(line)
+
+        return [mark(BLOCK_OPEN), *body, mark(BLOCK_CLOSE)]
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML, which is not what models were trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+@lru_cache(maxsize=1)
+def _environment() -> jinja2.Environment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationBlocks, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplate:
+    """A compiled chat template.
+
+    Args:
+        source: Jinja source.
+        special_tokens: What templates may name, such as ``bos_token`` and ``eos_token``.
+        variables: Further template variables, such as ``enable_thinking``.
+
+    Raises:
+        DataError: the source is not valid Jinja.
+    """
+
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.source = source
+        self.variables = {**(special_tokens or {}), **(variables or {})}
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateError as error:
+            line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise DataError(
+                f"--chat-template{line}: not a valid Jinja template ({error}). Fix the template."
+            ) from error
+        tags = _environment().parse(source)
+        self.has_generation = any(
+            BLOCK_OPEN in data.data for data in tags.find_all(jinja2.nodes.TemplateData)
+        )
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+    ) -> str:
+        """Render a conversation, marks included.
+
+        Raises:
+            RowError: the template refuses or cannot render these messages.
+        """
+        try:
+            return self._template.render(
+                self.variables,
+                messages=messages,
+                tools=tools,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateError as error:
+            raise RowError("template refused", str(error)) from error
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise RowError("template failed", detail) from error
+        except RecursionError as error:
+            raise RowError("template failed", "nested too deeply") from error
+
+
+def split_marks(marked: str, opening: str, closing: str) -> tuple[str, list[Span]]:
+    """Take one kind of marks out of a rendering.
+
+    Args:
+        marked: Rendered text.
+        opening: The mark at which a span begins.
+        closing: The mark at which it ends.
+
+    Returns:
+        The text without these marks, and the character spans in it that they enclosed.
+
+    Raises:
+        RowError: marks do not alternate, so something was cut, doubled or reordered.
+    """
+    pieces: list[str] = []
+    spans: list[Span] = []
+    length = 0
+    parts = marked.split(opening)
+    for number, part in enumerate(parts):
+        inside, found, after = part.partition(closing)
+        if bool(found) != bool(number) or closing in after:
+            raise RowError("marks lost", "the template cuts, doubles or moves the assistant's text")
+        if number:
+            spans.append((length, length + len(inside)))
+        pieces += (inside, after)
+        length += len(inside) + len(after)
+    return "".join(pieces), spans
+
+
+def has_marks(text: str) -> bool:
+    """Whether a text holds any of the characters that are used as marks."""
+    # Encoded, all marks share their first two bytes; one search is cheaper than six.
+    return any(mark in text for mark in MARKS)

@@ -1,0 +1,238 @@
+"""The map-style dataset of packs that training reads.
+
+    documents      [ A......  B...  C..  D.... ]                    variable length
+    pack           [ A......  C..  ·· ]  [ D....  B... ]            seq_length tokens each, · is padding
+    position_ids   [ 0123456  012  01 ]  [ 01234  0123 ]            restarts where a document begins
+    global plan    epoch 0: g0 g1 g2 | epoch 1: g3 g4 g5 | ...      one endless list of packs
+    shards (2)     shard 0: g0 g2 g4 ...   shard 1: g1 g3 g5 ...
+
+A global batch is a run of consecutive global packs, so it is the same set at any data-parallel size, and a position in
+training is one number: consumed packs. It stays valid when the parallel layout changes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data.errors import DataError
+from data.packing import PACKING_MODES, PLAN_VERSION, PackingMode, PackingPlan, plan_epoch
+from data.token_cache import Documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Padding is cut into pretend documents of this many tokens, so that its attention costs next to nothing.
+PADDING_SEGMENT = 256
+_PLANS_KEPT = 2
+
+
+class SFTDataset(Dataset[dict[str, torch.Tensor]]):
+    """Packs of one shard, by local index.
+
+    Args:
+        num_packed_samples: Packs that this run uses over all shards, taken from the endless plan (epoch after epoch);
+            None for exactly one epoch (or ``epochs`` of them).
+        hf_dataset: Prepared ``Documents``; or a ``datasets.Dataset`` or a sequence of rows, which are prepared here in
+            memory with default options.
+        tokenizer: HuggingFace tokenizer; its pad (else end-of-sequence) token fills the tail of packs.
+        seq_length: Tokens in a pack.
+        num_shards: Data-parallel size.
+        shard_index: This process' data-parallel rank.
+        seed: Seed of the order and of who shares a pack.
+        packing: ``best-fit``, ``sequential`` or ``none``; see ``data.packing.plan_epoch``.
+        shuffle: Whether the seed permutes documents and packs; False gives the data's own order (validation).
+        epochs: Stop after this many epochs: later global indices are filler packs, padding only with a zero mask, so
+            that every rank gets the same number of batches. None goes on for ever.
+        global_batch_size: Packs in a global batch; given, packs inside each are ordered for equal attention work.
+
+    Raises:
+        DataError: no documents, a document longer than ``seq_length``, an impossible shard.
+    """
+
+    def __init__(
+        self,
+        num_packed_samples: int | None,
+        hf_dataset: Documents | Sequence[Mapping[str, Any]] | Any,
+        tokenizer: PreTrainedTokenizerBase,
+        seq_length: int,
+        num_shards: int = 1,
+        shard_index: int = 0,
+        *,
+        seed: int = 1234,
+        packing: PackingMode = "best-fit",
+        shuffle: bool = True,
+        epochs: int | None = None,
+        global_batch_size: int | None = None,
+    ) -> None:
+        if num_shards < 1 or not 0 <= shard_index < num_shards:
+            raise DataError(
+                f"shard_index {shard_index} of num_shards {num_shards}: the index must be 0 to num_shards - 1."
+            )
+        if packing not in PACKING_MODES:
+            raise DataError(f"--packing {packing}: unknown; known are {', '.join(PACKING_MODES)}.")
+        if num_packed_samples is not None and num_packed_samples < 0:
+            raise DataError(
+                f"num_packed_samples is {num_packed_samples}; it must be 0 or more, or None for one epoch."
+            )
+        self.documents = _as_documents(hf_dataset, tokenizer, seq_length)
+        if len(self.documents) == 0:
+            raise DataError(
+                "there are no documents to train on: every row was dropped or none was read. "
+                f"Rows by fate: {json.dumps(self.documents.report.get('dropped', {}))}."
+            )
+        self.seq_length = seq_length
+        self.num_shards = num_shards
+        self.shard_index = shard_index
+        self.seed = seed
+        self.packing = packing
+        self.shuffle = shuffle
+        self.global_batch_size = global_batch_size
+        self.epochs = 1 if num_packed_samples is None and epochs is None else epochs
+        self.pad_id = _padding_id(tokenizer)
+        self._lengths = self.documents.lengths
+        self._plans: OrderedDict[int, PackingPlan] = OrderedDict()
+        self._ends: list[int] = []  # global index at which each known epoch ends
+        self._plan(
+            0
+        )  # before data workers fork, and so that a document that does not fit is refused at once
+        if num_packed_samples is None:
+            assert self.epochs is not None
+            self.num_packed_samples = sum(
+                self.packs_per_epoch(epoch) for epoch in range(self.epochs)
+            )
+        else:
+            self.num_packed_samples = num_packed_samples
+
+    def __len__(self) -> int:
+        """Packs of this shard."""
+        return max(0, -(-(self.num_packed_samples - self.shard_index) // self.num_shards))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Pack ``index`` of this shard.
+
+        Returns:
+            ``input_ids`` int64 ``[seq_length]``; ``loss_mask`` uint8 ``[seq_length]``, 1 where this token itself is
+            trained (not shifted); ``position_ids`` int64 ``[seq_length]``, 0 where a document or a stretch of padding
+            begins.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pack {index} of a shard with {len(self)} packs")
+        return self.global_pack((index % len(self)) * self.num_shards + self.shard_index)
+
+    def global_pack(self, global_index: int) -> dict[str, torch.Tensor]:
+        """The pack at ``global_index`` of the global plan, whatever shard it belongs to; see ``__getitem__``."""
+        ids = np.full(self.seq_length, self.pad_id, np.int64)
+        mask = np.zeros(self.seq_length, np.uint8)
+        positions = np.empty(self.seq_length, np.int64)
+        at = 0
+        for document in self.document_indices(global_index):
+            document_ids, document_mask = self.documents[int(document)]
+            end = at + len(document_ids)
+            ids[at:end] = document_ids
+            mask[at:end] = document_mask
+            positions[at:end] = np.arange(end - at)
+            at = end
+        positions[at:] = np.arange(self.seq_length - at) % PADDING_SEGMENT
+        return {
+            "input_ids": torch.from_numpy(ids),
+            "loss_mask": torch.from_numpy(mask),
+            "position_ids": torch.from_numpy(positions),
+        }
+
+    def document_indices(self, global_index: int) -> np.ndarray:
+        """Which documents stand in a global pack, int64 ``[documents in the pack]``; empty for a filler pack."""
+        epoch, pack = self.locate(global_index)
+        if self.epochs is not None and epoch >= self.epochs:
+            return np.empty(0, np.int64)
+        return self._plan(epoch).pack(pack)
+
+    def locate(self, global_index: int) -> tuple[int, int]:
+        """(epoch, pack index in that epoch) of a global index. Past the last epoch: (epochs, how far past)."""
+        if global_index < 0:
+            raise IndexError(global_index)
+        if self.packing != "sequential":
+            # The number of packs depends on the lengths alone, so no epoch in between has to be planned.
+            epoch, pack = divmod(global_index, self.packs_per_epoch(0))
+            if self.epochs is not None and epoch >= self.epochs:
+                return self.epochs, global_index - self.epochs * self.packs_per_epoch(0)
+            return epoch, pack
+        epoch, begins = 0, 0
+        while self.epochs is None or epoch < self.epochs:
+            ends = begins + self.packs_per_epoch(epoch)
+            if global_index < ends:
+                return epoch, global_index - begins
+            epoch, begins = epoch + 1, ends
+        return epoch, global_index - begins
+
+    def packs_per_epoch(self, epoch: int = 0) -> int:
+        """Packs in one epoch, over all shards."""
+        if self.packing != "sequential":
+            epoch = 0
+        while len(self._ends) <= epoch:
+            before = self._ends[-1] if self._ends else 0
+            self._ends.append(before + len(self._plan(len(self._ends))))
+        return self._ends[epoch] - (self._ends[epoch - 1] if epoch else 0)
+
+    @property
+    def fill(self) -> float:
+        """Share of real tokens in the packs of the first epoch."""
+        return float(self._lengths.sum()) / (self.packs_per_epoch(0) * self.seq_length)
+
+    @property
+    def plan_hash(self) -> str:
+        """Hash of everything that the global plan depends on; a resumed run compares it."""
+        parts = [
+            PLAN_VERSION,
+            self.documents.fingerprint,
+            self.seq_length,
+            self.seed,
+            self.packing,
+            self.shuffle,
+            self.epochs,
+            self.global_batch_size,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+    def _plan(self, epoch: int) -> PackingPlan:
+        plan = self._plans.get(epoch)
+        if plan is None:
+            plan = plan_epoch(
+                self._lengths,
+                self.seq_length,
+                seed=self.seed,
+                epoch=epoch,
+                mode=self.packing,
+                shuffle=self.shuffle,
+                balance_every=self.global_batch_size,
+            )
+            self._plans[epoch] = plan
+            while len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return plan
+
+
+def _as_documents(rows: Any, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Documents:
+    if isinstance(rows, Documents):
+        return rows
+    from data.prepare import (
+        prepare_rows,
+    )  # here, because preparing needs far more than reading packs does
+
+    return prepare_rows(rows, tokenizer=tokenizer, seq_length=seq_length)
+
+
+def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise DataError(
+        "the tokenizer has neither a pad nor an end-of-sequence token; set one, padding needs an id."
+    )

@@ -1,0 +1,108 @@
+"""Tokenised documents as memory-mapped arrays, in a folder named by everything that they depend on.
+
+    <cache_dir>/<key>/manifest.json    format, counts, report; written last
+    <cache_dir>/<key>/input_ids.bin    int32  [total_tokens]
+    <cache_dir>/<key>/loss_mask.bin    uint8  [total_tokens]
+    <cache_dir>/<key>/offsets.bin      int64  [num_documents + 1]
+    <cache_dir>/<key>/provenance.bin   int64  [num_documents, 2]   (source number, row number in that source)
+
+A folder appears under its final name by one atomic rename, after its files are complete: whoever sees it can use it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DataError
+
+CACHE_FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents: one conversation is one document.
+
+    Attributes:
+        input_ids: int32 ``[total_tokens]``.
+        loss_mask: uint8 ``[total_tokens]``; 1 means that this token itself is trained (labels are not shifted here).
+        offsets: int64 ``[num_documents + 1]``; document i is ``input_ids[offsets[i] : offsets[i + 1]]``.
+        provenance: int64 ``[num_documents, 2]``: number of the source, row number in it (both from 0).
+        fingerprint: Hash of everything that the contents depend on.
+        report: Counts: rows read, rows kept, rows dropped by reason, tokens, trained tokens, and what was detected.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+    provenance: npt.NDArray[np.int64]
+    fingerprint: str
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
+        """Document ``index``: ids int32 ``[tokens]`` and mask uint8 ``[tokens]``, views and not copies."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        start, end = int(self.offsets[index]), int(self.offsets[index + 1])
+        return self.input_ids[start:end], self.loss_mask[start:end]
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens in each document, int64 ``[num_documents]``."""
+        return np.diff(self.offsets)
+
+    @property
+    def max_token_id(self) -> int:
+        """The largest token id that occurs, to be checked against the model's vocabulary; -1 when empty."""
+        return int(self.report.get("max_token_id", -1))
+
+
+def open_documents(folder: Path) -> Documents:
+    """Memory-map a published cache folder.
+
+    Raises:
+        DataError: the folder is not a complete cache of this format.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise DataError(
+            f"{folder}: not a complete token cache ({error}). Remove the folder and run again."
+        ) from error
+    if manifest.get("format") != CACHE_FORMAT:
+        raise DataError(
+            f"{folder}: token cache of format {manifest.get('format')}, this version reads {CACHE_FORMAT}. "
+            "Remove the folder and run again."
+        )
+    tokens, documents = int(manifest["tokens"]), int(manifest["documents"])
+    return Documents(
+        input_ids=_map(folder / "input_ids.bin", np.int32, (tokens,)),
+        loss_mask=_map(folder / "loss_mask.bin", np.uint8, (tokens,)),
+        offsets=_map(folder / "offsets.bin", np.int64, (documents + 1,)),
+        provenance=_map(folder / "provenance.bin", np.int64, (documents, 2)),
+        fingerprint=manifest["fingerprint"],
+        report=manifest["report"],
+    )
+
+
+def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
+    expected = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    found = path.stat().st_size if path.exists() else -1
+    if found != expected:
+        raise DataError(
+            f"{path}: {found} bytes where the manifest promises {expected}. The token cache is damaged; "
+            f"remove {path.parent} and run again."
+        )
+    if expected == 0:
+        return np.empty(shape, dtype)
+    return np.memmap(path, dtype=dtype, mode="r", shape=shape)
