@@ -1,6 +1,6 @@
-"""Which characters of a rendered conversation the assistant wrote, its stop tokens included.
+r"""Which characters of a rendered conversation the assistant wrote, its stop tokens included.
 
-    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n<think>\\nHm\\n</think>\\n\\nYes<|im_end|>\\n
+    <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n<think>\nHm\n</think>\n\nYes<|im_end|>\n
                                                          [------------ turn ------------------]
                  gap before the answer: header ──────────┘                   stop ──┘
 
@@ -204,7 +204,7 @@ class AnswerFinder:
             header = self._header(role)
             start = begin + _overlap(header, text, begin, end)
             start = _skip_empty_think(text, start, end)
-            found = [match for match in stops.finditer(text, start, end)] if stops else []
+            found = list(stops.finditer(text, start, end)) if stops else []
             stopped = bool(found) and not text[found[-1].end() : end].strip()
             if stopped:
                 end = found[-1].end()
@@ -248,7 +248,7 @@ class AnswerFinder:
     # -- headers and stops, learned from the template --------------------------------------------
 
     def _header_in(self, gap: str, role: str | None) -> str:
-        """The part of ``gap`` (all text between the previous speaker and the answer) that is header."""
+        """The header at the end of ``gap``, the text between the last speaker and the answer."""
         header = self._header(role)
         if header is not None and gap.startswith(header):
             return header
@@ -406,7 +406,7 @@ _MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 
 
 def _match(pieces: list[Piece], texts: list[str]) -> list[Piece]:
-    """Pair the pieces that were marked with the texts that came out; dropped reasoning is refused."""
+    """Pair the pieces that were marked with the texts that came out; nothing may be missing."""
     matched: list[Piece] = []
     rest = iter(pieces)
     dropped: list[Piece] = []

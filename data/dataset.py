@@ -1,13 +1,14 @@
 """The map-style dataset of packs that training reads.
 
-    documents      [ A......  B...  C..  D.... ]                    variable length
-    pack           [ A......  C..  ·· ]  [ D....  B... ]            seq_length tokens each, · is padding
-    position_ids   [ 0123456  012  01 ]  [ 01234  0123 ]            restarts where a document begins
-    global plan    epoch 0: g0 g1 g2 | epoch 1: g3 g4 g5 | ...      one endless list of packs
+    documents      [ A......  B...  C..  D.... ]   variable length
+    pack           [ A......  C..  ·· ]  [ D....  B... ]   seq_length tokens each, · is padding
+    position_ids   [ 0123456  012  01 ]  [ 01234  0123 ]   restarts where a document begins
+    global plan    epoch 0: g0 g1 g2 | epoch 1: g3 g4 g5 | ...   one endless list of packs
     shards (2)     shard 0: g0 g2 g4 ...   shard 1: g1 g3 g5 ...
 
-A global batch is a run of consecutive global packs, so it is the same set at any data-parallel size, and a position in
-training is one number: consumed packs. It stays valid when the parallel layout changes.
+A global batch is a run of consecutive global packs, so it is the same set at any data-parallel
+size, and a position in training is one number: consumed packs. It stays valid when the parallel
+layout changes.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from data.token_cache import Documents
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Padding is cut into pretend documents of this many tokens, so that its attention costs next to nothing.
+# Padding is cut into pretend documents of this many tokens, so that its attention costs next to
+# nothing.
 PADDING_SEGMENT = 256
 _PLANS_KEPT = 2
 
@@ -38,20 +40,24 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
     """Packs of one shard, by local index.
 
     Args:
-        num_packed_samples: Packs that this run uses over all shards, taken from the endless plan (epoch after epoch);
-            None for exactly one epoch (or ``epochs`` of them).
-        hf_dataset: Prepared ``Documents``; or a ``datasets.Dataset`` or a sequence of rows, which are prepared here in
-            memory with default options.
-        tokenizer: HuggingFace tokenizer; its pad (else end-of-sequence) token fills the tail of packs.
+        num_packed_samples: Packs that this run uses over all shards, taken from the endless plan
+            (epoch after epoch); None for exactly one epoch (or ``epochs`` of them).
+        hf_dataset: Prepared ``Documents``; or a ``datasets.Dataset`` or a sequence of rows, which
+            are prepared here in memory with default options.
+        tokenizer: HuggingFace tokenizer; its pad (else end-of-sequence) token fills the tail of
+            packs.
         seq_length: Tokens in a pack.
         num_shards: Data-parallel size.
         shard_index: This process' data-parallel rank.
         seed: Seed of the order and of who shares a pack.
         packing: ``best-fit``, ``sequential`` or ``none``; see ``data.packing.plan_epoch``.
-        shuffle: Whether the seed permutes documents and packs; False gives the data's own order (validation).
-        epochs: Stop after this many epochs: later global indices are filler packs, padding only with a zero mask, so
-            that every rank gets the same number of batches. None goes on for ever.
-        global_batch_size: Packs in a global batch; given, packs inside each are ordered for equal attention work.
+        shuffle: Whether the seed permutes documents and packs; False gives the data's own order
+            (validation).
+        epochs: Stop after this many epochs: later global indices are filler packs, padding only
+            with a zero mask, so that every rank gets the same number of batches. None goes on for
+            ever.
+        global_batch_size: Packs in a global batch; given, packs inside each are ordered for equal
+            attention work.
 
     Raises:
         DataError: no documents, a document longer than ``seq_length``, an impossible shard.
@@ -74,13 +80,15 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
     ) -> None:
         if num_shards < 1 or not 0 <= shard_index < num_shards:
             raise DataError(
-                f"shard_index {shard_index} of num_shards {num_shards}: the index must be 0 to num_shards - 1."
+                f"shard_index {shard_index} of num_shards {num_shards}: "
+                "the index must be 0 to num_shards - 1."
             )
         if packing not in PACKING_MODES:
             raise DataError(f"--packing {packing}: unknown; known are {', '.join(PACKING_MODES)}.")
         if num_packed_samples is not None and num_packed_samples < 0:
             raise DataError(
-                f"num_packed_samples is {num_packed_samples}; it must be 0 or more, or None for one epoch."
+                f"num_packed_samples is {num_packed_samples}; "
+                "it must be 0 or more, or None for one epoch."
             )
         self.documents = _as_documents(hf_dataset, tokenizer, seq_length)
         if len(self.documents) == 0:
@@ -119,16 +127,16 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         """Pack ``index`` of this shard.
 
         Returns:
-            ``input_ids`` int64 ``[seq_length]``; ``loss_mask`` uint8 ``[seq_length]``, 1 where this token itself is
-            trained (not shifted); ``position_ids`` int64 ``[seq_length]``, 0 where a document or a stretch of padding
-            begins.
+            ``input_ids`` int64 ``[seq_length]``; ``loss_mask`` uint8 ``[seq_length]``, 1 where this
+            token itself is trained (not shifted); ``position_ids`` int64 ``[seq_length]``, 0 where
+            a document or a stretch of padding begins.
         """
         if not -len(self) <= index < len(self):
             raise IndexError(f"pack {index} of a shard with {len(self)} packs")
         return self.global_pack((index % len(self)) * self.num_shards + self.shard_index)
 
     def global_pack(self, global_index: int) -> dict[str, torch.Tensor]:
-        """The pack at ``global_index`` of the global plan, whatever shard it belongs to; see ``__getitem__``."""
+        """The pack at ``global_index`` of the global plan, as ``__getitem__`` returns it."""
         ids = np.full(self.seq_length, self.pad_id, np.int64)
         mask = np.zeros(self.seq_length, np.uint8)
         positions = np.empty(self.seq_length, np.int64)
@@ -148,18 +156,19 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         }
 
     def document_indices(self, global_index: int) -> np.ndarray:
-        """Which documents stand in a global pack, int64 ``[documents in the pack]``; empty for a filler pack."""
+        """Documents in a global pack, int64 ``[documents in the pack]``; none in a filler pack."""
         epoch, pack = self.locate(global_index)
         if self.epochs is not None and epoch >= self.epochs:
             return np.empty(0, np.int64)
         return self._plan(epoch).pack(pack)
 
     def locate(self, global_index: int) -> tuple[int, int]:
-        """(epoch, pack index in that epoch) of a global index. Past the last epoch: (epochs, how far past)."""
+        """(epoch, pack index in it) of a global index; past the end: (epochs, how far past)."""
         if global_index < 0:
             raise IndexError(global_index)
         if self.packing != "sequential":
-            # The number of packs depends on the lengths alone, so no epoch in between has to be planned.
+            # The number of packs depends on the lengths alone, so no epoch in between has to be
+            # planned.
             epoch, pack = divmod(global_index, self.packs_per_epoch(0))
             if self.epochs is not None and epoch >= self.epochs:
                 return self.epochs, global_index - self.epochs * self.packs_per_epoch(0)
@@ -234,5 +243,5 @@ def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token_id is not None:
             return int(token_id)
     raise DataError(
-        "the tokenizer has neither a pad nor an end-of-sequence token; set one, padding needs an id."
+        "the tokenizer has neither a pad nor an end-of-sequence token; set one for padding."
     )

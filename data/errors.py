@@ -6,8 +6,8 @@ from __future__ import annotations
 class DataError(ValueError):
     """Bad input data or a bad data flag.
 
-    The message is complete on its own: it names the flag or ``file:line``, says what was found there, and says what
-    would fix it. Callers print it and exit; a traceback adds nothing.
+    The message is complete on its own: it names the flag or ``file:line``, says what was found
+    there, and says what would fix it. Callers print it and exit; a traceback adds nothing.
     """
 
 
@@ -15,7 +15,7 @@ class RowError(ValueError):
     """One row that cannot be used, with the reason under which it is counted.
 
     Args:
-        reason: A short, stable name, the key under which the row is counted, such as ``"no assistant turn"``.
+        reason: A short, stable name under which the row is counted, such as ``no assistant turn``.
         detail: What exactly was found in this row.
     """
 

@@ -104,6 +104,7 @@ def detect_format(row: Row) -> str:
     ):
         return "question"
     raise DataError(
-        f"cannot tell the format of rows with columns {', '.join(map(str, row))}. Expected 'messages', "
-        f"or one of {', '.join(QUESTION_COLUMNS)} with one of {', '.join(ANSWER_COLUMNS)}."
+        f"cannot tell the format of rows with columns {', '.join(map(str, row))}. Expected "
+        f"'messages', or one of {', '.join(QUESTION_COLUMNS)} "
+        f"with one of {', '.join(ANSWER_COLUMNS)}."
     )

@@ -1,12 +1,14 @@
 """Which documents share a pack: plans over document lengths, never over tokens.
 
-A pack is one training sequence of at most ``seq_length`` tokens made of whole documents. A plan for one epoch is two
-integer arrays, so that it costs a few bytes a document however many tokens the documents hold:
+A pack is one training sequence of at most ``seq_length`` tokens made of whole documents. A plan for
+one epoch is two integer arrays, so that it costs a few bytes a document however many tokens the
+documents hold:
 
     documents     [num_documents]   document indices, pack after pack
     pack_offsets  [num_packs + 1]   pack p holds documents[pack_offsets[p] : pack_offsets[p + 1]]
 
-Plans are pure functions of (lengths, seq_length, seed, epoch, mode): every process computes the same one.
+Plans are pure functions of (lengths, seq_length, seed, epoch, mode): every process computes the
+same one.
 """
 
 from __future__ import annotations
@@ -65,11 +67,13 @@ def plan_epoch(
         seq_length: Tokens in a pack.
         seed: The run's data seed.
         epoch: Epoch number; each epoch gets another order and other neighbours.
-        mode: ``best-fit`` fills packs as full as possible, ``sequential`` keeps the documents' (shuffled) order and
-            opens a new pack when the next document does not fit, ``none`` puts each document alone.
+        mode: ``best-fit`` fills packs as full as possible, ``sequential`` keeps the documents'
+            (shuffled) order and opens a new pack when the next document does not fit, ``none`` puts
+            each document alone.
         shuffle: Whether the seed permutes documents and packs.
-        balance_every: Packs in a global batch. Inside each such group packs are ordered by attention work, so that
-            packs that different data-parallel ranks process at the same time cost the same.
+        balance_every: Packs in a global batch. Inside each such group packs are ordered by
+            attention work, so that packs that different data-parallel ranks process at the same
+            time cost the same.
 
     Raises:
         DataError: a document is empty or longer than ``seq_length``.
@@ -78,7 +82,8 @@ def plan_epoch(
     if len(sizes) and (sizes.min() < 1 or sizes.max() > seq_length):
         worst = int(np.argmax(sizes)) if sizes.max() > seq_length else int(np.argmin(sizes))
         raise DataError(
-            f"document {worst} has {sizes[worst]} tokens; a pack holds 1 to {seq_length} (--seq-length). "
+            f"document {worst} has {sizes[worst]} tokens; "
+            f"a pack holds 1 to {seq_length} (--seq-length). "
             "Prepare the documents with the same --seq-length and an --overlong policy."
         )
     rng = np.random.default_rng([seed, epoch])
@@ -116,29 +121,26 @@ def plan_epoch(
 def best_fit_decreasing(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
     """Assign documents to packs, longest first, each to the fullest pack that still has room.
 
-    Documents of equal length are interchangeable, and a pack that was just the tightest fit stays the tightest until
-    the same length no longer fits into it. So whole runs are placed at once: packs with equal free space form a
-    bucket, and a run of n documents of length L goes into a bucket with r free tokens floor(r / L) at a time. The work
-    is O(n log n) for sorting plus one step per (length, bucket) pair, and the result is what placing documents one by
-    one would give.
+    Documents of equal length are interchangeable, and a pack that was just the tightest fit stays
+    the tightest until the same length no longer fits into it. So whole runs are placed at once:
+    packs with equal free space form a bucket, and a run of n documents of length L goes into a
+    bucket with r free tokens floor(r / L) at a time. The work is O(n log n) for sorting plus one
+    step per (length, bucket) pair, and the result is what placing documents one by one would give.
 
     Args:
         lengths: int64 ``[num_documents]``, each from 1 to ``capacity``.
         capacity: Tokens in a pack.
 
     Returns:
-        int64 ``[num_documents]``, the pack of each document, and the number of packs. The number depends on the
-        lengths alone, not on their order.
+        int64 ``[num_documents]``, the pack of each document, and the number of packs. The number
+        depends on the lengths alone, not on their order.
     """
     pack_of = np.empty(len(lengths), np.int64)
     by_length = np.argsort(-lengths, kind="stable")
     ordered = lengths[by_length]
-    run_starts = (
-        np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
-        if len(ordered)
-        else []
-    )
-    run_ends = np.append(run_starts[1:], len(ordered)) if len(ordered) else []
+    changes = np.flatnonzero(np.diff(ordered)) + 1
+    run_starts: list[int] = [0, *changes.tolist()] if len(ordered) else []
+    run_ends: list[int] = [*changes.tolist(), len(ordered)] if len(ordered) else []
 
     free_sizes: list[int] = []  # distinct free spaces that have a bucket, ascending
     buckets: dict[int, list[IntArray]] = {}  # free space -> pack numbers
@@ -154,9 +156,9 @@ def best_fit_decreasing(lengths: IntArray, capacity: int) -> tuple[IntArray, int
 
     for start, end in zip(run_starts, run_ends, strict=True):
         length = int(ordered[start])
-        at = int(start)
+        at = start
         while at < end:
-            waiting = int(end) - at
+            waiting = end - at
             slot = bisect_left(free_sizes, length)
             if slot < len(free_sizes):
                 free = free_sizes[slot]
@@ -183,7 +185,7 @@ def best_fit_decreasing(lengths: IntArray, capacity: int) -> tuple[IntArray, int
 
 
 def next_fit(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
-    """Assign documents to packs in their given order, opening a new pack when the next does not fit.
+    """Assign documents in their given order, opening a new pack when the next does not fit.
 
     Returns:
         int64 ``[num_documents]``, the pack of each document, and the number of packs.
@@ -201,7 +203,7 @@ def next_fit(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
 
 
 def attention_work(plan: PackingPlan, lengths: npt.NDArray[np.integer]) -> IntArray:
-    """Attention work of each pack, int64 ``[num_packs]``: the sum of its documents' squared lengths."""
+    """Attention work of each pack, int64 ``[num_packs]``: its squared document lengths."""
     if len(plan) == 0:
         return np.empty(0, np.int64)
     squares = np.asarray(lengths, np.int64)[plan.documents] ** 2
@@ -211,9 +213,9 @@ def attention_work(plan: PackingPlan, lengths: npt.NDArray[np.integer]) -> IntAr
 def _balance(rank: IntArray, pack_of: IntArray, sizes: IntArray, group: int) -> IntArray:
     """Reorder packs inside each group of ``group`` positions by falling attention work.
 
-    Neighbours then cost nearly the same, and neighbours are what runs side by side: data-parallel ranks take
-    positions g, g + 1, ..., and pipeline micro batches follow each other. Which packs form a group does not change,
-    so the gradient of a global batch does not either.
+    Neighbours then cost nearly the same, and neighbours are what runs side by side: data-parallel
+    ranks take positions g, g + 1, ..., and pipeline micro batches follow each other. Which packs
+    form a group does not change, so the gradient of a global batch does not either.
     """
     work = np.bincount(pack_of, weights=sizes.astype(np.float64) ** 2, minlength=len(rank))
     order = np.lexsort((rank, -work, rank // group))  # pack numbers, in their new order

@@ -4,9 +4,10 @@
     <cache_dir>/<key>/input_ids.bin    int32  [total_tokens]
     <cache_dir>/<key>/loss_mask.bin    uint8  [total_tokens]
     <cache_dir>/<key>/offsets.bin      int64  [num_documents + 1]
-    <cache_dir>/<key>/provenance.bin   int64  [num_documents, 2]   (source number, row number in that source)
+    <cache_dir>/<key>/provenance.bin   int64  [num_documents, 2]   (source, row in that source)
 
-A folder appears under its final name by one atomic rename, after its files are complete: whoever sees it can use it.
+A folder appears under its final name by one atomic rename, after its files are complete: whoever
+sees it can use it.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ class Documents:
 
     Attributes:
         input_ids: int32 ``[total_tokens]``.
-        loss_mask: uint8 ``[total_tokens]``; 1 means that this token itself is trained (labels are not shifted here).
-        offsets: int64 ``[num_documents + 1]``; document i is ``input_ids[offsets[i] : offsets[i + 1]]``.
-        provenance: int64 ``[num_documents, 2]``: number of the source, row number in it (both from 0).
+        loss_mask: uint8 ``[total_tokens]``; 1 means that this token itself is trained (labels are
+            not shifted here).
+        offsets: int64 ``[num_documents + 1]``; document i is ``input_ids[offsets[i] : offsets[i +
+            1]]``.
+        provenance: int64 ``[num_documents, 2]``: number of the source, row number in it (both from
+            0).
         fingerprint: Hash of everything that the contents depend on.
-        report: Counts: rows read, rows kept, rows dropped by reason, tokens, trained tokens, and what was detected.
+        report: Counts: rows read, rows kept, rows dropped by reason, tokens, trained tokens, and
+            what was detected.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -49,7 +54,7 @@ class Documents:
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
-        """Document ``index``: ids int32 ``[tokens]`` and mask uint8 ``[tokens]``, views and not copies."""
+        """Document ``index``: ids int32 ``[tokens]`` and mask uint8 ``[tokens]``; views."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
@@ -63,7 +68,7 @@ class Documents:
 
     @property
     def max_token_id(self) -> int:
-        """The largest token id that occurs, to be checked against the model's vocabulary; -1 when empty."""
+        """The largest token id that occurs, for a check against the vocabulary; -1 when empty."""
         return int(self.report.get("max_token_id", -1))
 
 
@@ -81,7 +86,8 @@ def open_documents(folder: Path) -> Documents:
         ) from error
     if manifest.get("format") != CACHE_FORMAT:
         raise DataError(
-            f"{folder}: token cache of format {manifest.get('format')}, this version reads {CACHE_FORMAT}. "
+            f"{folder}: token cache of format {manifest.get('format')}, "
+            f"this version reads {CACHE_FORMAT}. "
             "Remove the folder and run again."
         )
     tokens, documents = int(manifest["tokens"]), int(manifest["documents"])
@@ -100,7 +106,8 @@ def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDA
     found = path.stat().st_size if path.exists() else -1
     if found != expected:
         raise DataError(
-            f"{path}: {found} bytes where the manifest promises {expected}. The token cache is damaged; "
+            f"{path}: {found} bytes where the manifest promises {expected}. "
+            "The token cache is damaged; "
             f"remove {path.parent} and run again."
         )
     if expected == 0:

@@ -41,7 +41,7 @@ def token_mask(
         first = _token_at(encoding, begin, end)
         if first is None:
             continue
-        if encoding.token_to_chars(first)[0] < begin:
+        if _chars(encoding, first)[0] < begin:
             crossing += 1
             first = _next_token(encoding, first)
         last = _token_before(encoding, end, begin)
@@ -49,11 +49,11 @@ def token_mask(
             continue
         # Several tokens may share one character (bytes of an emoji): all of them belong to it.
         last = _last_of_same_char(encoding, last)
-        beyond = text[end : encoding.token_to_chars(last)[1]]
+        beyond = text[end : _chars(encoding, last)[1]]
         if beyond and not (beyond.isspace() and encoding.ids[last] in added_ids):
             crossing += 1
-            boundary = encoding.token_to_chars(last)[0]
-            while last >= first and encoding.token_to_chars(last)[0] >= boundary:
+            boundary = _chars(encoding, last)[0]
+            while last >= first and _chars(encoding, last)[0] >= boundary:
                 last -= 1
         mask[first : last + 1] = 1
     return mask, crossing
@@ -77,18 +77,23 @@ def _token_before(encoding: Encoding, end: int, begin: int) -> int | None:
 
 
 def _next_token(encoding: Encoding, token: int) -> int:
-    span = encoding.token_to_chars(token)
+    span = _chars(encoding, token)
     token += 1
-    while token < len(encoding) and encoding.token_to_chars(token) == span:
+    while token < len(encoding) and _chars(encoding, token) == span:
         token += 1
     return token
 
 
 def _last_of_same_char(encoding: Encoding, token: int) -> int:
-    end = encoding.token_to_chars(token)[1]
+    end = _chars(encoding, token)[1]
     while token + 1 < len(encoding):
-        following = encoding.token_to_chars(token + 1)
-        if following is None or following[0] >= end:
+        if _chars(encoding, token + 1)[0] >= end:
             break
         token += 1
     return token
+
+
+def _chars(encoding: Encoding, token: int) -> Span:
+    span: Span | None = encoding.token_to_chars(token)
+    assert span is not None, "the index came from this encoding"
+    return span

@@ -1,0 +1,157 @@
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from data.dataset import PADDING_SEGMENT, SFTDataset
+from data.errors import DataError
+from data.prepare import prepare_rows
+
+SEQ = 128
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer, rows):
+    return prepare_rows(rows, tokenizer=tokenizer, seq_length=SEQ)
+
+
+def make(documents, tokenizer, packs=None, shards=1, shard=0, **options):
+    return SFTDataset(packs, documents, tokenizer, SEQ, shards, shard, **options)
+
+
+def split_pack(pack):
+    """Documents of a pack as (ids, mask), told apart by position_ids alone; padding is left out."""
+    starts = [*torch.nonzero(pack["position_ids"] == 0).flatten().tolist(), SEQ]
+    parts = [
+        (pack["input_ids"][a:b].tolist(), pack["loss_mask"][a:b].tolist())
+        for a, b in zip(starts, starts[1:], strict=False)
+    ]
+    return [part for part in parts if any(part[1])]
+
+
+def test_pack_has_the_promised_tensors(documents, tokenizer):
+    pack = make(documents, tokenizer)[0]
+    assert {name: (t.dtype, tuple(t.shape)) for name, t in pack.items()} == {
+        "input_ids": (torch.int64, (SEQ,)),
+        "loss_mask": (torch.uint8, (SEQ,)),
+        "position_ids": (torch.int64, (SEQ,)),
+    }
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "sequential", "none"])
+@pytest.mark.parametrize("shards", [1, 2, 3, 8])
+def test_one_epoch_over_all_shards_is_each_document_once(documents, tokenizer, packing, shards):
+    seen = Counter()
+    for shard in range(shards):
+        dataset = make(documents, tokenizer, shards=shards, shard=shard, packing=packing)
+        for index in range(len(dataset)):
+            for ids, mask in split_pack(dataset[index]):
+                seen[tuple(ids), tuple(mask)] += 1
+    expected = Counter(
+        (tuple(ids.tolist()), tuple(mask.tolist()))
+        for ids, mask in (documents[i] for i in range(len(documents)))
+    )
+    assert seen == expected
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "sequential"])
+def test_a_global_batch_is_the_same_set_at_any_data_parallel_size(documents, tokenizer, packing):
+    batch, total = 8, 64
+    whole = make(documents, tokenizer, total, packing=packing, global_batch_size=batch)
+    for shards in (2, 4, 8):
+        parts = [
+            make(documents, tokenizer, total, shards, s, packing=packing, global_batch_size=batch)
+            for s in range(shards)
+        ]
+        local = batch // shards
+        for step in range(total // batch):
+            together = sorted(
+                part[step * local + i]["input_ids"].tolist() for part in parts for i in range(local)
+            )
+            expected = sorted(whole[step * batch + i]["input_ids"].tolist() for i in range(batch))
+            assert together == expected
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "sequential", "none"])
+def test_locate_follows_the_concatenated_epochs(documents, tokenizer, packing):
+    dataset = make(documents, tokenizer, 10**6, packing=packing)
+    expected = [(e, p) for e in range(4) for p in range(dataset.packs_per_epoch(e))]
+    assert [dataset.locate(g) for g in range(len(expected))] == expected
+    assert len(dataset) == 10**6
+    # Every epoch holds each document once, in another order.
+    epochs = [
+        [d for p in range(dataset.packs_per_epoch(e)) for d in dataset._plan(e).pack(p)]
+        for e in range(3)
+    ]
+    assert all(sorted(epoch) == list(range(len(documents))) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_resuming_at_any_position_continues_the_same_sequence(documents, tokenizer):
+    straight = make(documents, tokenizer, 90)
+    packs = [straight[i]["input_ids"] for i in range(90)]
+    for position in (1, 37, 89):
+        again = make(documents, tokenizer, 90)
+        assert torch.equal(again[position]["input_ids"], packs[position])
+        assert again.plan_hash == straight.plan_hash
+
+
+def test_packs_past_the_last_epoch_are_filler_with_zero_mask(documents, tokenizer):
+    per_epoch = make(documents, tokenizer).packs_per_epoch()
+    dataset = make(documents, tokenizer, 2 * per_epoch + 5, epochs=2)
+    assert len(dataset) == 2 * per_epoch + 5
+    assert dataset[2 * per_epoch - 1]["loss_mask"].any()
+    for index in range(2 * per_epoch, len(dataset)):
+        pack = dataset[index]
+        assert not pack["loss_mask"].any()
+        assert (pack["input_ids"] == tokenizer.pad_token_id).all()
+
+
+def test_padding_is_masked_and_cut_into_short_segments(documents, tokenizer):
+    dataset = SFTDataset(None, documents, tokenizer, 1000, packing="none")
+    pack = dataset[0]
+    length = len(documents[dataset.document_indices(0)[0]][0])
+    tail = pack["position_ids"][length:]
+    assert torch.equal(tail, torch.arange(1000 - length) % PADDING_SEGMENT)
+    assert not pack["loss_mask"][length:].any()
+
+
+def test_plan_hash_tells_plans_apart(documents, tokenizer):
+    hashes = {
+        make(documents, tokenizer).plan_hash,
+        make(documents, tokenizer, seed=1).plan_hash,
+        make(documents, tokenizer, packing="none").plan_hash,
+        make(documents, tokenizer, shuffle=False).plan_hash,
+        make(documents, tokenizer, global_batch_size=8).plan_hash,
+    }
+    assert len(hashes) == 5
+    two_shards = make(documents, tokenizer, shards=2, shard=1)
+    assert two_shards.plan_hash == make(documents, tokenizer).plan_hash
+
+
+def test_fill_is_the_share_of_real_tokens(documents, tokenizer):
+    dataset = make(documents, tokenizer, packing="none")
+    assert dataset.fill == pytest.approx(documents.lengths.mean() / SEQ)
+
+
+def test_rows_and_datasets_are_accepted_as_they_are(tokenizer, rows):
+    import datasets
+
+    from_rows = SFTDataset(None, rows, tokenizer, SEQ)
+    from_dataset = SFTDataset(None, datasets.Dataset.from_list(rows), tokenizer, SEQ)
+    assert np.array_equal(from_rows.documents.input_ids, from_dataset.documents.input_ids)
+    assert from_rows.plan_hash == from_dataset.plan_hash
+
+
+@pytest.mark.parametrize(
+    ("shards", "shard", "message"), [(0, 0, "num_shards 0"), (2, 2, "shard_index 2")]
+)
+def test_impossible_shard_is_refused(documents, tokenizer, shards, shard, message):
+    with pytest.raises(DataError, match=message):
+        make(documents, tokenizer, shards=shards, shard=shard)
+
+
+def test_document_longer_than_the_pack_is_refused(documents, tokenizer):
+    with pytest.raises(DataError, match="--seq-length"):
+        SFTDataset(None, documents, tokenizer, 16)
