@@ -69,6 +69,7 @@ die() {
 }
 
 # Prints "VERSION HAS_VENV EXECUTABLE" of one candidate; fails when it does not run or is older than 3.12.
+# Of a virtual environment it names the Python beneath: the one on PATH may be the .venv to be replaced.
 probe_python() {
     local line
     line="$("$1" -Ic '
@@ -80,7 +81,7 @@ try:
     has_venv = "yes"
 except ImportError:
     has_venv = "no"
-print("%d.%d" % sys.version_info[:2], has_venv, sys.executable)' 2>/dev/null </dev/null)" || return 1
+print("%d.%d" % sys.version_info[:2], has_venv, sys._base_executable)' 2>/dev/null </dev/null)" || return 1
     [[ $line == 3.* ]] || return 1
     echo "$line"
 }

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -165,6 +166,13 @@ def test_named_python_is_used_or_refused(machine):
     assert status == 0 and out.strip() == str(machine.pyenv / "own")
     status, _, err = machine.run("--find-python", SFT_PYTHON="/no/such/python")
     assert status == 1 and "SFT_PYTHON=/no/such/python" in err
+
+
+def test_of_a_virtual_environment_the_python_beneath_is_taken(machine):
+    if sys.prefix == sys.base_prefix:
+        pytest.skip("the tests do not run in a virtual environment")
+    status, out, _ = machine.run("--find-python", SFT_PYTHON=f"{sys.prefix}/bin/python")
+    assert status == 0 and not Path(out.strip()).is_relative_to(sys.prefix)
 
 
 def test_sourcing_sets_up_once_and_puts_the_environment_first(machine):
