@@ -1,0 +1,249 @@
+"""Supervised finetuning through Megatron's `pretrain()`: `torchrun finetune.py --hf-model ... `.
+
+The same command runs on one CPU, one GPU and a cluster. See README.md, or `finetune.py --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TextIO
+
+# Megatron overlaps tensor parallel communication only with one connection; CUDA reads this when it starts.
+if "--use-torch-fsdp2" not in sys.argv:
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+
+from post_training import platform
+
+platform.apply()
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.enums import ModelType
+from megatron.core.utils import unwrap_model
+from megatron.training import get_args, pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import validate_args
+from megatron.training.global_vars import set_global_variables
+
+from data import DataError, Documents, SFTDataset
+from data.arguments import prepare_documents_from_args
+from model_provider import model_config
+from post_training import output
+from post_training.arguments import parse_arguments
+from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
+from post_training.data_iterators import MicroBatchIterator
+from post_training.errors import SetupError
+from post_training.loss import loss_func, trained_token_loss
+from post_training.platform.training_hooks import hooks
+from post_training.run_log import RunLog
+from post_training.signals import GracefulExit
+from post_training.step_counters import counters
+from post_training.tokenizer import load_tokenizer
+
+SPLITS = ("train", "valid", "test")
+
+
+def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Documents]]:
+    """Tokenise and mask every split, before any process group exists.
+
+    Returns:
+        The tokenizer, and documents by split; a split without data is left out.
+    """
+    tokenizer = load_tokenizer(args)
+    documents = {}
+    for split in SPLITS:
+        prepared = prepare_documents_from_args(args, split, tokenizer)
+        if prepared is None:
+            continue
+        if args.vocab_size is not None and prepared.max_token_id >= args.vocab_size:
+            raise SetupError(
+                f"the {split} data holds token id {prepared.max_token_id}, the model's vocabulary has "
+                f"{args.vocab_size} entries: --hf-tokenizer and --hf-model do not fit together"
+            )
+        documents[split] = prepared
+    if "train" not in documents and not args.skip_train:
+        raise SetupError("no training data: give --finetune-data-files or --finetune-hf-dataset")
+    return tokenizer, documents
+
+
+def packs_of(
+    documents: Documents, tokenizer: Any, args: argparse.Namespace, split: str, **options: Any
+) -> SFTDataset:
+    """The packing plan of a split, sharded by `num_shards` and `shard_index` in `options`."""
+    if split == "train":
+        return SFTDataset(
+            options.pop("num_packed_samples", None),
+            documents,
+            tokenizer,
+            args.seq_length,
+            seed=args.seed,
+            packing=args.packing,
+            **options,
+        )
+    batch = args.eval_global_batch_size or args.global_batch_size
+    whole = SFTDataset(
+        None, documents, tokenizer, args.seq_length, packing=args.packing, shuffle=False
+    )
+    # Filler packs make the last batch full; they weigh nothing.
+    samples = -(-whole.num_packed_samples // batch) * batch
+    return SFTDataset(
+        samples,
+        documents,
+        tokenizer,
+        args.seq_length,
+        packing=args.packing,
+        shuffle=False,
+        epochs=1,
+        **options,
+    )
+
+
+def train_valid_test_sft_datasets_provider(
+    num_samples: Sequence[int],
+    vp_stage: int | None = None,
+    *,
+    args: argparse.Namespace,
+    tokenizer: Any,
+    documents: dict[str, Documents],
+) -> tuple[MicroBatchIterator | None, ...]:
+    """Iterators over this data parallel rank's micro batches of each split.
+
+    Args:
+        num_samples: packs that Megatron wants of train, valid and test.
+        vp_stage: virtual pipeline stage, each of which reads the same data.
+        args: validated arguments.
+        tokenizer: the HuggingFace tokenizer.
+        documents: prepared documents by split.
+    """
+    shards = parallel_state.get_data_parallel_world_size()
+    shard = parallel_state.get_data_parallel_rank()
+    result: list[MicroBatchIterator | None] = []
+    for split, samples in zip(SPLITS, num_samples, strict=True):
+        if split not in documents or (split == "train" and args.skip_train):
+            result.append(None)
+            continue
+        options: dict[str, Any] = {"num_shards": shards, "shard_index": shard}
+        if split == "train":
+            options |= {
+                "num_packed_samples": samples,
+                "epochs": args.num_epochs,
+                "global_batch_size": args.global_batch_size,
+            }
+            start, micro = args.consumed_train_samples // shards, args.micro_batch_size
+        else:
+            start, micro = 0, args.eval_micro_batch_size
+        dataset = packs_of(documents[split], tokenizer, args, split, **options)
+        result.append(MicroBatchIterator(dataset, micro, start=start, repeat=split != "train"))
+    return tuple(result)
+
+
+def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, *, training: bool) -> Batch:
+    """The next micro batch: broadcast over tensor parallel ranks, labels shifted, documents found."""
+    args = get_args()
+    batch = read_batch(
+        data_iterator,
+        micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
+        seq_length=args.seq_length,
+        qkv_format="thd" if args.transformer_impl == "transformer_engine" else "sbhd",
+    )
+    counters.add_trained(batch.trained.weights.sum())
+    return batch
+
+
+def forward_step(
+    data_iterator: Iterator[dict[str, torch.Tensor]] | None, model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """Run one micro batch through this pipeline stage.
+
+    Returns:
+        The stage's output (losses of trained tokens on the last stage) and the function that sums them.
+    """
+    args = get_args()
+    batch = get_batch(data_iterator, training=model.training)
+    chunk = unwrap_model(model)
+    if not chunk.pre_process:
+        join_stage_input(chunk)
+    output_tensor = model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        packed_seq_params=batch.packed,
+        output_processor=trained_token_loss(args.vocab_size or args.padded_vocab_size),
+        output_processor_context=batch.trained,
+    )
+    if not chunk.post_process:
+        micro = args.micro_batch_size if model.training else args.eval_micro_batch_size
+        output_tensor = split_stage_output(output_tensor, micro)
+    return output_tensor, functools.partial(loss_func, batch.trained.weights)
+
+
+def finetune(args: argparse.Namespace, console: TextIO, tokenizer: Any, documents: Any) -> None:
+    """Run `pretrain()` with everything wired together; needs resolved arguments and prepared data."""
+    try:
+        validate_args(args)
+    except AssertionError as error:
+        raise SetupError(f"Megatron refuses these flags: {error}") from error
+    set_global_variables(args, build_tokenizer=False)
+    run_log = RunLog(args, console)
+    graceful = GracefulExit(args, console)
+    for split in ("valid", "test"):
+        if split in documents:
+            packs = len(packs_of(documents[split], tokenizer, args, split))
+            batches = packs // args.eval_global_batch_size
+            hooks.evaluation_iterations[split] = min(batches, args.eval_iters or batches)
+    args.eval_iters = 1 if hooks.evaluation_iterations else 0
+
+    def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
+        if args.rank == 0 and args.iteration:
+            print(f"continuing after step {args.iteration}", file=console)
+        run_log.continue_from(args.iteration)
+        run_log.progress.start(args.iteration)
+        run_log.start_clock()
+        return train_valid_test_sft_datasets_provider(
+            num_samples, vp_stage, args=args, tokenizer=tokenizer, documents=documents
+        )
+
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args, model_config(args)),
+            provider,
+            ModelType.encoder_or_decoder,
+            forward_step,
+        )
+    finally:
+        run_log.finish()
+    del graceful
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    console: TextIO = sys.stderr
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        args = parse_arguments(argv)
+        output.choose_checkpoint(args)
+        output.prepare_output(args)
+        tokenizer, documents = prepare_data(args)
+        console = output.redirect_logs(args)
+        output.save_config(args)
+        finetune(args, console, tokenizer, documents)
+    except (SetupError, DataError) as error:
+        if rank == 0:
+            print(f"error: {error}", file=console)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=console, flush=True)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Builds the model of a run: from a HuggingFace folder or from Megatron's flags."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training.argument_utils import gpt_config_from_args
+
+from post_training.hf_config import inverse_frequencies
+from post_training.hf_weights import load_hf_weights
+from post_training.layer_spec import decoder_block_spec
+from post_training.modelopt_state import latest_checkpoint, restore_modelopt_state
+from post_training.rotary import PackedRotaryEmbedding
+
+
+def model_config(args: argparse.Namespace) -> Any:
+    """Megatron's `GPTModelConfig` of this run; `pretrain()` builds the model from it.
+
+    Args:
+        args: validated arguments.
+
+    Returns:
+        The configuration. Its hooks put in rotary embeddings for packed documents and, unless a
+        checkpoint will be loaded, the HuggingFace weights.
+    """
+    config = gpt_config_from_args(args)
+    config.transformer_layer_spec = decoder_block_spec
+    transformer = config.transformer
+    # A stage sends a view of its output (`split_stage_output`): its memory cannot be given away.
+    transformer.deallocate_pipeline_outputs = args.micro_batch_size == 1
+    resumes = latest_checkpoint(args.load) is not None
+    from_hf = args.hf_config is not None and not args.random_weights and not resumes
+    if from_hf or resumes:
+        # Every parameter is overwritten.
+        transformer.perform_initialization = False
+    hooks = [functools.partial(_install_rotary, hf_config=args.hf_config)]
+    if resumes:
+        hooks.append(functools.partial(_convert_by_modelopt, folder=args.load))
+    if from_hf:
+        hooks.append(
+            functools.partial(_fill_weights, folder=args.hf_model, hf_config=args.hf_config)
+        )
+    config.pre_wrap_hooks = [*config.pre_wrap_hooks, *hooks]
+    return config
+
+
+def _install_rotary(chunks: list[torch.nn.Module], hf_config: Any) -> list[torch.nn.Module]:
+    frequencies = None if hf_config is None else inverse_frequencies(hf_config)
+    for chunk in chunks:
+        if hasattr(chunk, "rotary_pos_emb"):
+            chunk.rotary_pos_emb = PackedRotaryEmbedding(chunk.rotary_pos_emb, frequencies)
+    return chunks
+
+
+def _convert_by_modelopt(chunks: list[torch.nn.Module], folder: str) -> list[torch.nn.Module]:
+    restore_modelopt_state(chunks, folder)
+    return chunks
+
+
+def _fill_weights(
+    chunks: list[torch.nn.Module], folder: str, hf_config: Any
+) -> list[torch.nn.Module]:
+    load_hf_weights(chunks, local_model_folder(folder), hf_config)
+    return chunks
+
+
+@functools.cache
+def local_model_folder(name_or_path: str) -> Path:
+    """The folder of a HuggingFace model: itself, or where the hub client keeps a named one."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json"]))

@@ -1,0 +1,229 @@
+"""Command line, `--config` file and HuggingFace model folder, resolved into one Megatron namespace.
+
+Megatron's own parser is the source of truth: this module adds flags to it and sets defaults in it.
+What a user writes wins over what is derived; what contradicts the model is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from data.arguments import add_data_arguments
+from post_training import layout
+from post_training.config_file import apply_config_file
+from post_training.errors import SetupError
+from post_training.hf_config import load_hf_config, megatron_flags
+from post_training.platform import device_type
+
+
+def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this project's flags to Megatron's parser."""
+    group = parser.add_argument_group("supervised finetuning")
+    group.add_argument(
+        "--config", metavar="FILE.yaml", help="flags from a file; the command line wins"
+    )
+    group.add_argument(
+        "--output-dir", metavar="DIR", help="where everything of this run is written"
+    )
+    group.add_argument(
+        "--hf-model",
+        metavar="PATH_OR_NAME",
+        help="HuggingFace folder or hub name: architecture, tokenizer and weights come from it",
+    )
+    group.add_argument(
+        "--hf-tokenizer",
+        metavar="PATH_OR_NAME",
+        help="another tokenizer than the model's (or the only one, with Megatron flags)",
+    )
+    group.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="take only architecture and tokenizer from --hf-model and start from random weights",
+    )
+    group.add_argument(
+        "--num-epochs",
+        type=int,
+        metavar="N",
+        help="train for N passes over the data instead of --train-iters",
+    )
+    group.add_argument(
+        "--save-hf",
+        action="store_true",
+        help="write OUTPUT_DIR/hf, a HuggingFace folder, when training ends",
+    )
+    group.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU (default: bf16)")
+    group.add_argument(
+        "--no-progress", action="store_true", help="no progress bar, a line every --log-interval"
+    )
+    add_data_arguments(parser)
+    return parser
+
+
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used here: it needs CUDA."""
+    if device_type() != "cuda":
+        return False
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    return bool(HAVE_TE)
+
+
+def sft_defaults() -> dict[str, Any]:
+    """Where finetuning wants another default than Megatron's pretraining."""
+    return {
+        "micro_batch_size": 1,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "calculate_per_token_loss": True,
+        "use_distributed_optimizer": True,
+        # Lets a checkpoint be resumed with another number of processes on any axis.
+        "dist_ckpt_optim_fully_reshardable": True,
+        "dataloader_type": "external",
+        "ckpt_format": "torch_dist",
+        "exit_signal_handler": True,
+        "log_interval": 1,
+        "tensorboard_log_interval": 1,
+        "save_interval": 500,
+        "eval_interval": 500,
+        # None: the whole split.
+        "eval_iters": None,
+        "lr": 1e-5,
+        "lr_decay_style": "cosine",
+        "weight_decay": 0.0,
+        "adam_beta2": 0.95,
+        "seq_length": 2048,
+        "rerun_mode": "disabled",
+        "num_workers": 0,
+    }
+
+
+def platform_defaults(transformer_engine: bool) -> dict[str, Any]:
+    """Flags that follow from the machine: device, and whether Transformer Engine is installed."""
+    on_cuda = device_type() == "cuda"
+    flags: dict[str, Any] = {
+        "distributed_backend": "nccl" if on_cuda else "gloo",
+        "transformer_impl": "transformer_engine" if transformer_engine else "local",
+    }
+    if not transformer_engine:
+        flags |= {
+            # Kernels of Transformer Engine and Apex.
+            "gradient_accumulation_fusion": False,
+            "apply_rope_fusion": False,
+            "masked_softmax_fusion": False,
+            "no_persist_layer_norm": True,
+        }
+    if not on_cuda:
+        # Fused by torch.compile, which a CPU run does without.
+        flags |= {
+            "bias_swiglu_fusion": False,
+            "bias_gelu_fusion": False,
+            "bias_dropout_fusion": False,
+        }
+    return flags
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Resolve and check all arguments; no process group is needed and none is started.
+
+    Args:
+        argv: the command line without the program's name; `sys.argv[1:]` by default.
+
+    Returns:
+        The namespace that goes into Megatron's `validate_args`. Besides Megatron's own names it holds
+        this project's flags, `hf_config` (or None) and `derived` (flags that nobody wrote).
+
+    Raises:
+        SetupError: an unknown key, a missing or contradictory flag, a layout that cannot work.
+    """
+    from megatron.training.arguments import parse_args
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config")
+    early.add_argument("--hf-model")
+    early.add_argument("--transformer-impl")
+    early.add_argument("--trust-remote-code", action="store_true")
+    known, _ = early.parse_known_args(argv)
+
+    derived: dict[str, Any] = {}
+    hf_config: Any = None
+    architecture: dict[str, Any] = {}
+
+    def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        nonlocal hf_config
+        add_finetune_arguments(parser)
+        written = apply_config_file(parser, known.config) if known.config else {}
+        name = known.hf_model or written.get("hf_model")
+        transformer_impl = known.transformer_impl or written.get("transformer_impl")
+        use_te = has_transformer_engine()
+        if transformer_impl == "transformer_engine" and not use_te:
+            raise SetupError(
+                "--transformer-impl transformer_engine: Transformer Engine needs a CUDA device and "
+                "its package (pip install '.[te]'); leave the flag out to use the local attention"
+            )
+        derived.update(sft_defaults())
+        derived.update(platform_defaults(use_te and transformer_impl != "local"))
+        if name:
+            trust = known.trust_remote_code or bool(written.get("trust_remote_code"))
+            hf_config = load_hf_config(name, trust_remote_code=trust)
+            architecture.update(megatron_flags(hf_config))
+            derived.update(architecture)
+        unknown = derived.keys() - {action.dest for action in parser._actions}
+        assert not unknown, f"not flags of this Megatron: {sorted(unknown)}"
+        parser.set_defaults(**{key: v for key, v in derived.items() if key not in written})
+        return parser
+
+    previous = sys.argv
+    sys.argv = [previous[0], *argv]
+    try:
+        args = parse_args(prepare)
+    finally:
+        sys.argv = previous
+
+    for key, value in architecture.items():
+        if getattr(args, key) != value:
+            raise SetupError(
+                f"--{key.replace('_', '-')} {getattr(args, key)}: --hf-model {args.hf_model} says "
+                f"{value}; leave the flag out"
+            )
+    args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
+    args.hf_config = hf_config
+    _complete(args)
+    layout.check(args)
+    return args
+
+
+def _complete(args: argparse.Namespace) -> None:
+    """Fill in what follows from other flags."""
+    if not args.output_dir:
+        raise SetupError("--output-dir is missing: name a folder for checkpoints, metrics and logs")
+    if args.hf_model is None and args.num_layers is None:
+        raise SetupError(
+            "--hf-model is missing: name a HuggingFace folder or hub name "
+            "(or describe a model with --num-layers, --hidden-size and so on)"
+        )
+    if args.train_samples:
+        raise SetupError("--train-samples: use --train-iters or --num-epochs")
+    if not args.skip_train and bool(args.train_iters) == bool(args.num_epochs):
+        raise SetupError("give either --train-iters or --num-epochs")
+    args.save = args.save or os.path.join(args.output_dir, "checkpoints")
+    args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.output_dir, "tensorboard")
+    if args.wandb_project and not args.wandb_exp_name:
+        args.wandb_exp_name = os.path.basename(os.path.normpath(args.output_dir))
+    if device_type() == "cuda" and not (args.fp32 or args.fp16 or args.bf16):
+        args.bf16 = True
+        args.derived.append("bf16")
+    if args.fp32 and (args.fp16 or args.bf16):
+        raise SetupError("--fp32 contradicts --fp16 and --bf16")
+    if args.hf_config is not None:
+        # Rotary positions are computed, not learned: the model's limit is advice, not a table size.
+        args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
+        args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
+    elif args.vocab_size and not args.padded_vocab_size:
+        args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
+    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
+        args.sequence_parallel = False

@@ -1,0 +1,145 @@
+"""Core attention of the local layer spec: packed documents, grouped queries, CPU and CUDA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from post_training.packed_sequences import PackedDocuments
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention in which no document of a pack sees another.
+
+    Stands where Megatron's `DotProductAttention` stands in the local spec, which refuses packed
+    sequences and builds the whole `[heads, tokens, tokens]` score matrix. Cost here grows with the sum
+    of squared document lengths:
+
+    - on CUDA in bf16 and fp16, one variable-length flash kernel over all documents;
+    - elsewhere (CPU, fp32), scaled-dot-product attention document by document.
+
+    Without packed documents (generation with a key/value cache) it is plain attention, causal while the
+    prompt is read.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        """Take the arguments Megatron gives every core attention.
+
+        Raises:
+            ValueError: context parallelism, sliding windows or attention sinks are asked for.
+        """
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError("context parallelism needs --transformer-impl transformer_engine")
+        if config.window_size is not None or config.softmax_type != "vanilla":
+            raise ValueError("sliding windows and attention sinks need Transformer Engine")
+        self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedDocuments | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [query tokens, batch, heads of this rank, head_dim].
+            key: [key tokens, batch, key/value heads of this rank, head_dim].
+            value: like `key`.
+            attention_mask: not used: documents and causality are all there is.
+            attn_mask_type: `no_mask` while generating after the prompt, else causal.
+            attention_bias: not supported.
+            packed_seq_params: the documents; the batch dimension is then 1.
+
+        Returns:
+            [query tokens, batch, heads of this rank * head_dim].
+
+        Raises:
+            ValueError: an attention bias is given.
+        """
+        if attention_bias is not None:
+            raise ValueError("attention bias is not supported by the local attention")
+        dropout = self.dropout if self.training else 0.0
+        if packed_seq_params is None:
+            # A step after the prompt has one query token, which may see every key.
+            causal = attn_mask_type != AttnMaskType.no_mask and query.shape[0] > 1
+            out = self._dense(
+                query.permute(1, 2, 0, 3),
+                key.permute(1, 2, 0, 3),
+                value.permute(1, 2, 0, 3),
+                causal,
+                dropout,
+            )
+            return out.permute(2, 0, 1, 3).flatten(2)
+        if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
+            return self._varlen(query, key, value, packed_seq_params)
+        assert packed_seq_params.document_lengths is not None
+        # [tokens, 1, heads, dim] -> [1, heads, tokens, dim], split into documents: views only.
+        lengths = packed_seq_params.document_lengths
+        rows = [x.permute(1, 2, 0, 3).split(lengths, dim=2) for x in (query, key, value)]
+        parts = [
+            self._dense(q, k, v, True, dropout).permute(2, 0, 1, 3)
+            for q, k, v in zip(*rows, strict=True)
+        ]
+        return torch.cat(parts).flatten(2)
+
+    def _dense(
+        self, query: Tensor, key: Tensor, value: Tensor, causal: bool, dropout: float
+    ) -> Tensor:
+        """Scaled-dot-product attention on [batch, heads, tokens, head_dim]."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
+        """The variable-length flash kernel of torch on [tokens, heads, head_dim]."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        groups = query.shape[2] // key.shape[2]
+        if groups > 1:
+            # Not every torch >= 2.11 takes grouped heads here.
+            key = key.repeat_interleave(groups, dim=2)
+            value = value.repeat_interleave(groups, dim=2)
+        out = varlen_attn(
+            query.squeeze(1),
+            key.squeeze(1),
+            value.squeeze(1),
+            packed.cu_seqlens_q,
+            packed.cu_seqlens_kv,
+            packed.max_seqlen_q,
+            packed.max_seqlen_kv,
+            scale=self.softmax_scale,
+            window_size=(-1, 0),
+        )
+        assert isinstance(out, Tensor)
+        return out.flatten(1).unsqueeze(1)

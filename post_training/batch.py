@@ -1,0 +1,141 @@
+"""From packs of the dataset to what a pipeline stage computes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from post_training.loss import TrainedTokens
+from post_training.packed_sequences import PackedDocuments
+
+FIELDS = ("input_ids", "loss_mask", "position_ids")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro batch, its packs joined to a single row of `micro batch size * seq_length` tokens."""
+
+    tokens: Tensor
+    """int64 [1, tokens]."""
+    labels: Tensor
+    """The next token of each: int64 [1, tokens]."""
+    position_ids: Tensor
+    """Position inside the document: int64 [1, tokens]."""
+    label_mask: Tensor
+    """1 where the label is trained: uint8 [tokens]."""
+    packed: PackedDocuments
+    trained: TrainedTokens
+
+
+def broadcast_over_tensor_parallel(
+    data: dict[str, Tensor] | None, micro_batch_size: int, seq_length: int, device: torch.device
+) -> Tensor:
+    """Give every tensor parallel rank the packs that rank 0 of its group read.
+
+    Args:
+        data: on rank 0: the fields of `FIELDS`, each [micro batch, seq_length].
+        micro_batch_size: packs in a micro batch.
+        seq_length: tokens in a pack.
+        device: where the model is.
+
+    Returns:
+        int64 [3, micro batch * seq_length], in the order of `FIELDS`.
+    """
+    # One message a micro batch: a few kilobytes, dominated by latency.
+    shape = (len(FIELDS), micro_batch_size, seq_length)
+    if data is not None:
+        packs = torch.stack([data[name].to(torch.int64) for name in FIELDS])
+        if packs.shape != shape:
+            raise ValueError(f"a micro batch has shape {tuple(packs.shape)}, expected {shape}")
+        packs = packs.to(device, non_blocking=True)
+    else:
+        packs = torch.empty(shape, dtype=torch.int64, device=device)
+    group = parallel_state.get_tensor_model_parallel_group()
+    if group.size() > 1:
+        source = parallel_state.get_tensor_model_parallel_src_rank()
+        torch.distributed.broadcast(packs, source, group=group)
+    return packs.flatten(1)
+
+
+def shift_labels(tokens: Tensor, loss_mask: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Move tokens and their mask one to the left: the model at a token predicts the next one.
+
+    The last token of a document has no label: the one that follows is another document's.
+
+    Args:
+        tokens: int64 [tokens].
+        loss_mask: 1 where the token itself is trained: [tokens].
+        position_ids: int64 [tokens], 0 where a document begins.
+
+    Returns:
+        Labels, int64 [tokens], and their mask, uint8 [tokens].
+    """
+    labels = torch.roll(tokens, -1)
+    same_document = torch.roll(position_ids, -1) != 0
+    # The row's last token meets the row's first, which begins a document: never the same.
+    return labels, (torch.roll(loss_mask, -1) * same_document).to(torch.uint8)
+
+
+def assemble_batch(packs: Tensor, *, qkv_format: str) -> Batch:
+    """Shift labels and find the documents of a micro batch.
+
+    Args:
+        packs: int64 [3, tokens], in the order of `FIELDS`.
+        qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec.
+    """
+    tokens, loss_mask, position_ids = packs.unbind(0)
+    labels, label_mask = shift_labels(tokens, loss_mask, position_ids)
+    return Batch(
+        tokens=tokens.unsqueeze(0),
+        labels=labels.unsqueeze(0),
+        position_ids=position_ids.unsqueeze(0),
+        label_mask=label_mask,
+        packed=PackedDocuments.from_position_ids(position_ids, qkv_format=qkv_format),
+        trained=TrainedTokens.from_mask(label_mask),
+    )
+
+
+def read_batch(
+    data_iterator: Iterator[dict[str, Tensor]] | None,
+    *,
+    micro_batch_size: int,
+    seq_length: int,
+    qkv_format: str,
+) -> Batch:
+    """Next micro batch of this data parallel rank, on every tensor parallel rank and pipeline stage.
+
+    Args:
+        data_iterator: yields the fields of `FIELDS`; None except on tensor parallel rank 0.
+        micro_batch_size: packs in a micro batch.
+        seq_length: tokens in a pack.
+        qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec.
+    """
+    data = next(data_iterator) if data_iterator is not None else None
+    device = (
+        torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+    )
+    packs = broadcast_over_tensor_parallel(data, micro_batch_size, seq_length, torch.device(device))
+    return assemble_batch(packs, qkv_format=qkv_format)
+
+
+def join_stage_input(model: Any) -> None:
+    """Let a later pipeline stage see the received `[seq_length, micro batch, hidden]` as one row.
+
+    Megatron's schedule exchanges that shape; packed attention works on `[tokens, 1, hidden]`. Both
+    name the same memory, since the sending stage only changed the view (`split_stage_output`).
+    """
+    received = model.decoder.input_tensor
+    if received is not None and received.dim() == 3 and received.shape[1] > 1:
+        model.decoder.set_input_tensor(received.view(-1, 1, received.shape[2]))
+
+
+def split_stage_output(output: Tensor, micro_batch_size: int) -> Tensor:
+    """View `[tokens, 1, hidden]` of an earlier pipeline stage as the schedule sends it."""
+    if micro_batch_size == 1:
+        return output
+    return output.view(-1, micro_batch_size, output.shape[2])

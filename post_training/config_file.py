@@ -1,0 +1,135 @@
+"""`--config FILE.yaml`: defaults for the parser, and `config.yaml`: everything a run resolved to."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import enum
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from post_training.errors import SetupError
+
+# Not flags of a run: the process's place in the job, and what is recomputed from the rest.
+_NOT_WRITTEN = frozenset({"config", "derived", "hf_config", "rank", "world_size", "local_rank"})
+
+
+def _actions(parser: argparse.ArgumentParser) -> tuple[dict[str, Any], dict[str, Any]]:
+    by_dest: dict[str, Any] = {}
+    by_flag: dict[str, Any] = {}
+    for action in parser._actions:
+        if action.dest in ("help", "version"):
+            continue
+        by_dest.setdefault(action.dest, action)
+        for option in action.option_strings:
+            by_flag[option.lstrip("-").replace("-", "_")] = action
+    return by_dest, by_flag
+
+
+def _converted(where: str, action: argparse.Action, value: Any) -> Any:
+    """The value as the parser would have read it from the command line."""
+    if value is None or isinstance(value, bool):
+        if isinstance(value, bool) and action.nargs != 0 and action.type is not None:
+            raise SetupError(f"{where}: expects a value, found {value}")
+        return value
+    if isinstance(value, list):
+        if action.nargs in (None, 0, "?"):
+            raise SetupError(f"{where}: expects one value, found a list")
+        return [
+            _converted(where, argparse.Action([], "", type=action.type, choices=action.choices), v)
+            for v in value
+        ]
+    if action.nargs == 0:
+        raise SetupError(f"{where}: expects true or false, found {value!r}")
+    convert = action.type if callable(action.type) else str
+    try:
+        result = value if action.type is None else convert(str(value))
+    except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError) as error:
+        raise SetupError(f"{where}: {value!r} is not valid ({error})") from error
+    if action.choices is not None and result not in action.choices:
+        raise SetupError(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}")
+    return [result] if action.nargs in ("+", "*") else result
+
+
+def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    """Set defaults of `parser` from a YAML mapping of flag names (dashes or underscores).
+
+    Returns:
+        What was set, by destination name.
+
+    Raises:
+        SetupError: no such file, not a mapping, or a key that is no flag (the nearest one is named).
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SetupError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SetupError(f"--config {path}: not valid YAML ({error})") from error
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise SetupError(
+            f"--config {path}: expects a mapping of flags, found {type(content).__name__}"
+        )
+    by_dest, by_flag = _actions(parser)
+    defaults: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).lstrip("-").replace("-", "_")
+        where = f"--config {path}: {key}"
+        if name in by_dest:
+            defaults[name] = _converted(where, by_dest[name], value)
+        elif name in by_flag:
+            action = by_flag[name]
+            if action.nargs == 0:
+                # A switch under its own name: `no-rope-fusion: true` means that it is given.
+                if not isinstance(value, bool):
+                    raise SetupError(f"{where}: expects true or false, found {value!r}")
+                defaults[action.dest] = action.const if value else not action.const
+            else:
+                defaults[action.dest] = _converted(where, action, value)
+        else:
+            near = difflib.get_close_matches(name, [*by_flag, *by_dest], n=1)
+            hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
+            raise SetupError(f"{where}: no such flag{hint}")
+    parser.set_defaults(**defaults)
+    return defaults
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, torch.dtype):
+        return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[value]
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def resolved_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything `args` holds, as plain values that `--config` reads back."""
+    result = {}
+    for key, value in sorted(vars(args).items()):
+        plain = _plain(value)
+        if key in _NOT_WRITTEN or key.startswith("_"):
+            continue
+        if plain is None or isinstance(plain, (bool, int, float, str, list)):
+            result[key] = plain
+    return result
+
+
+def write_config(config: Mapping[str, Any], derived: list[str], path: Path) -> None:
+    """Write `config.yaml`: what was derived from the machine and the model comes last, and says so."""
+    written = {key: value for key, value in config.items() if key not in derived}
+    rest = {key: config[key] for key in derived if key in config}
+    text = (
+        "# Everything this run resolved to: finetune.py --config THIS_FILE runs it again.\n"
+        + yaml.safe_dump(written, sort_keys=True, allow_unicode=True)
+        + "# Derived from the machine, the model and the needs of finetuning:\n"
+        + yaml.safe_dump(rest, sort_keys=True, allow_unicode=True)
+    )
+    path.write_text(text, encoding="utf-8")

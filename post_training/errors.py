@@ -1,0 +1,10 @@
+"""What a user got wrong, told in one message before any process group starts."""
+
+from __future__ import annotations
+
+
+class SetupError(ValueError):
+    """A run that cannot work as asked.
+
+    The message names the flag or file, what was found, and what would fix it.
+    """

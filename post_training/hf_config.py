@@ -1,0 +1,152 @@
+"""Architecture flags from a HuggingFace configuration, so that nobody copies layer counts by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from post_training.errors import SetupError
+
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Read the configuration of a HuggingFace model folder or hub name.
+
+    Raises:
+        SetupError: there is no such folder or name, or its architecture cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        folder = Path(name_or_path)
+        if folder.is_dir():
+            reason = "has no config.json that transformers can read"
+        elif "/" in name_or_path and not name_or_path.startswith((".", "/", "~")):
+            reason = "is neither a folder here nor a model that the hub gives"
+        else:
+            reason = "is not a folder"
+        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise SetupError(f"--hf-model {name_or_path}: {reason} ({detail})") from error
+    check_architecture(config, name_or_path)
+    return config
+
+
+def check_architecture(config: PretrainedConfig, name: str) -> None:
+    """Refuse what the weight mapping or Megatron cannot express.
+
+    Raises:
+        SetupError: with the list of architectures that can be loaded, or the option that cannot.
+    """
+    found = (getattr(config, "architectures", None) or ["(none named)"])[0]
+    if found not in ARCHITECTURES:
+        raise SetupError(
+            f"--hf-model {name}: architecture {found} cannot be loaded; "
+            f"these can: {', '.join(ARCHITECTURES)}"
+        )
+    if getattr(config, "attention_bias", False) and found != "Qwen2ForCausalLM":
+        raise SetupError(f"--hf-model {name}: attention_bias is not supported for {found}")
+    if getattr(config, "mlp_bias", False):
+        raise SetupError(f"--hf-model {name}: mlp_bias is not supported")
+    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
+        raise SetupError(f"--hf-model {name}: hidden_act {config.hidden_act} is not silu")
+    rope_type = rope_parameters(config).get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        raise SetupError(
+            f"--hf-model {name}: rope type {rope_type} is not supported; "
+            f"these are: {', '.join(ROPE_TYPES)}"
+        )
+    if rope_parameters(config).get("partial_rotary_factor", 1.0) != 1.0:
+        raise SetupError(f"--hf-model {name}: partial rotary embeddings are not supported")
+
+
+def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """The rotary parameters of a configuration (transformers 5 keeps them in one dictionary)."""
+    return dict(getattr(config, "rope_parameters", None) or {})
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Size of one attention head."""
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)
+
+
+def inverse_frequencies(config: PretrainedConfig) -> torch.Tensor:
+    """Inverse frequencies of the rotary embedding, as `transformers` computes them.
+
+    Returns:
+        float32 [head_dim / 2].
+    """
+    rope_type = rope_parameters(config).get("rope_type", "default")
+    if rope_type == "default":
+        dim = head_dim(config)
+        exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
+        return 1.0 / (float(rope_parameters(config)["rope_theta"]) ** exponents)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
+    assert scaling == 1.0, "checked by ROPE_TYPES"
+    return frequencies.to(torch.float32)
+
+
+def sliding_window(config: PretrainedConfig) -> int | None:
+    """The sliding attention window the model uses, in tokens, or None."""
+    if not getattr(config, "use_sliding_window", True):
+        return None
+    window = getattr(config, "sliding_window", None)
+    return int(window) if window else None
+
+
+def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
+    """Megatron's architecture arguments (by destination name) for a HuggingFace configuration."""
+    architecture = config.architectures[0]
+    flags: dict[str, Any] = {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "group_query_attention": True,
+        "num_query_groups": config.num_key_value_heads,
+        "kv_channels": head_dim(config),
+        "max_position_embeddings": config.max_position_embeddings,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": config.rms_norm_eps,
+        "position_embedding_type": "rope",
+        "rotary_base": int(rope_parameters(config)["rope_theta"]),
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture == "Qwen2ForCausalLM",
+        "qk_layernorm": architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "vocab_size": config.vocab_size,
+        "init_method_std": config.initializer_range,
+    }
+    if architecture == "Qwen3MoeForCausalLM":
+        dense = set(config.mlp_only_layers or ())
+        step = config.decoder_sparse_step
+        pattern = [
+            int(layer not in dense and (layer + 1) % step == 0)
+            for layer in range(config.num_hidden_layers)
+        ]
+        flags |= {
+            "num_experts": config.num_experts,
+            "moe_router_topk": config.num_experts_per_tok,
+            "moe_ffn_hidden_size": config.moe_intermediate_size,
+            "moe_layer_freq": pattern,
+            # Softmax over the chosen logits equals a renormalised softmax over all of them.
+            "moe_router_pre_softmax": not config.norm_topk_prob,
+            # As in transformers, where the auxiliary loss is off unless it is asked for.
+            "moe_router_load_balancing_type": "none",
+            "moe_aux_loss_coeff": 0.0,
+        }
+    return flags

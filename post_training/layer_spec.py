@@ -1,0 +1,46 @@
+"""The layer spec: Transformer Engine's where it is asked for, Megatron's local one with two parts of ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from post_training.attention import PackedAttention
+from post_training.norm import LocalNorm
+
+
+def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Spec of the decoder layers of one pipeline stage.
+
+    Args:
+        config: a Megatron `GPTModelConfig`.
+        vp_stage: the virtual pipeline stage, or None.
+
+    Returns:
+        Megatron's block spec. For `--transformer-impl local` its core attention is `PackedAttention`
+        and its norms are `LocalNorm`: Megatron's own refuse packed sequences and sequence parallelism.
+    """
+    transformer = config.transformer
+    use_te = transformer.transformer_impl == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=use_te,
+        normalization=transformer.normalization,
+        vp_stage=vp_stage,
+    )
+    if use_te:
+        return block
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = LocalNorm
+        parts.pre_mlp_layernorm = LocalNorm
+        attention = parts.self_attention.submodules
+        attention.core_attention = PackedAttention
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention, name) is not IdentityOp:
+                setattr(attention, name, LocalNorm)
+    block.layer_norm = LocalNorm
+    return block

@@ -1,0 +1,160 @@
+"""The output folder: what may be in it, room on its disk, and where logs go."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from post_training.config_file import resolved_config, write_config
+from post_training.errors import SetupError
+from post_training.modelopt_state import latest_checkpoint
+
+# What makes a checkpoint's tensors fit a model.
+ARCHITECTURE_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "untie_embeddings_and_output_weights",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "rotary_base",
+    "layernorm_epsilon",
+    "num_experts",
+    "moe_ffn_hidden_size",
+)
+
+
+def choose_checkpoint(args: argparse.Namespace) -> Path | None:
+    """Set `args.load` to the folder to continue from and return its newest complete checkpoint.
+
+    This run's own checkpoints come before `--load`: the same command, given again, continues.
+
+    Raises:
+        SetupError: `--load` holds no checkpoint, or the checkpoint is another model's.
+    """
+    own = latest_checkpoint(args.save)
+    if own is not None:
+        args.load = args.save
+        checkpoint: Path | None = own
+    elif args.load is not None:
+        checkpoint = latest_checkpoint(args.load)
+        if checkpoint is None:
+            raise SetupError(
+                f"--load {args.load}: holds no complete checkpoint "
+                f"(no latest_checkpointed_iteration.txt)"
+            )
+    else:
+        return None
+    assert checkpoint is not None
+    if not checkpoint.is_dir():
+        raise SetupError(f"{checkpoint}: named by {args.load} as its newest, but not there")
+    _check_same_model(args, checkpoint)
+    return checkpoint
+
+
+def _check_same_model(args: argparse.Namespace, checkpoint: Path) -> None:
+    config_file = checkpoint.parent.parent / "config.yaml"
+    if not config_file.is_file():
+        return
+    written: dict[str, Any] = yaml.safe_load(config_file.read_text()) or {}
+    for key in ARCHITECTURE_KEYS:
+        if key in written and written[key] != getattr(args, key):
+            raise SetupError(
+                f"{checkpoint} is another model's checkpoint: its {key} is {written[key]}, this run's "
+                f"is {getattr(args, key)}; choose another --output-dir or --load"
+            )
+
+
+def count_parameters(args: argparse.Namespace) -> int:
+    """Parameters of the model that the flags describe."""
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    head_dim = args.kv_channels or hidden // heads
+    groups = args.num_query_groups if args.group_query_attention else heads
+    attention = hidden * head_dim * (2 * heads + 2 * groups)
+    matrices = 3 if args.swiglu else 2
+    dense = matrices * hidden * (args.ffn_hidden_size or 4 * hidden)
+    layers = args.num_layers
+    sparse_layers = 0
+    if args.num_experts:
+        pattern = args.moe_layer_freq
+        sparse_layers = sum(pattern) if isinstance(pattern, list) else layers // pattern
+    experts = matrices * hidden * (args.moe_ffn_hidden_size or 0) * (args.num_experts or 0)
+    embeddings = (args.padded_vocab_size or args.vocab_size or 0) * hidden
+    embeddings *= 2 if args.untie_embeddings_and_output_weights else 1
+    total = layers * attention + (layers - sparse_layers) * dense + sparse_layers * experts
+    return int(total + embeddings)
+
+
+def checkpoint_bytes(args: argparse.Namespace) -> int:
+    """Size of one checkpoint: weights, and master weights with two Adam moments in fp32."""
+    weight = 2 if args.bf16 or args.fp16 else 4
+    optimizer = 0 if args.no_save_optim else (12 if args.optimizer == "adam" else 8)
+    return count_parameters(args) * (weight + optimizer)
+
+
+def prepare_output(args: argparse.Namespace) -> None:
+    """Make the output folder and check that it can be written and has room for a checkpoint.
+
+    Raises:
+        SetupError: the folder cannot be made or written, or its disk is too full.
+    """
+    folder = Path(args.output_dir)
+    try:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"--output-dir {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise SetupError(f"--output-dir {folder}: cannot be written")
+    free = shutil.disk_usage(args.save).free
+    needed = 0 if args.skip_train else checkpoint_bytes(args)
+    if free < needed:
+        raise SetupError(
+            f"--output-dir {folder}: a checkpoint takes {needed / 2**30:.1f} GiB, its disk has "
+            f"{free / 2**30:.1f} GiB free; make room or choose another folder"
+        )
+
+
+def save_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Write `config.yaml` on rank 0 and return what it holds."""
+    config = resolved_config(args)
+    if args.rank == 0:
+        write_config(config, args.derived, Path(args.output_dir) / "config.yaml")
+    return config
+
+
+def redirect_logs(args: argparse.Namespace) -> TextIO:
+    """Send everything that Megatron and its libraries print to `train.log`.
+
+    Returns:
+        The console as it was: for the progress bar, messages and errors of this project.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    console = os.fdopen(os.dup(2), "w", buffering=1)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    node = args.rank // local_world
+    # One file a node: appends of one machine do not mix inside a line, those of several may.
+    name = "train.log" if node == 0 else f"train.node{node}.log"
+    log = os.open(Path(args.output_dir) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)
+    warnings.simplefilter("default")
+    logging.captureWarnings(True)
+    return console

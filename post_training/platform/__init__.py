@@ -1,0 +1,78 @@
+"""The only place that may replace a function of another library.
+
+One small file a subject. Each says what it replaces, why, and in which upstream version it was
+needed; `tests/post_training/platform/` fails when upstream no longer needs it. On a machine with
+CUDA only what the wheels lack is mended; the rest makes Megatron's `pretrain()` run on CPU.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import warnings
+
+import torch
+
+__all__ = ["apply", "device_type"]
+
+_applied = False
+
+
+def device_type() -> str:
+    """The type of device this process trains on: `"cuda"` where torch sees one, else `"cpu"`."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def apply() -> None:
+    """Prepare torch and Megatron for this machine; call it before `megatron.training` is imported.
+
+    Calling it again does nothing.
+    """
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    # Missing accelerator packages are a normal state here; flags that need them are not set.
+    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).* not installed")
+    warnings.filterwarnings("ignore", message="Only transformer-engine>=1.7.0 supports MoE")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    _stand_alone()
+    on_cpu = device_type() == "cpu"
+    if on_cpu:
+        # torch first: Megatron reads these names while it is being imported.
+        from post_training.platform import compilation, cuda_runtime, tensor_devices
+
+        compilation.apply()
+        cuda_runtime.apply()
+        tensor_devices.apply()
+
+    from post_training.platform import dataset_helpers, megatron_post_training, training_hooks
+
+    megatron_post_training.apply()
+    dataset_helpers.apply()
+    training_hooks.apply()
+    if on_cpu:
+        from post_training.platform import cpu_collectives, cpu_initialize, cpu_rng
+
+        cpu_rng.apply()
+        cpu_initialize.apply()
+        cpu_collectives.apply()
+
+
+def _stand_alone() -> None:
+    """Let a process without a launcher be rank 0 of 1: torch asks for the launcher's variables."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", str(port)),
+    ):
+        os.environ.setdefault(name, value)

@@ -1,0 +1,102 @@
+"""The progress bar: loss, tokens a second and time left; a line now and then where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Shows the steps of a run on a console, or nothing where it has none."""
+
+    def __init__(self, console: TextIO | None, total: int, *, plain: bool = False) -> None:
+        """Make ready; nothing is drawn before the first step.
+
+        Args:
+            console: a text stream, or None on ranks that show nothing.
+            total: steps of the whole run.
+            plain: write lines even on a terminal.
+        """
+        self.console = console
+        self.total = total
+        self.plain = plain or console is None or not console.isatty()
+        self.every_step = plain
+        self.bar: tqdm[Any] | None = None
+        self.previous = 0
+        self.last_line = 0.0
+        self.begin = 0.0
+        self.first = 0
+
+    def start(self, iteration: int) -> None:
+        """Begin at `iteration`, which has been done already."""
+        self.previous = self.first = iteration
+        self.begin = time.perf_counter()
+        if self.console is not None and not self.plain:
+            self.bar = tqdm(
+                total=self.total,
+                initial=iteration,
+                file=self.console,
+                unit="step",
+                dynamic_ncols=True,
+            )
+
+    def steps_since(self, iteration: int) -> int:
+        """Steps since the last one that was shown."""
+        return iteration - self.previous
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Show a step from its metrics record."""
+        iteration = record["iteration"]
+        advance = iteration - self.previous
+        self.previous = iteration
+        if self.console is None:
+            return
+        loss, speed = record["lm_loss"], record["tokens_per_s"] or 0.0
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.update(advance)
+            return
+        now = time.perf_counter()
+        if not self.every_step and now - self.last_line < LINE_SECONDS and iteration != self.total:
+            return
+        self.last_line = now
+        done = max(1, iteration - self.first)
+        left = (now - self.begin) / done * (self.total - iteration)
+        self._line(
+            f"step {iteration}/{self.total}  loss {loss:.4f}  grad norm {record['grad_norm'] or 0:.3f}"
+            f"  lr {record['lr'] or 0:.2e}  {speed:,.0f} tokens/s  {_duration(left)} left"
+        )
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Show the result of an evaluation."""
+        self._line(
+            f"step {record['iteration']}: {record['split']} loss {record['loss']:.4f}, "
+            f"perplexity {record['perplexity']:.3f} over {record['tokens']:,} tokens"
+        )
+
+    def note(self, text: str) -> None:
+        """Show what is being done where no step is."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(text)
+
+    def _line(self, text: str) -> None:
+        if self.bar is not None:
+            self.bar.write(text, file=self.console)
+        elif self.console is not None:
+            print(text, file=self.console, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,187 @@
+"""What a run leaves behind beside its checkpoints: `metrics.jsonl`, `loss.png` and the progress bar."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from post_training.platform.training_hooks import Evaluation, Step, hooks
+from post_training.progress import Progress
+from post_training.step_counters import counters
+
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of its name.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "B100": 1750e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+
+
+def peak_flops() -> float | None:
+    """Peak of this rank's device in dense bf16 FLOP/s, or None where it is not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+
+
+class RunLog:
+    """Hears of every step and evaluation, and writes them down on rank 0."""
+
+    def __init__(self, args: argparse.Namespace, console: TextIO) -> None:
+        """Register with the training hooks.
+
+        Args:
+            args: validated arguments.
+            console: where the progress bar is drawn.
+        """
+        self.args = args
+        self.folder = Path(args.output_dir)
+        self.is_writer = args.rank == 0
+        self.progress = Progress(
+            console if self.is_writer else None, args.train_iters or 0, plain=args.no_progress
+        )
+        self.last_step_end: float | None = None
+        self.evaluation_begin = 0.0
+        self.trained_tokens = 0.0
+        self.peak = peak_flops()
+        self.last_iteration = 0
+        hooks.on_step.append(self.on_step)
+        hooks.on_evaluation_start.append(self.on_evaluation_start)
+        hooks.on_evaluation_end.append(self.on_evaluation_end)
+
+    @property
+    def metrics_file(self) -> Path:
+        """`metrics.jsonl` of the run."""
+        return self.folder / "metrics.jsonl"
+
+    def continue_from(self, iteration: int) -> None:
+        """Drop what an interrupted run wrote after the checkpoint that this run continues from."""
+        self.last_iteration = iteration
+        if not self.is_writer or not self.metrics_file.is_file():
+            return
+        kept = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # cut off when the run was killed
+            if record["iteration"] <= iteration:
+                kept.append(line)
+                self.trained_tokens = record.get("total_trained_tokens", self.trained_tokens)
+        self.metrics_file.write_text("".join(line + "\n" for line in kept))
+
+    def start_clock(self) -> None:
+        """Mark the start of the first step."""
+        self.last_step_end = time.perf_counter()
+        counters.reset()
+
+    def _device(self) -> torch.device | str:
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else "cpu"
+        )
+
+    def on_step(self, step: Step) -> None:
+        """Write one step down (every `--log-interval` steps); all ranks take part."""
+        self.last_iteration = step.iteration
+        if step.iteration % self.args.log_interval and step.iteration != self.args.train_iters:
+            return
+        totals = counters.reduce(step.losses.get("lm loss"), self._device())
+        now = time.perf_counter()
+        seconds = now - (self.last_step_end if self.last_step_end is not None else now)
+        self.last_step_end = now
+        if not self.is_writer:
+            return
+        self.trained_tokens += totals.trained_tokens
+        steps = max(1, self.progress.steps_since(step.iteration))
+        positions = steps * self.args.global_batch_size * self.args.seq_length
+        record: dict[str, Any] = {
+            "iteration": step.iteration,
+            "consumed_samples": self.args.consumed_train_samples,
+            "lm_loss": totals.loss,
+            "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
+            "lr": step.learning_rate,
+            "trained_tokens": round(totals.trained_tokens),
+            "total_trained_tokens": round(self.trained_tokens),
+            "tokens_per_s": positions / seconds if seconds else None,
+            "real_tokens_per_s": totals.real_tokens / seconds if seconds else None,
+            "data_wait_fraction": totals.data_seconds / seconds if seconds else None,
+            "step_seconds": seconds / steps,
+        }
+        if step.skipped:
+            record["skipped"] = True
+        if self.peak and seconds:
+            record["mfu"] = self._flops(totals.squared_lengths, totals.real_tokens, steps) / (
+                seconds * self.args.world_size * self.peak
+            )
+        self._write(record)
+        self.progress.step(record)
+
+    def _flops(self, squared_lengths: float, real_tokens: float, steps: int) -> float:
+        from megatron.training.training import num_floating_point_operations
+
+        flops = num_floating_point_operations(
+            self.args,
+            steps * self.args.global_batch_size,
+            seqlen_squared_sum_in_batch=squared_lengths,
+            total_real_tokens_in_batch=real_tokens,
+        )
+        return float(flops)
+
+    def on_evaluation_start(self, split: str) -> None:
+        """Count the evaluation's tokens apart from training's."""
+        self.evaluation_begin = time.perf_counter()
+        counters.reset()
+        self.progress.note(f"evaluating on {split}")
+
+    def on_evaluation_end(self, evaluation: Evaluation) -> None:
+        """Write one evaluation down; all ranks take part."""
+        totals = counters.reduce(evaluation.losses.get("lm loss"), self._device())
+        pause = time.perf_counter() - self.evaluation_begin
+        if self.last_step_end is not None:
+            self.last_step_end += pause
+        if not self.is_writer:
+            return
+        record = {
+            "iteration": evaluation.iteration,
+            "split": evaluation.split,
+            "loss": totals.loss,
+            "perplexity": math.exp(min(totals.loss, 700.0)),
+            "tokens": round(totals.trained_tokens),
+            "seconds": pause,
+        }
+        self._write(record)
+        self.progress.evaluation(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        # One write a line, so that a reader never sees half of one.
+        clean = {
+            k: (None if isinstance(v, float) and not math.isfinite(v) else v)
+            for k, v in record.items()
+        }
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+
+    def finish(self) -> None:
+        """Close the progress bar and draw `loss.png`."""
+        self.progress.close()
+        if self.is_writer and self.metrics_file.is_file():
+            from post_training.plots import plot_loss
+
+            plot_loss(self.metrics_file, self.folder / "loss.png")

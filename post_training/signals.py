@@ -1,0 +1,46 @@
+"""Ctrl-C and SIGTERM: finish the step, save, and leave with status 0."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+from types import FrameType
+from typing import TextIO
+
+
+class GracefulExit:
+    """Turns the first SIGINT or SIGTERM into Megatron's request to save and exit.
+
+    Megatron's own handler (`--exit-signal-handler`) hears one signal only; after each step all ranks
+    agree on whether one of them has heard it. A second signal ends the process at once.
+    """
+
+    def __init__(self, args: argparse.Namespace, console: TextIO) -> None:
+        """Install the handlers; Megatron's must be in place already.
+
+        Args:
+            args: validated arguments.
+            console: where rank 0 says what happens.
+        """
+        from megatron.training.global_vars import get_signal_handler
+
+        self.received: int | None = None
+        self.console = console if args.rank == 0 else None
+        self.megatron = get_signal_handler()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+            return
+        self.received = number
+        self.megatron._signal_received = True
+        if self.console is not None:
+            name = signal.Signals(number).name
+            print(
+                f"\n{name}: saving after this step; once more to leave without saving",
+                file=self.console,
+                flush=True,
+            )

@@ -1,0 +1,93 @@
+"""What a step worked on, counted where it is known and added up over all ranks once a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Sums over the whole job since the last reduction."""
+
+    trained_tokens: float
+    """Tokens with a label."""
+    real_tokens: float
+    """Tokens of documents, without padding."""
+    squared_lengths: float
+    """Sum over documents of their squared length: what attention costs."""
+    data_seconds: float
+    """Mean over the ranks that read data of the seconds they waited for it."""
+    loss: float
+    """The `lm loss` handed to `reduce` on the last pipeline stage."""
+
+
+class StepCounters:
+    """Counts of this rank; only tensor parallel rank 0 of each group reads data and counts."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self.real_tokens = 0.0
+        self.squared_lengths = 0.0
+        self.data_seconds = 0.0
+        self.readers = 0.0
+        self._trained: Tensor | float = 0.0
+
+    def add_documents(self, lengths: np.ndarray) -> None:
+        """Count the documents of one pack by their lengths (int64 [documents])."""
+        self.readers = 1.0
+        self.real_tokens += float(lengths.sum())
+        self.squared_lengths += float(np.square(lengths.astype(np.float64)).sum())
+
+    def add_trained(self, count: Tensor) -> None:
+        """Count trained tokens of a micro batch (a scalar on the device; it is not waited for)."""
+        self._trained = self._trained + count.double()
+
+    def reduce(self, loss: Tensor | None, device: torch.device | str) -> StepTotals:
+        """Add up over all ranks and start again from zero; every rank must call it.
+
+        Args:
+            loss: on the last pipeline stage the step's mean loss, the same on all its ranks.
+            device: where collectives run.
+        """
+        # float64: token counts of a step stay exact far beyond 2**24.
+        values = torch.zeros(7, dtype=torch.float64, device=device)
+        host = (self.real_tokens, self.squared_lengths, self.data_seconds, self.readers)
+        values[:4] = torch.tensor(host, dtype=torch.float64)
+        if self.readers:
+            values[4] = self._trained
+        if loss is not None:
+            values[5] = loss.double()
+            values[6] = 1.0
+        self.reset()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+        real, squared, seconds, readers, trained, loss_sum, losses = values.tolist()
+        copies = self._copies()
+        return StepTotals(
+            trained_tokens=trained / copies,
+            real_tokens=real / copies,
+            squared_lengths=squared / copies,
+            data_seconds=seconds / max(readers, 1.0),
+            loss=loss_sum / losses if losses else float("nan"),
+        )
+
+    @staticmethod
+    def _copies() -> int:
+        """How many ranks read the same packs: one for each pipeline stage and context parallel rank."""
+        from megatron.core import parallel_state
+
+        if not parallel_state.model_parallel_is_initialized():
+            return 1
+        stages = parallel_state.get_pipeline_model_parallel_world_size()
+        context: int = parallel_state.get_context_parallel_world_size()
+        return int(stages * context)
+
+
+counters = StepCounters()

@@ -1,0 +1,31 @@
+"""The tokenizer of a run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from post_training.errors import SetupError
+
+
+def load_tokenizer(args: argparse.Namespace) -> Any:
+    """Load the HuggingFace tokenizer of `--hf-tokenizer`, else of `--hf-model`.
+
+    Raises:
+        SetupError: neither is given, or there is no tokenizer there.
+    """
+    flag = "--hf-tokenizer" if args.hf_tokenizer else "--hf-model"
+    name = args.hf_tokenizer or args.hf_model
+    if name is None:
+        raise SetupError("--hf-tokenizer is missing: a model made from Megatron flags has none")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        found = (
+            "not a folder" if not Path(name).is_dir() else "no tokenizer that transformers can read"
+        )
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SetupError(f"{flag} {name}: {found} ({first_line})") from error
