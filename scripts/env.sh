@@ -194,7 +194,7 @@ make_venv() {
 }
 
 install() {
-    local key constraints="constraints.txt" index stamped="" extras reason="" version pin range
+    local key constraints="constraints.txt" index stamped="" extras reason="" size="" version pin range
     cd "$_sft_root"
     trap 'exit 130' INT
     trap 'exit 143' TERM
@@ -226,6 +226,7 @@ install() {
     extras="$(printf '%s\n' "${stamped//,/$'\n'}" "$@" | sort -u | sed '/^$/d' | paste -sd, -)"
     if [[ -n $reason || ! -d $_sft_venv ]]; then
         make_venv
+        [[ -n $index ]] || size=" (about 6 GB on disk, some minutes)"
     else
         say "bringing .venv up to date"
         : >"$_sft_venv/.sft-unfinished"
@@ -249,7 +250,7 @@ install() {
             constraints.txt >"$constraints"
         echo "torch==$version" >>"$constraints"
     fi
-    say "installing the packages${extras:+ with extras $extras} (the first time about 5 GB and some minutes; log: .venv/install.log)"
+    say "installing the packages${extras:+ with extras $extras}$size; log: .venv/install.log"
     pip_install_or_die -c "$constraints" -e ".${extras:+[$extras]}"
 
     # The stamp is written last and appears whole: without it .venv does not count as finished.
