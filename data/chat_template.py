@@ -103,6 +103,8 @@ class ChatTemplate:
     ) -> None:
         self.source = source
         self.variables = {**(special_tokens or {}), **(variables or {})}
+        # What ``tools`` is in a conversation without tools; a few templates need an empty list.
+        self.no_tools: list[Any] | None = None
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
@@ -130,7 +132,7 @@ class ChatTemplate:
             return self._template.render(
                 self.variables,
                 messages=messages,
-                tools=tools,
+                tools=tools or self.no_tools,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )

@@ -11,6 +11,8 @@ from data.chat_template import ANSWER_CLOSE, ANSWER_OPEN, OTHER_CLOSE, OTHER_OPE
 
 PieceKind = Literal["content", "reasoning", "tool"]
 
+# Where messages keep reasoning; rows use the first, a template may read another.
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _THINK_TAG = re.compile(r"(</?think>)")
 
 
@@ -23,13 +25,11 @@ class Conversation:
             ``tool_calls``, ``name``, ``tool_call_id``. Keys without a value are absent.
         tools: JSON schemas of the tools on offer, or None.
         trained: For each message, whether its text may be trained; only assistant messages are.
-        variables: Further template variables that came with the row.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     trained: list[bool] = field(default_factory=list)
-    variables: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.trained:
@@ -52,7 +52,7 @@ class Piece:
 
 
 def mark_conversation(
-    messages: Sequence[Message], mark_others: bool = True
+    messages: Sequence[Message], mark_others: bool = True, mark_names: bool = True
 ) -> tuple[list[Message], list[Piece]]:
     """Copy messages with marks around every stretch of text.
 
@@ -62,6 +62,7 @@ def mark_conversation(
     Args:
         messages: The messages; not changed.
         mark_others: Whether text of other roles is marked too.
+        mark_names: Whether the names of called tools are.
 
     Returns:
         The marked copies, and the assistant's pieces in the order in which templates write them.
@@ -71,24 +72,34 @@ def mark_conversation(
     for index, message in enumerate(messages):
         copy = dict(message)
         if message["role"] == "assistant":
-            reasoning = message.get("reasoning_content")
-            if isinstance(reasoning, str):
-                copy["reasoning_content"] = _mark(reasoning, index, "reasoning", pieces)
+            reasoning = None
+            for name in REASONING_FIELDS:
+                if isinstance(message.get(name), str):
+                    reasoning = message[name]
+                    copy[name] = _mark(reasoning, index, "reasoning", pieces)
             content = message.get("content")
+            # An empty turn is marked as well: its stop token is something to learn.
+            silent = not reasoning and not message.get("tool_calls")
             if isinstance(content, str):
-                # An empty turn is marked as well: its stop token is something to learn.
-                silent = not content and not reasoning and not message.get("tool_calls")
+                silent = silent and not content
                 copy["content"] = _mark_content(content, index, pieces, silent)
             elif isinstance(content, list):
-                copy["content"] = [_mark_part(part, index, pieces) for part in content]
+                silent = silent and len(content) == 1
+                copy["content"] = [_mark_part(part, index, pieces, silent) for part in content]
             if message.get("tool_calls"):
                 copy["tool_calls"] = [
-                    _mark_call(call, index, pieces) for call in message["tool_calls"]
+                    _mark_call(call, index, pieces, mark_names) for call in message["tool_calls"]
                 ]
         elif mark_others and "content" in message:
             copy["content"] = _mark_other(message["content"])
         marked.append(copy)
     return marked, pieces
+
+
+def split_thinking(content: str) -> tuple[str, str]:
+    """Split content into the reasoning inside its think tags and what follows them."""
+    before, _, rest = content.rpartition("</think>")
+    return before.replace("<think>", "", 1).strip("\n"), rest.lstrip("\n")
 
 
 def _wrap(text: str, opening: str, closing: str) -> str:
@@ -124,16 +135,20 @@ def _mark_content(text: str, message: int, pieces: list[Piece], silent: bool) ->
     return "".join(marked)
 
 
-def _mark_part(part: Any, message: int, pieces: list[Piece]) -> Any:
+def _mark_part(part: Any, message: int, pieces: list[Piece], silent: bool) -> Any:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
-        return {**part, "text": _mark_content(part["text"], message, pieces, silent=False)}
+        silent = silent and not part["text"]
+        return {**part, "text": _mark_content(part["text"], message, pieces, silent)}
     return part
 
 
-def _mark_call(call: dict[str, Any], message: int, pieces: list[Piece]) -> dict[str, Any]:
+def _mark_call(
+    call: dict[str, Any], message: int, pieces: list[Piece], mark_name: bool
+) -> dict[str, Any]:
     nested = isinstance(call.get("function"), dict)
     function = dict(call["function"] if nested else call)
-    function["name"] = _mark(function["name"], message, "tool", pieces)
+    if mark_name:
+        function["name"] = _mark(function["name"], message, "tool", pieces)
     # Strings in the arguments are escaped on their way into the text, so only their place counts.
     function["arguments"] = _mark_leaves(function.get("arguments"), message, pieces)
     return {**call, "function": function} if nested else function

@@ -1,110 +1,292 @@
-"""Rows in, conversations out: one small converter for each format."""
+"""The registry of row formats: each is a function from a row to a conversation.
+
+To add a format for yourself, write such a function and name it with
+``--conversation-format package.module:function``; it gets the row and returns either a
+``Conversation`` or a list of OpenAI messages. To add one here, write it and enter it in FORMATS.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from data.conversation import Conversation
 from data.errors import DataError, RowError
+from data.messages import conversation_from_messages
 
 Row = Mapping[str, Any]
 Converter = Callable[[Row], Conversation]
 
-ROLES = ("system", "user", "assistant", "tool")
-_ROLE_NAMES = {"developer": "system", "human": "user", "gpt": "assistant", "function": "tool"}
 
-# Columns of one question and its answer, the first pair that a row has.
+@dataclass(frozen=True)
+class FormatOptions:
+    """Column names for the ``fields`` and ``messages`` formats; None for the usual names.
+
+    Attributes:
+        system_key: Column with a system prompt.
+        prompt_key: Column with the question; ``instruction`` by default.
+        query_key: Column that is appended to the question, on a line of its own.
+        response_key: Column with the answer; ``output`` by default.
+        messages_key: Column with a list of messages.
+    """
+
+    system_key: str | None = None
+    prompt_key: str | None = None
+    query_key: str | None = None
+    response_key: str | None = None
+    messages_key: str | None = None
+
+    @property
+    def names_fields(self) -> bool:
+        """Whether a question or answer column was named."""
+        return bool(self.prompt_key or self.response_key or self.query_key)
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """How to read a well-known dataset of the hub.
+
+    Attributes:
+        format: Its row format.
+        options: Its columns.
+        split: The split to train on, where it is not ``train``.
+    """
+
+    format: str
+    options: FormatOptions = field(default_factory=FormatOptions)
+    split: str = "train"
+
+
+NAMED_DATASETS: dict[str, NamedDataset] = {
+    "Open-Orca/OpenOrca": NamedDataset(
+        "fields", FormatOptions("system_prompt", "question", None, "response")
+    ),
+    "Open-Orca/SlimOrca": NamedDataset("sharegpt"),
+    "nvidia/Daring-Anteater": NamedDataset("sharegpt"),
+    "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered": NamedDataset("sharegpt"),
+    "HuggingFaceH4/ultrachat_200k": NamedDataset("messages", split="train_sft"),
+}
+
 QUESTION_COLUMNS = ("question", "prompt", "instruction", "query", "problem")
 ANSWER_COLUMNS = ("answer", "response", "output", "completion", "solution")
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
+_SYSTEM_COLUMNS = ("system", "system_prompt")
+_TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 
 
-def messages_row(row: Row) -> Conversation:
-    """OpenAI ``messages``.
+def _messages(row: Row, options: FormatOptions) -> Conversation:
+    """OpenAI ``messages`` or ShareGPT ``conversations``."""
+    column = options.messages_key
+    if column is None:
+        column = next((name for name in MESSAGE_COLUMNS if row.get(name) is not None), "messages")
+    if column not in row:
+        flag = "--messages-key" if options.messages_key else "--conversation-format"
+        raise _missing(row, column, flag)
+    return conversation_from_messages(row[column], row.get("tools"), _system(row, options), column)
+
+
+def _alpaca(row: Row, options: FormatOptions) -> Conversation:
+    """``instruction``, ``input`` (or ``context``), ``output`` (or ``response``), ``history``."""
+    prompt = options.prompt_key or "instruction"
+    response = options.response_key or next(
+        (name for name in ("output", *ANSWER_COLUMNS) if name in row), "output"
+    )
+    query = options.query_key or next((n for n in ("input", "context") if n in row), None)
+    history = row.get("history")
+    if history is not None and not isinstance(history, Sequence):
+        raise RowError("bad history", f"'history' is {type(history).__name__}, expected a list")
+    messages: list[dict[str, Any]] = []
+    for pair in history or ():
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise RowError("bad history", "'history' holds something that is not a pair of texts")
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    return _pair(row, options, prompt, query, response, messages)
+
+
+def _fields(row: Row, options: FormatOptions) -> Conversation:
+    """Columns named by --prompt-key, --query-key, --response-key and --system-key."""
+    prompt, response = options.prompt_key or "instruction", options.response_key or "output"
+    return _pair(row, options, prompt, options.query_key, response, [])
+
+
+def _question(row: Row, options: FormatOptions) -> Conversation:
+    """A question column and an answer column of any usual names."""
+    prompt = options.prompt_key or _first(row, QUESTION_COLUMNS)
+    response = options.response_key or _first(row, ANSWER_COLUMNS)
+    return _pair(row, options, prompt, options.query_key, response, [])
+
+
+def _preference(row: Row, options: FormatOptions) -> Conversation:
+    """``chosen`` of a preference row: messages, one message, or text; ``rejected`` is ignored."""
+    chosen = row.get("chosen")
+    before = next((row[n] for n in (*MESSAGE_COLUMNS, "prompt") if row.get(n) is not None), None)
+    if before is None:
+        before = row.get("question", row.get("instruction"))
+    if isinstance(chosen, str):
+        parts = _TRANSCRIPT.split(chosen)
+        if before is None and len(parts) > 2:
+            pairs = zip(parts[1::2], parts[2::2], strict=True)
+            roles = {"Human": "user", "Assistant": "assistant"}
+            chosen = [{"role": roles[who], "content": text.strip()} for who, text in pairs]
+        else:
+            chosen = [{"role": "assistant", "content": chosen}]
+    elif isinstance(chosen, Mapping):
+        chosen = [chosen]
+    if not isinstance(chosen, Sequence):
+        raise RowError("bad chosen", f"'chosen' is {type(chosen).__name__}, expected messages")
+    if isinstance(before, str):
+        before = [{"role": "user", "content": before}]
+    whole = [*before, *chosen] if isinstance(before, Sequence) and len(chosen) == 1 else chosen
+    return conversation_from_messages(whole, row.get("tools"), _system(row, options), "chosen")
+
+
+FORMATS: dict[str, Callable[[Row, FormatOptions], Conversation]] = {
+    "messages": _messages,
+    "sharegpt": _messages,
+    "alpaca": _alpaca,
+    "question": _question,
+    "preference": _preference,
+    "fields": _fields,
+}
+
+
+def detect_format(row: Any, options: FormatOptions) -> str:
+    """The name of the format that a row is in.
 
     Raises:
-        RowError: something in the row is of a wrong type, or a role is unknown.
+        DataError: none fits; the message names the columns that were found.
     """
-    raw = row.get("messages")
-    if not isinstance(raw, list):
-        raise RowError("bad messages", f"'messages' is {type(raw).__name__}, expected a list")
-    messages = []
-    for number, item in enumerate(raw, 1):
-        if not isinstance(item, Mapping):
-            raise RowError(
-                "bad messages", f"message {number} is {type(item).__name__}, not an object"
-            )
-        role = str(item.get("role", "")).lower()
-        role = _ROLE_NAMES.get(role, role)
-        if role not in ROLES:
-            raise RowError(
-                "unknown role",
-                f"message {number} has role {item.get('role')!r}; known: {', '.join(ROLES)}",
-            )
-        content = item.get("content")
-        if content is None:
-            content = ""
-        if not isinstance(content, str):
-            raise RowError(
-                "bad content", f"content of message {number} is {type(content).__name__}"
-            )
-        messages.append(
-            {**{k: v for k, v in item.items() if v is not None}, "role": role, "content": content}
-        )
-    return _checked(Conversation(messages, row.get("tools") or None))
-
-
-def question_row(row: Row) -> Conversation:
-    """A question column and an answer column.
-
-    Raises:
-        RowError: a column is missing or not text.
-    """
-    question = next((name for name in QUESTION_COLUMNS if row.get(name) is not None), None)
-    answer = next((name for name in ANSWER_COLUMNS if row.get(name) is not None), None)
-    if question is None or answer is None:
-        raise RowError(
-            "missing column", f"columns {', '.join(map(str, row))}: no question or no answer"
-        )
-    messages = []
-    for role, name in (("user", question), ("assistant", answer)):
-        text = row[name]
-        if not isinstance(text, str):
-            raise RowError(
-                "bad content", f"column {name!r} is {type(text).__name__}, expected text"
-            )
-        messages.append({"role": role, "content": text})
-    extra = row.get("input")
-    if question == "instruction" and isinstance(extra, str) and extra:
-        messages[0]["content"] += "\n" + extra
-    if isinstance(row.get("system"), str) and row["system"]:
-        messages.insert(0, {"role": "system", "content": row["system"]})
-    return _checked(Conversation(messages))
-
-
-def _checked(conversation: Conversation) -> Conversation:
-    if not any(message["role"] == "assistant" for message in conversation.messages):
-        raise RowError("no assistant turn", "nothing in this conversation can be trained")
-    return conversation
-
-
-FORMATS: dict[str, Converter] = {"messages": messages_row, "question": question_row}
-
-
-def detect_format(row: Row) -> str:
-    """The name of the format that a first row is in.
-
-    Raises:
-        DataError: no format fits; the message names the columns.
-    """
-    if "messages" in row:
+    if not isinstance(row, Mapping):
+        raise DataError(f"the row is {type(row).__name__}, not an object with columns.")
+    if options.messages_key is not None:
         return "messages"
-    if any(name in row for name in QUESTION_COLUMNS) and any(
-        name in row for name in ANSWER_COLUMNS
-    ):
+    if options.names_fields:
+        return "fields"
+    if "chosen" in row:
+        return "preference"
+    for name in MESSAGE_COLUMNS:
+        if row.get(name) is not None:
+            items = row[name]
+            first = items[0] if isinstance(items, Sequence) and items else None
+            return "sharegpt" if isinstance(first, Mapping) and "from" in first else "messages"
+    if "instruction" in row and any(name in row for name in ANSWER_COLUMNS):
+        return "alpaca"
+    if any(n in row for n in QUESTION_COLUMNS) and any(n in row for n in ANSWER_COLUMNS):
         return "question"
     raise DataError(
-        f"cannot tell the format of rows with columns {', '.join(map(str, row))}. Expected "
-        f"'messages', or one of {', '.join(QUESTION_COLUMNS)} "
-        f"with one of {', '.join(ANSWER_COLUMNS)}."
+        f"cannot tell the format of rows with columns {_columns(row)}. Expected one of "
+        f"{', '.join(MESSAGE_COLUMNS)}; 'chosen'; or one of {', '.join(QUESTION_COLUMNS)} with one "
+        f"of {', '.join(ANSWER_COLUMNS)}. Name the columns with --prompt-key and --response-key, "
+        "or --messages-key, or give --conversation-format."
     )
+
+
+def converter(name: str, options: FormatOptions) -> Converter:
+    """The function of a format, by its name in FORMATS or as ``package.module:function``.
+
+    Raises:
+        DataError: there is no such format or function.
+    """
+    if name in FORMATS:
+        convert = FORMATS[name]
+        return lambda row: convert(row, options)
+    module_name, _, function_name = name.partition(":")
+    if not function_name:
+        raise DataError(
+            f"--conversation-format {name}: unknown; known are {', '.join(FORMATS)}, or "
+            "package.module:function for a function of your own."
+        )
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise DataError(
+            f"--conversation-format {name}: {error}. The module must be importable from here."
+        ) from error
+    return _UserConverter(name, function)
+
+
+@dataclass(frozen=True)
+class _UserConverter:
+    name: str
+    function: Callable[[Row], Any]
+
+    def __call__(self, row: Row) -> Conversation:
+        try:
+            result = self.function(row)
+        except RowError:
+            raise
+        except Exception as error:
+            raise RowError(
+                "converter failed", f"{self.name}: {type(error).__name__}: {error}"
+            ) from error
+        if isinstance(result, Conversation):
+            result = {"messages": result.messages, "tools": result.tools}
+        if isinstance(result, Mapping):
+            return conversation_from_messages(result.get("messages"), result.get("tools"))
+        return conversation_from_messages(result, None, None, self.name)
+
+
+def _pair(
+    row: Row,
+    options: FormatOptions,
+    prompt: str,
+    query: str | None,
+    response: str,
+    history: list[dict[str, Any]],
+) -> Conversation:
+    question = _text(row, prompt, "--prompt-key", missing_is_empty=False)
+    answer = _text(row, response, "--response-key", missing_is_empty=False)
+    if isinstance(question, list) and isinstance(answer, list):
+        return conversation_from_messages([*question, *answer], row.get("tools"))
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise RowError("bad content", f"{prompt!r} and {response!r} are not both text")
+    if query is not None:
+        more = _text(row, query, "--query-key", missing_is_empty=options.query_key is None)
+        if not isinstance(more, str):
+            raise RowError("bad content", f"column {query!r} is not text")
+        question = "\n".join(part for part in (question, more) if part)
+    messages = [
+        *history,
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": answer},
+    ]
+    return conversation_from_messages(messages, row.get("tools"), _system(row, options), "row")
+
+
+def _text(row: Row, column: str, flag: str, missing_is_empty: bool) -> Any:
+    if column not in row:
+        raise _missing(row, column, flag)
+    value = row[column]
+    if value is None and missing_is_empty:
+        return ""
+    if not isinstance(value, (str, list)):
+        kind = "null" if value is None else type(value).__name__
+        raise RowError("bad content", f"column {column!r} is {kind}, expected text")
+    return value
+
+
+def _system(row: Row, options: FormatOptions) -> Any:
+    if options.system_key is not None:
+        if options.system_key not in row:
+            raise _missing(row, options.system_key, "--system-key")
+        return row[options.system_key]
+    return next((row[name] for name in _SYSTEM_COLUMNS if row.get(name)), None)
+
+
+def _first(row: Row, columns: Sequence[str]) -> str:
+    found = next((name for name in columns if row.get(name) is not None), None)
+    if found is None:
+        raise RowError("missing column", f"none of {', '.join(columns)} in columns {_columns(row)}")
+    return found
+
+
+def _missing(row: Row, column: str, flag: str) -> RowError:
+    return RowError("missing column", f"no column {column!r} ({flag}); the row has {_columns(row)}")
+
+
+def _columns(row: Row) -> str:
+    return ", ".join(str(name) for name in list(row)[:20]) or "none"

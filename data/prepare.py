@@ -1,35 +1,97 @@
-"""From rows to Documents: read, convert, render, mask, tokenise, cache."""
+"""From rows to Documents: the options, the cache key, and who builds."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import batched, chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from filelock import FileLock
 
-from data.answer_spans import AnswerFinder, trained_spans
+from data.answer_spans import AnswerFinder, LossOn, Reasoning
+from data.cache_build import FolderSink, MemorySink, feed
 from data.chat_template import ChatTemplate
-from data.errors import DataError, RowError
-from data.formats import FORMATS, detect_format
-from data.sources import RawRow, read_file, resolve_files
-from data.token_cache import CACHE_FORMAT, MANIFEST, Documents, open_documents
-from data.token_mask import token_mask
+from data.errors import DataError
+from data.file_digest import digest_files
+from data.formats import FORMATS, NAMED_DATASETS, FormatOptions, converter, detect_format
+from data.reasoning import keep_reasoning
+from data.row_tokenizer import OnBadRow, Overlong, RowTokenizer, Shard, TokenizeOptions
+from data.separator import choose_separator
+from data.sources import Chunk, dataset_chunks, file_chunks, read_chunk, resolve_files
+from data.template_check import TemplateReport, check_template, probes
+from data.token_cache import Documents, open_documents
+from data.tokenizer_facts import (
+    added_tokens,
+    backend_json,
+    special_tokens,
+    template_source,
+    text_hash,
+)
+from data.worker import WorkerPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OnBadRow = Literal["error", "skip"]
-Overlong = Literal["drop", "error", "trim-turns"]
-_BATCH = 512
+# Below this many bytes starting worker processes costs more than it saves.
+_WORKER_BYTES = 6 << 20
+_MAX_WORKERS = 32
+# Modules that ids, masks and shards depend on: their text is part of every cache key.
+_CODE = (
+    "answer_spans", "cache_build", "chat_template", "conversation", "formats", "messages",
+    "reasoning", "row_tokenizer", "sources", "template_forms", "token_mask", "turn_markup",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How rows become documents; every field has a flag of the same name.
+
+    Attributes:
+        seq_length: Longest document in tokens.
+        on_bad_row: ``error`` stops at the first bad row; ``skip`` counts and lists them.
+        overlong: ``drop`` documents longer than seq_length, stop with an ``error``, or
+            ``trim-turns``: leave out the oldest turns.
+        chat_template: File, name or text of a template; None for the tokenizer's own.
+        conversation_format: Name of the rows' format, or ``package.module:function``; None to
+            detect it from the first row.
+        format_options: Column names.
+        reasoning: ``keep`` trains all reasoning, ``last`` only the last turn's, ``mask`` none.
+        loss_on: Train ``all`` assistant turns or the ``last``.
+        separator: ``auto``, ``none`` or the text of a token.
+        workers: Worker processes; None for one a core, 0 for none.
+        template_variables: Further template variables, such as ``enable_thinking``.
+    """
+
+    seq_length: int
+    on_bad_row: OnBadRow = "error"
+    overlong: Overlong = "drop"
+    chat_template: str | None = None
+    conversation_format: str | None = None
+    format_options: FormatOptions = FormatOptions()
+    reasoning: Reasoning = "keep"
+    loss_on: LossOn = "all"
+    separator: str = "auto"
+    workers: int | None = None
+    template_variables: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.seq_length < 2:
+            raise DataError(f"--seq-length {self.seq_length}: a document needs at least 2 tokens.")
+        name = self.conversation_format
+        if name is not None and name not in FORMATS and ":" not in name:
+            raise DataError(
+                f"--conversation-format {name}: unknown; known are {', '.join(FORMATS)}, or "
+                "package.module:function."
+            )
 
 
 def prepare_documents(
@@ -40,267 +102,290 @@ def prepare_documents(
     tokenizer: PreTrainedTokenizerBase,
     seq_length: int,
     cache_dir: str | Path | None,
-    on_bad_row: OnBadRow = "error",
-    overlong: Overlong = "drop",
-    chat_template: str | None = None,
-    conversation_format: str | None = None,
+    files_flag: str = "--finetune-data-files",
+    **options: Any,
 ) -> Documents:
     """Tokenise the rows of files or of a HuggingFace dataset, or open the cache of an earlier run.
 
     Args:
         files: Files, folders or globs; exactly one of ``files`` and ``hf_dataset`` is given.
-        hf_dataset: Hub name or local folder that ``datasets.load_dataset`` reads.
+        hf_dataset: Hub name, or a local folder with a dataset.
         split: Split of ``hf_dataset``.
         tokenizer: A fast HuggingFace tokenizer.
         seq_length: Longest document in tokens.
         cache_dir: Folder of caches; None keeps everything in memory.
-        on_bad_row: ``error`` stops at the first bad row, ``skip`` counts and lists it.
-        overlong: What happens to documents longer than ``seq_length``.
-        chat_template: Template text or file; None for the tokenizer's own.
-        conversation_format: Name of the rows' format; None to detect it from the first row.
+        files_flag: The flag that ``files`` came from, for messages.
+        options: The other fields of ``PrepareOptions``.
+
+    Returns:
+        Documents of at most ``seq_length`` tokens, each with at least one trained token.
 
     Raises:
         DataError: anything in the data or the options that has to be put right.
     """
     if bool(files) == bool(hf_dataset):
-        raise DataError(
-            "give either --finetune-data-files or --finetune-hf-dataset "
-            f"(found {'both' if files else 'neither'})."
+        found = "both" if files else "neither"
+        raise DataError(f"give either {files_flag} or --finetune-hf-dataset (found {found}).")
+    settings = PrepareOptions(seq_length=seq_length, **options)
+    folder = None if cache_dir is None else Path(cache_dir).expanduser()
+    if hf_dataset is not None:
+        named = NAMED_DATASETS.get(hf_dataset)
+        if named is not None and settings.conversation_format is None:
+            settings = replace(
+                settings, conversation_format=named.format, format_options=named.options
+            )
+            split = named.split if split == "train" else split
+        dataset = load_dataset(hf_dataset, split)
+        source = _Source(
+            name=hf_dataset,
+            chunks=lambda: dataset_chunks(dataset, hf_dataset),
+            digest=str(getattr(dataset, "_fingerprint", hf_dataset)),
+            size=int(getattr(dataset, "size_in_bytes", None) or 1 << 30),
+            names=[f"{hf_dataset}[{split}]"],
         )
-    template_text = _template_text(tokenizer, chat_template)
-    key = hashlib.sha256()
-    if files:
-        paths = resolve_files(files)
-        for path in paths:
-            key.update(hashlib.blake2b(path.read_bytes()).digest())
-        rows: Iterable[RawRow] = chain.from_iterable(read_file(p, i) for i, p in enumerate(paths))
-        name = ", ".join(map(str, paths[:3]))
     else:
-        assert hf_dataset is not None
-        dataset = _load_hub(hf_dataset, split)
-        key.update(str(getattr(dataset, "_fingerprint", hf_dataset)).encode())
-        rows, name = _dataset_rows(dataset, hf_dataset), hf_dataset
-    options = {
-        "cache": CACHE_FORMAT,
-        "template": template_text,
-        "tokenizer": _tokenizer_hash(tokenizer),
-        "seq_length": seq_length,
-        "overlong": overlong,
-        "on_bad_row": on_bad_row,
-        "format": conversation_format,
-    }
-    key.update(json.dumps(options, sort_keys=True).encode())
-    fingerprint = key.hexdigest()[:32]
-    build = _Builder(
-        tokenizer, template_text, seq_length, on_bad_row, overlong, conversation_format
-    )
-    if cache_dir is None:
-        return build.in_memory(rows, fingerprint, name)
-    return _cached(Path(cache_dir), fingerprint, lambda: build.in_memory(rows, fingerprint, name))
+        paths = resolve_files(files, files_flag)
+        source = _Source(
+            name=", ".join(map(str, paths[:3])) + (", ..." if len(paths) > 3 else ""),
+            chunks=lambda: chain.from_iterable(file_chunks(p, i) for i, p in enumerate(paths)),
+            digest=digest_files(paths, folder),
+            size=sum(path.stat().st_size for path in paths),
+            names=[str(path) for path in paths],
+        )
+    return _Preparation(source, tokenizer, settings).documents(folder)
 
 
 def prepare_rows(
     rows: Any, *, tokenizer: PreTrainedTokenizerBase, seq_length: int, **options: Any
 ) -> Documents:
-    """Tokenise rows that are in memory already; see ``prepare_documents`` for the options."""
-    build = _Builder(
-        tokenizer,
-        _template_text(tokenizer, options.get("chat_template")),
-        seq_length,
-        options.get("on_bad_row", "error"),
-        options.get("overlong", "drop"),
-        options.get("conversation_format"),
-    )
-    return build.in_memory(_dataset_rows(rows, "rows"), None, "rows")
+    """Tokenise rows that are in memory: a ``datasets.Dataset`` or a sequence of dictionaries.
+
+    Args:
+        rows: The rows.
+        tokenizer: A fast HuggingFace tokenizer.
+        seq_length: Longest document in tokens.
+        options: The other fields of ``PrepareOptions``.
+
+    Raises:
+        DataError: anything in the rows or the options that has to be put right.
+    """
+    settings = PrepareOptions(seq_length=seq_length, **{"workers": 0, **options})
+    source = _Source("rows", lambda: dataset_chunks(rows, "rows"), "", 0, ["rows"])
+    return _Preparation(source, tokenizer, settings).documents(None)
 
 
-class _Builder:
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        template_text: str,
-        seq_length: int,
-        on_bad_row: OnBadRow,
-        overlong: Overlong,
-        conversation_format: str | None,
-    ) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise DataError("the tokenizer is a slow one without offsets; use a fast tokenizer.")
-        self.backend = backend
-        self.added_ids = frozenset(tokenizer.added_tokens_decoder)
-        added = tokenizer.added_tokens_decoder.values()
-        self.finder = AnswerFinder(
-            ChatTemplate(template_text, _special_tokens(tokenizer)),
-            [token.content for token in added if token.special],
-            [token.content for token in added],
-        )
-        self.seq_length = seq_length
-        self.on_bad_row = on_bad_row
-        self.overlong = overlong
-        self.format = conversation_format
+def load_dataset(name: str, split: str) -> Any:
+    """Load a hub dataset or a local folder.
 
-    def in_memory(self, rows: Iterable[RawRow], fingerprint: str | None, name: str) -> Documents:
-        report: dict[str, Any] = {"read": 0, "kept": 0, "dropped": Counter(), "bad_rows": []}
-        ids: list[np.ndarray] = []
-        masks: list[np.ndarray] = []
-        provenance: list[tuple[int, int]] = []
-        crossing = 0
-        for batch in batched(rows, _BATCH):
-            rendered = list(self._render(batch, report))
-            texts = [text for _, text, _ in rendered]
-            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
-            for (raw, text, spans), encoding in zip(rendered, encodings, strict=True):
-                mask, crossed = token_mask(encoding, spans, text, self.added_ids)
-                crossing += crossed
-                if len(mask) > self.seq_length:
-                    if self.overlong == "error":
-                        raise DataError(
-                            f"{raw.place}: {len(mask)} tokens, --seq-length is {self.seq_length}. "
-                            "Raise --seq-length or pass --overlong drop."
-                        )
-                    report["dropped"]["longer than --seq-length"] += 1
-                elif not mask.any():
-                    report["dropped"]["nothing to train"] += 1
-                else:
-                    ids.append(np.array(encoding.ids, np.int32))
-                    masks.append(mask)
-                    provenance.append((raw.source, raw.number))
-                    report["kept"] += 1
-        if not report["read"]:
-            raise DataError(f"{name}: there are no rows. Give a file with at least one row.")
-        if not ids:
-            raise DataError(
-                f"{name}: no row can be trained; {report['read']} read, dropped: "
-                f"{dict(report['dropped'])}. Check the data, --seq-length and the template."
-            )
-        lengths = [len(document) for document in ids]
-        input_ids, loss_mask = np.concatenate(ids), np.concatenate(masks)
-        report["dropped"] = dict(report["dropped"])
-        report["tokens"] = len(input_ids)
-        report["trained_tokens"] = int(loss_mask.sum())
-        report["boundary_tokens"] = crossing
-        report["max_token_id"] = int(input_ids.max())
-        if fingerprint is None:
-            contents = hashlib.sha256(input_ids.tobytes())
-            contents.update(loss_mask.tobytes())
-            contents.update(np.array(lengths).tobytes())
-            fingerprint = contents.hexdigest()[:32]
-        return Documents(
-            input_ids=input_ids,
-            loss_mask=loss_mask,
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            provenance=np.array(provenance, np.int64).reshape(-1, 2),
-            fingerprint=fingerprint,
-            report=report,
-        )
-
-    def _render(
-        self, batch: Sequence[RawRow], report: dict[str, Any]
-    ) -> Iterator[tuple[RawRow, str, list[tuple[int, int]]]]:
-        for raw in batch:
-            report["read"] += 1
-            try:
-                if raw.error is not None:
-                    raise raw.error
-                if not isinstance(raw.row, Mapping):
-                    raise RowError("not an object", f"the row is {type(raw.row).__name__}")
-                if self.format is None:
-                    try:
-                        self.format = detect_format(raw.row)
-                    except DataError as error:
-                        raise DataError(f"{raw.place}: {error}") from error
-                conversation = FORMATS[self.format](raw.row)
-                rendering = self.finder.find(conversation)
-                yield raw, rendering.text, trained_spans(rendering, conversation)
-            except RowError as error:
-                if self.on_bad_row == "error":
-                    raise DataError(
-                        f"{raw.place}: {error}. Fix the row, or pass --on-bad-row skip to leave "
-                        "out and count such rows."
-                    ) from error
-                report["dropped"][error.reason] += 1
-                report["bad_rows"].append([raw.place, error.reason, error.detail])
-
-
-def _cached(cache_dir: Path, fingerprint: str, build: Any) -> Documents:
-    """Open ``cache_dir/fingerprint``; build and publish it first when it is not there."""
-    folder = cache_dir / fingerprint
-    if not folder.exists():
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(cache_dir / f"{fingerprint}.lock")):
-            if not folder.exists():  # another process may have built it meanwhile
-                documents: Documents = build()
-                _publish(documents, folder)
-    return open_documents(folder)
-
-
-def _publish(documents: Documents, folder: Path) -> None:
-    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        documents.input_ids.tofile(temporary / "input_ids.bin")
-        documents.loss_mask.tofile(temporary / "loss_mask.bin")
-        documents.offsets.tofile(temporary / "offsets.bin")
-        documents.provenance.tofile(temporary / "provenance.bin")
-        manifest = {
-            "format": CACHE_FORMAT,
-            "fingerprint": documents.fingerprint,
-            "documents": len(documents),
-            "tokens": len(documents.input_ids),
-            "report": documents.report,
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
-        os.chmod(temporary, 0o755)
-        os.rename(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
-    for number, row in enumerate(dataset):
-        yield RawRow(0, number, f"{name}, row {number + 1}", row)
-
-
-def _load_hub(name: str, split: str) -> Any:
+    Raises:
+        DataError: it cannot be loaded, or has no such split.
+    """
     import datasets
 
     try:
+        folder = Path(name)
+        if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+            loaded = datasets.load_from_disk(name)
+            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         return datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise DataError(
-            f"--finetune-hf-dataset {name}: cannot be loaded ({str(error).splitlines()[0]}). "
-            f"Check the name, the network, and --finetune-data-split {split}."
+            f"--finetune-hf-dataset {name}: cannot be loaded ({detail}). Check the name, the "
+            f"network, and --finetune-data-split {split}."
         ) from error
 
 
-def _template_text(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    if chat_template is not None:
-        if "{" in chat_template:
-            return chat_template
-        path = Path(chat_template)
-        if not path.is_file():
-            raise DataError(f"--chat-template {chat_template}: no such file.")
-        return path.read_text(encoding="utf-8")
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default")
-    if not own:
-        raise DataError(
-            f"the tokenizer {tokenizer.name_or_path} has no chat template. "
-            "Pass --chat-template FILE with the template of the model's family."
-        )
-    return str(own)
+@dataclass(frozen=True)
+class _Source:
+    name: str
+    chunks: Callable[[], Iterable[Chunk]]
+    digest: str
+    size: int
+    names: list[str]
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    return {
-        name: str(value)
-        for name, value in tokenizer.special_tokens_map.items()
-        if isinstance(value, str)
+class _Preparation:
+    def __init__(
+        self, source: _Source, tokenizer: PreTrainedTokenizerBase, settings: PrepareOptions
+    ) -> None:
+        self.source = source
+        self.settings = settings
+        self.options, self.facts = tokenize_options(tokenizer, settings)
+
+    def documents(self, cache_dir: Path | None) -> Documents:
+        if cache_dir is None:
+            return self._in_memory()
+        fingerprint = self._key()
+        folder = cache_dir / fingerprint
+        if not folder.exists():
+            try:
+                cache_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise DataError(f"--data-cache-dir {cache_dir}: {error}.") from error
+            with FileLock(str(cache_dir / f"{fingerprint}.lock")):
+                if not folder.exists():  # another process may have built it meanwhile
+                    self._build(folder, fingerprint)
+        return open_documents(folder)
+
+    def _build(self, folder: Path, fingerprint: str) -> None:
+        sink = FolderSink(folder.with_name(f"{fingerprint}.building"))
+        try:
+            chunks = islice(self.source.chunks(), sink.done, None)
+            feed(sink, self._shards(chunks, self._with_format()))
+            self._require_documents(sink.counts["read"], sink.counts["kept"], dict(sink.counts))
+            sink.publish(folder, fingerprint, self.facts | {"sources": self.source.names})
+        finally:
+            sink.close()
+
+    def _in_memory(self) -> Documents:
+        sink = MemorySink()
+        feed(sink, self._shards(self.source.chunks(), self._with_format()))
+        counts = sink.counts
+        self._require_documents(counts["read"], counts["kept"], dict(counts))
+        documents = sink.documents("")
+        contents = hashlib.sha256(documents.input_ids.tobytes())
+        contents.update(documents.loss_mask.tobytes())
+        contents.update(documents.offsets.tobytes())
+        report = documents.report | self.facts | {"sources": self.source.names}
+        return replace(documents, fingerprint=contents.hexdigest()[:32], report=report)
+
+    def _shards(self, chunks: Iterable[Chunk], options: TokenizeOptions) -> Iterator[Shard]:
+        count = self.settings.workers
+        if count is None:
+            count = min(_MAX_WORKERS, len(os.sched_getaffinity(0)))
+            if count < 2 or self.source.size < _WORKER_BYTES:
+                count = 0
+        if count == 0:
+            tokenizer = RowTokenizer(options)
+            yield from map(tokenizer.chunk, chunks)
+            return
+        with ExitStack() as stack:
+            pool = WorkerPool(options, count)
+            stack.callback(pool.close)
+            yield from pool.map(iter(chunks))
+
+    def _with_format(self) -> TokenizeOptions:
+        """The options with the format that the first good row is in."""
+        options = self.options
+        if not options.format:
+            name = self._detect()
+            self.facts["format"] = name
+            options = replace(options, format=name)
+        # Resolved here as well, so that a wrong name is refused before workers start.
+        converter(options.format, options.mapping)
+        return options
+
+    def _detect(self) -> str:
+        for piece in self.source.chunks():
+            for raw in read_chunk(piece):
+                if raw.error is not None or not isinstance(raw.row, dict):
+                    if self.settings.on_bad_row == "skip":
+                        continue
+                    return "messages"  # reported with its place when the row is reached
+                try:
+                    return detect_format(raw.row, self.settings.format_options)
+                except DataError as error:
+                    raise DataError(f"{raw.place}: {error}") from error
+        return "messages"
+
+    def _require_documents(self, read: int, kept: int, counts: dict[str, int]) -> None:
+        if not read:
+            raise DataError(f"{self.source.name}: there are no rows. Give data with at least one.")
+        if not kept:
+            dropped = {k: v for k, v in counts.items() if k.startswith("dropped")}
+            raise DataError(
+                f"{self.source.name}: no row can be trained; {read} read, {dropped}. "
+                "Check the rows, --seq-length, --loss-on, --reasoning and the chat template."
+            )
+
+    def _key(self) -> str:
+        """Hash of everything that the documents depend on."""
+        options = {k: v for k, v in vars(self.options).items() if k not in ("tokenizer", "mapping")}
+        parts = [
+            self.source.digest,
+            json.dumps(self.source.names),
+            self.options.tokenizer,
+            json.dumps(options, sort_keys=True, default=str),
+            json.dumps(vars(self.options.mapping), sort_keys=True),
+            json.dumps([importlib.metadata.version(name) for name in ("tokenizers", "jinja2")]),
+            _code_hash(),
+        ]
+        module = (self.settings.conversation_format or "").partition(":")
+        if module[2]:
+            spec = importlib.util.find_spec(module[0])
+            if spec is not None and spec.origin is not None:
+                parts.append(Path(spec.origin).read_text(encoding="utf-8"))
+        return text_hash(*parts)
+
+
+def tokenize_options(
+    tokenizer: PreTrainedTokenizerBase, settings: PrepareOptions
+) -> tuple[TokenizeOptions, dict[str, Any]]:
+    """Resolve settings against a tokenizer, and run the template's self-test.
+
+    Returns:
+        The options for tokenising (``format`` is empty when it has to be detected), and facts for
+        the report: mask method, stops, separator, warnings.
+
+    Raises:
+        DataError: the tokenizer, the template or an option cannot be used.
+    """
+    source, removed = keep_reasoning(template_source(tokenizer, settings.chat_template))
+    special, added = added_tokens(tokenizer)
+    names = special_tokens(tokenizer)
+    backend = backend_json(tokenizer)
+    report, rendered = _self_test(source, names, special, added, settings)
+    report.require_usable()
+    separator = choose_separator(tokenizer, settings.separator, source, rendered)
+    warnings = []
+    if not report.stops_last:
+        warnings.append("the template writes no stop token after the last assistant turn")
+    if report.stops and not report.stop_is_token:
+        warnings.append(f"the stop {report.stops[0]!r} is not a token of this tokenizer")
+    options = TokenizeOptions(
+        tokenizer=backend,
+        special_tokens=names,
+        special=special,
+        added=added,
+        template=source,
+        variables=dict(settings.template_variables),
+        format=settings.conversation_format or "",
+        mapping=settings.format_options,
+        seq_length=settings.seq_length,
+        overlong=settings.overlong,
+        on_bad_row=settings.on_bad_row,
+        reasoning=settings.reasoning,
+        loss_on=settings.loss_on,
+        separator=separator,
+    )
+    facts = {
+        "format": settings.conversation_format,
+        "mask_method": report.method,
+        "stops": report.stops,
+        "separator": separator,
+        "reasoning_parts_removed_from_template": removed,
+        "warnings": warnings,
     }
+    return options, facts
 
 
-def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.backend_tokenizer.to_str() + json.dumps(_special_tokens(tokenizer))
-    return hashlib.sha256(text.encode()).hexdigest()
+def _self_test(
+    source: str,
+    names: dict[str, str],
+    special: tuple[str, ...],
+    added: dict[int, str],
+    settings: PrepareOptions,
+) -> tuple[TemplateReport, str]:
+    template = ChatTemplate(source, names, dict(settings.template_variables))
+    finder = AnswerFinder(template, special, list(added.values()), reasoning=settings.reasoning)
+    report = check_template(finder)
+    first = next(probes()).conversation
+    rendered = finder.find(first).text if report.usable else ""
+    return report, rendered
+
+
+@functools.cache
+def _code_hash() -> str:
+    here = Path(__file__).parent
+    return text_hash(*((here / f"{name}.py").read_text(encoding="utf-8") for name in _CODE))

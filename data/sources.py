@@ -1,17 +1,33 @@
-"""Where rows come from: files, folders and globs on disk, and HuggingFace datasets."""
+"""Where rows come from: files, folders and globs on disk, and HuggingFace datasets.
+
+A source is cut into chunks of raw bytes or Arrow batches, which cost next to nothing to make and to
+send, and are parsed where they are tokenised. The cut depends on the data alone, so chunk k of a
+second run is chunk k of the first, and a build can go on where it was killed.
+"""
 
 from __future__ import annotations
 
+import csv
 import glob
+import gzip
+import io
 import json
+import pickle
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Literal
 
 from data.errors import DataError, RowError
 
-SUFFIXES = (".json", ".jsonl", ".parquet")
+FORMATS = (".jsonl", ".json", ".parquet", ".csv")
+COMPRESSIONS = (".gz", ".zst")
+CHUNK_BYTES = 1 << 19
+CHUNK_ROWS = 1024
+
+Kind = Literal["lines", "rows", "arrow"]
 
 
 @dataclass(frozen=True)
@@ -33,70 +49,285 @@ class RawRow:
     error: RowError | None = None
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Some consecutive rows of one source, not parsed yet.
+
+    Attributes:
+        source: Number of the source.
+        name: Its name, for messages.
+        first: Number of the first row (of the first line, for ``lines``), from 0.
+        kind: ``lines`` of JSON, pickled ``rows``, or an ``arrow`` stream.
+        payload: The bytes.
+    """
+
+    source: int
+    name: str
+    first: int
+    kind: Kind
+    payload: bytes
+
+
 def resolve_files(files: Sequence[str], flag: str = "--finetune-data-files") -> list[Path]:
-    """Expand files, folders and globs, in a stable order.
+    """Expand files, folders and globs, in a stable order, each file once.
 
     Raises:
-        DataError: something does not exist, matches nothing, or has an unknown suffix.
+        DataError: something does not exist, matches nothing, is empty, or has an unknown suffix.
     """
     found: list[Path] = []
+    known = ", ".join(FORMATS) + " (also with .gz or .zst)"
     for name in files:
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES)
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and _format(p) in FORMATS)
             if not inside:
-                raise DataError(f"{flag} {name}: the folder has no {', '.join(SUFFIXES)} file.")
+                raise DataError(f"{flag} {name}: the folder holds no file of type {known}.")
             found += inside
         elif path.is_file():
             found.append(path)
         else:
             matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-            if not matches:
+            if not any(match.is_file() for match in matches):
                 raise DataError(f"{flag} {name}: no such file, folder or pattern. Check the path.")
             found += [match for match in matches if match.is_file()]
     for path in found:
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{flag} {path}: unknown file type; known are {', '.join(SUFFIXES)}.")
+        if _format(path) not in FORMATS:
+            raise DataError(f"{flag} {path}: unknown file type; known are {known}.")
         if path.stat().st_size == 0:
             raise DataError(f"{flag} {path}: the file is empty. Remove it or give another.")
-    return found
+    return list(dict.fromkeys(found))
 
 
-def read_file(path: Path, source: int) -> Iterator[RawRow]:
-    """Rows of one file, one at a time."""
-    if path.suffix == ".jsonl":
-        yield from _read_jsonl(path, source)
-    elif path.suffix == ".json":
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except json.JSONDecodeError as error:
-            if error.msg.startswith("Extra data"):
-                yield from _read_jsonl(path, source)
-                return
-            raise DataError(f"{path}:{error.lineno}: not valid JSON ({error.msg}).") from error
-        if not isinstance(rows, list):
-            rows = [rows]
-        for number, row in enumerate(rows):
-            yield RawRow(source, number, f"{path}, row {number + 1}", row)
+def file_chunks(path: Path, source: int) -> Iterator[Chunk]:
+    """Cut one file into chunks.
+
+    Raises:
+        DataError: the file as a whole cannot be read: damaged, or not what its suffix says.
+    """
+    kind = _format(path)
+    try:
+        if kind == ".parquet":
+            yield from _parquet_chunks(path, source)
+        elif kind == ".csv":
+            yield from _csv_chunks(path, source)
+        elif kind == ".json" and not _is_json_lines(path):
+            yield from _json_chunks(path, source)
+        else:
+            yield from _line_chunks(path, source)
+    except (OSError, EOFError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        message = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{path}: cannot be read as {kind[1:]} ({message[:200]}). "
+            "The file is damaged or of another type; write it again or leave it out."
+        ) from error
+
+
+def dataset_chunks(dataset: Any, name: str, source: int = 0) -> Iterator[Chunk]:
+    """Cut a ``datasets.Dataset`` or a sequence of rows into chunks."""
+    if hasattr(dataset, "with_format") and hasattr(dataset, "features"):
+        arrow = dataset.with_format("arrow")
+        for first in range(0, len(dataset), CHUNK_ROWS):
+            table = arrow[first : first + CHUNK_ROWS]
+            yield Chunk(source, name, first, "arrow", _arrow_bytes(table))
+        return
+    first = 0
+    for rows in batched(dataset, CHUNK_ROWS):
+        yield Chunk(source, name, first, "rows", pickle.dumps(list(rows)))
+        first += len(rows)
+
+
+def read_chunk(chunk: Chunk) -> Iterator[RawRow]:
+    """Parse the rows of a chunk; a row that cannot be parsed carries its error."""
+    if chunk.kind == "lines":
+        yield from _parse_lines(chunk)
+        return
+    if chunk.kind == "rows":
+        rows = pickle.loads(chunk.payload)  # noqa: S301 - made by dataset_chunks in this run
     else:
-        import pyarrow.parquet
+        import pyarrow
 
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            for row in batch.to_pylist():
-                yield RawRow(source, number, f"{path}, row {number + 1}", row)
-                number += 1
+        with pyarrow.ipc.open_stream(chunk.payload) as stream:
+            rows = stream.read_all().to_pylist()
+    for offset, row in enumerate(rows):
+        number = chunk.first + offset
+        place = f"{chunk.name}, row {number + 1}"
+        error = row if isinstance(row, RowError) else None
+        yield RawRow(chunk.source, number, place, None if error else row, error)
 
 
-def _read_jsonl(path: Path, source: int) -> Iterator[RawRow]:
-    number = 0
-    with path.open("rb") as lines:
-        for line_number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{line_number}"
-            try:
-                yield RawRow(source, number, place, json.loads(line.decode("utf-8-sig")))
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                yield RawRow(source, number, place, None, RowError("bad JSON", str(error)))
-            number += 1
+def _parse_lines(chunk: Chunk) -> Iterator[RawRow]:
+    for offset, line in enumerate(chunk.payload.split(b"\n")):
+        if not line or line.isspace():
+            continue
+        number = chunk.first + offset
+        place = f"{chunk.name}:{number + 1}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if isinstance(error, RecursionError):
+                detail = "nested too deeply"
+            elif isinstance(error, UnicodeDecodeError):
+                detail = f"not UTF-8 ({error.reason} at byte {error.start})"
+            else:
+                detail = str(error)[:200]
+            problem = RowError("bad JSON", detail)
+            yield RawRow(chunk.source, number, place, None, problem)
+            continue
+        yield RawRow(chunk.source, number, place, row)
+
+
+def _line_chunks(path: Path, source: int) -> Iterator[Chunk]:
+    with _open(path) as stream:
+        rest, line = stream.read(3), 0
+        rest = rest.removeprefix(b"\xef\xbb\xbf")
+        while True:
+            block = stream.read(CHUNK_BYTES)
+            if not block:
+                break
+            block = rest + block
+            cut = block.rfind(b"\n") + 1
+            whole, rest = block[:cut], block[cut:]
+            if whole:
+                yield Chunk(source, str(path), line, "lines", whole)
+                line += whole.count(b"\n")
+        if rest:
+            yield Chunk(source, str(path), line, "lines", rest)
+
+
+def _json_chunks(path: Path, source: int) -> Iterator[Chunk]:
+    for first, rows in enumerate(batched(_json_values(path), CHUNK_ROWS)):
+        yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickle.dumps(list(rows)))
+
+
+def _json_values(path: Path) -> Iterator[Any]:
+    """Elements of a top-level array, read piece by piece."""
+    decoder = json.JSONDecoder()
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
+        buffer, at, line, wanted = "", 0, 1, 1 << 16
+        opened = False
+
+        def fail(what: str, more_lines: int = 0) -> DataError:
+            return DataError(
+                f"{path}:{line + more_lines}: not valid JSON ({what}). Fix the file; a "
+                ".json file holds one array of rows, or one row on each line."
+            )
+
+        while True:
+            block = stream.read(wanted)
+            buffer, at = buffer[at:] + block, 0
+            while True:
+                while at < len(buffer) and buffer[at] in " \t\r\n,":
+                    line += buffer[at] == "\n"
+                    at += 1
+                if at == len(buffer):
+                    break
+                if not opened:
+                    if buffer[at] != "[":
+                        raise fail(f"it begins with {buffer[at : at + 20]!r}, expected '['")
+                    opened, at = True, at + 1
+                    continue
+                if buffer[at] == "]":
+                    if (buffer[at + 1 :] + stream.read(1 << 16)).strip():
+                        raise fail("something follows the closing ']'")
+                    return
+                try:
+                    value, end = decoder.raw_decode(buffer, at)
+                except json.JSONDecodeError as error:
+                    if block:
+                        break  # the element may go on in the next block
+                    raise fail(error.msg, buffer.count("\n", at, error.pos)) from error
+                except RecursionError:
+                    raise fail("nested too deeply") from None
+                if end == len(buffer) and block:
+                    break
+                line += buffer.count("\n", at, end)
+                yield value
+                at = end
+            if not block:
+                raise fail("the file ends before the closing ']'")
+            # Blocks grow with an unfinished element, so that a huge row is not parsed too often.
+            wanted = max(1 << 16, len(buffer) - at)
+
+
+def _csv_chunks(path: Path, source: int) -> Iterator[Chunk]:
+    csv.field_size_limit(1 << 30)
+    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        try:
+            header = next(reader, [])
+            if len(set(header)) != len(header):
+                raise DataError(f"{path}:1: two columns have the same name: {', '.join(header)}.")
+            for first, records in enumerate(batched(reader, CHUNK_ROWS)):
+                rows: list[Any] = []
+                for record in records:
+                    if len(record) == len(header):
+                        rows.append(dict(zip(header, record, strict=True)))
+                    elif record:
+                        detail = f"{len(record)} fields, the header has {len(header)}"
+                        rows.append(RowError("bad CSV", detail))
+                    else:
+                        rows.append(RowError("bad CSV", "empty line"))
+                yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickle.dumps(rows))
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from error
+
+
+def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            first = 0
+            for batch in file.iter_batches(CHUNK_ROWS):
+                table = pyarrow.Table.from_batches([batch])
+                yield Chunk(source, str(path), first, "arrow", _arrow_bytes(table))
+                first += len(batch)
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
+
+
+def _arrow_bytes(table: Any) -> bytes:
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    payload: bytes = sink.getvalue().to_pybytes()
+    return payload
+
+
+def _format(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[IO[bytes]]:
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        try:
+            with gzip.open(path, "rb") as stream:
+                yield stream  # type: ignore[misc]
+        except gzip.zlib.error as error:  # type: ignore[attr-defined]
+            raise ValueError(str(error)) from error
+    elif suffix == ".zst":
+        import zstandard
+
+        try:
+            with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as out:
+                yield io.BufferedReader(out, 1 << 17)
+        except zstandard.ZstdError as error:
+            raise ValueError(str(error)) from error
+    else:
+        with path.open("rb") as stream:
+            yield stream
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a .json file holds an object on each line; an array begins with a bracket."""
+    with _open(path) as stream:
+        head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return not head.startswith(b"[")

@@ -1,0 +1,75 @@
+"""Digests of data files, remembered so that a warm start does not read the data again.
+
+A remembered digest counts only for the same path, size and time of change, and only if the file was
+not written within a moment of being digested (then a later write could leave all three the same).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+
+_MEMORY = "digests.json"
+_SETTLED_NS = 2_000_000_000
+
+
+def digest_files(paths: Sequence[Path], memory_dir: Path | None) -> str:
+    """One hash of the contents of all files, in their order.
+
+    Args:
+        paths: The files.
+        memory_dir: Folder that remembers digests; None to read every file.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    memory = _load(memory_dir)
+    changed = False
+    digests = []
+    for path in paths:
+        try:
+            stat = path.stat()
+            identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            known = memory.get(str(path.resolve()))
+            if known and known[:3] == identity:
+                digests.append(known[3])
+                continue
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error}).") from error
+        digests.append(digest)
+        if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
+            memory[str(path.resolve())] = [*identity, digest]
+            changed = True
+    if changed and memory_dir is not None:
+        _store(memory_dir, memory)
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _load(memory_dir: Path | None) -> dict[str, Any]:
+    if memory_dir is None:
+        return {}
+    try:
+        memory: dict[str, Any] = json.loads((memory_dir / _MEMORY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return memory
+
+
+def _store(memory_dir: Path, memory: dict[str, Any]) -> None:
+    # Only a help: a folder that cannot be written is reported when the cache is.
+    with contextlib.suppress(OSError):
+        memory_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=memory_dir, delete=False) as file:
+            json.dump(memory, file)
+        os.replace(file.name, memory_dir / _MEMORY)

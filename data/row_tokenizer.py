@@ -1,0 +1,331 @@
+"""Rows of one chunk to token ids and masks: the part of preparing that runs in worker processes.
+
+Imports neither torch nor transformers, so that a worker starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer
+
+from data.answer_spans import AnswerFinder, LossOn, Reasoning, trained_spans
+from data.chat_template import ChatTemplate, Span
+from data.conversation import Conversation
+from data.errors import DataError, RowError
+from data.formats import FormatOptions, converter
+from data.sources import Chunk, RawRow, read_chunk
+from data.token_mask import token_mask
+
+OnBadRow = Literal["error", "skip"]
+Overlong = Literal["drop", "error", "trim-turns"]
+
+OVERLONG = "longer than --seq-length"
+NOTHING_TO_TRAIN = "nothing to train"
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Everything that the ids and masks of a row depend on; plain data, sent to workers.
+
+    Attributes:
+        tokenizer: The tokenizers library's JSON.
+        special_tokens: Names and texts that templates may use, such as ``eos_token``.
+        special: Texts of special tokens.
+        added: Ids and texts of all added tokens.
+        template: Jinja source.
+        variables: Further template variables.
+        format: Name of the rows' format, resolved.
+        mapping: Column names and converters for it.
+        seq_length: Longest document.
+        overlong: What happens to longer ones.
+        on_bad_row: What happens to rows that cannot be used.
+        reasoning: Which reasoning is trained.
+        loss_on: Which turns are trained.
+        separator: Token id appended to every document, never trained; None for none.
+        texts: Whether the rendered text and dropped rows are wanted too (previews).
+    """
+
+    tokenizer: str
+    special_tokens: dict[str, str]
+    special: tuple[str, ...]
+    added: dict[int, str]
+    template: str
+    variables: dict[str, Any]
+    format: str
+    mapping: FormatOptions
+    seq_length: int
+    overlong: Overlong = "drop"
+    on_bad_row: OnBadRow = "error"
+    reasoning: Reasoning = "keep"
+    loss_on: LossOn = "all"
+    separator: int | None = None
+    texts: bool = False
+
+
+@dataclass
+class RowResult:
+    """One row's fate, for previews.
+
+    Attributes:
+        raw: The row as it was read.
+        status: ``kept``, ``trimmed`` or ``dropped``.
+        reason: Why it was dropped, else empty.
+        text: The rendered text.
+        input_ids: Token ids; empty when there are none.
+        loss_mask: Mask.
+        offsets: Character span of each token.
+    """
+
+    raw: RawRow
+    status: str
+    reason: str
+    text: str = ""
+    input_ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    offsets: list[Span] = field(default_factory=list)
+
+
+@dataclass
+class Shard:
+    """The documents of one chunk.
+
+    Attributes:
+        input_ids: int32 ``[tokens]``.
+        loss_mask: uint8 ``[tokens]``.
+        lengths: int64 ``[documents]``.
+        provenance: int64 ``[documents, 2]``: source and row number.
+        counts: Rows read, kept and dropped by reason, turns, tokens.
+        bad_rows: (place, reason, detail) of rows that were skipped.
+        error: The message of a row that stops the run.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8]
+    lengths: npt.NDArray[np.int64]
+    provenance: npt.NDArray[np.int64]
+    counts: dict[str, int]
+    bad_rows: list[tuple[str, str, str]]
+    error: str | None = None
+
+
+@dataclass
+class _Pending:
+    raw: RawRow
+    conversation: Conversation
+    text: str
+    spans: list[Span]
+    turns: int
+    stopped: int
+
+
+class RowTokenizer:
+    """Tokenises chunks of rows.
+
+    Args:
+        options: What to do.
+    """
+
+    def __init__(self, options: TokenizeOptions) -> None:
+        self.options = options
+        self.backend = Tokenizer.from_str(options.tokenizer)
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.convert = converter(options.format, options.mapping)
+        template = ChatTemplate(options.template, options.special_tokens, options.variables)
+        self.finder = AnswerFinder(
+            template,
+            options.special,
+            list(options.added.values()),
+            reasoning=options.reasoning,
+        )
+        self._added_ids = frozenset(options.added)
+
+    def chunk(self, chunk: Chunk) -> Shard:
+        """Tokenise the rows of one chunk; under ``error`` the first bad row's message is set."""
+        counts: Counter[str] = Counter()
+        ids: list[list[int]] = []
+        masks: list[npt.NDArray[np.uint8]] = []
+        provenance: list[tuple[int, int]] = []
+        bad: list[tuple[str, str, str]] = []
+        error: str | None = None
+        try:
+            for result in self.rows(read_chunk(chunk), counts, bad):
+                pending, encoding, mask = result
+                ids.append(encoding)
+                masks.append(mask)
+                provenance.append((pending.raw.source, pending.raw.number))
+        except DataError as problem:
+            error = str(problem)
+        lengths = np.array([len(document) for document in ids], np.int64)
+        flat = [token for document in ids for token in document]
+        return Shard(
+            input_ids=np.array(flat, np.int32),
+            loss_mask=np.concatenate(masks) if masks else np.empty(0, np.uint8),
+            lengths=lengths,
+            provenance=np.array(provenance, np.int64).reshape(-1, 2),
+            counts=dict(counts),
+            bad_rows=bad,
+            error=error,
+        )
+
+    def rows(
+        self, raws: Iterator[RawRow], counts: Counter[str], bad: list[tuple[str, str, str]]
+    ) -> Iterator[tuple[_Pending, list[int], npt.NDArray[np.uint8]]]:
+        """Documents of rows, batch by batch, with the counts kept up to date.
+
+        Raises:
+            DataError: a row that stops the run.
+        """
+        batch: list[_Pending] = []
+        for raw in raws:
+            counts["read"] += 1
+            try:
+                batch.append(self.render(raw))
+            except RowError as error:
+                # The rows before it come first, so that the first fault in the file is reported.
+                yield from self._tokenize(batch, counts, bad)
+                batch = []
+                self._bad(raw, error, counts, bad)
+            if len(batch) == _BATCH:
+                yield from self._tokenize(batch, counts, bad)
+                batch = []
+        yield from self._tokenize(batch, counts, bad)
+
+    def render(self, raw: RawRow) -> _Pending:
+        """Convert and render one row.
+
+        Raises:
+            RowError: the row cannot be used.
+        """
+        if raw.error is not None:
+            raise raw.error
+        if not isinstance(raw.row, Mapping):
+            raise RowError("not an object", f"the row is {type(raw.row).__name__}, not an object")
+        conversation = self.convert(raw.row)
+        return self._rendered(raw, conversation)
+
+    def _rendered(self, raw: RawRow, conversation: Conversation) -> _Pending:
+        rendering = self.finder.find(conversation)
+        if not rendering.text.isascii():
+            try:
+                rendering.text.encode()
+            except UnicodeEncodeError as error:
+                raise RowError("bad text", f"not valid Unicode ({error.reason})") from error
+        spans = trained_spans(rendering, conversation, self.options.reasoning, self.options.loss_on)
+        stopped = sum(turn.stopped for turn in rendering.turns)
+        return _Pending(raw, conversation, rendering.text, spans, len(rendering.turns), stopped)
+
+    def _tokenize(
+        self, batch: Sequence[_Pending], counts: Counter[str], bad: list[tuple[str, str, str]]
+    ) -> Iterator[tuple[_Pending, list[int], npt.NDArray[np.uint8]]]:
+        if not batch:
+            return
+        texts = [pending.text for pending in batch]
+        encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        for pending, encoding in zip(batch, encodings, strict=True):
+            try:
+                ids, mask, crossed, trimmed = self._document(pending, encoding)
+            except RowError as error:
+                if error.reason in (OVERLONG, NOTHING_TO_TRAIN):
+                    if error.reason == OVERLONG and self.options.overlong == "error":
+                        raise DataError(
+                            f"{pending.raw.place}: {error.detail}. Raise --seq-length, or pass "
+                            "--overlong drop or trim-turns."
+                        ) from error
+                    counts[f"dropped: {error.reason}"] += 1
+                    bad.append((pending.raw.place, error.reason, error.detail))
+                else:
+                    self._bad(pending.raw, error, counts, bad)
+                continue
+            counts["kept"] += 1
+            counts["trimmed"] += trimmed
+            counts["turns"] += pending.turns
+            counts["stopped turns"] += pending.stopped
+            counts["boundary tokens"] += crossed
+            counts["tokens"] += len(ids)
+            counts["trained tokens"] += int(mask.sum())
+            counts["max token id"] = max(counts["max token id"], max(ids))
+            yield pending, ids, mask
+
+    def _document(
+        self, pending: _Pending, encoding: Encoding
+    ) -> tuple[list[int], npt.NDArray[np.uint8], int, bool]:
+        """Ids and mask of a row, shortened if need be.
+
+        Raises:
+            RowError: it is too long, or nothing in it is trained.
+        """
+        room = self.options.seq_length - (self.options.separator is not None)
+        trimmed = False
+        if len(encoding) > room:
+            length = len(encoding)
+            if self.options.overlong == "trim-turns":
+                shorter = self._trim(pending, room)
+                if shorter is not None:
+                    pending.text, pending.spans = shorter.text, shorter.spans
+                    encoding = self.backend.encode(pending.text, add_special_tokens=False)
+                    trimmed = True
+            if not trimmed:
+                raise RowError(OVERLONG, f"{length} tokens, --seq-length is {room}")
+        mask, crossed = token_mask(encoding, pending.spans, pending.text, self._added_ids)
+        if not mask.any():
+            raise RowError(NOTHING_TO_TRAIN, "no token of this row is trained")
+        ids: list[int] = encoding.ids
+        if self.options.separator is not None:
+            if self.options.separator in ids:
+                text = self.options.added[self.options.separator]
+                raise RowError("separator in text", f"the row holds the separator {text!r}")
+            ids = [*ids, self.options.separator]
+            mask = np.append(mask, np.uint8(0))
+        return ids, mask, crossed, trimmed
+
+    def _trim(self, pending: _Pending, room: int) -> _Pending | None:
+        """Leave out the oldest turns, question and answers together, until the rest fits.
+
+        What is left is rendered like any conversation, so no header, answer or stop is ever cut.
+        """
+        messages = pending.conversation.messages
+        first = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
+        starts = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
+        low, high = 0, len(starts)
+        best: _Pending | None = None
+        while low < high:  # the fewest turns that have to go
+            middle = (low + high) // 2
+            cut = starts[middle]
+            shorter = Conversation(
+                [*messages[:first], *messages[cut:]],
+                pending.conversation.tools,
+                [*pending.conversation.trained[:first], *pending.conversation.trained[cut:]],
+            )
+            try:
+                rendered = self._rendered(pending.raw, shorter)
+                fits = len(self.backend.encode(rendered.text, add_special_tokens=False)) <= room
+            except RowError:
+                rendered, fits = None, False
+            if fits and rendered is not None:
+                best, high = rendered, middle
+            else:
+                low = middle + 1
+        return best
+
+    def _bad(
+        self,
+        raw: RawRow,
+        error: RowError,
+        counts: Counter[str],
+        bad: list[tuple[str, str, str]],
+    ) -> None:
+        if self.options.on_bad_row == "error":
+            raise DataError(
+                f"{raw.place}: {error}. Fix the row, or pass --on-bad-row skip to leave out and "
+                "count such rows."
+            ) from error
+        counts[f"dropped: {error.reason}"] += 1
+        bad.append((raw.place, error.reason, error.detail))

@@ -1,0 +1,131 @@
+"""Small differences between templates in what messages must look like, found out by trying.
+
+One conversation can be written down in several ways that mean the same: content as a string or as a
+list of parts, tool arguments as an object or as JSON text, reasoning in a field or inside the
+content. A template reads one of them and drops, or trips over, the others. Each choice is made once
+for a template, by rendering a tiny conversation and looking whether everything said comes out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from data.chat_template import ANSWER_OPEN, ChatTemplate, Message
+from data.conversation import mark_conversation, split_thinking
+from data.errors import RowError
+
+ReasoningForm = Literal["as is", "reasoning_content", "thinking", "reasoning", "inline"]
+_NO_CONTENT: tuple[Any, ...] = ("", None)
+
+
+class MessageForms:
+    """The forms that one template wants.
+
+    Args:
+        template: The compiled template.
+    """
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self.parts = False
+        self.reasoning: ReasoningForm = "as is"
+        self.arguments_as_text = False
+        self.no_content: Any = ""
+        ask: Message = {"role": "user", "content": "q q"}
+        plain = [ask, {"role": "assistant", "content": "a a"}]
+        if not self._survives(plain):
+            if template.no_tools is None:
+                template.no_tools = []
+                if not self._survives(plain):
+                    template.no_tools = None
+            if template.no_tools is None:
+                self.parts = True
+                self.parts = self._survives(plain)
+        self.reasoning = self._learn_reasoning(ask)
+        self._learn_tool_calls(ask)
+
+    def apply(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages in this template's forms; the same objects where nothing changes."""
+        return [self._message(message) for message in messages]
+
+    def _message(self, message: Message) -> Message:
+        if message["role"] == "assistant":
+            if self.reasoning != "as is":
+                message = _place_reasoning(message, self.reasoning)
+            if message.get("tool_calls"):
+                message = {**message, "tool_calls": [self._call(c) for c in message["tool_calls"]]}
+                if not message["content"]:
+                    message["content"] = self.no_content
+        if self.parts and isinstance(message["content"], str):
+            message = {**message, "content": [{"type": "text", "text": message["content"]}]}
+        return message
+
+    def _call(self, call: dict[str, Any]) -> dict[str, Any]:
+        function = call["function"]
+        if self.arguments_as_text and not isinstance(function["arguments"], str):
+            text = json.dumps(function["arguments"], ensure_ascii=False)
+            return {**call, "function": {**function, "arguments": text}}
+        return call
+
+    def _survives(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> bool:
+        """Whether each thing that the assistant says comes out exactly once."""
+        marked, pieces = mark_conversation(self.apply(messages))
+        try:
+            text = self.template.render(marked, tools)
+        except RowError:
+            return False
+        if text.count(ANSWER_OPEN) != len(pieces):
+            return False
+        for piece in pieces:
+            if piece.text is not None and f"{ANSWER_OPEN}{piece.text}" not in text:
+                return False
+        return True
+
+    def _learn_reasoning(self, ask: Message) -> ReasoningForm:
+        """Where reasoning has to be; ``as is`` when the template takes both usual places."""
+        self.reasoning = "as is"
+        field = [ask, {"role": "assistant", "content": "a a", "reasoning_content": "r r"}]
+        inline = [ask, {"role": "assistant", "content": "<think>\nr r\n</think>\n\na a"}]
+        if self._survives(field) and self._survives(inline):
+            return "as is"
+        forms: tuple[ReasoningForm, ...] = ("reasoning_content", "thinking", "reasoning", "inline")
+        for form in forms:
+            self.reasoning = form
+            if self._survives(field):
+                return form
+        return "as is"
+
+    def _learn_tool_calls(self, ask: Message) -> None:
+        function = {"name": "look", "arguments": {"a": "b b"}}
+        call = {"type": "function", "id": "call12345", "function": function}
+        messages: list[Message] = [
+            ask,
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "r r", "name": "look", "tool_call_id": "call12345"},
+            {"role": "assistant", "content": "a a"},
+        ]
+        for as_text in (False, True):
+            for no_content in _NO_CONTENT:
+                self.arguments_as_text, self.no_content = as_text, no_content
+                if self._survives(messages):
+                    return
+        self.arguments_as_text, self.no_content = False, ""
+
+
+def _place_reasoning(message: Message, form: ReasoningForm) -> Message:
+    """Move the reasoning of an assistant message to where the template reads it."""
+    content = message["content"]
+    reasoning = message.get("reasoning_content")
+    if form == "inline":
+        if not reasoning:
+            return message
+        rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+        return {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{content or ''}"}
+    if not reasoning and isinstance(content, str) and "</think>" in content:
+        reasoning, content = split_thinking(content)
+    if not reasoning:
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**rest, "content": content, form: reasoning}

@@ -1,0 +1,215 @@
+"""What a template writes around an assistant turn: headers before it, stops after it.
+
+Both are learned from the template itself with tiny conversations, never from a list of models.
+
+- The *header* is what inference puts before the answer: the template's own generation prompt, cut
+  where an answered conversation departs from it.
+- A *stop* is the run of special tokens that first follows an answer, both in the last turn and in
+  an earlier one; where the two differ, each has its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from data.chat_template import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    BLOCK_CLOSE,
+    BLOCK_OPEN,
+    OTHER_CLOSE,
+    ChatTemplate,
+    Message,
+    split_marks,
+)
+from data.conversation import mark_conversation
+from data.errors import RowError
+
+_ANY_MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
+_OPENING_THINK = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+_ASK: Message = {"role": "user", "content": "q q"}
+_ANSWER: Message = {"role": "assistant", "content": "a a"}
+_CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [
+        {
+            "type": "function",
+            "id": "call12345",
+            "function": {"name": "look", "arguments": {"a": "b"}},
+        }
+    ],
+}
+_RESULT: Message = {
+    "role": "tool",
+    "content": "r r",
+    "name": "look",
+    "tool_call_id": "call12345",
+}
+
+
+class TurnMarkup:
+    """Headers and stops of one template.
+
+    Args:
+        template: The compiled template.
+        special_tokens: Texts of the tokenizer's special tokens; stops are among them.
+        added_tokens: Texts of all its added tokens, looked at when no special token follows.
+        forms: Brings messages into the form that the template wants.
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        special_tokens: Sequence[str],
+        added_tokens: Sequence[str],
+        forms: Callable[[Sequence[Message]], list[Message]],
+    ) -> None:
+        self._template = template
+        self._forms = forms
+        self.tokens = _any_of([*special_tokens, *added_tokens])
+        self._tiers = [_any_of(special_tokens), self.tokens]
+        self._headers: dict[str | None, str | None] = {}
+        self.stops: list[str] = []
+        self._learn_stops()
+        self.stop_pattern = _any_of(self.stops)
+        self.stop_is_token = bool(self.stops) and all(
+            self.tokens.search(stop) for stop in self.stops
+        )
+
+    # -- headers ---------------------------------------------------------------------------------
+
+    def header(self, role: str | None) -> str | None:
+        """What precedes an answer after a message of ``role``; None when it cannot be learned."""
+        if role not in self._headers:
+            try:
+                self._headers[role] = self._learn_header(role)
+            except RowError:
+                self._headers[role] = None
+        return self._headers[role]
+
+    def header_in(self, gap: str, role: str | None) -> str:
+        """The header at the end of ``gap``, the text between the last speaker and the answer.
+
+        Raises:
+            RowError: the gap is not what the template writes in the self-test.
+        """
+        header = self.header(role)
+        if header is not None:
+            if gap.startswith(header):
+                return header
+            if header.startswith(gap):
+                return gap
+        # After another ending the same words may name the assistant.
+        for known in (header, self.header("user")):
+            core = self._core(known)
+            if core and core in gap:
+                return gap[: gap.rindex(core) + len(core)]
+        raise RowError(
+            "header not found",
+            f"after role {role!r} the template writes {gap[-60:]!r} before the answer, "
+            f"expected {header!r}",
+        )
+
+    def _core(self, header: str | None) -> str:
+        found = [match.start() for match in self.tokens.finditer(header or "")]
+        return (header or "")[found[-1] :] if found else ""
+
+    def _learn_header(self, role: str | None) -> str:
+        history: list[Message] = [_ASK]
+        if role == "tool":
+            history += [_CALL, _RESULT]
+        elif role == "assistant":
+            history += [_ANSWER]
+        elif role == "system":
+            history = [{"role": "system", "content": "s s"}]
+        elif role is None:
+            history = []
+        prompt = self._render(history, add_generation_prompt=True) if history else ""
+        whole = self._render([*history, _ANSWER])
+        closing = ANSWER_CLOSE if role == "assistant" else OTHER_CLOSE
+        opening = whole.rfind(ANSWER_OPEN)
+        begin = whole.rfind(closing, 0, max(opening, 0)) + 1
+        if opening < 0 or (history and not begin):
+            raise RowError("header not found", "the template drops the self-test's messages")
+        gap = whole[begin:opening]
+        if role is None:
+            known = self.header("user") or ""
+            core = self._core(known)
+            if core and core in gap:
+                return gap[: gap.rindex(core) + len(core)]
+            return gap
+        offered = prompt[prompt.rfind(closing) + 1 :]
+        header = _common_prefix(gap, offered)
+        if gap[len(header) :].strip() and "add_generation_prompt" not in self._template.source:
+            # No generation prompt to learn from: all that precedes the answer is header.
+            header = gap
+        # A think tag that the template opens by itself varies from turn to turn.
+        return _OPENING_THINK.sub("", header)
+
+    # -- stops -----------------------------------------------------------------------------------
+
+    def _learn_stops(self) -> None:
+        last = self._tail([_ASK, _ANSWER])
+        middle = self._tail([_ASK, _ANSWER, _ASK, _ANSWER])
+        called = self._tail([_ASK, _CALL, _RESULT, _ANSWER])
+        open_call = self._tail([_ASK, _CALL])
+        shared = _common_prefix(last or "", middle or "")
+        for tier in self._tiers:
+            run = tier.search(shared)
+            if run:
+                self._add_stop(_run_of(tier, shared, run.start()))
+            for tail in (last, middle, called, open_call):
+                # A stop that is known already may stand behind the closing tags of a tool call.
+                if tail and not any(stop in tail for stop in self.stops):
+                    found = tier.search(tail)
+                    if found:
+                        self._add_stop(found.group())
+            if self.stops:
+                return
+        if shared.strip():
+            self._add_stop(shared.rstrip())
+
+    def _add_stop(self, stop: str) -> None:
+        if stop not in self.stops:
+            self.stops.append(stop)
+
+    def _tail(self, messages: list[Message]) -> str | None:
+        """What follows the first assistant message, up to the next thing that anybody says."""
+        try:
+            text = self._render(messages)
+        except RowError:
+            return None
+        _, pieces = mark_conversation(self._forms(messages))
+        count = sum(piece.message == pieces[0].message for piece in pieces)
+        closes = [place for place, char in enumerate(text) if char == ANSWER_CLOSE]
+        if len(closes) < count:
+            return None
+        return _ANY_MARK.split(text[closes[count - 1] + 1 :], maxsplit=1)[0]
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        marked, _ = mark_conversation(self._forms(messages))
+        text = self._template.render(marked, add_generation_prompt=add_generation_prompt)
+        return split_marks(text, BLOCK_OPEN, BLOCK_CLOSE)[0]
+
+
+def _run_of(pattern: re.Pattern[str], text: str, begin: int) -> str:
+    end = begin
+    while found := pattern.match(text, end):
+        end = found.end()
+    return text[begin:end]
+
+
+def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
+    longest_first = sorted(set(texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+
+
+def _common_prefix(first: str, second: str) -> str:
+    length = 0
+    for a, b in zip(first, second, strict=False):
+        if a != b:
+            break
+        length += 1
+    return first[:length]
