@@ -1,3 +1,4 @@
+# ruff: noqa: E402 - the platform layer must be in place before Megatron is imported
 """Supervised finetuning through Megatron's `pretrain()`: `torchrun finetune.py --hf-model ... `.
 
 The same command runs on one CPU, one GPU and a cluster. See README.md, or `finetune.py --help`.
@@ -31,7 +32,7 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
 from data import DataError, Documents, SFTDataset
-from data.arguments import prepare_documents_from_args
+from data.arguments import DataSplit, prepare_documents_from_args
 from model_provider import model_config
 from post_training import output
 from post_training.arguments import parse_arguments
@@ -45,7 +46,7 @@ from post_training.signals import GracefulExit
 from post_training.step_counters import counters
 from post_training.tokenizer import load_tokenizer
 
-SPLITS = ("train", "valid", "test")
+SPLITS: tuple[DataSplit, ...] = ("train", "valid", "test")
 
 
 def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Documents]]:
@@ -55,7 +56,7 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Documents]]:
         The tokenizer, and documents by split; a split without data is left out.
     """
     tokenizer = load_tokenizer(args)
-    documents = {}
+    documents: dict[str, Documents] = {}
     for split in SPLITS:
         prepared = prepare_documents_from_args(args, split, tokenizer)
         if prepared is None:

@@ -21,6 +21,9 @@ DEPENDENCIES = [
     "filelock",
     "zstandard",
     # configuration and output
+    # Megatron's checkpoint writer and ModelOpt import these without depending on them.
+    "psutil",
+    "requests",
     "pyyaml",
     "tqdm",
     "tensorboard",

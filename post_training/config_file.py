@@ -30,6 +30,16 @@ def _actions(parser: argparse.ArgumentParser) -> tuple[dict[str, Any], dict[str,
     return by_dest, by_flag
 
 
+def _one_value(where: str, action: argparse.Action, value: Any) -> Any:
+    try:
+        result = action.type(str(value)) if callable(action.type) else value
+    except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError) as error:
+        raise SetupError(f"{where}: {value!r} is not valid ({error})") from error
+    if action.choices is not None and result not in action.choices:
+        raise SetupError(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}")
+    return result
+
+
 def _converted(where: str, action: argparse.Action, value: Any) -> Any:
     """The value as the parser would have read it from the command line."""
     if value is None or isinstance(value, bool):
@@ -39,19 +49,10 @@ def _converted(where: str, action: argparse.Action, value: Any) -> Any:
     if isinstance(value, list):
         if action.nargs in (None, 0, "?"):
             raise SetupError(f"{where}: expects one value, found a list")
-        return [
-            _converted(where, argparse.Action([], "", type=action.type, choices=action.choices), v)
-            for v in value
-        ]
+        return [_one_value(where, action, v) for v in value]
     if action.nargs == 0:
         raise SetupError(f"{where}: expects true or false, found {value!r}")
-    convert = action.type if callable(action.type) else str
-    try:
-        result = value if action.type is None else convert(str(value))
-    except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError) as error:
-        raise SetupError(f"{where}: {value!r} is not valid ({error})") from error
-    if action.choices is not None and result not in action.choices:
-        raise SetupError(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}")
+    result = _one_value(where, action, value)
     return [result] if action.nargs in ("+", "*") else result
 
 

@@ -1,4 +1,4 @@
-"""The layer spec: Transformer Engine's where it is asked for, Megatron's local one with two parts of ours."""
+"""The layer spec: Transformer Engine's where it is asked for, else the local one, mended."""
 
 from __future__ import annotations
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Records of a `metrics.jsonl`, in the order they were written."""
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 

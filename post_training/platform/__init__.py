@@ -47,10 +47,16 @@ def apply() -> None:
         cuda_runtime.apply()
         tensor_devices.apply()
 
-    from post_training.platform import dataset_helpers, megatron_post_training, training_hooks
+    from post_training.platform import (
+        dataset_helpers,
+        gradient_norm,
+        megatron_post_training,
+        training_hooks,
+    )
 
     megatron_post_training.apply()
     dataset_helpers.apply()
+    gradient_norm.apply()
     training_hooks.apply()
     if on_cpu:
         from post_training.platform import cpu_collectives, cpu_initialize, cpu_rng
