@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import Dataset
 
 from data.errors import DataError
+from data.pack_filling import IntArray, fill_packs
 from data.packing import PACKING_MODES, PLAN_VERSION, PackingMode, PackingPlan, plan_epoch
 from data.token_cache import Documents
 
@@ -107,6 +108,9 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         self.pad_id = _padding_id(tokenizer)
         self._lengths = self.documents.lengths
         self._plans: OrderedDict[int, PackingPlan] = OrderedDict()
+        self._filled: tuple[IntArray, int] | None = None
+        if packing == "best-fit" and int(self._lengths.max()) <= seq_length:
+            self._filled = fill_packs(self._lengths, seq_length)
         self._ends: list[int] = []  # global index at which each known epoch ends
         self._plan(
             0
@@ -221,6 +225,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
                 mode=self.packing,
                 shuffle=self.shuffle,
                 balance_every=self.global_batch_size,
+                filled=self._filled,
             )
             self._plans[epoch] = plan
             while len(self._plans) > _PLANS_KEPT:

@@ -13,7 +13,6 @@ same one.
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
+from data.pack_filling import IntArray, fill_packs, next_fit
 
-IntArray = npt.NDArray[np.int64]
 PackingMode = Literal["best-fit", "sequential", "none"]
 PACKING_MODES: tuple[PackingMode, ...] = ("best-fit", "sequential", "none")
 
@@ -59,6 +58,7 @@ def plan_epoch(
     mode: PackingMode = "best-fit",
     shuffle: bool = True,
     balance_every: int | None = None,
+    filled: tuple[IntArray, int] | None = None,
 ) -> PackingPlan:
     """Plan the packs of one epoch: each document once, in exactly one pack.
 
@@ -89,8 +89,10 @@ def plan_epoch(
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(sizes)) if shuffle else np.arange(len(sizes))
     if mode == "best-fit":
+        # Which lengths share a pack is the same in every epoch; which documents have them is not.
         pack_of = np.empty(len(sizes), np.int64)
-        pack_of[order], num_packs = best_fit_decreasing(sizes[order], seq_length)
+        by_length = order[np.argsort(-sizes[order], kind="stable")]
+        pack_of[by_length], num_packs = filled or fill_packs(sizes, seq_length)
     elif mode == "sequential":
         pack_of = np.empty(len(sizes), np.int64)
         pack_of[order], num_packs = next_fit(sizes[order], seq_length)
@@ -116,90 +118,6 @@ def plan_epoch(
     documents = order[np.argsort(position[order], kind="stable")]
     counts = np.bincount(position, minlength=num_packs)
     return PackingPlan(documents, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
-
-
-def best_fit_decreasing(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
-    """Assign documents to packs, longest first, each to the fullest pack that still has room.
-
-    Documents of equal length are interchangeable, and a pack that was just the tightest fit stays
-    the tightest until the same length no longer fits into it. So whole runs are placed at once:
-    packs with equal free space form a bucket, and a run of n documents of length L goes into a
-    bucket with r free tokens floor(r / L) at a time. The work is O(n log n) for sorting plus one
-    step per (length, bucket) pair, and the result is what placing documents one by one would give.
-
-    Args:
-        lengths: int64 ``[num_documents]``, each from 1 to ``capacity``.
-        capacity: Tokens in a pack.
-
-    Returns:
-        int64 ``[num_documents]``, the pack of each document, and the number of packs. The number
-        depends on the lengths alone, not on their order.
-    """
-    pack_of = np.empty(len(lengths), np.int64)
-    by_length = np.argsort(-lengths, kind="stable")
-    ordered = lengths[by_length]
-    changes = np.flatnonzero(np.diff(ordered)) + 1
-    run_starts: list[int] = [0, *changes.tolist()] if len(ordered) else []
-    run_ends: list[int] = [*changes.tolist(), len(ordered)] if len(ordered) else []
-
-    free_sizes: list[int] = []  # distinct free spaces that have a bucket, ascending
-    buckets: dict[int, list[IntArray]] = {}  # free space -> pack numbers
-    num_packs = 0
-
-    def put(free: int, packs: IntArray) -> None:
-        if free == 0 or len(packs) == 0:
-            return
-        if free not in buckets:
-            buckets[free] = []
-            insort(free_sizes, free)
-        buckets[free].append(packs)
-
-    for start, end in zip(run_starts, run_ends, strict=True):
-        length = int(ordered[start])
-        at = start
-        while at < end:
-            waiting = end - at
-            slot = bisect_left(free_sizes, length)
-            if slot < len(free_sizes):
-                free = free_sizes[slot]
-                packs = buckets[free].pop()
-                if not buckets[free]:
-                    del buckets[free], free_sizes[slot]
-                each = free // length
-                needed = -(-waiting // each)
-                put(free, packs[needed:])
-                packs = packs[:needed]
-            else:
-                free = capacity
-                each = free // length
-                needed = -(-waiting // each)
-                packs = np.arange(num_packs, num_packs + needed)
-                num_packs += needed
-            placed = min(waiting, each * len(packs))
-            pack_of[by_length[at : at + placed]] = np.repeat(packs, each)[:placed]
-            in_last = placed - each * (len(packs) - 1)
-            put(free - each * length, packs[:-1])
-            put(free - in_last * length, packs[-1:])
-            at += placed
-    return pack_of, num_packs
-
-
-def next_fit(lengths: IntArray, capacity: int) -> tuple[IntArray, int]:
-    """Assign documents in their given order, opening a new pack when the next does not fit.
-
-    Returns:
-        int64 ``[num_documents]``, the pack of each document, and the number of packs.
-    """
-    ends = np.cumsum(lengths)
-    starts: list[int] = []
-    at = 0
-    while at < len(lengths):
-        starts.append(at)
-        used_before = int(ends[at - 1]) if at else 0
-        at = int(np.searchsorted(ends, used_before + capacity, side="right"))
-    opens = np.zeros(len(lengths), np.int64)
-    opens[starts] = 1
-    return np.cumsum(opens) - 1, len(starts)
 
 
 def attention_work(plan: PackingPlan, lengths: npt.NDArray[np.integer]) -> IntArray:

@@ -8,6 +8,7 @@ training script's imports again in every worker.
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import struct
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
@@ -23,6 +25,7 @@ from data.errors import DataError
 from data.row_tokenizer import RowTokenizer, Shard, TokenizeOptions
 from data.sources import Chunk
 
+_COLLECT_EVERY = 100
 _HEADER = struct.Struct("<Q")
 
 
@@ -124,10 +127,14 @@ def main() -> None:
     # Whatever else prints must not get between the answers.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    # Rows make no cycles, and looking for some takes a fifth of the time.
+    gc.disable()
     try:
         tokenizer = RowTokenizer(_receive(sys.stdin.buffer))
-        while True:
+        for number in count(1):
             _send(answers, tokenizer.chunk(_receive(sys.stdin.buffer)))
+            if number % _COLLECT_EVERY == 0:
+                gc.collect()
     except (EOFError, BrokenPipeError, KeyboardInterrupt):
         return
 

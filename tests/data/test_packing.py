@@ -1,5 +1,3 @@
-from bisect import bisect_left, insort
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,28 +7,10 @@ from data.errors import DataError
 from data.packing import (
     PACKING_MODES,
     attention_work,
-    best_fit_decreasing,
     plan_epoch,
 )
 
 lengths_lists = st.lists(st.integers(1, 40), min_size=1, max_size=60)
-
-
-def best_fit_one_by_one(lengths, capacity):
-    """The textbook algorithm: number of packs and their fills, one document at a time."""
-    free: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        slot = bisect_left(free, length)
-        room = free.pop(slot) if slot < len(free) else capacity
-        insort(free, room - length)
-    return sorted(free)
-
-
-@given(lengths_lists)
-def test_best_fit_decreasing_equals_placing_one_by_one(lengths):
-    pack_of, num_packs = best_fit_decreasing(np.array(lengths), 40)
-    used = np.bincount(pack_of, weights=lengths, minlength=num_packs)
-    assert sorted(40 - used) == best_fit_one_by_one(lengths, 40)
 
 
 @pytest.mark.parametrize("mode", PACKING_MODES)
