@@ -73,27 +73,19 @@ TRAIN_FLAGS = TrainFlags()
 
 # --- the words ------------------------------------------------------------------------------------------------------
 
-NAMES = (
-    "Adam Alice Anna Ben Clara David Emma Eva Frank George Hannah Henry Ivan Jack Jane Kate Leo Lily Lucy Mark Mary "
-    "Max Nina Noah Nora Oscar Paul Peter Rosa Ruth Sam Sarah Simon Sofia Tom Victor"
-).split()
-CITIES = (
-    "Athens Berlin Boston Cairo Delhi Dublin Geneva Lima London Madrid Milan Moscow Oslo Paris Prague Rome Seoul "
-    "Sydney Tokyo Vienna"
-).split()
-COLOURS = "red blue green yellow black white brown pink orange purple grey golden".split()
-THINGS = (
-    "bag ball bell book boat bottle box brush candle chair clock coat cup drum fork glove hat jar kite knife lamp map "
-    "mirror pen plate ring rope scarf shoe spoon table tent torch towel watch whistle"
-).split()
-ANIMALS = "bear cat cow dog duck fox frog goat hen horse lion mouse owl pig rabbit sheep snake wolf".split()
-FOODS = "apple bean bread cake carrot cheese corn egg fig honey lemon melon onion peach pear plum rice soup".split()
-JOBS = "baker barber cook dentist doctor farmer guard judge nurse painter pilot poet sailor singer tailor teacher".split()
+NAMES = "Adam Anna Ben Clara David Emma Frank Jack Kate Leo Lucy Mark Nina Paul Rosa Tom".split()
+CITIES = "Athens Berlin Cairo Delhi Lima London Madrid Oslo Paris Rome Tokyo Vienna".split()
+COLOURS = "red blue green yellow black white brown pink".split()
+THINGS = "bag ball bell book box clock cup drum hat kite lamp map pen ring shoe torch".split()
+ANIMALS = "bear cat cow dog duck fox goat horse lion mouse owl pig".split()
+FOODS = "apple bean bread cake cheese corn egg lemon melon pear plum rice".split()
+JOBS = "baker cook doctor farmer judge nurse painter pilot singer teacher".split()
 OPPOSITES = (
     "big small|hot cold|fast slow|old young|tall short|rich poor|light dark|wet dry|early late|loud quiet|full empty|"
-    "hard soft|open closed|clean dirty|happy sad|strong weak|long brief|high low|near far|cheap dear"
+    "hard soft|open closed|clean dirty|happy sad|strong weak|high low|near far|thick thin|first last"
 )
-TITLES = "captain boss chief friend madam professor doctor coach".split()
+SURNAMES = "Bell Brook Carter Field Grant Hill King Lane Mason Reed Stone Wood".split()
+TITLES = "boss captain chief friend madam professor".split()
 
 
 # --- the kinds of conversation --------------------------------------------------------------------------------------
@@ -120,136 +112,134 @@ def _listing(parts: Sequence[str]) -> str:
     return ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def owner(rng: random.Random) -> Conversation:
-    """Who has what: facts in the question, asked in either direction."""
+def guest(rng: random.Random) -> Conversation:
+    """Finds full names in a guest list."""
     count = rng.randint(2, 4)
-    names, things = rng.sample(NAMES, count), rng.sample(THINGS, count)
-    facts = _listing([f"{name} has a {thing}" for name, thing in zip(names, things, strict=True)])
-    pick = rng.randrange(count)
-    name, thing = names[pick], things[pick]
-    by_name = rng.random() < 0.5
-    question = f"What does {name} have?" if by_name else f"Who has the {thing}?"
-    answer = f"{name} has a {thing}." if by_name else f"{name} has the {thing}."
-    return Conversation([(f"{facts}. {question}", answer)], (*names, *things))
+    firsts, lasts = rng.sample(NAMES, count), rng.sample(SURNAMES, count)
+    people = [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
+    turns = []
+    for number, pick in enumerate(rng.sample(range(count), rng.randint(1, count))):
+        question = f"And of {firsts[pick]}?" if number else (
+            f"The guests tonight are {_listing(people)}. What is the full name of {firsts[pick]}?"
+        )
+        turns.append((question, f"It is {people[pick]}."))
+    return Conversation(turns, tuple(people))
 
 
 def colour(rng: random.Random) -> Conversation:
-    """Colours stated in the system prompt, asked for over one to three turns."""
-    count = rng.randint(3, 5)
+    """Coloured things in the system prompt, asked for over several turns."""
+    count = rng.randint(2, 4)
     things, colours = rng.sample(THINGS, count), rng.sample(COLOURS, count)
-    facts = _listing([f"the {thing} is {shade}" for thing, shade in zip(things, colours, strict=True)])
-    system = f"You help people in a house where {facts}."
+    facts = _listing([f"a {shade} {thing}" for shade, thing in zip(colours, things, strict=True)])
+    system = f"You look after a house with {facts}."
     turns = []
-    for number, pick in enumerate(rng.sample(range(count), rng.randint(1, 3))):
-        question = f"And the {things[pick]}?" if number else f"What colour is the {things[pick]}?"
-        turns.append((question, f"The {things[pick]} is {colours[pick]}."))
+    for number, pick in enumerate(rng.sample(range(count), rng.randint(1, count))):
+        question = f"And which is {colours[pick]}?" if number else f"Which thing is {colours[pick]}?"
+        turns.append((question, f"It is the {colours[pick]} {things[pick]}."))
     return Conversation(turns, (*things, *colours), system)
 
 
 def price(rng: random.Random) -> Conversation:
-    """A shop assistant whose system prompt holds the prices; the customer asks after several goods."""
-    count = rng.randint(3, 5)
+    """A waiter whose system prompt holds the menu; the guest asks for several prices."""
+    count = rng.randint(2, 4)
     foods, prices = rng.sample(FOODS, count), rng.sample(range(2, 20), count)
-    facts = _listing([f"the {food} costs {coins} coins" for food, coins in zip(foods, prices, strict=True)])
-    system = f"You work in a shop where {facts}."
+    facts = _listing([f"{food} {coins} coins" for food, coins in zip(foods, prices, strict=True)])
+    system = f"You are a waiter. On the menu: {facts}."
     turns = []
-    for number, pick in enumerate(rng.sample(range(count), rng.randint(1, 3))):
+    for number, pick in enumerate(rng.sample(range(count), rng.randint(1, count))):
         question = f"And the {foods[pick]}?" if number else f"How much is the {foods[pick]}?"
-        turns.append((question, f"The {foods[pick]} costs {prices[pick]} coins."))
+        turns.append((question, f"On the menu: {foods[pick]} {prices[pick]} coins."))
     return Conversation(turns, (*foods, *prices), system)
 
 
 def memory(rng: random.Random) -> Conversation:
     """The user says who they are in the first turn and asks for it later."""
-    name, city, job, colour_ = rng.choice(NAMES), rng.choice(CITIES), rng.choice(JOBS), rng.choice(COLOURS)
-    facts = [f"my name is {name}", f"I live in {city}", f"I work as a {job}", f"I like the colour {colour_}"]
+    name, city = rng.choice(NAMES), rng.choice(CITIES)
+    job, shade = rng.choice(JOBS), rng.choice(COLOURS)
+    facts = [f"my name is {name}", f"I live in {city}", f"I work as a {job}", f"I like the colour {shade}"]
     rng.shuffle(facts)
-    opening = f"Hello, {_listing(facts)}."
     asked = [
         ("What is my name?", f"Your name is {name}."),
         ("Where do I live?", f"You live in {city}."),
         ("What is my job?", f"You work as a {job}."),
-        ("Which colour do I like?", f"You like the colour {colour_}."),
+        ("Which colour do I like?", f"You like the colour {shade}."),
     ]
-    turns = [(opening, f"Nice to meet you, {name}."), *rng.sample(asked, rng.randint(1, 3))]
-    return Conversation(turns, (name, city, job, colour_))
+    turns = [(f"Hello, {_listing(facts)}.", f"Nice to meet you, {name}."), *rng.sample(asked, rng.randint(1, 4))]
+    return Conversation(turns, (name, city, job, shade))
 
 
 def title(rng: random.Random) -> Conversation:
     """The system prompt says how to address the user; the facts come from the user."""
-    how, thing_count = rng.choice(TITLES), 3
-    things, cities = rng.sample(THINGS, thing_count), rng.sample(CITIES, thing_count)
-    facts = _listing([f"the {thing} is in {city}" for thing, city in zip(things, cities, strict=True)])
-    pick = rng.randrange(thing_count)
-    turns = [
-        (f"Please note that {facts}.", f"Noted, {how}."),
-        (f"Where is the {things[pick]}?", f"The {things[pick]} is in {cities[pick]}, {how}."),
+    how, city, thing, name = rng.choice(TITLES), rng.choice(CITIES), rng.choice(THINGS), rng.choice(NAMES)
+    asked = [
+        ("Where do I fly?", f"You fly to {city}, {how}."),
+        ("What do I bring?", f"You bring the {thing}, {how}."),
+        ("Who comes along?", f"It is {name}, {how}."),
     ]
+    note = f"Please note that I fly to {city} and bring the {thing} along with {name}."
+    turns = [(note, f"Noted, {how}."), *rng.sample(asked, rng.randint(1, 3))]
     system = f"You are a helpful assistant. Call the user {how}."
-    return Conversation(turns, (how, *things, *cities), system)
+    return Conversation(turns, (how, city, thing, name), system)
 
 
-def oldest(rng: random.Random) -> Conversation:
-    """Compares ages; a second turn may ask for the other end."""
-    names, ages = rng.sample(NAMES, 3), rng.sample(range(2, 20), 3)
-    facts = _listing([f"{name} is {age} years old" for name, age in zip(names, ages, strict=True)])
-    by_age = [name for _, name in sorted(zip(ages, names, strict=True))]
-    ends = [("oldest", by_age[-1]), ("youngest", by_age[0])]
+def biggest(rng: random.Random) -> Conversation:
+    """Finds the biggest and the smallest of some numbers."""
+    numbers = rng.sample(range(1, 20), rng.randint(2, 4))
+    ends = [("biggest", max(numbers)), ("smallest", min(numbers))]
     rng.shuffle(ends)
-    turns = [(f"{facts}. Who is the {ends[0][0]}?", f"{ends[0][1]} is the {ends[0][0]}.")]
+    listed = _listing([str(number) for number in numbers])
+    turns = [(f"Here are the numbers {listed}. Which is the {ends[0][0]}?", f"The {ends[0][0]} is {ends[0][1]}.")]
     if rng.random() < 0.5:
-        turns.append((f"And who is the {ends[1][0]}?", f"{ends[1][1]} is the {ends[1][0]}."))
-    return Conversation(turns, (*names, *ages))
+        turns.append((f"And the {ends[1][0]}?", f"The {ends[1][0]} is {ends[1][1]}."))
+    return Conversation(turns, tuple(numbers))
 
 
 def total(rng: random.Random) -> Conversation:
-    """Adds two numbers from 1 to 9 told as a story."""
+    """Adds two numbers from 1 to 7 told as a story."""
     name, food = rng.choice(NAMES), rng.choice(FOODS)
-    first, second = rng.randint(1, 9), rng.randint(1, 9)
-    text = rng.choice(
-        [
-            f"{name} has {first} pieces of {food} and gets {second} more. How many are there now?",
-            f"{name} puts {first} pieces of {food} on a plate and then {second} more. How many are there now?",
-        ]
-    )
+    first, second = rng.randint(1, 7), rng.randint(1, 7)
+    text = f"Today {name} has {first} pieces of {food} and gets {second} more. How many are there now?"
     return Conversation([(text, f"There are {first + second} pieces.")], (name, food, first, second))
+
+
+def repeat(rng: random.Random) -> Conversation:
+    """Says a list of words again."""
+    words = " ".join(rng.sample(ANIMALS + FOODS + THINGS, rng.randint(3, 6)))
+    return Conversation([(f"Please repeat these words: {words}.", f"The words are: {words}.")], (words,))
 
 
 def reverse(rng: random.Random) -> Conversation:
     """Says a list of words backwards; a follow-up may ask for the first or last of the answer."""
     words = rng.sample(ANIMALS + FOODS + THINGS, rng.randint(2, 4))
     back = words[::-1]
-    turns = [(f"Say these words backwards: {', '.join(words)}.", ", ".join(back) + ".")]
+    turns = [(f"Please say these words backwards: {' '.join(words)}.", f"Backwards it is: {' '.join(back)}.")]
     follow = rng.choice(["", "first", "last"])
     if follow:
         word = back[0] if follow == "first" else back[-1]
-        turns.append((f"Which word did you say {follow}?", f"I said {word} {follow}."))
+        turns.append((f"Which word did you say {follow}?", f"The {follow} word was {word}."))
     return Conversation(turns, tuple(words))
 
 
 def category(rng: random.Random) -> Conversation:
-    """Finds the one animal, food or thing in a list."""
-    kinds = [("an animal", ANIMALS), ("a food", FOODS), ("a job", JOBS), ("a city", CITIES)]
+    """Finds the one animal, food, job or city in a list."""
+    kinds = [("animal", ANIMALS), ("food", FOODS), ("job", JOBS), ("city", CITIES)]
     chosen = rng.sample(kinds, 3)
     words = [rng.choice(members) for _, members in chosen]
-    order = rng.sample(range(3), 3)
-    listed = ", ".join(words[i] for i in order)
-    text = f"Which of these words is {chosen[0][0]}: {listed}?"
-    return Conversation([(text, f"The word {words[0]} is {chosen[0][0]}.")], (chosen[0][0], *sorted(words)))
+    listed = ", ".join(rng.sample(words, 3))
+    turns = [
+        (f"Look at these words: {listed}. Which is the {chosen[0][0]}?", f"The {chosen[0][0]} is {words[0]}."),
+    ]
+    if rng.random() < 0.5:
+        turns.append((f"And the {chosen[1][0]}?", f"The {chosen[1][0]} is {words[1]}."))
+    return Conversation(turns, tuple(sorted(words)))
 
 
 def opposite(rng: random.Random) -> Conversation:
     """Gives the opposites of two words."""
     pairs = [pair.split() for pair in OPPOSITES.split("|")]
-    chosen = [rng.sample(pair, 2) for pair in rng.sample(pairs, 2)]
-    (left, left_answer), (right, right_answer) = chosen
-    text = rng.choice(
-        [
-            f"What are the opposites of {left} and {right}?",
-            f"Please tell me the opposites of {left} and {right}.",
-        ]
-    )
-    return Conversation([(text, f"They are {left_answer} and {right_answer}.")], (left, right))
+    (left, left_answer), (right, right_answer) = (rng.sample(pair, 2) for pair in rng.sample(pairs, 2))
+    text = rng.choice(["What are", "Please tell me", "I need"]) + f" the opposites of {left} and {right}"
+    return Conversation([(text + ".", f"They are {left_answer} and {right_answer}.")], (left, right))
 
 
 def count(rng: random.Random) -> Conversation:
@@ -261,7 +251,7 @@ def count(rng: random.Random) -> Conversation:
 
 KINDS: dict[str, Callable[[random.Random], Conversation]] = {
     function.__name__: function
-    for function in (owner, colour, price, memory, title, oldest, total, reverse, category, opposite, count)
+    for function in (guest, colour, price, memory, title, biggest, total, repeat, reverse, category, opposite, count)
 }
 
 
@@ -287,7 +277,7 @@ def make_rows(seed: int) -> tuple[list[dict[str, object]], list[dict[str, object
 
     def draw(number: int, *, held_out: bool) -> dict[str, object]:
         kind = names[number % len(names)]
-        while True:
+        for _ in range(1000):
             conversation = KINDS[kind](rng)
             content = (kind, *conversation.content)
             row = _to_row(kind, conversation)
@@ -298,6 +288,7 @@ def make_rows(seed: int) -> tuple[list[dict[str, object]], list[dict[str, object
             if held_out:
                 seen_test.add(content)
             return row
+        raise ValueError(f"the kind {kind!r} has too few different conversations for so many rows")
 
     test = [draw(number, held_out=True) for number in range(TEST_ROWS)]
     train = [draw(number, held_out=False) for number in range(TRAIN_ROWS)]
@@ -362,7 +353,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
         head_dim=32,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
-        initializer_range=0.02,
+        initializer_range=0.08,
         bos_token_id=None,
         eos_token_id=tokenizer.convert_tokens_to_ids(TURN_END),
         pad_token_id=tokenizer.pad_token_id,
