@@ -147,10 +147,11 @@ class AnswerFinder:
         turns: list[Turn] = []
         for message, here in found.items():
             first, last = here[0][1][0], here[-1][1][1]
-            own = [span for _, span in here]
-            rest = [span for span in speech if span not in own]
-            before = max((end for _, end in rest if end <= first), default=0)
-            limit = min((begin for begin, _ in rest if begin >= last), default=len(text))
+            # Everybody's speech is in order, and a message's own pieces stand together.
+            at = speech.index(here[0][1])
+            before = speech[at - 1][1] if at else 0
+            at += len(here)
+            limit = speech[at][0] if at < len(speech) else len(text)
             role = row.messages[message - 1]["role"] if message else None
             header = self.markup.header_in(text[before:first], role)
             start = _skip_empty_think(text, before + len(header), first)

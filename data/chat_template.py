@@ -163,6 +163,7 @@ class ChatTemplate:
             raise DataError(
                 f"--chat-template{line}: not a valid Jinja template ({error}). Fix the template."
             ) from error
+        self._globals = {**self._template.globals, **self.variables}
         tags = _environment().parse(source)
         self.has_generation = any(
             BLOCK_OPEN in data.data for data in tags.find_all(jinja2.nodes.TemplateData)
@@ -179,14 +180,17 @@ class ChatTemplate:
         Raises:
             RowError: the template refuses or cannot render these messages.
         """
+        variables = {
+            **self._globals,
+            "messages": messages,
+            "tools": tools or self.no_tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._template.render(
-                self.variables,
-                messages=messages,
-                tools=tools or self.no_tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
+            # What Template.render does, without merging the same globals again for every row.
+            context = self._template.new_context(variables, shared=True)
+            return "".join(self._template.root_render_func(context))
         except jinja2.TemplateError as error:
             raise RowError("template refused", str(error)) from error
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
@@ -210,6 +214,8 @@ def split_marks(marked: str, opening: str, closing: str) -> tuple[str, list[Span
     Raises:
         RowError: marks do not alternate, so something was cut, doubled or reordered.
     """
+    if opening not in marked and closing not in marked:
+        return marked, []
     pieces: list[str] = []
     spans: list[Span] = []
     length = 0
@@ -227,5 +233,4 @@ def split_marks(marked: str, opening: str, closing: str) -> tuple[str, list[Span
 
 def has_marks(text: str) -> bool:
     """Whether a text holds any of the characters that are used as marks."""
-    # Encoded, all marks share their first two bytes; one search is cheaper than six.
-    return any(mark in text for mark in MARKS)
+    return not text.isascii() and any(mark in text for mark in MARKS)

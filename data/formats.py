@@ -249,12 +249,11 @@ def _pair(
         if not isinstance(more, str):
             raise RowError("bad content", f"column {query!r} is not text")
         question = "\n".join(part for part in (question, more) if part)
-    messages = [
-        *history,
-        {"role": "user", "content": question},
-        {"role": "assistant", "content": answer},
-    ]
-    return conversation_from_messages(messages, row.get("tools"), _system(row, options), "row")
+    pair = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    tools, system = row.get("tools"), _system(row, options)
+    if not history and not tools and not system:
+        return Conversation(pair, None, [False, True])
+    return conversation_from_messages([*history, *pair], tools, system, "row")
 
 
 def _text(row: Row, column: str, flag: str, missing_is_empty: bool) -> Any:

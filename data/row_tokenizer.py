@@ -150,7 +150,7 @@ class RowTokenizer:
     def chunk(self, chunk: Chunk) -> Shard:
         """Tokenise the rows of one chunk; under ``error`` the first bad row's message is set."""
         counts: Counter[str] = Counter()
-        ids: list[list[int]] = []
+        ids: list[npt.NDArray[np.int32]] = []
         masks: list[npt.NDArray[np.uint8]] = []
         provenance: list[tuple[int, int]] = []
         bad: list[tuple[str, str, str]] = []
@@ -164,9 +164,12 @@ class RowTokenizer:
         except DataError as problem:
             error = str(problem)
         lengths = np.array([len(document) for document in ids], np.int64)
-        flat = [token for document in ids for token in document]
+        flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
+        counts["max token id"] = int(flat.max()) if len(flat) else -1
+        counts["trained tokens"] = sum(int(np.count_nonzero(mask)) for mask in masks)
+        counts["tokens"] = len(flat)
         return Shard(
-            input_ids=np.array(flat, np.int32),
+            input_ids=flat,
             loss_mask=np.concatenate(masks) if masks else np.empty(0, np.uint8),
             lengths=lengths,
             provenance=np.array(provenance, np.int64).reshape(-1, 2),
@@ -177,7 +180,7 @@ class RowTokenizer:
 
     def rows(
         self, raws: Iterator[RawRow], counts: Counter[str], bad: list[tuple[str, str, str]]
-    ) -> Iterator[tuple[_Pending, list[int], npt.NDArray[np.uint8]]]:
+    ) -> Iterator[tuple[_Pending, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
         """Documents of rows, batch by batch, with the counts kept up to date.
 
         Raises:
@@ -224,7 +227,7 @@ class RowTokenizer:
 
     def _tokenize(
         self, batch: Sequence[_Pending], counts: Counter[str], bad: list[tuple[str, str, str]]
-    ) -> Iterator[tuple[_Pending, list[int], npt.NDArray[np.uint8]]]:
+    ) -> Iterator[tuple[_Pending, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
         if not batch:
             return
         texts = [pending.text for pending in batch]
@@ -249,14 +252,11 @@ class RowTokenizer:
             counts["turns"] += pending.turns
             counts["stopped turns"] += pending.stopped
             counts["boundary tokens"] += crossed
-            counts["tokens"] += len(ids)
-            counts["trained tokens"] += int(mask.sum())
-            counts["max token id"] = max(counts["max token id"], max(ids))
             yield pending, ids, mask
 
     def _document(
         self, pending: _Pending, encoding: Encoding
-    ) -> tuple[list[int], npt.NDArray[np.uint8], int, bool]:
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int, bool]:
         """Ids and mask of a row, shortened if need be.
 
         Raises:
@@ -277,14 +277,14 @@ class RowTokenizer:
         mask, crossed = token_mask(encoding, pending.spans, pending.text, self._added_ids)
         if not mask.any():
             raise RowError(NOTHING_TO_TRAIN, "no token of this row is trained")
-        ids: list[int] = encoding.ids
+        tokens: list[int] = encoding.ids
         if self.options.separator is not None:
-            if self.options.separator in ids:
+            if self.options.separator in tokens:
                 text = self.options.added[self.options.separator]
                 raise RowError("separator in text", f"the row holds the separator {text!r}")
-            ids = [*ids, self.options.separator]
+            tokens = [*tokens, self.options.separator]
             mask = np.append(mask, np.uint8(0))
-        return ids, mask, crossed, trimmed
+        return np.array(tokens, np.int32), mask, crossed, trimmed
 
     def _trim(self, pending: _Pending, room: int) -> _Pending | None:
         """Leave out the oldest turns, question and answers together, until the rest fits.
