@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from data.arguments import add_data_arguments, prepare_documents_from_args
     from data.dataset import SFTDataset
+    from data.document_set import DocumentSet
     from data.errors import DataError
     from data.prepare import prepare_documents
     from data.token_cache import Documents
 
 __all__ = [
     "DataError",
+    "DocumentSet",
     "Documents",
     "SFTDataset",
     "add_data_arguments",
@@ -28,6 +30,7 @@ __all__ = [
 
 _HOME = {
     "DataError": "data.errors",
+    "DocumentSet": "data.document_set",
     "Documents": "data.token_cache",
     "SFTDataset": "data.dataset",
     "add_data_arguments": "data.arguments",

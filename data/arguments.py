@@ -4,62 +4,85 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from typing import Literal
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from data.document_set import DocumentSet, mix_documents, split_documents
 from data.errors import DataError
+from data.formats import FORMATS, FormatOptions
 from data.packing import PACKING_MODES
 from data.prepare import prepare_documents
+from data.sources import resolve_files
 from data.token_cache import Documents
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 DataSplit = Literal["train", "valid", "test"]
+_SPLITS: tuple[DataSplit, ...] = ("train", "valid", "test")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add every data flag to ``parser``, leaving alone those that it has already.
 
-    Megatron's own ``--chat-template`` and ``--seed`` mean the same here and are used as they are.
+    Megatron's own ``--chat-template``, ``--seed`` and ``--seq-length`` mean the same here.
     """
-    group = parser.add_argument_group(title="finetuning data")
-    group.add_argument(
-        "--finetune-data-files", nargs="+", default=None, metavar="PATH",
-        help="Training data: json, jsonl or parquet files, folders or globs.",
-    )  # fmt: skip
-    group.add_argument(
-        "--finetune-hf-dataset", default=None, metavar="NAME",
-        help="Training data: a dataset on the HuggingFace hub, or a local folder of one.",
-    )  # fmt: skip
-    group.add_argument(
-        "--finetune-data-split", default="train", metavar="SPLIT",
-        help="Split of --finetune-hf-dataset to train on.",
-    )  # fmt: skip
-    group.add_argument("--valid-data-files", nargs="+", default=None, metavar="PATH")
-    group.add_argument("--test-data-files", nargs="+", default=None, metavar="PATH")
-    group.add_argument(
-        "--on-bad-row", choices=("error", "skip"), default="error",
-        help="Stop at the first bad row, or count and list bad rows and go on.",
-    )  # fmt: skip
-    group.add_argument(
-        "--overlong", choices=("drop", "error"), default="drop",
-        help="What happens to documents longer than --seq-length.",
-    )  # fmt: skip
-    group.add_argument("--conversation-format", default=None, metavar="NAME")
-    group.add_argument(
-        "--data-cache-dir", default=None, metavar="DIR",
-        help="Folder of tokenised data, shared between runs.",
-    )  # fmt: skip
-    group.add_argument(
-        "--packing", choices=PACKING_MODES, default="best-fit",
-        help="How documents are put together into packs of --seq-length tokens.",
-    )  # fmt: skip
+    add = parser.add_argument_group(title="finetuning data").add_argument
+    add("--finetune-data-files", nargs="+", default=None, metavar="PATH",
+        help="Training data: json, jsonl, parquet or csv files (also .gz, .zst), folders or globs; "
+        "PATH=WEIGHT mixes sources by their share of tokens.")  # fmt: skip
+    add("--finetune-hf-dataset", default=None, metavar="NAME",
+        help="Training data: a dataset of the HuggingFace hub, or a local folder.")  # fmt: skip
+    add("--finetune-data-split", default="train", metavar="SPLIT",
+        help="Split of --finetune-hf-dataset to train on.")  # fmt: skip
+    add("--valid-data-files", nargs="+", default=None, metavar="PATH",
+        help="Validation data.")  # fmt: skip
+    add("--test-data-files", nargs="+", default=None, metavar="PATH", help="Test data.")
+    add("--split-ratio", default=None, metavar="TRAIN,VALID,TEST",
+        help="Cut the training data into disjoint splits instead, such as 0.98,0.01,0.01.")  # fmt: skip
+    add("--conversation-format", default=None, metavar="NAME",
+        help=f"Format of the rows: {', '.join(FORMATS)}, or package.module:function. "
+        "Detected when not given.")  # fmt: skip
+    add("--system-key", default=None, metavar="COLUMN", help="Column with a system prompt.")
+    add("--prompt-key", default=None, metavar="COLUMN",
+        help="Column with the question (instruction).")  # fmt: skip
+    add("--query-key", default=None, metavar="COLUMN",
+        help="Column that is appended to the question.")  # fmt: skip
+    add("--response-key", default=None, metavar="COLUMN", help="Column with the answer (output).")
+    add("--messages-key", default=None, metavar="COLUMN", help="Column with a list of messages.")
+    add("--on-bad-row", choices=("error", "skip"), default="error",
+        help="Stop at the first bad row, or count and list bad rows and go on.")  # fmt: skip
+    add("--overlong", choices=("drop", "error", "trim-turns"), default="drop",
+        help="What happens to documents longer than --seq-length: dropped and counted, an error, "
+        "or their oldest turns are left out.")  # fmt: skip
+    add("--reasoning", choices=("keep", "last", "mask"), default="keep",
+        help="Train all reasoning, only the last turn's, or none; all of it stays in the text.")  # fmt: skip
+    add("--loss-on", choices=("all", "last"), default="all",
+        help="Train all assistant turns, or the last of each conversation.")  # fmt: skip
+    add("--separator", default="auto", metavar="TOKEN",
+        help="Token after each document, never trained: auto, none, or a special token.")  # fmt: skip
+    add("--chat-template-variables", default=None, metavar="JSON",
+        help='Further template variables, such as {"enable_thinking": false}.')  # fmt: skip
+    add("--data-cache-dir", default=None, metavar="DIR",
+        help="Folder of tokenised data, shared between runs and nodes. Default: sft-data in "
+        "$XDG_CACHE_HOME or ~/.cache.")  # fmt: skip
+    add("--data-workers", type=int, default=None, metavar="N",
+        help="Processes that tokenise; one a core when not given.")  # fmt: skip
+    add("--packing", choices=PACKING_MODES, default="best-fit",
+        help="How documents are put together into packs of --seq-length tokens.")  # fmt: skip
     # The host parser may have it, with the same meaning.
     with contextlib.suppress(argparse.ArgumentError):
-        group.add_argument("--chat-template", default=None, metavar="FILE")
+        add("--chat-template", default=None, metavar="FILE",
+            help="File or name of a chat template to use instead of the tokenizer's.")  # fmt: skip
     return parser
 
 
 def prepare_documents_from_args(
-    args: argparse.Namespace, split: DataSplit, tokenizer: object
-) -> Documents | None:
+    args: argparse.Namespace, split: DataSplit, tokenizer: PreTrainedTokenizerBase
+) -> Documents | DocumentSet | None:
     """Prepare the documents of one split as the flags say.
 
     Args:
@@ -73,25 +96,147 @@ def prepare_documents_from_args(
     Raises:
         DataError: the flags or the data have to be put right.
     """
-    if split == "train":
-        files, hub = args.finetune_data_files or (), args.finetune_hf_dataset
-        if not files and not hub:
+    _check_splits(args)
+    if split == "train" or args.split_ratio is not None:
+        files = args.finetune_data_files or ()
+        if not files and not args.finetune_hf_dataset:
             raise DataError(
-                "no training data: give --finetune-data-files or --finetune-hf-dataset."
+                "there is no training data: give --finetune-data-files or --finetune-hf-dataset."
             )
-    else:
-        files, hub = getattr(args, f"{split}_data_files") or (), None
-        if not files:
-            return None
+        documents = _prepare(args, files, args.finetune_hf_dataset, tokenizer, "train")
+        if args.split_ratio is None:
+            return documents
+        if not isinstance(documents, Documents):
+            raise DataError("--split-ratio cannot cut a weighted mixture; give separate files.")
+        part = split_documents(documents, _ratios(args.split_ratio))[_SPLITS.index(split)]
+        return part if len(part) or split == "train" else None
+    files = getattr(args, f"{split}_data_files") or ()
+    return _prepare(args, files, None, tokenizer, split) if files else None
+
+
+def parse_weighted(entries: Sequence[str]) -> list[tuple[str, float | None]]:
+    """Split ``PATH=WEIGHT`` entries; a path that exists as written is never split."""
+    parsed: list[tuple[str, float | None]] = []
+    for entry in entries:
+        path, equals, weight = entry.rpartition("=")
+        if equals and not Path(entry).exists():
+            try:
+                parsed.append((path, float(weight)))
+                continue
+            except ValueError:
+                pass  # an equals sign in a name, not a weight
+        parsed.append((entry, None))
+    return parsed
+
+
+def _prepare(
+    args: argparse.Namespace,
+    files: Sequence[str],
+    hf_dataset: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    split: DataSplit,
+) -> Documents | DocumentSet:
+    flag = "--finetune-data-files" if split == "train" else f"--{split}-data-files"
+    parsed = parse_weighted(files)
+    weighted = [weight for _, weight in parsed if weight is not None]
+    if not weighted:
+        return _prepare_one(args, files, hf_dataset, tokenizer, flag)
+    if len(weighted) != len(parsed):
+        plain = next(path for path, weight in parsed if weight is None)
+        raise DataError(f"{flag} {plain}: give every source a weight (PATH=WEIGHT), or none.")
+    parts = [_prepare_one(args, [path], None, tokenizer, flag) for path, _ in parsed]
+    return mix_documents(parts, weighted, [path for path, _ in parsed], _seed(args))
+
+
+def _prepare_one(
+    args: argparse.Namespace,
+    files: Sequence[str],
+    hf_dataset: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    flag: str,
+) -> Documents:
     return prepare_documents(
         files=files,
-        hf_dataset=hub,
+        hf_dataset=hf_dataset,
         split=args.finetune_data_split,
         tokenizer=tokenizer,
         seq_length=args.seq_length,
-        cache_dir=args.data_cache_dir,
-        on_bad_row=args.on_bad_row,
-        overlong=args.overlong,
-        chat_template=args.chat_template,
-        conversation_format=args.conversation_format,
+        cache_dir=args.data_cache_dir or default_cache_dir(),
+        files_flag=flag,
+        **option_fields(args),
     )
+
+
+def option_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as fields of ``PrepareOptions``."""
+    return {
+        "on_bad_row": args.on_bad_row,
+        "overlong": args.overlong,
+        "chat_template": args.chat_template,
+        "conversation_format": args.conversation_format,
+        "format_options": FormatOptions(
+            args.system_key,
+            args.prompt_key,
+            args.query_key,
+            args.response_key,
+            args.messages_key,
+        ),
+        "reasoning": args.reasoning,
+        "loss_on": args.loss_on,
+        "separator": args.separator,
+        "workers": args.data_workers,
+        "template_variables": _variables(args.chat_template_variables),
+    }
+
+
+def default_cache_dir() -> Path:
+    """Where token caches go when no folder is given."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "sft-data"
+
+
+def _check_splits(args: argparse.Namespace) -> None:
+    """Refuse splits that overlap, or that are given twice."""
+    if args.split_ratio is not None and (args.valid_data_files or args.test_data_files):
+        raise DataError("give either --split-ratio or --valid-data-files and --test-data-files.")
+    seen: dict[Path, str] = {}
+    flags = ("--finetune-data-files", "--valid-data-files", "--test-data-files")
+    for flag, name in zip(
+        flags, ("finetune_data_files", "valid_data_files", "test_data_files"), strict=True
+    ):
+        files = [path for path, _ in parse_weighted(getattr(args, name) or ())]
+        for path in resolve_files(files, flag):
+            other = seen.setdefault(path.resolve(), flag)
+            if other != flag:
+                raise DataError(
+                    f"{flag} {path}: this file is also in {other}. Splits must not overlap; "
+                    "give other files, or cut one file with --split-ratio."
+                )
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError:
+        ratios = []
+    if len(ratios) not in (2, 3):
+        raise DataError(
+            f"--split-ratio {text}: expected two or three shares, such as 0.98,0.01,0.01."
+        )
+    return [*ratios, 0.0][:3]
+
+
+def _variables(text: str | None) -> tuple[tuple[str, Any], ...]:
+    if text is None:
+        return ()
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"--chat-template-variables {text}: not valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise DataError(f"--chat-template-variables {text}: expected a JSON object.")
+    return tuple(values.items())
+
+
+def _seed(args: argparse.Namespace) -> int:
+    return int(getattr(args, "seed", 1234))

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data.document_set import DocumentSet
 from data.errors import DataError
 from data.pack_filling import IntArray, fill_packs
 from data.packing import PACKING_MODES, PLAN_VERSION, PackingMode, PackingPlan, plan_epoch
@@ -67,7 +68,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self,
         num_packed_samples: int | None,
-        hf_dataset: Documents | Sequence[Mapping[str, Any]] | Any,
+        hf_dataset: Documents | DocumentSet | Sequence[Mapping[str, Any]] | Any,
         tokenizer: PreTrainedTokenizerBase,
         seq_length: int,
         num_shards: int = 1,
@@ -233,8 +234,10 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         return plan
 
 
-def _as_documents(rows: Any, tokenizer: PreTrainedTokenizerBase, seq_length: int) -> Documents:
-    if isinstance(rows, Documents):
+def _as_documents(
+    rows: Any, tokenizer: PreTrainedTokenizerBase, seq_length: int
+) -> Documents | DocumentSet:
+    if isinstance(rows, Documents | DocumentSet):
         return rows
     from data.prepare import (
         prepare_rows,

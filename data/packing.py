@@ -74,6 +74,7 @@ def plan_epoch(
         balance_every: Packs in a global batch. Inside each such group packs are ordered by
             attention work, so that packs that different data-parallel ranks process at the same
             time cost the same.
+        filled: What ``fill_packs`` gave for these lengths, to be used again for another epoch.
 
     Raises:
         DataError: a document is empty or longer than ``seq_length``.
