@@ -48,7 +48,8 @@ Method = Literal["generation", "marks"]
 Reasoning = Literal["keep", "last", "mask"]
 LossOn = Literal["all", "last"]
 
-_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\s*")
+# Templates end the block with at most two line breaks; more white space is the answer's own.
+_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 _MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 
 

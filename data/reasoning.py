@@ -24,6 +24,7 @@ REMOVE_THINK_CHAT_TEMPLATE = re.compile(
 ONLY_AFTER_LAST_QUESTION = re.compile(
     r"loop\.index0\s*>\s*(?:\w+\.)?last_(?:query|user)\w*(?:\.value)?"
 )
+_OR_REASONING = r"(\g<0> or reasoning_content)"
 _PLAIN: list[list[Message]] = [
     [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
     [
@@ -45,7 +46,7 @@ def keep_reasoning(source: str) -> tuple[str, int]:
         The source to use, and how many parts were taken out (0: it is unchanged).
     """
     kept, fragments = REMOVE_THINK_CHAT_TEMPLATE.subn("", source)
-    kept, conditions = ONLY_AFTER_LAST_QUESTION.subn("true", kept)
+    kept, conditions = ONLY_AFTER_LAST_QUESTION.subn(_OR_REASONING, kept)
     for part, changes in ((kept, fragments + conditions), *_one_by_one(source)):
         if changes and all(_same(source, part, messages) for messages in _PLAIN):
             return part, changes
@@ -55,7 +56,7 @@ def keep_reasoning(source: str) -> tuple[str, int]:
 def _one_by_one(source: str) -> list[tuple[str, int]]:
     return [
         REMOVE_THINK_CHAT_TEMPLATE.subn("", source),
-        ONLY_AFTER_LAST_QUESTION.subn("true", source),
+        ONLY_AFTER_LAST_QUESTION.subn(_OR_REASONING, source),
     ]
 
 

@@ -1,0 +1,159 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.answer_spans import trained_spans
+from data.chat_template import MARKS
+from data.conversation import Conversation
+from data.errors import RowError
+from data.reasoning import keep_reasoning
+from tests.data.conftest import CHATML
+from tests.data.templates import GENERATION, THINKING, chat, finder
+
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' "
+    "[/INST]' }}{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
+)
+
+
+def trained(source, conversation, method=None, **policy):
+    found = finder(source, reasoning=policy.get("reasoning", "keep"))
+    rendering = found.find(conversation, method)
+    return [rendering.text[a:b] for a, b in trained_spans(rendering, conversation, **policy)]
+
+
+@pytest.mark.parametrize("source", [CHATML, THINKING, GENERATION])
+def test_trained_text_is_the_answers_and_their_stops(source):
+    conversation = chat("Hi", "Hello.", "And?", "Bye.")
+    assert trained(source, conversation) == ["Hello.<|im_end|>", "Bye.<|im_end|>"]
+
+
+def test_both_methods_agree_where_the_template_marks_answers():
+    conversation = chat("Hi", "Hello.", "And?", "")
+    assert trained(GENERATION, conversation, "generation") == trained(
+        GENERATION, conversation, "marks"
+    )
+
+
+def test_header_ends_where_the_generation_prompt_ends():
+    # The prompt of Llama 2 ends with [/INST]; the space is the model's to write.
+    assert trained(LLAMA2, chat("Hi", "Hello.", "And?", "Bye.")) == [" Hello. </s>", " Bye. </s>"]
+
+
+def test_stop_outside_the_generation_block_is_trained():
+    inside = "{%- generation %}{{ message.content + '<|im_end|>\\n' }}{% endgeneration %}"
+    outside = "{%- generation %}{{ message.content }}{% endgeneration %}{{ '<|im_end|>\\n' }}"
+    assert inside in GENERATION
+    source = GENERATION.replace(inside, outside)
+    assert trained(source, chat("Hi", "Hello.")) == ["Hello.<|im_end|>"]
+
+
+def test_loss_on_last_trains_one_turn():
+    conversation = chat("Hi", "Hello.", "And?", "Bye.")
+    assert trained(CHATML, conversation, loss_on="last") == ["Bye.<|im_end|>"]
+
+
+def test_messages_that_the_row_does_not_train_are_left_out():
+    conversation = chat("Hi", "Hello.", "And?", "Bye.")
+    conversation.trained = [False, False, False, True]
+    assert trained(CHATML, conversation) == ["Bye.<|im_end|>"]
+
+
+def test_empty_think_block_that_the_template_adds_is_not_trained():
+    found = finder(THINKING)
+    rendering = found.find(chat("Hi", "Hello."))
+    assert "<think>\n\n</think>" in rendering.text
+    assert trained(THINKING, chat("Hi", "Hello.")) == ["Hello.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"content": "Four.", "reasoning_content": "2 + 2"},
+        {"content": "<think>\n2 + 2\n</think>\n\nFour."},
+    ],
+)
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [("keep", "<think>\n2 + 2\n</think>\n\nFour.<|im_end|>"), ("mask", "Four.<|im_end|>")],
+)
+def test_reasoning_in_a_field_and_in_content_are_alike(answer, policy, expected):
+    conversation = chat("2 + 2?", "", **answer)
+    assert trained(THINKING, conversation, reasoning=policy) == [expected]
+
+
+def test_reasoning_of_earlier_turns_is_refused_where_the_template_drops_it():
+    conversation = chat("2 + 2?", "<think>\nsum\n</think>\n\nFour.", "Sure?", "Yes.")
+    with pytest.raises(RowError, match="reasoning of message 2"):
+        trained(THINKING, conversation)
+    # Trained nowhere but in the last turn, it may be dropped.
+    assert trained(THINKING, conversation, reasoning="last")[0] == "Four.<|im_end|>"
+
+
+def test_kept_template_trains_reasoning_everywhere_or_in_the_last_turn():
+    source, removed = keep_reasoning(THINKING)
+    assert removed == 1
+    thought = "<think>\nsum\n</think>\n\nFour."
+    conversation = chat("2 + 2?", thought, "Sure?", thought)
+    assert trained(source, conversation) == [thought + "<|im_end|>"] * 2
+    assert trained(source, conversation, reasoning="last") == [
+        "Four.<|im_end|>",
+        thought + "<|im_end|>",
+    ]
+
+
+def test_tool_calls_are_trained_and_results_are_not():
+    call = {"type": "function", "function": {"name": "look", "arguments": {"q": 'a "b" <c>'}}}
+    conversation = Conversation(
+        [
+            {"role": "user", "content": "Look."},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "content": "found"},
+            {"role": "assistant", "content": "Done."},
+        ]
+    )
+    assert trained(keep_reasoning(THINKING)[0], conversation) == [
+        '\n<tool_call>\nlook {"q": "a \\"b\\" <c>"}\n</tool_call><|im_end|>',
+        "Done.<|im_end|>",
+    ]
+
+
+@pytest.mark.parametrize("source", [CHATML, GENERATION])
+def test_answer_that_the_template_leaves_out_is_refused(source):
+    conversation = chat("Look.", "Wait.", tool_calls=[
+        {"type": "function", "function": {"name": "look", "arguments": {}}}])  # fmt: skip
+    with pytest.raises(RowError, match="leaves out tool of message 2"):
+        trained(source, conversation)
+
+
+def test_template_that_counts_characters_is_refused():
+    source = CHATML.replace(
+        "message.content +", "message.content + message.content|length|string +"
+    )
+    with pytest.raises(RowError, match="marks change the text"):
+        trained(source, chat("Hi", "Hello."))
+
+
+def test_template_that_moves_answers_is_refused():
+    source = CHATML.replace("message in messages", "message in messages[::-1]")
+    with pytest.raises(RowError):
+        trained(source, chat("Hi", "One.", "And?", "Two."))
+
+
+def test_reserved_characters_in_the_text_are_refused():
+    with pytest.raises(RowError, match="U\\+FDD0"):
+        trained(CHATML, chat("Hi", "a" + MARKS[0]))
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters=MARKS), max_size=12)
+
+
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.booleans())
+def test_any_text_gives_exactly_the_answers(turns, generation):
+    source = GENERATION if generation else CHATML
+    conversation = chat(*(text for pair in turns for text in pair))
+    spans = trained(source, conversation)
+    assert len(spans) == len(turns)
+    for span, (_, answer) in zip(spans, turns, strict=True):
+        if "<think>" not in answer:
+            assert span.strip() == (answer + "<|im_end|>").strip()
