@@ -84,7 +84,15 @@ OPPOSITES = (
     "big small|hot cold|fast slow|old young|tall short|rich poor|light dark|wet dry|early late|loud quiet|full empty|"
     "hard soft|open closed|clean dirty|happy sad|strong weak|high low|near far|thick thin|first last"
 )
-SURNAMES = "Bell Brook Carter Field Grant Hill King Lane Mason Reed Stone Wood".split()
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+SPANISH = (
+    "bear oso|cat gato|cow vaca|dog perro|duck pato|fox zorro|goat cabra|horse caballo|lion leon|mouse rata|owl mochuelo|"
+    "pig cerdo|apple manzana|bread pan|cheese queso|egg huevo|melon sandia|pear pera|plum ciruela|rice arroz"
+)
+GERMAN = (
+    "bear Baer|cat Katze|cow Kuh|dog Hund|duck Ente|fox Fuchs|goat Ziege|horse Pferd|lion Loewe|mouse Maus|owl Eule|"
+    "pig Schwein|apple Apfel|bread Brot|cheese Kaese|egg Ei|melon Melone|pear Birne|plum Pflaume|rice Reis"
+)
 TITLES = "boss captain chief friend madam professor".split()
 
 
@@ -112,44 +120,44 @@ def _listing(parts: Sequence[str]) -> str:
     return ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def guest(rng: random.Random) -> Conversation:
-    """Finds full names in a guest list."""
-    count = rng.randint(2, 4)
-    firsts, lasts = rng.sample(NAMES, count), rng.sample(SURNAMES, count)
-    people = [f"{first} {last}" for first, last in zip(firsts, lasts, strict=True)]
+def order(rng: random.Random) -> Conversation:
+    """Who comes first, second and last in a list of three."""
+    names = rng.sample(NAMES, 3)
+    places = rng.sample(list(zip(("first", "second", "last"), names, strict=True)), rng.randint(1, 3))
+    opening = f"The guests come in this order: {names[0]}, {names[1]} and then {names[2]}."
     turns = []
-    for number, pick in enumerate(rng.sample(range(count), rng.randint(1, count))):
-        question = f"And of {firsts[pick]}?" if number else (
-            f"The guests tonight are {_listing(people)}. What is the full name of {firsts[pick]}?"
-        )
-        turns.append((question, f"It is {people[pick]}."))
-    return Conversation(turns, tuple(people))
+    for number, (place, name) in enumerate(places):
+        question = f"And who comes {place}?" if number else f"{opening} Who comes {place}?"
+        turns.append((question, f"The {place} guest is {name}."))
+    return Conversation(turns, tuple(names))
 
 
-def colour(rng: random.Random) -> Conversation:
-    """Coloured things in the system prompt, asked for over several turns."""
-    count = rng.randint(2, 4)
-    things, colours = rng.sample(THINGS, count), rng.sample(COLOURS, count)
-    facts = _listing([f"a {shade} {thing}" for shade, thing in zip(colours, things, strict=True)])
-    system = f"You look after a house with {facts}."
-    turns = []
-    for number, pick in enumerate(rng.sample(range(count), rng.randint(1, count))):
-        question = f"And which is {colours[pick]}?" if number else f"Which thing is {colours[pick]}?"
-        turns.append((question, f"It is the {colours[pick]} {things[pick]}."))
-    return Conversation(turns, (*things, *colours), system)
+def house(rng: random.Random) -> Conversation:
+    """The keeper of a house, who knows it from the system prompt."""
+    name, city = rng.choice(NAMES), rng.choice(CITIES)
+    shade, thing = rng.choice(COLOURS), rng.choice(THINGS)
+    system = f"You look after the house of {name} in {city}. The door is {shade} and the key is under the {thing}."
+    asked = [
+        ("Whose house is this?", f"It is the house of {name}."),
+        ("In which city is the house?", f"The house is in {city}."),
+        ("What colour is the door?", f"The door is {shade}."),
+        ("Where is the key?", f"The key is under the {thing}."),
+    ]
+    return Conversation(rng.sample(asked, rng.randint(1, 4)), (name, city, shade, thing), system)
 
 
-def price(rng: random.Random) -> Conversation:
-    """A waiter whose system prompt holds the menu; the guest asks for several prices."""
-    count = rng.randint(2, 4)
-    foods, prices = rng.sample(FOODS, count), rng.sample(range(2, 20), count)
-    facts = _listing([f"{food} {coins} coins" for food, coins in zip(foods, prices, strict=True)])
-    system = f"You are a waiter. On the menu: {facts}."
-    turns = []
-    for number, pick in enumerate(rng.sample(range(count), rng.randint(1, count))):
-        question = f"And the {foods[pick]}?" if number else f"How much is the {foods[pick]}?"
-        turns.append((question, f"On the menu: {foods[pick]} {prices[pick]} coins."))
-    return Conversation(turns, (*foods, *prices), system)
+def shop(rng: random.Random) -> Conversation:
+    """A shop assistant whose system prompt holds what customers ask for."""
+    food, day = rng.choice(FOODS), rng.choice(DAYS)
+    coins, shuts = rng.randint(2, 9), rng.randint(12, 19)
+    system = f"You work in a shop for {food}. One piece costs {coins} coins. We close at {shuts} and rest on {day}."
+    asked = [
+        ("What do you sell?", f"We sell {food}."),
+        ("How much is one piece?", f"One piece costs {coins} coins."),
+        ("When do you close?", f"We close at {shuts}."),
+        ("On which day do you rest?", f"We rest on {day}."),
+    ]
+    return Conversation(rng.sample(asked, rng.randint(1, 4)), (food, day, coins, shuts), system)
 
 
 def memory(rng: random.Random) -> Conversation:
@@ -202,15 +210,31 @@ def total(rng: random.Random) -> Conversation:
     return Conversation([(text, f"There are {first + second} pieces.")], (name, food, first, second))
 
 
-def repeat(rng: random.Random) -> Conversation:
-    """Says a list of words again."""
-    words = " ".join(rng.sample(ANIMALS + FOODS + THINGS, rng.randint(3, 6)))
-    return Conversation([(f"Please repeat these words: {words}.", f"The words are: {words}.")], (words,))
+def move(rng: random.Random) -> Conversation:
+    """A later turn changes what an earlier one said; asks for either."""
+    before, now = rng.sample(CITIES, 2)
+    name = rng.choice(NAMES)
+    asked = [
+        ("Where do I live now?", f"Now you live in {now}."),
+        ("Where did I live before?", f"Before you lived in {before}."),
+    ]
+    opening = (f"My friend {name} and I live in {before}.", f"Greetings to {name}.")
+    turns = [opening, (f"We have moved to {now}.", "Thank you, I will remember.")]
+    return Conversation([*turns, *rng.sample(asked, rng.randint(1, 2))], (name, before, now))
+
+
+def translate(rng: random.Random) -> Conversation:
+    """Translates two words into the language that the system prompt names."""
+    language, pairs = rng.choice([("Spanish", SPANISH), ("German", GERMAN)])
+    (left, left_answer), (right, right_answer) = (pair.split() for pair in rng.sample(pairs.split("|"), 2))
+    system = f"You are a translator. Answer in {language}."
+    text = rng.choice(["Please translate", "I need the words for", "Tell me the words for"]) + f" {left} and {right}."
+    return Conversation([(text, f"In {language}: {left_answer}, {right_answer}.")], (language, left, right), system)
 
 
 def reverse(rng: random.Random) -> Conversation:
     """Says a list of words backwards; a follow-up may ask for the first or last of the answer."""
-    words = rng.sample(ANIMALS + FOODS + THINGS, rng.randint(2, 4))
+    words = rng.sample(ANIMALS + FOODS + THINGS, rng.randint(2, 3))
     back = words[::-1]
     turns = [(f"Please say these words backwards: {' '.join(words)}.", f"Backwards it is: {' '.join(back)}.")]
     follow = rng.choice(["", "first", "last"])
@@ -251,7 +275,9 @@ def count(rng: random.Random) -> Conversation:
 
 KINDS: dict[str, Callable[[random.Random], Conversation]] = {
     function.__name__: function
-    for function in (guest, colour, price, memory, title, biggest, total, repeat, reverse, category, opposite, count)
+    for function in (
+        order, house, shop, memory, title, move, biggest, total, reverse, category, opposite, translate, count,
+    )  # fmt: skip
 }
 
 
@@ -347,10 +373,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=64,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
         initializer_range=0.08,
