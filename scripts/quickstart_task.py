@@ -120,18 +120,6 @@ def _listing(parts: Sequence[str]) -> str:
     return ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
-def order(rng: random.Random) -> Conversation:
-    """Who comes first, second and last in a list of three."""
-    names = rng.sample(NAMES, 3)
-    places = rng.sample(list(zip(("first", "second", "last"), names, strict=True)), rng.randint(1, 3))
-    opening = f"The guests come in this order: {names[0]}, {names[1]} and then {names[2]}."
-    turns = []
-    for number, (place, name) in enumerate(places):
-        question = f"And who comes {place}?" if number else f"{opening} Who comes {place}?"
-        turns.append((question, f"The {place} guest is {name}."))
-    return Conversation(turns, tuple(names))
-
-
 def house(rng: random.Random) -> Conversation:
     """The keeper of a house, who knows it from the system prompt."""
     name, city = rng.choice(NAMES), rng.choice(CITIES)
@@ -210,19 +198,6 @@ def total(rng: random.Random) -> Conversation:
     return Conversation([(text, f"There are {first + second} pieces.")], (name, food, first, second))
 
 
-def move(rng: random.Random) -> Conversation:
-    """A later turn changes what an earlier one said; asks for either."""
-    before, now = rng.sample(CITIES, 2)
-    name = rng.choice(NAMES)
-    asked = [
-        ("Where do I live now?", f"Now you live in {now}."),
-        ("Where did I live before?", f"Before you lived in {before}."),
-    ]
-    opening = (f"My friend {name} and I live in {before}.", f"Greetings to {name}.")
-    turns = [opening, (f"We have moved to {now}.", "Thank you, I will remember.")]
-    return Conversation([*turns, *rng.sample(asked, rng.randint(1, 2))], (name, before, now))
-
-
 def translate(rng: random.Random) -> Conversation:
     """Translates two words into the language that the system prompt names."""
     language, pairs = rng.choice([("Spanish", SPANISH), ("German", GERMAN)])
@@ -232,16 +207,17 @@ def translate(rng: random.Random) -> Conversation:
     return Conversation([(text, f"In {language}: {left_answer}, {right_answer}.")], (language, left, right), system)
 
 
-def reverse(rng: random.Random) -> Conversation:
-    """Says a list of words backwards; a follow-up may ask for the first or last of the answer."""
-    words = rng.sample(ANIMALS + FOODS + THINGS, rng.randint(2, 3))
-    back = words[::-1]
-    turns = [(f"Please say these words backwards: {' '.join(words)}.", f"Backwards it is: {' '.join(back)}.")]
-    follow = rng.choice(["", "first", "last"])
-    if follow:
-        word = back[0] if follow == "first" else back[-1]
-        turns.append((f"Which word did you say {follow}?", f"The {follow} word was {word}."))
-    return Conversation(turns, tuple(words))
+def swap(rng: random.Random) -> Conversation:
+    """Says two words in the other order."""
+    left, right = rng.sample(ANIMALS + FOODS + THINGS, 2)
+    return Conversation([(f"Please swap these words: {left} {right}.", f"Swapped: {right} {left}.")], (left, right))
+
+
+def sort(rng: random.Random) -> Conversation:
+    """Sorts three numbers."""
+    numbers = rng.sample(range(1, 20), 3)
+    listed, in_order = " ".join(map(str, numbers)), " ".join(map(str, sorted(numbers)))
+    return Conversation([(f"Please sort the numbers {listed}.", f"Sorted: {in_order}.")], tuple(numbers))
 
 
 def category(rng: random.Random) -> Conversation:
@@ -276,7 +252,7 @@ def count(rng: random.Random) -> Conversation:
 KINDS: dict[str, Callable[[random.Random], Conversation]] = {
     function.__name__: function
     for function in (
-        order, house, shop, memory, title, move, biggest, total, reverse, category, opposite, translate, count,
+        house, shop, memory, title, biggest, sort, total, swap, category, opposite, translate, count,
     )  # fmt: skip
 }
 
