@@ -157,7 +157,13 @@ class AnswerFinder:
             header = self.markup.header_in(text[before:first], role)
             start = _skip_empty_think(text, before + len(header), first)
             stop = self.markup.stop_pattern.search(text, last, limit)
-            # Without a stop a turn ends where its last piece does.
+            if stop is None and here[-1][0].kind == "tool":
+                # Where the call's closing markup ends cannot be told.
+                where = text[last : min(limit, last + 60)]
+                raise RowError(
+                    "no stop", f"after the tool call of message {message + 1} comes {where!r}"
+                )
+            # Without a stop an answer ends where its last piece does.
             end = stop.end() if stop else last
             turns.append(Turn(message, start, end, _end_of_reasoning(text, here), bool(stop)))
         return turns

@@ -59,7 +59,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="What happens to documents longer than --seq-length: dropped and counted, an error, "
         "or their oldest turns are left out.")  # fmt: skip
     add("--reasoning", choices=("keep", "last", "mask"), default="keep",
-        help="Train all reasoning, only the last turn's, or none; all of it stays in the text.")  # fmt: skip
+        help="Train all reasoning, only the last turn's, or none; all of it stays in.")  # fmt: skip
     add("--loss-on", choices=("all", "last"), default="all",
         help="Train all assistant turns, or the last of each conversation.")  # fmt: skip
     add("--separator", default="auto", metavar="TOKEN",

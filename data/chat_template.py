@@ -134,6 +134,15 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+@lru_cache(maxsize=256)
+def _compile(source: str) -> tuple[jinja2.Template, bool]:
+    """The compiled template, and whether it has generation blocks."""
+    environment = _environment()
+    data = environment.parse(source).find_all(jinja2.nodes.TemplateData)
+    has_generation = any(BLOCK_OPEN in text.data for text in data)
+    return environment.from_string(source), has_generation
+
+
 class ChatTemplate:
     """A compiled chat template.
 
@@ -157,17 +166,13 @@ class ChatTemplate:
         # What ``tools`` is in a conversation without tools; a few templates need an empty list.
         self.no_tools: list[Any] | None = None
         try:
-            self._template = _environment().from_string(source)
+            self._template, self.has_generation = _compile(source)
         except jinja2.TemplateError as error:
             line = f", line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise DataError(
                 f"--chat-template{line}: not a valid Jinja template ({error}). Fix the template."
             ) from error
         self._globals = {**self._template.globals, **self.variables}
-        tags = _environment().parse(source)
-        self.has_generation = any(
-            BLOCK_OPEN in data.data for data in tags.find_all(jinja2.nodes.TemplateData)
-        )
 
     def render(
         self,

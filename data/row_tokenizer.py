@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that a worker starts in a fraction of
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,7 +50,6 @@ class TokenizeOptions:
         reasoning: Which reasoning is trained.
         loss_on: Which turns are trained.
         separator: Token id appended to every document, never trained; None for none.
-        texts: Whether the rendered text and dropped rows are wanted too (previews).
     """
 
     tokenizer: str
@@ -66,11 +66,10 @@ class TokenizeOptions:
     reasoning: Reasoning = "keep"
     loss_on: LossOn = "all"
     separator: int | None = None
-    texts: bool = False
 
 
 @dataclass
-class RowResult:
+class PreviewRow:
     """One row's fate, for previews.
 
     Attributes:
@@ -200,6 +199,28 @@ class RowTokenizer:
                 yield from self._tokenize(batch, counts, bad)
                 batch = []
         yield from self._tokenize(batch, counts, bad)
+
+    def preview(self, raw: RawRow, counts: Counter[str]) -> PreviewRow:
+        """One row with its text, ids and mask, or why it would be dropped."""
+        bad: list[tuple[str, str, str]] = []
+        trimmed = counts["trimmed"]
+        try:
+            documents = list(self.rows(iter([raw]), counts, bad))
+        except DataError as error:  # an over-long document under --overlong error
+            counts[f"dropped: {OVERLONG}"] += 1
+            return PreviewRow(raw, "dropped", str(error))
+        if not documents:
+            _, reason, detail = bad[-1]
+            text = ""
+            with contextlib.suppress(RowError):
+                text = self.render(raw).text
+            return PreviewRow(raw, "dropped", f"{reason}: {detail}", text)
+        pending, ids, mask = documents[0]
+        encoding = self.backend.encode(pending.text, add_special_tokens=False)
+        status = "trimmed" if counts["trimmed"] > trimmed else "kept"
+        return PreviewRow(
+            raw, status, "", pending.text, ids.tolist(), mask.tolist(), encoding.offsets
+        )
 
     def render(self, raw: RawRow) -> _Pending:
         """Convert and render one row.
