@@ -31,77 +31,20 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
-from data import DataError, Documents, SFTDataset
-from data.arguments import DataSplit, prepare_documents_from_args
+from data import DataError, Documents
 from model_provider import model_config
 from post_training import output
 from post_training.arguments import parse_arguments
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.data_iterators import MicroBatchIterator
+from post_training.datasets import SPLITS, packs_of, prepare_data, steps_of_epochs
 from post_training.errors import SetupError
+from post_training.finish import report_end
 from post_training.loss import loss_func, trained_token_loss
 from post_training.platform.training_hooks import hooks
 from post_training.run_log import RunLog
 from post_training.signals import GracefulExit
 from post_training.step_counters import counters
-from post_training.tokenizer import load_tokenizer
-
-SPLITS: tuple[DataSplit, ...] = ("train", "valid", "test")
-
-
-def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Documents]]:
-    """Tokenise and mask every split, before any process group exists.
-
-    Returns:
-        The tokenizer, and documents by split; a split without data is left out.
-    """
-    tokenizer = load_tokenizer(args)
-    documents: dict[str, Documents] = {}
-    for split in SPLITS:
-        prepared = prepare_documents_from_args(args, split, tokenizer)
-        if prepared is None:
-            continue
-        if args.vocab_size is not None and prepared.max_token_id >= args.vocab_size:
-            raise SetupError(
-                f"the {split} data holds token id {prepared.max_token_id}, the model's vocabulary has "
-                f"{args.vocab_size} entries: --hf-tokenizer and --hf-model do not fit together"
-            )
-        documents[split] = prepared
-    if "train" not in documents and not args.skip_train:
-        raise SetupError("no training data: give --finetune-data-files or --finetune-hf-dataset")
-    return tokenizer, documents
-
-
-def packs_of(
-    documents: Documents, tokenizer: Any, args: argparse.Namespace, split: str, **options: Any
-) -> SFTDataset:
-    """The packing plan of a split, sharded by `num_shards` and `shard_index` in `options`."""
-    if split == "train":
-        return SFTDataset(
-            options.pop("num_packed_samples", None),
-            documents,
-            tokenizer,
-            args.seq_length,
-            seed=args.seed,
-            packing=args.packing,
-            **options,
-        )
-    batch = args.eval_global_batch_size or args.global_batch_size
-    whole = SFTDataset(
-        None, documents, tokenizer, args.seq_length, packing=args.packing, shuffle=False
-    )
-    # Filler packs make the last batch full; they weigh nothing.
-    samples = -(-whole.num_packed_samples // batch) * batch
-    return SFTDataset(
-        samples,
-        documents,
-        tokenizer,
-        args.seq_length,
-        packing=args.packing,
-        shuffle=False,
-        epochs=1,
-        **options,
-    )
 
 
 def train_valid_test_sft_datasets_provider(
@@ -120,7 +63,12 @@ def train_valid_test_sft_datasets_provider(
         args: validated arguments.
         tokenizer: the HuggingFace tokenizer.
         documents: prepared documents by split.
+
+    Returns:
+        An iterator or None for train, valid and test; None on all but tensor parallel rank 0.
     """
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        return None, None, None  # `get_batch` broadcasts
     shards = parallel_state.get_data_parallel_world_size()
     shard = parallel_state.get_data_parallel_rank()
     result: list[MicroBatchIterator | None] = []
@@ -184,7 +132,9 @@ def forward_step(
     return output_tensor, functools.partial(loss_func, batch.trained.weights)
 
 
-def finetune(args: argparse.Namespace, console: TextIO, tokenizer: Any, documents: Any) -> None:
+def finetune(
+    args: argparse.Namespace, console: TextIO, tokenizer: Any, documents: dict[str, Documents]
+) -> None:
     """Run `pretrain()` with everything wired together; needs resolved arguments and prepared data."""
     try:
         validate_args(args)
@@ -198,18 +148,19 @@ def finetune(args: argparse.Namespace, console: TextIO, tokenizer: Any, document
             packs = len(packs_of(documents[split], tokenizer, args, split))
             batches = packs // args.eval_global_batch_size
             hooks.evaluation_iterations[split] = min(batches, args.eval_iters or batches)
+    # Each split has its own number of batches; to Megatron this says only whether there are any.
     args.eval_iters = 1 if hooks.evaluation_iterations else 0
 
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
-        if args.rank == 0 and args.iteration:
-            print(f"continuing after step {args.iteration}", file=console)
-        run_log.continue_from(args.iteration)
-        run_log.progress.start(args.iteration)
-        run_log.start_clock()
+        # Called once the model and a checkpoint are loaded: the first step comes next.
+        if not vp_stage:
+            run_log.begin(args.iteration)
         return train_valid_test_sft_datasets_provider(
             num_samples, vp_stage, args=args, tokenizer=tokenizer, documents=documents
         )
 
+    # Every tensor parallel rank hears where training begins; only the first of each group reads data.
+    provider.is_distributed = True  # type: ignore[attr-defined]
     try:
         pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),
@@ -217,9 +168,15 @@ def finetune(args: argparse.Namespace, console: TextIO, tokenizer: Any, document
             ModelType.encoder_or_decoder,
             forward_step,
         )
+    except SystemExit as exit_:
+        # Megatron leaves this way after a signal, --exit-interval or --exit-duration-in-mins.
+        if exit_.code:
+            raise
     finally:
         run_log.finish()
-    del graceful
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    report_end(args, console, graceful, run_log.last_iteration)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -231,8 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         output.choose_checkpoint(args)
         output.prepare_output(args)
         tokenizer, documents = prepare_data(args)
+        if args.num_epochs:
+            args.train_iters = steps_of_epochs(args, tokenizer, documents["train"])
         console = output.redirect_logs(args)
         output.save_config(args)
+        output.save_model_folder(args, tokenizer)
         finetune(args, console, tokenizer, documents)
     except (SetupError, DataError) as error:
         if rank == 0:

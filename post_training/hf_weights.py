@@ -222,7 +222,8 @@ def split_parameter(
         yield source.names[0], value[: config.vocab_size].contiguous()
     elif source.layout == "gate_up":
         for name, part in zip(source.names, value.chunk(2), strict=True):
-            yield name, part.contiguous()
+            # A copy: safetensors refuses tensors that share memory.
+            yield name, part.clone()
     elif source.layout == "qkv":
         groups, dim = config.num_key_value_heads, head_dim(config)
         queries = config.num_attention_heads // groups * dim

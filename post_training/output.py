@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,6 +15,9 @@ import yaml
 from post_training.config_file import resolved_config, write_config
 from post_training.errors import SetupError
 from post_training.modelopt_state import latest_checkpoint
+
+# In the output folder: configuration, tokenizer and chat template of the model, kept with its weights.
+MODEL_FOLDER = "model"
 
 # What makes a checkpoint's tensors fit a model.
 ARCHITECTURE_KEYS = (
@@ -155,6 +157,24 @@ def redirect_logs(args: argparse.Namespace) -> TextIO:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
-    warnings.simplefilter("default")
     logging.captureWarnings(True)
     return console
+
+
+def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Keep configuration, tokenizer, chat template and generation defaults beside the checkpoints."""
+    if args.rank != 0:
+        return
+    folder = Path(args.output_dir) / MODEL_FOLDER
+    folder.mkdir(exist_ok=True)
+    if args.chat_template:
+        from data.tokenizer_facts import template_source
+
+        tokenizer.chat_template = template_source(tokenizer, args.chat_template)
+    tokenizer.save_pretrained(folder)
+    if args.hf_config is None:
+        return
+    args.hf_config.save_pretrained(folder)
+    defaults = Path(args.hf_model) / "generation_config.json"
+    if defaults.is_file() and Path(args.hf_model).resolve() != folder.resolve():
+        shutil.copyfile(defaults, folder / defaults.name)

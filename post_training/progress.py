@@ -83,6 +83,10 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(text)
 
+    def message(self, text: str) -> None:
+        """Show a line of its own."""
+        self._line(text)
+
     def _line(self, text: str) -> None:
         if self.bar is not None:
             self.bar.write(text, file=self.console)

@@ -85,8 +85,12 @@ class RunLog:
                 self.trained_tokens = record.get("total_trained_tokens", self.trained_tokens)
         self.metrics_file.write_text("".join(line + "\n" for line in kept))
 
-    def start_clock(self) -> None:
-        """Mark the start of the first step."""
+    def begin(self, iteration: int) -> None:
+        """Take over at `iteration`, which a checkpoint holds (0 at the start of a run)."""
+        self.continue_from(iteration)
+        if iteration and self.is_writer:
+            self.progress.message(f"continuing after step {iteration}")
+        self.progress.start(iteration)
         self.last_step_end = time.perf_counter()
         counters.reset()
 

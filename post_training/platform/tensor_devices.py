@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 FACTORIES = (
     "arange",
@@ -67,6 +68,9 @@ def _identity(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def apply() -> None:
     """Wrap the factories of `torch`, `Tensor.new_*`, `.to`, `.cuda`, `.pin_memory` and `.type`."""
+    # `with torch.device(...)` knows factories by identity, from a list it makes when it is first used:
+    # it must hold the functions that the wrappers call.
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for name in NEW_FACTORIES:

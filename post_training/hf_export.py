@@ -1,0 +1,94 @@
+"""From a Megatron model to a HuggingFace folder that has been read back and compared."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from post_training.errors import SetupError
+from post_training.hf_weights import hf_state_dict
+from post_training.inference import LoadedModel, logits
+
+CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 17 + 25 = 42; naïve façade, 東京.\n"
+
+
+def export_hf(loaded: LoadedModel, folder: str | Path, *, max_shard_size: str = "5GB") -> float:
+    """Write the model as a HuggingFace folder, reload it and compare its logits.
+
+    Everything is written beside `folder` first and moved there when the comparison has passed.
+
+    Args:
+        loaded: the Megatron model.
+        folder: where to write; replaced if it is an earlier export.
+        max_shard_size: largest safetensors file.
+
+    Returns:
+        Largest difference between a logit of the reloaded model and Megatron's, relative to the largest
+        logit.
+
+    Raises:
+        SetupError: the model was not made from a HuggingFace configuration, `folder` holds something
+            else, or the reloaded model does not agree.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoModelForCausalLM
+
+    config = loaded.args.hf_config
+    if config is None:
+        raise SetupError(
+            "the run was made from Megatron flags: there is no HuggingFace configuration"
+        )
+    target = Path(folder)
+    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
+        raise SetupError(f"--to {target}: exists and is no HuggingFace folder")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+    state = {name: value.cpu() for name, value in hf_state_dict(loaded.model, config).items()}
+    dtype = next(iter(state.values())).dtype
+    config.dtype = dtype
+    config.save_pretrained(partial)
+    loaded.tokenizer.save_pretrained(partial)
+    _copy_generation_config(loaded, partial)
+    save_torch_state_dict(
+        state, str(partial), max_shard_size=max_shard_size, metadata={"format": "pt"}
+    )
+    del state
+
+    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).eval()
+    difference = compare_logits(loaded, reloaded)
+    # Both compute in the export's dtype; bf16 keeps 8 bits of each intermediate result.
+    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
+    if not difference <= tolerance:
+        raise SetupError(
+            f"the reloaded model's logits differ from Megatron's by {difference:.2e} of the largest one "
+            f"(allowed {tolerance:.0e}); the export is left in {partial}"
+        )
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return difference
+
+
+@torch.inference_mode()
+def compare_logits(loaded: LoadedModel, model: Any) -> float:
+    """Largest difference of logits on a short text, relative to the largest logit."""
+    tokens = loaded.tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
+    expected = logits(loaded, tokens).cpu()
+    row = torch.tensor([tokens], device=next(model.parameters()).device)
+    found = model(row, use_cache=False).logits[0].float().cpu()
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def _copy_generation_config(loaded: LoadedModel, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    source = Path(loaded.args.hf_model or "") / "generation_config.json"
+    if source.is_file():
+        shutil.copyfile(source, folder / source.name)
+    else:
+        GenerationConfig.from_model_config(loaded.args.hf_config).save_pretrained(folder)

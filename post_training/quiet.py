@@ -1,0 +1,31 @@
+"""Keeps Megatron's start-up report off the terminal of the small tools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Hold back what libraries print; show it when the block fails with an unexpected error."""
+    from post_training.errors import SetupError
+
+    text = io.StringIO()
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(text), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except SetupError:
+        raise
+    except Exception:
+        sys.stderr.write(text.getvalue())
+        raise
+    finally:
+        logging.getLogger().setLevel(level)

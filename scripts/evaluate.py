@@ -1,0 +1,73 @@
+r"""Exact-match accuracy of a run's checkpoint or a HuggingFace folder on held-out rows.
+
+python scripts/evaluate.py --output-dir runs/first --data test.jsonl --json runs/first/test.json
+python scripts/evaluate.py --hf-model runs/first/hf --backend transformers --data gsm8k/test.jsonl \
+    --answer-pattern '#### (.+)'
+
+The last assistant turn of each row is the right answer; the model answers the turns before it. Every
+row counts.
+"""
+
+# ruff: noqa: E402 - the platform layer must be in place before Megatron is imported
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+from post_training import platform
+
+platform.apply()
+
+from data import DataError
+from post_training.backends import add_model_arguments, add_sampling_arguments, open_backend
+from post_training.errors import SetupError
+from post_training.evaluation import evaluate, read_questions
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument("--data", nargs="+", required=True, help="files of held-out rows")
+    parser.add_argument("--answer-pattern", metavar="REGEX", help="compare only what it finds")
+    parser.add_argument("--json", metavar="FILE", help="write the scores and every answer")
+    options = parser.parse_args()
+    try:
+        pattern = re.compile(options.answer_pattern) if options.answer_pattern else None
+    except re.error as error:
+        print(f"error: --answer-pattern: {error}", file=sys.stderr)
+        return 2
+    try:
+        questions = read_questions(options.data)
+        backend = open_backend(options)
+        begin = time.perf_counter()
+        scores = evaluate(backend, questions, pattern)
+    except (SetupError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    seconds = time.perf_counter() - begin
+    print(f"{backend.source} ({options.backend}, {seconds:.1f} s)\n{scores.table()}")
+    if options.json:
+        result = {
+            "model": backend.source,
+            "backend": options.backend,
+            "data": options.data,
+            "accuracy": scores.accuracy,
+            "correct": sum(row["correct"] for row in scores.rows),
+            "rows": len(scores.rows),
+            "answers": scores.rows,
+        }
+        Path(options.json).write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""Writes a run's checkpoint, of any parallel layout, as a HuggingFace folder.
+
+python scripts/export_hf.py --output-dir runs/first --to runs/first/hf
+
+One process on the CPU; the result is reloaded with transformers and its logits are compared with the
+Megatron model's before it is moved into place.
+"""
+
+# ruff: noqa: E402 - the device must be chosen before torch is imported
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+# The whole model must fit: host memory is the larger one, and the GPUs may be training.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+from post_training import platform
+
+platform.apply()
+
+from post_training.errors import SetupError
+from post_training.hf_export import export_hf
+from post_training.inference import load_model
+from post_training.quiet import quiet_libraries
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--output-dir", required=True, help="folder of the run")
+    parser.add_argument("--to", help="HuggingFace folder to write (default: OUTPUT_DIR/hf)")
+    parser.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
+    options = parser.parse_args()
+    try:
+        with quiet_libraries():
+            loaded = load_model(output_dir=options.output_dir, iteration=options.iteration)
+        target = options.to or os.path.join(options.output_dir, "hf")
+        difference = export_hf(loaded, target, max_shard_size=options.max_shard_size)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{loaded.source} -> {target}: reloaded with transformers, logits agree within "
+        f"{difference:.1e} of the largest one"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

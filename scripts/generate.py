@@ -1,0 +1,73 @@
+"""Answers prompts with a run's checkpoint (any parallel layout) or a HuggingFace folder.
+
+python scripts/generate.py --output-dir runs/first --prompt "What is the capital of France?"
+python scripts/generate.py --hf-model runs/first/hf --backend transformers --prompt "..." --temperature 0.7
+
+Each --prompt is a user turn with the chat template applied; without --prompt, lines are read from
+standard input.
+"""
+
+# ruff: noqa: E402 - the platform layer must be in place before Megatron is imported
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from post_training import platform
+
+platform.apply()
+
+from post_training.backends import (
+    BACKENDS,
+    add_model_arguments,
+    add_sampling_arguments,
+    open_backend,
+)
+from post_training.errors import SetupError
+from post_training.generation import encode_prompt
+
+
+def main() -> int:
+    """Entry point; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+    parser.add_argument("--prompt", action="append", help="a user turn; may be given several times")
+    parser.add_argument("--system", help="a system prompt before each user turn")
+    parser.add_argument(
+        "--raw", action="store_true", help="continue the prompt without a chat template"
+    )
+    options = parser.parse_args()
+    assert options.backend in BACKENDS
+    prompts = options.prompt
+    if prompts is None:
+        if sys.stdin.isatty():
+            print("one prompt a line, end with Ctrl-D:", file=sys.stderr)
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    try:
+        if not prompts:
+            raise SetupError("--prompt is missing, and standard input is empty")
+        backend = open_backend(options)
+        system = [{"role": "system", "content": options.system}] if options.system else []
+        encoded = [
+            backend.tokenizer(prompt, add_special_tokens=True)["input_ids"]
+            if options.raw
+            else encode_prompt(backend.tokenizer, [*system, {"role": "user", "content": prompt}])
+            for prompt in prompts
+        ]
+        answers = backend.generate(encoded)
+    except SetupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for prompt, answer in zip(prompts, answers, strict=True):
+        if len(prompts) > 1:
+            print(f"> {prompt}")
+        print(backend.tokenizer.decode(answer, skip_special_tokens=True))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
