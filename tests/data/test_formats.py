@@ -1,0 +1,228 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.conversation import Conversation
+from data.errors import DataError, RowError
+from data.formats import FORMATS, NAMED_DATASETS, FormatOptions, converter, detect_format
+
+USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"q": "x"}}}
+PLAIN = [USER, ASSISTANT]
+
+
+def convert(row, name=None, **options):
+    mapping = FormatOptions(**options)
+    return converter(name or detect_format(row, mapping), mapping)(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ({"messages": PLAIN}, "messages"),
+        ({"conversations": PLAIN}, "messages"),
+        (
+            {
+                "conversations": [
+                    {"from": "Human", "value": "Hi"},
+                    {"from": "GPT", "value": "Hello."},
+                ]
+            },
+            "sharegpt",
+        ),
+        ({"instruction": "Hi", "input": "", "output": "Hello."}, "alpaca"),
+        ({"instruction": "Hi", "context": None, "response": "Hello."}, "alpaca"),
+        ({"question": "Hi", "answer": "Hello."}, "question"),
+        ({"prompt": "Hi", "completion": "Hello."}, "question"),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, "question"),
+        ({"prompt": "Hi", "chosen": "Hello.", "rejected": "No."}, "preference"),
+        ({"chosen": PLAIN, "rejected": PLAIN}, "preference"),
+        ({"conversations": [USER], "chosen": ASSISTANT, "rejected": USER}, "preference"),
+        ({"chosen": "\n\nHuman: Hi\n\nAssistant: Hello.", "rejected": ""}, "preference"),
+    ],
+)
+def test_format_is_detected_and_read(row, name):
+    assert detect_format(row, FormatOptions()) == name
+    assert convert(row).messages == PLAIN
+
+
+def test_query_and_history_of_alpaca_rows():
+    row = {
+        "instruction": "Add.", "input": "2 2", "output": "4", "system": "Be brief.",
+        "history": [["Hi", "Hello."]],
+    }  # fmt: skip
+    said = [(m["role"], m["content"]) for m in convert(row).messages]
+    assert said == [
+        ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello."),
+        ("user", "Add.\n2 2"), ("assistant", "4"),
+    ]  # fmt: skip
+
+
+def test_columns_can_be_named():
+    row = {"sys": "S", "q": "Hi", "more": "there", "a": "Hello."}
+    keys = {"system_key": "sys", "prompt_key": "q", "query_key": "more", "response_key": "a"}
+    said = [m["content"] for m in convert(row, **keys).messages]
+    assert said == ["S", "Hi\nthere", "Hello."]
+    assert convert({"dialogue": PLAIN}, messages_key="dialogue").messages == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("keys", "flag"),
+    [
+        ({"prompt_key": "x", "response_key": "a"}, "--prompt-key"),
+        ({"prompt_key": "q", "response_key": "x"}, "--response-key"),
+        ({"messages_key": "x"}, "--messages-key"),
+        ({"prompt_key": "q", "response_key": "a", "system_key": "x"}, "--system-key"),
+        ({"prompt_key": "q", "response_key": "a", "query_key": "x"}, "--query-key"),
+    ],
+)
+def test_wrong_column_is_named_with_the_columns_there_are(keys, flag):
+    with pytest.raises(RowError, match=f"no column 'x' \\({flag}\\); the row has q, a"):
+        convert({"q": "Hi", "a": "Hello."}, **keys)
+
+
+def test_unknown_columns_are_listed():
+    with pytest.raises(DataError, match="columns foo, bar.*--prompt-key"):
+        detect_format({"foo": 1, "bar": 2}, FormatOptions())
+
+
+def test_tool_conversations_of_every_origin_are_alike():
+    openai = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"q": "x"}'}}
+        ]},
+        {"role": "tool", "content": "found", "tool_call_id": "1"},
+        {"role": "assistant", "content": "Done."},
+    ]  # fmt: skip
+    sharegpt = [
+        {"from": "human", "value": "Look."},
+        {"from": "function_call", "value": '{"name": "look", "arguments": {"q": "x"}}'},
+        {"from": "observation", "value": "found"},
+        {"from": "gpt", "value": "Done."},
+    ]
+    tools = '[{"name": "look", "parameters": {}}]'
+    first = convert({"messages": openai, "tools": [{"name": "look", "parameters": {}}]})
+    second = convert({"conversations": sharegpt, "tools": tools})
+    for conversation in (first, second):
+        assert conversation.messages[1]["tool_calls"][0]["function"] == CALL["function"]
+        assert [m["role"] for m in conversation.messages] == [
+            "user",
+            "assistant",
+            "tool",
+            "assistant",
+        ]
+        assert conversation.tools == [
+            {"type": "function", "function": {"name": "look", "parameters": {}}}
+        ]
+
+
+def test_typed_parts_and_reasoning_are_read():
+    parts = [{"type": "reasoning", "value": "sum"}, {"type": "text", "text": "Four."}]
+    message = convert({"messages": [USER, {"role": "assistant", "content": parts}]}).messages[1]
+    assert message == {"role": "assistant", "content": "Four.", "reasoning_content": "sum"}
+    for field in ("reasoning_content", "reasoning", "thinking"):
+        row = {"messages": [USER, {**ASSISTANT, field: "sum"}]}
+        assert convert(row).messages[1]["reasoning_content"] == "sum"
+
+
+def test_keys_that_arrow_fills_with_nulls_disappear():
+    nulls = {"tool_calls": None, "name": None, "reasoning_content": None, "weight": None}
+    row = {"messages": [{**USER, **nulls}, {**ASSISTANT, **nulls}], "tools": None}
+    assert convert(row).messages == PLAIN
+    call = {"name": "look", "arguments": {"q": "x", "unused": None}}
+    called = {"messages": [USER, {**ASSISTANT, "tool_calls": [call]}]}
+    assert convert(called).messages[1]["tool_calls"] == [CALL]
+
+
+@pytest.mark.parametrize("field", [{"loss": False}, {"weight": 0}, {"weight": 0.0}])
+def test_messages_can_be_left_untrained(field):
+    row = {"messages": [USER, {**ASSISTANT, **field}, USER, {**ASSISTANT, "weight": 1}]}
+    assert convert(row).trained == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ("no list", "bad messages"),
+        (7, "bad messages"),
+        ([7], "bad messages"),
+        ([], "no assistant turn"),
+        ([USER], "no assistant turn"),
+        ([{"role": "robot", "content": "x"}], "unknown role"),
+        ([{"role": ["user"], "content": "x"}], "unknown role"),
+        ([{"content": "x"}], "unknown role"),
+        ([{"role": "user", "content": 7}], "bad content"),
+        ([{"role": "user", "content": [7]}], "bad content"),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "bad content"),
+        ([{"from": "function_call", "value": "not json"}], "bad tool call"),
+        ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "bad tool call"),
+        ([{"role": "assistant", "tool_calls": 7}], "bad tool call"),
+        ([{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}], "bad tool call"),
+        ([{"role": "assistant", "content": "x", "weight": 0.5}], "bad loss field"),
+        ([{"role": "assistant", "content": "x", "thinking": 5}], "bad reasoning"),
+    ],
+)
+def test_malformed_messages_are_refused_by_reason(messages, reason):
+    with pytest.raises(RowError) as error:
+        convert({"messages": messages}, "messages")
+    assert error.value.reason == reason
+
+
+def own_converter(row):
+    return [{"role": "user", "content": row["in"]}, {"role": "assistant", "content": row["out"]}]
+
+
+def failing_converter(row):
+    raise KeyError("gone")
+
+
+def test_user_converter_is_called_and_its_failures_are_reasons(monkeypatch):
+    name = f"{__name__}:own_converter"
+    monkeypatch.setitem(__import__("sys").modules, __name__, __import__("sys").modules[__name__])
+    assert convert({"in": "Hi", "out": "Hello."}, name).messages == PLAIN
+    with pytest.raises(RowError, match="failing_converter: KeyError"):
+        convert({}, f"{__name__}:failing_converter")
+    with pytest.raises(DataError, match="--conversation-format no.such:thing"):
+        converter("no.such:thing", FormatOptions())
+    with pytest.raises(DataError, match="known are messages"):
+        converter("unknown", FormatOptions())
+
+
+def test_named_datasets_use_formats_of_the_registry():
+    assert len(NAMED_DATASETS) == 5
+    assert all(named.format in FORMATS for named in NAMED_DATASETS.values())
+    orca = NAMED_DATASETS["Open-Orca/OpenOrca"]
+    row = {"system_prompt": "", "question": "Hi", "response": "Hello."}
+    assert converter(orca.format, orca.options)(row).messages == PLAIN
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+keys = st.sampled_from(
+    ["role", "content", "from", "value", "tool_calls", "function", "name", "arguments", "type",
+     "text", "user", "assistant", "loss", "weight", "thinking", "tools", "reasoning_content"]
+)  # fmt: skip
+anything = st.recursive(
+    scalars | st.sampled_from(["user", "assistant", "gpt", "[]", "{}"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=12,
+)
+columns = st.sampled_from(
+    ["messages", "conversations", "tools", "instruction", "input", "output", "history", "chosen",
+     "prompt", "question", "answer", "system"]
+)  # fmt: skip
+
+
+@given(st.dictionaries(columns, anything, max_size=5), st.sampled_from(list(FORMATS)))
+def test_any_row_is_a_conversation_or_a_reason(row, name):
+    try:
+        conversation = convert(row, name)
+    except RowError as error:
+        assert error.reason
+        assert error.detail
+        return
+    assert isinstance(conversation, Conversation)
+    for message in conversation.messages:
+        assert message["role"] in ("system", "user", "assistant", "tool")
+        assert isinstance(message["content"], str)
+    assert len(conversation.trained) == len(conversation.messages)

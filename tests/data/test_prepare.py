@@ -1,0 +1,289 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.errors import DataError
+from data.prepare import prepare_documents, prepare_rows
+from tests.data.conftest import make_rows
+from tests.data.templates import GENERATION, THINKING
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prepare(tokenizer, files, cache_dir=None, **options):
+    options = {"seq_length": 256, "tokenizer": tokenizer, "workers": 0, **options}
+    return prepare_documents(files=files, cache_dir=cache_dir, **options)
+
+
+def same(first, second):
+    return all(
+        np.array_equal(getattr(first, name), getattr(second, name))
+        for name in ("input_ids", "loss_mask", "offsets", "provenance")
+    )
+
+
+def trained_text(tokenizer, documents, index=0):
+    ids, mask = documents[index]
+    return tokenizer.decode(ids[mask == 1])
+
+
+def test_documents_hold_the_promised_arrays(tokenizer, rows, tmp_path):
+    documents = prepare(tokenizer, [write_rows(tmp_path / "a.jsonl", rows)], tmp_path / "cache")
+    assert documents.input_ids.dtype == np.int32
+    assert documents.loss_mask.dtype == np.uint8
+    assert documents.offsets.dtype == np.int64
+    assert len(documents) == len(rows) == len(documents.lengths)
+    assert documents.offsets[-1] == len(documents.input_ids) == len(documents.loss_mask)
+    assert documents.provenance.tolist() == [[0, i] for i in range(len(rows))]
+    assert documents.max_token_id == documents.input_ids.max()
+    for index in (0, 7, -1):
+        expected = rows[index]["answer"] + "<|im_end|>"
+        assert trained_text(tokenizer, documents, index) == expected
+
+
+def test_cache_memory_and_workers_give_the_same_documents(tokenizer, rows, tmp_path):
+    files = [write_rows(tmp_path / f"{i}.jsonl", make_rows(40, i)) for i in range(5)]
+    plain = prepare(tokenizer, files)
+    cached = prepare(tokenizer, files, tmp_path / "one")
+    workers = prepare(tokenizer, files, tmp_path / "two", workers=2)
+    again = prepare(tokenizer, files, tmp_path / "one")
+    assert isinstance(again.input_ids, np.memmap)
+    assert same(plain, cached)
+    assert same(cached, workers)
+    assert same(cached, again)
+    assert cached.fingerprint == workers.fingerprint == again.fingerprint
+    assert cached.report == workers.report
+
+
+def test_another_key_for_anything_that_changes_the_documents(tokenizer, rows, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    base = {}
+    variants = [
+        base,
+        {"seq_length": 64},
+        {"loss_on": "last"},
+        {"reasoning": "mask"},
+        {"chat_template": GENERATION},
+        {"separator": "none"},
+        {"conversation_format": "question"},
+        {"template_variables": (("x", 1),)},
+    ]
+    seen = {prepare(tokenizer, [path], tmp_path / "cache", **v).fingerprint for v in variants}
+    assert len(seen) == len(variants)
+    write_rows(tmp_path / "a.jsonl", rows[:-1])
+    assert prepare(tokenizer, [path], tmp_path / "cache").fingerprint not in seen
+    assert len(prepare(tokenizer, [path], tmp_path / "cache")) == len(rows) - 1
+
+
+def test_separator_ends_each_document_and_is_never_trained(tokenizer, rows):
+    documents = prepare_rows(rows, tokenizer=tokenizer, seq_length=256)
+    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    last = documents.offsets[1:] - 1
+    assert (documents.input_ids[last] == separator).all()
+    assert np.count_nonzero(documents.input_ids == separator) == len(documents)
+    assert not documents.loss_mask[last].any()
+
+
+def test_row_that_holds_the_separator_is_refused(tokenizer):
+    rows = [{"question": "What is <|endoftext|>?", "answer": "A token."}]
+    with pytest.raises(DataError, match="separator in text"):
+        prepare_rows(rows, tokenizer=tokenizer, seq_length=256)
+
+
+def long_rows():
+    turns = [("user", "first " * 9), ("assistant", "one " * 9), ("user", "second " * 9),
+             ("assistant", "two."), ("user", "third"), ("assistant", "three.")]  # fmt: skip
+    messages = [{"role": "system", "content": "Be brief."}]
+    messages += [{"role": role, "content": text} for role, text in turns]
+    short = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    return [{"messages": messages}, {"messages": short}]
+
+
+def test_overlong_documents_are_dropped_counted_refused_or_trimmed(tokenizer):
+    rows = long_rows()
+    whole = prepare_rows(rows, tokenizer=tokenizer, seq_length=400)
+    length = int(whole.lengths[0])
+    dropped = prepare_rows(rows, tokenizer=tokenizer, seq_length=length - 1)
+    assert dropped.report["dropped"] == {"longer than --seq-length": 1}
+    assert dropped.provenance.tolist() == [[0, 1]]
+    with pytest.raises(DataError, match=f"row 1: {length - 1} tokens"):
+        prepare_rows(rows, tokenizer=tokenizer, seq_length=length - 1, overlong="error")
+    trimmed = prepare_rows(rows, tokenizer=tokenizer, seq_length=length - 1, overlong="trim-turns")
+    assert trimmed.report["trimmed"] == 1
+    text = tokenizer.decode(trimmed[0][0])
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nsecond")
+    assert trained_text(tokenizer, trimmed) == "two.<|im_end|>three.<|im_end|>"
+
+
+def test_trimming_drops_what_no_trimming_can_shorten(tokenizer):
+    rows = [*long_rows(), {"question": "x " * 300, "answer": "y"}]
+    rows[0] = {"messages": long_rows()[0]["messages"]}
+    rows = [rows[0], {"messages": [{"role": "user", "content": "x " * 300},
+                                   {"role": "assistant", "content": "y"}]}]  # fmt: skip
+    documents = prepare_rows(rows, tokenizer=tokenizer, seq_length=150, overlong="trim-turns")
+    assert documents.report["dropped"] == {"longer than --seq-length": 1}
+
+
+def test_rows_without_anything_to_train_are_counted(tokenizer):
+    silent = {"role": "assistant", "content": "Hello.", "loss": False}
+    rows = [{"messages": [{"role": "user", "content": "Hi"}, silent]}, *long_rows()]
+    documents = prepare_rows(rows, tokenizer=tokenizer, seq_length=400)
+    assert documents.report["dropped"] == {"nothing to train": 1}
+    with pytest.raises(DataError, match="no row can be trained; 1 read"):
+        prepare_rows(rows[:1], tokenizer=tokenizer, seq_length=400)
+
+
+def test_reasoning_policies_reach_the_mask(tokenizer):
+    thought = {"role": "assistant", "content": "<think>\nsum\n</think>\n\nFour."}
+    ask = {"role": "user", "content": "2 + 2?"}
+    rows = [{"messages": [ask, thought, ask, thought]}]
+    trained = {
+        policy: trained_text(
+            tokenizer,
+            prepare_rows(
+                rows,
+                tokenizer=tokenizer,
+                seq_length=400,
+                chat_template=THINKING,
+                reasoning=policy,
+            ),
+        )
+        for policy in ("keep", "last", "mask")
+    }
+    turn = "<think>\nsum\n</think>\n\nFour.<|im_end|>"
+    assert trained == {
+        "keep": turn + turn,
+        "last": "Four.<|im_end|>" + turn,
+        "mask": "Four.<|im_end|>" * 2,
+    }
+
+
+BAD_LINES = [
+    b"not json",
+    b"[]",
+    b"7",
+    b"null",
+    b'{"question": "q"}',
+    b'{"question": 7, "answer": "a"}',
+    b'{"question": "q", "answer": null}',
+    b'{"question": "q", "answer": "\\ud800"}',
+    b'{"question": "q\\ufdd0", "answer": "a"}',
+    b'{"question": "q", "answer": "\xff"}',
+    b'{"question": "<|endoftext|>", "answer": "a"}',
+]
+GOOD = b'{"question": "q", "answer": "a"}'
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_row_stops_with_its_place_or_is_skipped_and_listed(tokenizer, tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(GOOD + b"\n" + line + b"\n" + GOOD + b"\n")
+    with pytest.raises(DataError, match=f"{path}:2: .*--on-bad-row skip"):
+        prepare(tokenizer, [str(path)])
+    report = prepare(tokenizer, [str(path)], tmp_path / "c", on_bad_row="skip").report
+    assert (report["read"], report["kept"], sum(report["dropped"].values())) == (3, 2, 1)
+    place, reason, _ = report["bad_rows"][0]
+    assert place == f"{path}:2"
+    assert report["dropped"] == {reason: 1}
+    listed = next((tmp_path / "c").glob("*/bad_rows.jsonl")).read_text()
+    assert json.loads(listed)[:2] == [place, reason]
+
+
+@given(lines=st.lists(st.sampled_from([GOOD, GOOD, *BAD_LINES]), min_size=1, max_size=12))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25)
+def test_counts_always_add_up(tokenizer, tmp_path, lines):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\n".join([GOOD, *lines]))
+    report = prepare(tokenizer, [str(path)], on_bad_row="skip").report
+    assert report["read"] == len(lines) + 1
+    assert report["read"] == report["kept"] + sum(report["dropped"].values())
+    assert report["kept"] == 1 + lines.count(GOOD)
+
+
+def test_errors_of_workers_name_the_first_bad_row(tokenizer, tmp_path):
+    files = []
+    for number in range(4):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes((GOOD + b"\n") * 20 + (b"junk\n" if number > 1 else b""))
+        files.append(str(path))
+    with pytest.raises(DataError, match="2.jsonl:21: bad JSON"):
+        prepare(tokenizer, files, tmp_path / "cache", workers=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"chat_template": "{{ broken"}, "not a valid Jinja template"),
+        ({"chat_template": "gone.jinja"}, "--chat-template gone.jinja: no such file"),
+        ({"chat_template": "{{ messages|length }}"}, "cannot be masked"),
+        ({"conversation_format": "nope"}, "--conversation-format nope: unknown"),
+        ({"separator": "<|im_end|>"}, "--separator .*writes this token"),
+        ({"separator": "<nope>"}, "--separator <nope>: not a special token"),
+        ({"seq_length": 1}, "--seq-length 1"),
+    ],
+)
+def test_wrong_options_are_refused_by_name(tokenizer, rows, change, message):
+    with pytest.raises(DataError, match=message):
+        prepare_rows(rows, **{"tokenizer": tokenizer, "seq_length": 256, **change})
+
+
+def test_tokenizer_without_a_template_is_refused(tokenizer, rows):
+    import copy
+
+    bare = copy.copy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(DataError, match="no chat template. Pass --chat-template"):
+        prepare_rows(rows, tokenizer=bare, seq_length=256)
+
+
+def test_no_data_is_refused(tokenizer, tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match="there are no rows"):
+        prepare(tokenizer, [str(tmp_path / "a.jsonl")])
+    with pytest.raises(DataError, match="found neither"):
+        prepare(tokenizer, [])
+    with pytest.raises(DataError, match="--finetune-hf-dataset .*cannot be loaded"):
+        prepare(tokenizer, [], hf_dataset=str(tmp_path / "gone"))
+
+
+def test_hf_dataset_folder_is_loaded(tokenizer, rows, tmp_path):
+    import datasets
+
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "ds")
+    documents = prepare(tokenizer, [], hf_dataset=str(tmp_path / "ds"))
+    assert same(documents, prepare_rows(rows, tokenizer=tokenizer, seq_length=256))
+
+
+def _prepare_in_process(path, cache, template, queue):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(template)
+    documents = prepare(tokenizer, [path], Path(cache))
+    queue.put((documents.fingerprint, len(documents)))
+
+
+@pytest.mark.slow
+def test_processes_that_start_at_once_build_one_cache(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", make_rows(3000))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    arguments = (path, str(tmp_path / "cache"), str(tmp_path / "tokenizer"), queue)
+    processes = [context.Process(target=_prepare_in_process, args=arguments) for _ in range(2)]
+    for process in processes:
+        process.start()
+    results = {queue.get(timeout=120) for _ in processes}
+    for process in processes:
+        process.join()
+    assert len(results) == 1
+    folders = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    assert len(folders) == 1
+    assert not list((tmp_path / "cache").glob("*.building"))

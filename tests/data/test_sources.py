@@ -1,0 +1,191 @@
+import gzip
+import json
+
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+import data.sources
+from data.errors import DataError
+from data.sources import dataset_chunks, file_chunks, read_chunk, resolve_files
+
+ROWS = [{"question": f"q{i} é", "answer": "a" * i} for i in range(50)]
+
+
+def read(path):
+    return [raw for chunk in file_chunks(path, 0) for raw in read_chunk(chunk)]
+
+
+def write(path, kind, rows=ROWS):
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == ".jsonl":
+        path.write_bytes(lines)
+    elif kind == ".jsonl.gz":
+        path.write_bytes(gzip.compress(lines))
+    elif kind == ".jsonl.zst":
+        path.write_bytes(zstandard.compress(lines))
+    elif kind == ".json":
+        path.write_text(json.dumps(rows, indent=2))
+    elif kind == ".csv":
+        import csv
+
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet"])
+@pytest.mark.parametrize("small", [False, True])
+def test_every_file_type_gives_the_rows_in_order(tmp_path, kind, small, monkeypatch):
+    if small:  # rows across chunk borders
+        monkeypatch.setattr(data.sources, "CHUNK_BYTES", 64)
+        monkeypatch.setattr(data.sources, "CHUNK_ROWS", 3)
+    raws = read(write(tmp_path / f"rows{kind}", kind))
+    assert [raw.row for raw in raws] == ROWS
+    assert [raw.number for raw in raws] == list(range(50))
+
+
+def test_chunks_do_not_depend_on_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.sources, "CHUNK_BYTES", 100)
+    path = write(tmp_path / "rows.jsonl", ".jsonl")
+    assert list(file_chunks(path, 0)) == list(file_chunks(path, 0))
+
+
+def test_datasets_and_lists_are_sources():
+    import datasets
+
+    for rows in (ROWS, datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[::-1] * 2)
+                 .select(range(50, 100))):  # fmt: skip
+        chunks = dataset_chunks(rows, "rows")
+        read_back = [raw.row for chunk in chunks for raw in read_chunk(chunk)]
+        assert sorted(r["question"] for r in read_back) == sorted(r["question"] for r in ROWS)
+
+
+def test_bom_crlf_and_blank_lines_are_no_trouble(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n  \n{"a": 2}\r\n{"a": 3}')
+    assert [(raw.row, raw.place) for raw in read(path)] == [
+        ({"a": 1}, f"{path}:1"),
+        ({"a": 2}, f"{path}:4"),
+        ({"a": 3}, f"{path}:5"),
+    ]
+
+
+def test_json_suffix_with_one_row_a_line_is_read(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"a": 1}\n{"a": 2}\n')
+    assert [raw.row for raw in read(path)] == [{"a": 1}, {"a": 2}]
+
+
+@pytest.mark.parametrize(
+    ("line", "detail"),
+    [
+        (b'{"a": ', "Expecting value"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b"\x00\x01\x02binary", ""),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"1" * 5000, "digits"),
+    ],
+)
+def test_bad_line_is_named_and_the_others_are_read(tmp_path, line, detail):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n' + line + b'\n{"a": 2}\n')
+    first, bad, last = read(path)
+    assert (first.row, last.row) == ({"a": 1}, {"a": 2})
+    assert bad.place == f"{path}:2"
+    assert bad.error.reason == "bad JSON"
+    assert detail in bad.error.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"a": 1},\n {"a": }]', ":2: not valid JSON"),
+        ("a.json", b'[{"a": 1},\n {"a": 2}', ":2: not valid JSON .*ends before"),
+        ("a.json", b'[{"a": 1}] trailing', "follows the closing"),
+        ("a.json", b"[" * 200_000, "nested too deeply"),
+        ("a.parquet", b"PAR1 not really", "cannot be read as parquet"),
+        ("a.jsonl.gz", b"not gzip", "cannot be read as jsonl"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999)[:40], "cannot be read as jsonl"),
+        ("a.jsonl.zst", b"not zstd", "cannot be read as jsonl"),
+        ("a.csv", b"a,a\n1,2\n", "same name"),
+        ("a.csv", b'a,b\n"unclosed', "not valid CSV"),
+        ("a.csv", b"a,b\n\xff\xfe,1\n", "cannot be read as csv"),
+    ],
+)
+def test_broken_file_is_one_clear_error(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{path.name}.*{message}"):
+        read(path)
+
+
+def test_truncated_parquet_is_one_clear_error(tmp_path):
+    path = write(tmp_path / "a.parquet", ".parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="cannot be read as parquet"):
+        read(path)
+
+
+def test_csv_record_of_another_length_is_a_bad_row(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n1,2\n3\n4,5\n")
+    assert [raw.error is None for raw in read(path)] == [True, False, True]
+
+
+def test_folders_and_globs_are_expanded_in_a_stable_order(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jsonl", "a.jsonl", "deep/c.parquet", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    names = [path.name for path in resolve_files([str(tmp_path)])]
+    assert names == ["a.jsonl", "b.jsonl", "c.parquet"]
+    assert [p.name for p in resolve_files([f"{tmp_path}/*.jsonl"])] == ["a.jsonl", "b.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("gone.jsonl", "no such file"), ("*.jsonl", "no such"), ("x.txt", "unknown file type"),
+     ("empty.jsonl", "is empty"), ("folder", "holds no file")],
+)  # fmt: skip
+def test_wrong_paths_are_refused_with_the_flag(tmp_path, name, message):
+    (tmp_path / "x.txt").write_text("x")
+    (tmp_path / "folder").mkdir()
+    if name == "empty.jsonl":
+        (tmp_path / name).touch()
+    with pytest.raises(DataError, match=f"--finetune-data-files .*{message}"):
+        resolve_files([str(tmp_path / name)])
+
+
+@given(st.binary(max_size=300))
+def test_binary_junk_never_ends_in_a_traceback(tmp_path_factory, junk):
+    folder = tmp_path_factory.mktemp("junk")
+    for suffix in (".jsonl", ".json", ".csv"):
+        path = folder / f"junk{suffix}"
+        path.write_bytes(junk)
+        try:
+            for raw in read(path):
+                assert (raw.error is None) or raw.place.startswith(str(path))
+        except DataError as error:
+            assert path.name in str(error)
+
+
+elements = st.recursive(
+    st.none() | st.integers(-9, 9) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@given(st.lists(elements, max_size=6), st.sampled_from([None, 1]))
+def test_json_arrays_are_read_piece_by_piece(tmp_path_factory, rows, indent):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(json.dumps(rows, indent=indent))
+    assert [raw.row for raw in read(path)] == rows
