@@ -10,6 +10,17 @@ import warnings
 from collections.abc import Iterator
 
 
+def hush() -> None:
+    """Keep progress bars and notes of transformers and its hub client off the terminal."""
+    import transformers.utils.logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("huggingface_hub", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger().setLevel(logging.WARNING)
+
+
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Hold back what libraries print; show it when the block fails with an unexpected error."""

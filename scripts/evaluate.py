@@ -27,6 +27,7 @@ from data import DataError
 from post_training.backends import add_model_arguments, add_sampling_arguments, open_backend
 from post_training.errors import SetupError
 from post_training.evaluation import evaluate, read_questions
+from post_training.quiet import hush
 
 
 def main() -> int:
@@ -40,6 +41,7 @@ def main() -> int:
     parser.add_argument("--answer-pattern", metavar="REGEX", help="compare only what it finds")
     parser.add_argument("--json", metavar="FILE", help="write the scores and every answer")
     options = parser.parse_args()
+    hush()
     try:
         pattern = re.compile(options.answer_pattern) if options.answer_pattern else None
     except re.error as error:

@@ -24,7 +24,7 @@ platform.apply()
 from post_training.errors import SetupError
 from post_training.hf_export import export_hf
 from post_training.inference import load_model
-from post_training.quiet import quiet_libraries
+from post_training.quiet import hush, quiet_libraries
 
 
 def main() -> int:
@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
     options = parser.parse_args()
+    hush()
     try:
         with quiet_libraries():
             loaded = load_model(output_dir=options.output_dir, iteration=options.iteration)

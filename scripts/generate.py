@@ -19,13 +19,13 @@ from post_training import platform
 platform.apply()
 
 from post_training.backends import (
-    BACKENDS,
     add_model_arguments,
     add_sampling_arguments,
     open_backend,
 )
 from post_training.errors import SetupError
 from post_training.generation import encode_prompt
+from post_training.quiet import hush
 
 
 def main() -> int:
@@ -41,7 +41,7 @@ def main() -> int:
         "--raw", action="store_true", help="continue the prompt without a chat template"
     )
     options = parser.parse_args()
-    assert options.backend in BACKENDS
+    hush()
     prompts = options.prompt
     if prompts is None:
         if sys.stdin.isatty():

@@ -65,6 +65,7 @@ def apply() -> None:
     evaluate = training.evaluate
     evaluate_and_print_results = training.evaluate_and_print_results
     current_split = "valid"
+    evaluated: set[tuple[str, int]] = set()
 
     @functools.wraps(training_log)
     def log_and_tell(
@@ -110,15 +111,21 @@ def apply() -> None:
     def evaluate_and_tell(prefix: str, *args: Any, **kwargs: Any) -> Any:
         nonlocal current_split
         current_split = _split_of(prefix)
-        if current_split not in hooks.evaluation_iterations:
+        # Positional order of the original: forward_step, data iterator, model, iteration.
+        iteration: int = args[3]
+        # After the last step Megatron evaluates again what it may just have evaluated.
+        if (
+            current_split not in hooks.evaluation_iterations
+            or (current_split, iteration) in evaluated
+        ):
             return None
+        evaluated.add((current_split, iteration))
         losses_of_split.clear()
         for tell_start in hooks.on_evaluation_start:
             tell_start(current_split)
         result = evaluate_and_print_results(prefix, *args, **kwargs)
-        # Positional order of the original: forward_step, data iterator, model, iteration.
         evaluation = Evaluation(
-            current_split, args[3], losses_of_split[0] if losses_of_split else {}
+            current_split, iteration, losses_of_split[0] if losses_of_split else {}
         )
         for tell_end in hooks.on_evaluation_end:
             tell_end(evaluation)
