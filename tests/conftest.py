@@ -1,6 +1,8 @@
 """Fixtures common to all tests."""
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,37 @@ def test_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"SFT_TEST_DATA={value} is not a folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes the HuggingFace folder of a family, once for each set of options; not to be changed."""
+    made: dict[str, Path] = {}
+    root = tmp_path_factory.mktemp("hf")
+
+    def make(family: str, **options: object) -> Path:
+        from tests.helpers.models import save_model
+
+        key = f"{family}-{sorted(options.items())}"
+        if key not in made:
+            made[key] = save_model(root / f"{len(made)}-{family}", family, **options)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@dataclass
+class ChatData:
+    """Chat rows, and the file that holds them."""
+
+    rows: list[dict[str, object]]
+    file: Path
+
+
+@pytest.fixture(scope="session")
+def chat_data(tmp_path_factory: pytest.TempPathFactory) -> ChatData:
+    """Sixty chat rows of varied length."""
+    from tests.helpers.rows import make_rows, write_rows
+
+    rows = make_rows(60)
+    return ChatData(rows, write_rows(tmp_path_factory.mktemp("rows") / "train.jsonl", rows))

@@ -1,0 +1,124 @@
+"""Functions for `run_ranks`: a Megatron model set up as by `finetune.py`, and what is asked of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def set_up(argv: Sequence[str]) -> tuple[Any, Any]:
+    """Start the process group and build this rank's part of the model.
+
+    Returns:
+        The validated arguments, and Megatron's `(model chunks, optimizer, scheduler)`.
+    """
+    from megatron.core.enums import ModelType
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import training
+    from megatron.training.argument_utils import pretrain_cfg_container_from_args
+    from megatron.training.arguments import validate_args
+    from megatron.training.global_vars import set_global_variables
+
+    from model_provider import model_config
+    from post_training import output
+    from post_training.arguments import parse_arguments
+
+    args = parse_arguments(list(argv))
+    output.choose_checkpoint(args)
+    validate_args(args)
+    set_global_variables(args, build_tokenizer=False)
+    training.initialize_megatron()
+    container = pretrain_cfg_container_from_args(args, model_config(args))
+    built = training.setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        checkpointing_context={},
+        cfg_container=container,
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return args, built
+
+
+def flags(folder: str, output: str, *more: str) -> list[str]:
+    """The least that a model can be set up with."""
+    return [
+        *("--hf-model", folder, "--output-dir", output, "--train-iters", "1"),
+        *("--seq-length", "64", *more),
+    ]
+
+
+def unwrapped(built: Any) -> Any:
+    """The one model chunk of this rank."""
+    from megatron.core.utils import unwrap_model
+
+    (chunk,) = built[0]
+    return unwrap_model(chunk)
+
+
+def exported(argv: Sequence[str]) -> dict[str, Tensor]:
+    """HuggingFace tensors of the model (or checkpoint) that `argv` names; one rank."""
+    from post_training.hf_weights import hf_state_dict
+
+    args, built = set_up(argv)
+    state = hf_state_dict(unwrapped(built), args.hf_config)
+    return {name: value.clone() for name, value in state.items()}
+
+
+def logits(argv: Sequence[str], ids: Tensor) -> Tensor:
+    """Logits of one document, without packing: [tokens, vocabulary with padding]; one rank."""
+    _, built = set_up(argv)
+    model = unwrapped(built).eval()
+    positions = torch.arange(len(ids)).unsqueeze(0)
+    with torch.no_grad():
+        result: Tensor = model(ids.unsqueeze(0), positions, None)
+    return result[0]
+
+
+def token_losses(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> list[Tensor] | None:
+    """Losses of the trained tokens of each micro batch (all fields [micro batch, seq_length]).
+
+    Goes through `finetune.forward_step` and Megatron's own pipeline schedule, on any layout.
+
+    Returns:
+        On the last pipeline stage one tensor a micro batch, else None.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    import finetune
+
+    args, built = set_up(argv)
+    for chunk in built[0]:
+        chunk.train()
+    reads = parallel_state.get_tensor_model_parallel_rank() == 0
+    collected = []
+
+    def step(iterator: Any, model: Any) -> Any:
+        output, _ = finetune.forward_step(iterator, model)
+
+        def collect(losses: Tensor, non_loss_data: bool = False) -> Tensor:
+            collected.append(losses.detach().clone())
+            return losses
+
+        return output, collect
+
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(packs) if reads else None,
+        model=built[0],
+        num_microbatches=len(packs),
+        seq_length=args.seq_length,
+        micro_batch_size=args.micro_batch_size,
+        decoder_seq_length=args.seq_length,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return collected if parallel_state.is_pipeline_last_stage() else None
+
+
+def rank() -> int:
+    """Rank of this process."""
+    return int(os.environ["RANK"])

@@ -1,0 +1,145 @@
+"""Tiny HuggingFace models of every family, with a tokenizer trained on embedded text."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from tests.helpers.rows import CHATML, SPECIAL_TOKENS, TEXT
+
+# Not a multiple of 128: the embedding is padded in every test.
+VOCABULARY = 391
+
+
+@functools.cache
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of at most 391 tokens that writes ChatML."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML,
+    )
+    assert len(tokenizer) == VOCABULARY
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family: its configuration class, and what is special about it."""
+
+    config: type[PretrainedConfig]
+    options: dict[str, Any]
+
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: dict[str, Family] = {
+    "llama": Family(LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
+    "mistral": Family(MistralConfig, {"head_dim": 24, "sliding_window": None}),
+    "qwen2": Family(Qwen2Config, {}),
+    "qwen3": Family(Qwen3Config, {"head_dim": 32}),
+    "qwen3_moe": Family(
+        Qwen3MoeConfig,
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+}
+
+
+def make_config(family: str, *, tied: bool = False, **options: Any) -> PretrainedConfig:
+    """A configuration of 2 layers and hidden size 64; `options` win."""
+    kind = FAMILIES[family]
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **kind.options,
+        **options,
+    }
+    return kind.config(**values)
+
+
+def make_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model in which no two parameters are alike: norms are not 1 and biases not 0."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.normal_(1.0, 0.2)
+            elif parameter.dim() == 1:
+                parameter.normal_(0.0, 0.2)
+            else:
+                parameter.normal_(0.0, 0.06)
+    return model.eval()
+
+
+def save_model(folder: Path, family: str, *, tied: bool = False, **options: Any) -> Path:
+    """Write model, configuration and tokenizer to `folder`, as a user downloads them."""
+    model = make_model(make_config(family, tied=tied, **options))
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def load_model(folder: Path) -> PreTrainedModel:
+    """The HuggingFace model of a folder, in fp32."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def edit_json(file: Path, **changes: Any) -> None:
+    """Set keys of a JSON file; None removes one."""
+    content = json.loads(file.read_text())
+    for key, value in changes.items():
+        if value is None:
+            content.pop(key, None)
+        else:
+            content[key] = value
+    file.write_text(json.dumps(content))

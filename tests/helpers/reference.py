@@ -1,0 +1,163 @@
+"""The truth that runs are compared with: a HuggingFace model in a plain PyTorch loop.
+
+One process, fp32, no packing: each document alone. The loss of a global batch is weighted by token;
+AdamW with Megatron's hyper-parameters; gradient norm and clipping in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data import SFTDataset, prepare_documents
+from tests.helpers.models import load_model, make_tokenizer
+from tests.helpers.rows import Row, tokens_and_mask
+
+
+def document_losses(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """Losses of the trained tokens of one document, seen alone: float32 [trained tokens]."""
+    logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
+    chosen = torch.nonzero(mask[1:]).flatten()
+    return F.cross_entropy(logits[chosen].float(), ids[1:][chosen], reduction="none")
+
+
+def mean_loss(model: Any, rows: Iterable[Row]) -> tuple[float, int]:
+    """Token-weighted mean loss over rows, and the number of trained tokens."""
+    tokenizer = make_tokenizer()
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            losses = document_losses(model, *tokens_and_mask(row, tokenizer))
+            total += losses.double().sum().item()
+            tokens += losses.numel()
+    return total / tokens, tokens
+
+
+@dataclass
+class Recipe:
+    """The hyper-parameters of a run, as flags and for the reference."""
+
+    steps: int = 10
+    global_batch: int = 4
+    seq_length: int = 192
+    lr: float = 2e-3
+    min_lr: float = 0.0
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    seed: int = 1234
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def flags(self) -> list[str]:
+        """The same for `finetune.py`."""
+        return [
+            *("--train-iters", str(self.steps), "--global-batch-size", str(self.global_batch)),
+            *("--seq-length", str(self.seq_length), "--lr", str(self.lr)),
+            *("--min-lr", str(self.min_lr), "--weight-decay", str(self.weight_decay)),
+            *("--clip-grad", str(self.clip), "--seed", str(self.seed)),
+        ]
+
+    def learning_rate(self, steps_done: int) -> float:
+        """Megatron's cosine over the whole run, without warm-up."""
+        ratio = steps_done / self.steps
+        return self.min_lr + 0.5 * (math.cos(math.pi * ratio) + 1.0) * (self.lr - self.min_lr)
+
+
+@dataclass
+class Trajectory:
+    """What a run computed."""
+
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    trained_tokens: list[int] = field(default_factory=list)
+    start: dict[str, Tensor] = field(default_factory=dict)
+    end: dict[str, Tensor] = field(default_factory=dict)
+
+
+def batches(rows: Sequence[Row], data_file: Path, recipe: Recipe) -> list[list[int]]:
+    """Rows of each global batch: only their grouping is taken from the packing plan."""
+    tokenizer = make_tokenizer()
+    documents = prepare_documents(
+        files=[str(data_file)],
+        tokenizer=tokenizer,
+        seq_length=recipe.seq_length,
+        cache_dir=None,
+        on_bad_row="error",
+    )
+    assert len(documents) == len(rows), "every row of the test data fits into a pack"
+    dataset = SFTDataset(
+        recipe.steps * recipe.global_batch,
+        documents,
+        tokenizer,
+        recipe.seq_length,
+        seed=recipe.seed,
+        global_batch_size=recipe.global_batch,
+    )
+    result = []
+    for step in range(recipe.steps):
+        packs = range(step * recipe.global_batch, (step + 1) * recipe.global_batch)
+        result.append([int(row) for pack in packs for row in dataset.document_indices(pack)])
+    return result
+
+
+def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) -> Trajectory:
+    """Train the HuggingFace model of `folder` on `rows`."""
+    tokenizer = make_tokenizer()
+    examples = [tokens_and_mask(row, tokenizer) for row in rows]
+    model = load_model(folder).train()
+    named = dict(model.named_parameters())
+    result = Trajectory(start={name: p.detach().clone() for name, p in named.items()})
+    decayed = [p for p in named.values() if p.dim() > 1]
+    others = [p for p in named.values() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": decayed, "weight_decay": recipe.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=recipe.lr,
+        betas=recipe.betas,
+        eps=recipe.eps,
+    )
+    for step, batch in enumerate(batches(rows, data_file, recipe)):
+        tokens = sum(int(examples[row][1][1:].sum()) for row in batch)
+        total = 0.0
+        for row in batch:
+            losses = document_losses(model, *examples[row])
+            (losses.sum() / tokens).backward()
+            total += losses.detach().double().sum().item()
+        gradients = [p.grad for p in named.values() if p.grad is not None]
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
+        scale = min(1.0, recipe.clip / (norm + 1e-6))
+        for gradient in gradients:
+            gradient.mul_(scale)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        result.losses.append(total / tokens)
+        result.grad_norms.append(norm)
+        result.trained_tokens.append(tokens)
+    result.end = {name: p.detach().clone() for name, p in named.items()}
+    return result
+
+
+def update_error(found: dict[str, Tensor], expected: Trajectory) -> float:
+    """Relative L2 distance of the whole update (final minus initial weights) from the reference's."""
+    wrong, right = 0.0, 0.0
+    for name, end in expected.end.items():
+        wrong += (found[name] - end).double().square().sum().item()
+        right += (end - expected.start[name]).double().square().sum().item()
+    return math.sqrt(wrong / right)
+
+
+def relative(found: Sequence[float], expected: Sequence[float]) -> float:
+    """The largest relative difference of two lists of numbers."""
+    assert len(found) == len(expected), (found, expected)
+    return max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
