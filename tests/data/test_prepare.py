@@ -65,9 +65,8 @@ def test_cache_memory_and_workers_give_the_same_documents(tokenizer, rows, tmp_p
 
 def test_another_key_for_anything_that_changes_the_documents(tokenizer, rows, tmp_path):
     path = write_rows(tmp_path / "a.jsonl", rows)
-    base = {}
-    variants = [
-        base,
+    variants: list[dict] = [
+        {},
         {"seq_length": 64},
         {"loss_on": "last"},
         {"reasoning": "mask"},

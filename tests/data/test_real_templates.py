@@ -28,7 +28,7 @@ def test_every_template_is_exact_or_refused_with_a_reason(test_data):
     # Needs a template variable that only its own server sets.
     assert list(unusable) == ["llama.cpp/fireworks-ai-llama-3-firefunction-v2"]
     assert "'functions' is undefined" in unusable.popitem()[1]
-    verdicts = [result for row in rows for result in row.report.results]
+    verdicts = [result for row in rows if row.report for result in row.report.results]
     assert {result.verdict for result in verdicts} == {"exact", "refused"}
     assert all(result.detail for result in verdicts if result.verdict == "refused")
     assert sum(result.verdict == "exact" for result in verdicts) >= 850
