@@ -210,6 +210,9 @@ def _complete(args: argparse.Namespace) -> None:
         raise SetupError("--train-samples: use --train-iters or --num-epochs")
     if not args.skip_train and bool(args.train_iters) == bool(args.num_epochs):
         raise SetupError("give either --train-iters or --num-epochs")
+    if args.optimizer == "sgd" and "use_distributed_optimizer" in args.derived:
+        # Megatron's distributed optimizer keeps the state of Adam, not that of torch's SGD.
+        args.use_distributed_optimizer = args.dist_ckpt_optim_fully_reshardable = False
     args.save = args.save or os.path.join(args.output_dir, "checkpoints")
     args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.output_dir, "tensorboard")
     if args.wandb_project and not args.wandb_exp_name:

@@ -51,12 +51,14 @@ def apply() -> None:
         dataset_helpers,
         gradient_norm,
         megatron_post_training,
+        optimizer_state,
         training_hooks,
     )
 
     megatron_post_training.apply()
     dataset_helpers.apply()
     gradient_norm.apply()
+    optimizer_state.apply()
     training_hooks.apply()
     if on_cpu:
         from post_training.platform import cpu_collectives, cpu_initialize, cpu_rng
