@@ -2,6 +2,8 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data.dataset import PADDING_SEGMENT, SFTDataset
 from data.errors import DataError
@@ -154,3 +156,29 @@ def test_impossible_shard_is_refused(documents, tokenizer, shards, shard, messag
 def test_document_longer_than_the_pack_is_refused(documents, tokenizer):
     with pytest.raises(DataError, match="--seq-length"):
         SFTDataset(None, documents, tokenizer, 16)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shards=st.integers(1, 6),
+    micro_batch=st.integers(1, 3),
+    steps_before=st.integers(0, 4),
+    shards_after=st.integers(1, 6),
+    packing=st.sampled_from(["best-fit", "sequential", "none"]),
+)
+def test_any_layout_and_resume_point_visits_each_document_once(
+    documents, tokenizer, shards, micro_batch, steps_before, shards_after, packing
+):
+    """One epoch, stopped after some global batches and resumed at another data-parallel size."""
+    batch = 60 * micro_batch  # divisible by every data-parallel size here, and by micro batches
+    options = {"packing": packing, "epochs": 1, "global_batch_size": batch}
+    per_epoch = make(documents, tokenizer, **options).packs_per_epoch()
+    total = -(-per_epoch // batch) * batch
+    consumed = min(steps_before * batch, total)
+    seen: Counter = Counter()
+    for size, first, last in ((shards, 0, consumed), (shards_after, consumed, total)):
+        for shard in range(size):
+            dataset = make(documents, tokenizer, total, size, shard, **options)
+            for local in range(first // size, last // size):
+                seen.update(dataset.document_indices(local * size + shard).tolist())
+    assert seen == Counter(range(len(documents)))
