@@ -12,7 +12,8 @@ lies between them is known in one of two ways:
 - ``{% generation %}`` blocks in the template enclose it;
 - otherwise the conversation is rendered a second time with marks around everything anybody said.
   Taking the marks out must give the first rendering back, character by character, and every mark
-  must have survived in order; then the marks' places are exact. If not, the row is refused.
+  must have survived in order; then the marks' places are exact. If not, the row is refused. (For
+  further rows of the same shape ``data.outline`` gives the same proof from one rendering.)
 
 Both ways give the same turns. An empty think block that the template adds by itself is part of the
 header; white space and end-of-text tokens that it writes after the stop are not trained.
@@ -39,8 +40,9 @@ from data.chat_template import (
     has_marks,
     split_marks,
 )
-from data.conversation import REASONING_FIELDS, Conversation, Piece, mark_conversation
+from data.conversation import Conversation, Piece, mark_conversation
 from data.errors import RowError
+from data.outline import Outline, Turn, is_plain, outline_key
 from data.template_forms import MessageForms
 from data.turn_markup import TurnMarkup
 
@@ -50,26 +52,8 @@ LossOn = Literal["all", "last"]
 
 # Templates end the block with at most two line breaks; more white space is the answer's own.
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
+_MAX_OUTLINES = 1024
 _MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One assistant message in the rendered text.
-
-    Attributes:
-        message: Index of the message (the last one, where the template joins several).
-        start: First character that the assistant writes.
-        end: One past its last character, the stop included.
-        reasoning_end: One past the reasoning and its closing tag, or None without reasoning.
-        stopped: Whether the turn ends with a stop that the template wrote.
-    """
-
-    message: int
-    start: int
-    end: int
-    reasoning_end: int | None = None
-    stopped: bool = True
 
 
 @dataclass(frozen=True)
@@ -119,6 +103,7 @@ class AnswerFinder:
         self.method: Method = method or ("generation" if template.has_generation else "marks")
         self.reasoning: Reasoning = reasoning
         self.forms = MessageForms(template)
+        self._outlines: dict[tuple[str, ...], Outline] = {}
         self.markup = TurnMarkup(template, special_tokens, added_tokens, self.forms.apply)
 
     def find(self, conversation: Conversation, method: Method | None = None) -> Rendering:
@@ -140,7 +125,21 @@ class AnswerFinder:
     # -- the answer lies between marks ---------------------------------------------------------
 
     def _turns_from_marks(self, row: _Row) -> list[Turn]:
-        marked, text = self._marked(row), row.text
+        outline = outline_key(row.messages, row.conversation.tools)
+        known = self._outlines.get(outline) if outline else None
+        turns = known.turns(row.messages, row.text) if known else None
+        if turns is None:
+            marked = self._marked(row)
+            turns = self._turns_of(row, marked)
+            if outline and (known or len(self._outlines) < _MAX_OUTLINES):
+                speech = sorted([*marked.others, *marked.spans])
+                learned = Outline.learn(row.messages, row.text, speech, turns)
+                if learned is not None:
+                    self._outlines[outline] = learned
+        return turns
+
+    def _turns_of(self, row: _Row, marked: _Marked) -> list[Turn]:
+        text = row.text
         found: dict[int, list[tuple[Piece, Span]]] = {}
         for piece, span in zip(marked.pieces, marked.spans, strict=True):
             found.setdefault(piece.message, []).append((piece, span))
@@ -227,7 +226,7 @@ class AnswerFinder:
         if not turns:
             raise RowError("no generation block", "the template marked nothing in this row")
         one_each = len(turns) == len(assistants)
-        if one_each and all(_is_plain(row.messages[turn.message]) for turn in turns):
+        if one_each and all(is_plain(row.messages[turn.message]) for turn in turns):
             for turn in turns:
                 said = row.messages[turn.message]["content"].strip()
                 if said not in text[turn.start : turn.end]:
@@ -383,17 +382,6 @@ def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[
                 "give a template that keeps it, or train only the last turn's (--reasoning last)",
             )
     return matched
-
-
-def _is_plain(message: Message) -> bool:
-    """Whether a message is nothing but text, so that one look tells whether it was rendered."""
-    content = message["content"]
-    return (
-        isinstance(content, str)
-        and "</think>" not in content
-        and not message.get("tool_calls")
-        and not any(message.get(name) for name in REASONING_FIELDS)
-    )
 
 
 def _end_of_reasoning(text: str, found: list[tuple[Piece, Span]]) -> int | None:

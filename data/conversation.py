@@ -81,7 +81,7 @@ def mark_conversation(
             # An empty turn is marked as well: its stop token is something to learn.
             silent = not reasoning and not message.get("tool_calls")
             if isinstance(content, str):
-                silent = silent and not content
+                silent = silent and not content.strip()
                 copy["content"] = _mark_content(content, index, pieces, silent)
             elif isinstance(content, list):
                 silent = silent and len(content) == 1
@@ -120,7 +120,7 @@ def _mark(text: str, message: int, kind: PieceKind, pieces: list[Piece]) -> str:
 def _mark_content(text: str, message: int, pieces: list[Piece], silent: bool) -> str:
     if silent:
         pieces.append(Piece(message, "content", ""))
-        return ANSWER_OPEN + ANSWER_CLOSE
+        return ANSWER_OPEN + ANSWER_CLOSE + text
     if "</think>" not in text:
         return _mark(text, message, "content", pieces)
     marked: list[str] = []
@@ -137,7 +137,7 @@ def _mark_content(text: str, message: int, pieces: list[Piece], silent: bool) ->
 
 def _mark_part(part: Any, message: int, pieces: list[Piece], silent: bool) -> Any:
     if isinstance(part, dict) and isinstance(part.get("text"), str):
-        silent = silent and not part["text"]
+        silent = silent and not part["text"].strip()
         return {**part, "text": _mark_content(part["text"], message, pieces, silent)}
     return part
 
