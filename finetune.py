@@ -31,19 +31,28 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
-from data import DataError, Documents
+from data import DataError
 from model_provider import model_config
 from post_training import output
 from post_training.arguments import parse_arguments
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.data_iterators import MicroBatchIterator
-from post_training.datasets import SPLITS, packs_of, prepare_data, steps_of_epochs
+from post_training.datasets import (
+    SPLITS,
+    SplitDocuments,
+    check_same_documents,
+    first_prompts,
+    packs_of,
+    prepare_data,
+    steps_of_epochs,
+)
 from post_training.errors import SetupError
 from post_training.finish import report_end
 from post_training.loss import loss_func, trained_token_loss
 from post_training.platform.training_hooks import hooks
 from post_training.run_log import RunLog
 from post_training.signals import GracefulExit
+from post_training.speculative import report_acceptance
 from post_training.step_counters import counters
 
 
@@ -53,7 +62,7 @@ def train_valid_test_sft_datasets_provider(
     *,
     args: argparse.Namespace,
     tokenizer: Any,
-    documents: dict[str, Documents],
+    documents: dict[str, SplitDocuments],
 ) -> tuple[MicroBatchIterator | None, ...]:
     """Iterators over this data parallel rank's micro batches of each split.
 
@@ -129,11 +138,18 @@ def forward_step(
     if not chunk.post_process:
         micro = args.micro_batch_size if model.training else args.eval_micro_batch_size
         output_tensor = split_stage_output(output_tensor, micro)
-    return output_tensor, functools.partial(loss_func, batch.trained.weights)
+    return output_tensor, functools.partial(loss_func, batch.trained)
+
+
+def non_loss_data_func(
+    model: list[torch.nn.Module], *, run_log: RunLog, prompts: list[list[int]]
+) -> None:
+    """After an evaluation: how many drafted tokens the model accepts, if it has a speculative head."""
+    run_log.draft_acceptance_length = report_acceptance(model, prompts, new_tokens=32)
 
 
 def finetune(
-    args: argparse.Namespace, console: TextIO, tokenizer: Any, documents: dict[str, Documents]
+    args: argparse.Namespace, console: TextIO, tokenizer: Any, documents: dict[str, SplitDocuments]
 ) -> None:
     """Run `pretrain()` with everything wired together; needs resolved arguments and prepared data."""
     try:
@@ -154,6 +170,7 @@ def finetune(
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
         # Called once the model and a checkpoint are loaded: the first step comes next.
         if not vp_stage:
+            check_same_documents(documents, platform.current_device())
             run_log.begin(args.iteration)
         return train_valid_test_sft_datasets_provider(
             num_samples, vp_stage, args=args, tokenizer=tokenizer, documents=documents
@@ -167,6 +184,9 @@ def finetune(
             provider,
             ModelType.encoder_or_decoder,
             forward_step,
+            non_loss_data_func=functools.partial(
+                non_loss_data_func, run_log=run_log, prompts=first_prompts(documents, 4)
+            ),
         )
     except SystemExit as exit_:
         # Megatron leaves this way after a signal, --exit-interval or --exit-duration-in-mins.

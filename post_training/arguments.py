@@ -7,6 +7,7 @@ What a user writes wins over what is derived; what contradicts the model is refu
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from data.arguments import add_data_arguments
 from post_training import layout
 from post_training.config_file import apply_config_file
 from post_training.errors import SetupError
-from post_training.hf_config import load_hf_config, megatron_flags
+from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
 from post_training.platform import device_type
 
 
@@ -215,14 +216,27 @@ def _complete(args: argparse.Namespace) -> None:
         args.use_distributed_optimizer = args.dist_ckpt_optim_fully_reshardable = False
     args.save = args.save or os.path.join(args.output_dir, "checkpoints")
     args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.output_dir, "tensorboard")
+    if args.wandb_project and importlib.util.find_spec("wandb") is None:
+        raise SetupError("--wandb-project: wandb is not installed (pip install '.[wandb]')")
     if args.wandb_project and not args.wandb_exp_name:
         args.wandb_exp_name = os.path.basename(os.path.normpath(args.output_dir))
+    if args.wandb_project and not args.wandb_save_dir:
+        args.wandb_save_dir = args.output_dir
+    if args.data_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        args.data_cache_dir = os.path.join(home, "megatron-sft", "data")
     if device_type() == "cuda" and not (args.fp32 or args.fp16 or args.bf16):
         args.bf16 = True
         args.derived.append("bf16")
     if args.fp32 and (args.fp16 or args.bf16):
         raise SetupError("--fp32 contradicts --fp16 and --bf16")
     if args.hf_config is not None:
+        window = sliding_window(args.hf_config)
+        if window is not None and args.seq_length > window:
+            raise SetupError(
+                f"--seq-length {args.seq_length}: the model attends to {window} tokens only (sliding "
+                f"window), which is not supported; use --seq-length {window} or less"
+            )
         # Rotary positions are computed, not learned: the model's limit is advice, not a table size.
         args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)

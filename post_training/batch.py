@@ -12,6 +12,7 @@ from torch import Tensor
 
 from post_training.loss import TrainedTokens
 from post_training.packed_sequences import PackedDocuments
+from post_training.platform import current_device
 
 FIELDS = ("input_ids", "loss_mask", "position_ids")
 
@@ -116,10 +117,7 @@ def read_batch(
         qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec.
     """
     data = next(data_iterator) if data_iterator is not None else None
-    device = (
-        torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-    )
-    packs = broadcast_over_tensor_parallel(data, micro_batch_size, seq_length, torch.device(device))
+    packs = broadcast_over_tensor_parallel(data, micro_batch_size, seq_length, current_device())
     return assemble_batch(packs, qkv_format=qkv_format)
 
 

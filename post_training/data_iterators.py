@@ -50,7 +50,7 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
         for index in indices:
             shard = self.dataset.shard_index
             documents = self.dataset.document_indices(index * self.dataset.num_shards + shard)
-            counters.add_documents(self.dataset.documents.lengths[documents])
+            counters.add_documents([len(self.dataset.documents[int(d)][0]) for d in documents])
         batch = {name: torch.stack([pack[name] for pack in packs]) for name in packs[0]}
         counters.data_seconds += time.perf_counter() - begin
         return batch

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from typing import Any
 
-from data import Documents, SFTDataset
+import torch
+
+from data import Documents, DocumentSet, SFTDataset
 from data.arguments import DataSplit, prepare_documents_from_args
 from post_training.errors import SetupError
 from post_training.tokenizer import load_tokenizer
 
+# One source of rows, or several mixed.
+SplitDocuments = Documents | DocumentSet
+
 SPLITS: tuple[DataSplit, ...] = ("train", "valid", "test")
 
 
-def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Documents]]:
+def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, SplitDocuments]]:
     """Tokenise and mask every split, before any process group exists.
 
     Returns:
         The tokenizer, and documents by split; a split without data is left out.
     """
     tokenizer = load_tokenizer(args)
-    documents: dict[str, Documents] = {}
+    documents: dict[str, SplitDocuments] = {}
     for split in SPLITS:
         prepared = prepare_documents_from_args(args, split, tokenizer)
         if prepared is None:
@@ -36,14 +42,14 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Documents]]:
     return tokenizer, documents
 
 
-def steps_of_epochs(args: argparse.Namespace, tokenizer: Any, documents: Documents) -> int:
+def steps_of_epochs(args: argparse.Namespace, tokenizer: Any, documents: SplitDocuments) -> int:
     """Optimizer steps of `--num-epochs`; filler packs, which weigh nothing, make the last one full."""
     plan = packs_of(documents, tokenizer, args, "train", epochs=args.num_epochs)
     return -(-plan.num_packed_samples // args.global_batch_size)
 
 
 def packs_of(
-    documents: Documents, tokenizer: Any, args: argparse.Namespace, split: str, **options: Any
+    documents: SplitDocuments, tokenizer: Any, args: argparse.Namespace, split: str, **options: Any
 ) -> SFTDataset:
     """The packing plan of a split, sharded by `num_shards` and `shard_index` in `options`."""
     if split == "train":
@@ -72,3 +78,33 @@ def packs_of(
         epochs=1,
         **options,
     )
+
+
+def first_prompts(documents: dict[str, SplitDocuments], count: int) -> list[list[int]]:
+    """Token ids of the first conversations of the validation split up to where the assistant answers."""
+    if "valid" not in documents:
+        return []
+    split = documents["valid"]
+    prompts = []
+    for index in range(min(count, len(split))):
+        ids, mask = split[index]
+        prompts.append([int(token) for token in ids[: int(mask.argmax())]])
+    return [prompt for prompt in prompts if prompt]
+
+
+def check_same_documents(documents: dict[str, SplitDocuments], device: torch.device | str) -> None:
+    """Compare the documents' fingerprints over all ranks, once they can talk to each other.
+
+    Raises:
+        SetupError: on every rank, when machines see different files or caches.
+    """
+    text = "".join(documents[split].fingerprint for split in SPLITS if split in documents)
+    digest = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
+    bounds = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
+    torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
+    highest, lowest = bounds[0].item(), -bounds[1].item()
+    if highest != lowest:
+        raise SetupError(
+            "the ranks have prepared different data: give all machines the same files, or share "
+            "--data-cache-dir"
+        )

@@ -97,21 +97,25 @@ def trained_token_loss(vocabulary: int) -> Callable[..., Tensor]:
     return process
 
 
-def loss_func(weights: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_func(trained: TrainedTokens, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum the losses of one micro batch.
 
     With `--calculate-per-token-loss` Megatron divides summed gradients by the token count of the whole
     global batch, so that every trained token weighs the same wherever it lies.
 
     Args:
-        weights: float32 [trained tokens].
-        losses: float32 [trained tokens], the model's output.
+        trained: which tokens have a label, and their weights.
+        losses: the model's output: float32 [trained tokens] from `trained_token_loss`, or of every
+            token, [1, tokens], from a model that takes no output processor (ModelOpt's draft heads).
 
     Returns:
         The sum (a scalar with gradient), the number of trained tokens (int, for Megatron to add up),
         and the report `{"lm loss": [sum, count]}`.
     """
-    total = torch.sum(losses.float() * weights)
-    count = weights.sum()
+    flat = losses.flatten()
+    if flat.numel() != trained.indices.numel():
+        flat = flat.index_select(0, trained.indices)
+    total = torch.sum(flat.float() * trained.weights)
+    count = trained.weights.sum()
     report = torch.stack([total.detach(), count])
     return total, count.to(torch.int), {"lm loss": report}

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import torch
 
+from post_training.platform import current_device
 from post_training.platform.training_hooks import Evaluation, Step, hooks
 from post_training.progress import Progress
 from post_training.step_counters import counters
@@ -60,6 +61,7 @@ class RunLog:
         self.trained_tokens = 0.0
         self.peak = peak_flops()
         self.last_iteration = 0
+        self.draft_acceptance_length: float | None = None
         hooks.on_step.append(self.on_step)
         hooks.on_evaluation_start.append(self.on_evaluation_start)
         hooks.on_evaluation_end.append(self.on_evaluation_end)
@@ -94,19 +96,12 @@ class RunLog:
         self.last_step_end = time.perf_counter()
         counters.reset()
 
-    def _device(self) -> torch.device | str:
-        return (
-            torch.device("cuda", torch.cuda.current_device())
-            if torch.cuda.is_available()
-            else "cpu"
-        )
-
     def on_step(self, step: Step) -> None:
         """Write one step down (every `--log-interval` steps); all ranks take part."""
         self.last_iteration = step.iteration
         if step.iteration % self.args.log_interval and step.iteration != self.args.train_iters:
             return
-        totals = counters.reduce(step.losses.get("lm loss"), self._device())
+        totals = counters.reduce(step.losses.get("lm loss"), current_device())
         now = time.perf_counter()
         seconds = now - (self.last_step_end if self.last_step_end is not None else now)
         self.last_step_end = now
@@ -156,7 +151,7 @@ class RunLog:
 
     def on_evaluation_end(self, evaluation: Evaluation) -> None:
         """Write one evaluation down; all ranks take part."""
-        totals = counters.reduce(evaluation.losses.get("lm loss"), self._device())
+        totals = counters.reduce(evaluation.losses.get("lm loss"), current_device())
         pause = time.perf_counter() - self.evaluation_begin
         if self.last_step_end is not None:
             self.last_step_end += pause
@@ -170,6 +165,8 @@ class RunLog:
             "tokens": round(totals.trained_tokens),
             "seconds": pause,
         }
+        if self.draft_acceptance_length is not None:
+            record["draft_acceptance_length"] = self.draft_acceptance_length
         self._write(record)
         self.progress.evaluation(record)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,11 +39,11 @@ class StepCounters:
         self.readers = 0.0
         self._trained: Tensor | float = 0.0
 
-    def add_documents(self, lengths: np.ndarray) -> None:
-        """Count the documents of one pack by their lengths (int64 [documents])."""
+    def add_documents(self, lengths: Sequence[int]) -> None:
+        """Count the documents of one pack by their lengths in tokens."""
         self.readers = 1.0
-        self.real_tokens += float(lengths.sum())
-        self.squared_lengths += float(np.square(lengths.astype(np.float64)).sum())
+        self.real_tokens += sum(lengths)
+        self.squared_lengths += sum(length * length for length in lengths)
 
     def add_trained(self, count: Tensor) -> None:
         """Count trained tokens of a micro batch (a scalar on the device; it is not waited for)."""
@@ -80,12 +80,13 @@ class StepCounters:
 
     @staticmethod
     def _copies() -> int:
-        """How many ranks read the same packs: one for each pipeline stage and context parallel rank."""
+        """How often the same packs are read: by each pipeline stage and context parallel rank."""
         from megatron.core import parallel_state
 
         if not parallel_state.model_parallel_is_initialized():
             return 1
         stages = parallel_state.get_pipeline_model_parallel_world_size()
+        stages *= parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
         context: int = parallel_state.get_context_parallel_world_size()
         return int(stages * context)
 

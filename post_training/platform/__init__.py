@@ -14,7 +14,7 @@ import warnings
 
 import torch
 
-__all__ = ["apply", "device_type"]
+__all__ = ["apply", "current_device", "device_type"]
 
 _applied = False
 
@@ -22,6 +22,13 @@ _applied = False
 def device_type() -> str:
     """The type of device this process trains on: `"cuda"` where torch sees one, else `"cpu"`."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def current_device() -> torch.device:
+    """Where this rank computes and exchanges tensors."""
+    if device_type() == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def apply() -> None:
