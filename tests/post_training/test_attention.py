@@ -1,0 +1,114 @@
+import pytest
+import torch
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from post_training.attention import PackedAttention
+from post_training.packed_sequences import PackedDocuments
+
+HEADS, DIM = 4, 8
+LENGTHS = [5, 1, 9, 2]
+
+
+def make(groups, **options):
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HEADS * DIM,
+        num_attention_heads=HEADS,
+        num_query_groups=groups,
+        **({"attention_dropout": 0.0} | options),
+    )
+    return PackedAttention(config, 1, AttnMaskType.causal, "self")
+
+
+def inputs(groups):
+    torch.manual_seed(0)
+    return [
+        torch.randn(sum(LENGTHS), 1, heads, DIM, dtype=torch.float64, requires_grad=True)
+        for heads in (HEADS, groups, groups)
+    ]
+
+
+def documents(lengths=LENGTHS):
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return PackedDocuments.from_position_ids(positions, qkv_format="sbhd")
+
+
+def dense_reference(query, key, value):
+    """Softmax attention with the whole score matrix and a causal mask, over one document."""
+    repeat = HEADS // key.shape[2]
+    q = query[:, 0].transpose(0, 1)
+    k, v = (x[:, 0].repeat_interleave(repeat, dim=1).transpose(0, 1) for x in (key, value))
+    scores = q @ k.transpose(1, 2) / DIM**0.5
+    hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return (weights @ v).transpose(0, 1).reshape(len(query), 1, -1)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_each_document_attends_as_if_alone(groups):
+    """Reference's fault: documents in a pack attend to each other."""
+    tensors = inputs(groups)
+    found = make(groups)(*tensors, None, packed_seq_params=documents())
+    parts = zip(*(x.split(LENGTHS) for x in tensors), strict=True)
+    expected = torch.cat([dense_reference(*part) for part in parts])
+    assert found.shape == (sum(LENGTHS), 1, HEADS * DIM)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    seed = torch.randn_like(found)
+    for a, b in zip(
+        torch.autograd.grad(found, tensors, seed),
+        torch.autograd.grad(expected, tensors, seed),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_changed_document_leaves_the_others_bit_identical():
+    tensors = inputs(2)
+    packed, attention = documents(), make(2)
+    before = attention(*tensors, None, packed_seq_params=packed)
+    changed = [x.detach().clone() for x in tensors]
+    for x in changed:
+        x[6:15] += 1.0
+    after = attention(*changed, None, packed_seq_params=packed)
+    assert torch.equal(before[:6], after[:6]) and torch.equal(before[15:], after[15:])
+    assert not torch.equal(before[6:15], after[6:15])
+
+
+def test_without_documents_it_is_plain_causal_attention():
+    tensors = inputs(2)
+    found = make(2)(*tensors, None, attn_mask_type=AttnMaskType.causal)
+    torch.testing.assert_close(found, dense_reference(*tensors), rtol=1e-12, atol=1e-12)
+
+
+def test_a_query_after_the_prompt_sees_every_key():
+    query, key, value = inputs(2)
+    whole = dense_reference(query, key, value)
+    step = make(2)(query[-1:], key, value, None, attn_mask_type=AttnMaskType.no_mask)
+    torch.testing.assert_close(step, whole[-1:], rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_only_while_training():
+    tensors = inputs(4)
+    attention = make(4, attention_dropout=0.5)
+    packed = documents()
+    attention.train()
+    one, two = (attention(*tensors, None, packed_seq_params=packed) for _ in range(2))
+    assert not torch.equal(one, two)
+    attention.eval()
+    one, two = (attention(*tensors, None, packed_seq_params=packed) for _ in range(2))
+    assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"context_parallel_size": 2}, {"window_size": (8, 0)}, {"softmax_type": "learnable"}],
+)
+def test_what_it_cannot_do_is_refused(options):
+    with pytest.raises(ValueError, match="ransformer"):
+        make(4, **options)
+
+
+def test_attention_bias_is_refused():
+    with pytest.raises(ValueError, match="bias"):
+        make(4)(*inputs(4), None, attention_bias=torch.zeros(1), packed_seq_params=documents())
