@@ -19,6 +19,7 @@ from data.chat_template import (
     BLOCK_CLOSE,
     BLOCK_OPEN,
     OTHER_CLOSE,
+    OTHER_OPEN,
     ChatTemplate,
     Message,
     split_marks,
@@ -157,19 +158,37 @@ class TurnMarkup:
         open_call = self._tail([_ASK, _CALL])
         shared = _common_prefix(last or "", middle or "")
         for tier in self._tiers:
+            openers = self._openers(tier)
             run = tier.search(shared)
             if run:
-                self._add_stop(_run_of(tier, shared, run.start()))
+                self._add_stop(_run_of(tier, shared, run.start(), openers))
             for tail in (last, middle, called, open_call):
                 # A stop that is known already may stand behind the closing tags of a tool call.
                 if tail and not any(stop in tail for stop in self.stops):
                     found = tier.search(tail)
-                    if found:
+                    # GLM has no other stop than the next speaker's opening; others do.
+                    if found and not (self.stops and found.group() in openers):
                         self._add_stop(found.group())
             if self.stops:
                 return
         if shared.strip():
             self._add_stop(shared.rstrip())
+
+    def _openers(self, tier: re.Pattern[str]) -> set[str]:
+        """Tokens that open a message: a few templates write the next one's after the last turn."""
+        try:
+            before = self._render([_ASK]).partition(OTHER_OPEN)[0]
+        except RowError:
+            return set()
+        found = list(tier.finditer(before))
+        openers: set[str] = set()
+        end = len(before.rstrip())
+        for match in reversed(found):
+            if match.end() != end:
+                break
+            openers.add(match.group())
+            end = match.start()
+        return openers
 
     def _add_stop(self, stop: str) -> None:
         if stop not in self.stops:
@@ -194,9 +213,12 @@ class TurnMarkup:
         return split_marks(text, BLOCK_OPEN, BLOCK_CLOSE)[0]
 
 
-def _run_of(pattern: re.Pattern[str], text: str, begin: int) -> str:
+def _run_of(pattern: re.Pattern[str], text: str, begin: int, openers: set[str]) -> str:
+    """The tokens that follow each other from ``begin`` on, up to one that opens a message."""
     end = begin
     while found := pattern.match(text, end):
+        if end > begin and found.group() in openers:
+            break
         end = found.end()
     return text[begin:end]
 

@@ -1,5 +1,8 @@
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -286,3 +289,35 @@ def test_processes_that_start_at_once_build_one_cache(tokenizer, tmp_path):
     folders = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
     assert len(folders) == 1
     assert not list((tmp_path / "cache").glob("*.building"))
+
+
+PEAK = """
+import resource, sys
+from transformers import AutoTokenizer
+from data.prepare import prepare_documents
+prepare_documents(files=[sys.argv[1]], tokenizer=AutoTokenizer.from_pretrained(sys.argv[2]),
+                  seq_length=256, cache_dir=sys.argv[3], workers=int(sys.argv[4]))
+print(max(resource.getrusage(who).ru_maxrss for who in
+          (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_peak_memory_does_not_grow_with_the_data(tokenizer, tmp_path, workers):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    lines = "".join(json.dumps(row) + "\n" for row in make_rows(20_000))
+    peaks = []
+    for repeat in (1, 10):
+        path = tmp_path / f"{repeat}.jsonl"
+        path.write_text(lines * repeat)
+        arguments = [path, tmp_path / "tokenizer", tmp_path / "cache", workers]
+        output = subprocess.run(
+            [sys.executable, "-c", PEAK, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": os.getcwd()},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        peaks.append(int(output.split()[-1]) / 1024)
+    assert peaks[1] - peaks[0] < 50, f"MiB at 20 000 and 200 000 rows: {peaks}"
