@@ -198,7 +198,7 @@ class ChatTemplate:
             return "".join(self._template.root_render_func(context))
         except jinja2.TemplateError as error:
             raise RowError("template refused", str(error)) from error
-        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             detail = f"{type(error).__name__}: {error}"
             raise RowError("template failed", detail) from error
         except RecursionError as error:

@@ -232,8 +232,10 @@ class RowTokenizer:
             raise raw.error
         if not isinstance(raw.row, Mapping):
             raise RowError("not an object", f"the row is {type(raw.row).__name__}, not an object")
-        conversation = self.convert(raw.row)
-        return self._rendered(raw, conversation)
+        try:
+            return self._rendered(raw, self.convert(raw.row))
+        except RecursionError as error:
+            raise RowError("nested too deeply", "the row's values are nested too deeply") from error
 
     def _rendered(self, raw: RawRow, conversation: Conversation) -> _Pending:
         rendering = self.finder.find(conversation)

@@ -180,6 +180,8 @@ BAD_LINES = [
     b'{"question": "q\\ufdd0", "answer": "a"}',
     b'{"question": "q", "answer": "\xff"}',
     b'{"question": "<|endoftext|>", "answer": "a"}',
+    b'{"question": "q", "answer": "a", "tools": ' + b"[" * 900 + b"]" * 900 + b"}",
+    b'{"question": "q", "answer": "a", "tools": [{"x": ' + b'{"y":' * 900 + b"1" + b"}" * 902,
 ]
 GOOD = b'{"question": "q", "answer": "a"}'
 
