@@ -122,3 +122,24 @@ def token_losses(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> list[Te
 def rank() -> int:
     """Rank of this process."""
     return int(os.environ["RANK"])
+
+
+def exported_and_logits(argv: Sequence[str], ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """`exported` and `logits` of one set-up model."""
+    from post_training.hf_weights import hf_state_dict
+
+    args, built = set_up(argv)
+    model = unwrapped(built).eval()
+    with torch.no_grad():
+        found: Tensor = model(ids.unsqueeze(0), torch.arange(len(ids)).unsqueeze(0), None)
+    state = hf_state_dict(model, args.hf_config)
+    return {name: value.clone() for name, value in state.items()}, found[0]
+
+
+def save(argv: Sequence[str]) -> None:
+    """Write a checkpoint of the freshly set up model, on any layout."""
+    from megatron.training.checkpointing import save_checkpoint
+
+    args, (chunks, _, _) = set_up(argv)
+    args.no_save_optim = True
+    save_checkpoint(1, chunks, None, None, 0)
