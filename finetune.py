@@ -32,7 +32,7 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
 from data import DataError
-from model_provider import model_config
+from model_provider import check_weights, model_config
 from post_training import output
 from post_training.arguments import parse_arguments
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
@@ -206,6 +206,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_arguments(argv)
         output.choose_checkpoint(args)
+        check_weights(args)
         output.prepare_output(args)
         tokenizer, documents = prepare_data(args)
         if args.num_epochs:

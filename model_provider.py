@@ -11,7 +11,7 @@ import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
 from post_training.hf_config import inverse_frequencies
-from post_training.hf_weights import load_hf_weights
+from post_training.hf_weights import check_hf_weights, load_hf_weights
 from post_training.layer_spec import decoder_block_spec
 from post_training.modelopt_state import latest_checkpoint, restore_modelopt_state
 from post_training.rotary import PackedRotaryEmbedding
@@ -33,7 +33,7 @@ def model_config(args: argparse.Namespace) -> Any:
     # A stage sends a view of its output (`split_stage_output`): its memory cannot be given away.
     transformer.deallocate_pipeline_outputs = args.micro_batch_size == 1
     resumes = latest_checkpoint(args.load) is not None
-    from_hf = args.hf_config is not None and not args.random_weights and not resumes
+    from_hf = takes_hf_weights(args)
     if from_hf or resumes:
         # Every parameter is overwritten.
         transformer.perform_initialization = False
@@ -46,6 +46,22 @@ def model_config(args: argparse.Namespace) -> Any:
         )
     config.pre_wrap_hooks = [*config.pre_wrap_hooks, *hooks]
     return config
+
+
+def takes_hf_weights(args: argparse.Namespace) -> bool:
+    """Whether the run starts from the weights of `--hf-model`."""
+    resumes = latest_checkpoint(args.load) is not None
+    return args.hf_config is not None and not args.random_weights and not resumes
+
+
+def check_weights(args: argparse.Namespace) -> None:
+    """Look at the weight files before any process group starts.
+
+    Raises:
+        SetupError: files are missing, or hold another model than config.json describes.
+    """
+    if takes_hf_weights(args):
+        check_hf_weights(local_model_folder(args.hf_model), args.hf_config)
 
 
 def _install_rotary(chunks: list[torch.nn.Module], hf_config: Any) -> list[torch.nn.Module]:

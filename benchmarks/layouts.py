@@ -60,16 +60,23 @@ def plot(curves: dict[str, list[dict[str, Any]]], picture: Path) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     base = next(iter(curves.values()))
-    for (name, steps), width in zip(curves.items(), (6, 4, 2.5, 1), strict=True):
+    for number, ((name, steps), width) in enumerate(
+        zip(curves.items(), (6, 4, 2.5, 1), strict=True)
+    ):
         iterations = [step["iteration"] for step in steps]
         upper.plot(
-            iterations, [s["lm_loss"] for s in steps], linewidth=width, alpha=0.7, label=name
+            iterations,
+            [s["lm_loss"] for s in steps],
+            linewidth=width,
+            color=f"C{number}",
+            alpha=0.7,
+            label=name,
         )
         gaps = [
             abs(a["lm_loss"] / b["lm_loss"] - 1) + 1e-12 for a, b in zip(steps, base, strict=True)
         ]
         if steps is not base:
-            lower.semilogy(iterations, gaps, linewidth=1, label=name)
+            lower.semilogy(iterations, gaps, linewidth=1, color=f"C{number}", label=name)
     upper.set_ylabel("loss per trained token")
     lower.set_ylabel("relative difference")
     lower.set_xlabel("iteration")
@@ -96,7 +103,8 @@ def main() -> None:
     curves = {name: train(name, options, model) for name in LAYOUTS}
     base = curves["1 process"]
     print(
-        f"{'layout':<12}{'first loss':>11}{'last loss':>11}{'loss, 10':>12}{'loss, all':>12}{'norm, 10':>12}"
+        f"{'layout':<12}{'first loss':>11}{'last loss':>11}"
+        f"{'loss, 10':>12}{'loss, all':>12}{'norm, 10':>12}"
     )
     for name, steps in curves.items():
         print(

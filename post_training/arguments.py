@@ -7,11 +7,13 @@ What a user writes wins over what is derived; what contradicts the model is refu
 from __future__ import annotations
 
 import argparse
+import difflib
+import functools
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
 from post_training import layout
@@ -157,6 +159,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         nonlocal hf_config
         add_finetune_arguments(parser)
+        for action in parser._actions:
+            # One of Megatron's help texts has a bare percent sign, on which argparse stumbles.
+            if action.dest == "moe_paged_stash_buffer_size_factor_cuda" and action.help:
+                action.help = action.help.replace("%)", "%%)").replace("%%%)", "%%)")
+        setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010
         written = apply_config_file(parser, known.config) if known.config else {}
         name = known.hf_model or written.get("hf_model")
         transformer_impl = known.transformer_impl or written.get("transformer_impl")
@@ -196,6 +203,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _complete(args)
     layout.check(args)
     return args
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Say in one line what argparse would say below hundreds of lines of usage."""
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown == message:
+        raise SetupError(message.removeprefix("argument "))
+    flag = unknown.split()[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else " (finetune.py --help lists all)"
+    raise SetupError(f"{flag}: no such flag{hint}")
 
 
 def _complete(args: argparse.Namespace) -> None:

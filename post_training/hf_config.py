@@ -29,15 +29,14 @@ def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        folder = Path(name_or_path)
-        if folder.is_dir():
-            reason = "has no config.json that transformers can read"
-        elif "/" in name_or_path and not name_or_path.startswith((".", "/", "~")):
-            reason = "is neither a folder here nor a model that the hub gives"
+        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if Path(name_or_path).is_dir():
+            reason = f"has no config.json that transformers can read ({detail})"
+        elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+            reason = "there is no such folder"
         else:
-            reason = "is not a folder"
-        detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise SetupError(f"--hf-model {name_or_path}: {reason} ({detail})") from error
+            reason = f"is neither a folder here nor a model that the hub gives ({detail})"
+        raise SetupError(f"--hf-model {name_or_path}: {reason}") from error
     check_architecture(config, name_or_path)
     return config
 

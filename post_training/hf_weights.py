@@ -160,6 +160,33 @@ class HFCheckpoint:
         return self._open[file_name].get_slice(name)
 
 
+def check_hf_weights(folder: str | Path, config: PretrainedConfig) -> None:
+    """Check that the weight files are there and fit the configuration, by a few tensors of each end.
+
+    Raises:
+        SetupError: files or tensors are missing, or a shape is not what config.json says.
+    """
+    heads = config.num_attention_heads * head_dim(config)
+    expected = {
+        "model.embed_tokens.weight": [config.vocab_size, config.hidden_size],
+        "model.norm.weight": [config.hidden_size],
+    }
+    for layer in {0, config.num_hidden_layers - 1}:
+        name = f"model.layers.{layer}.self_attn.q_proj.weight"
+        expected[name] = [heads, config.hidden_size]
+    if not config.tie_word_embeddings:
+        expected["lm_head.weight"] = [config.vocab_size, config.hidden_size]
+    with HFCheckpoint(folder) as checkpoint:
+        for name, shape in expected.items():
+            if name not in checkpoint:
+                raise SetupError(f"--hf-model {folder}: the weights lack the tensor {name}")
+            found = list(checkpoint.slice(name).get_shape())
+            if found != shape:
+                raise SetupError(
+                    f"--hf-model {folder}: {name} has shape {found}, config.json says {shape}"
+                )
+
+
 def _shard(size: int, rank: int, world: int) -> tuple[int, int]:
     step = size // world
     return rank * step, (rank + 1) * step
