@@ -23,16 +23,21 @@ SHOUTING = CHATML.replace(
 )
 
 
-def count_marked_renderings(found, monkeypatch):
+def count_marked_renderings(monkeypatch):
     calls = []
     marked = AnswerFinder._marked
-    monkeypatch.setattr(AnswerFinder, "_marked", lambda *a: calls.append(1) or marked(*a))
+
+    def counted(*arguments):
+        calls.append(1)
+        return marked(*arguments)
+
+    monkeypatch.setattr(AnswerFinder, "_marked", counted)
     return calls
 
 
 def test_further_rows_of_a_shape_are_rendered_once(monkeypatch):
     found = finder(CHATML)
-    calls = count_marked_renderings(found, monkeypatch)
+    calls = count_marked_renderings(monkeypatch)
     for number in range(5):
         rendering = found.find(chat(f"Question {number}", f"Answer {number}"))
         turn = rendering.turns[0]
@@ -42,7 +47,7 @@ def test_further_rows_of_a_shape_are_rendered_once(monkeypatch):
 
 def test_row_that_departs_from_the_outline_is_told_apart_by_marks(monkeypatch):
     found = finder(SHOUTING)
-    calls = count_marked_renderings(found, monkeypatch)
+    calls = count_marked_renderings(monkeypatch)
     for answer in ("Yes.", "No!", "Yes."):
         rendering = found.find(chat("Sure?", answer))
         turn = rendering.turns[0]
