@@ -1,4 +1,5 @@
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from data.token_mask import token_mask
 
@@ -20,20 +21,27 @@ def test_bytes_of_one_character_are_trained_together(tokenizer):
     assert masked(tokenizer, text, (1, 3)) == ("👋🏽", 0)
 
 
-@pytest.mark.parametrize(("begin", "end"), [(2, 9), (0, 7), (2, 7)])
-def test_token_across_a_boundary_is_left_out_and_counted(tokenizer, begin, end):
-    # The tokenizer was trained on this word, so a boundary inside it falls into a token.
-    text = " because"
-    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
-    starts = {a for a, _ in encoding.offsets}
-    text_kept, crossing = masked(tokenizer, text, (begin, min(end, len(text))))
-    assert crossing == (begin not in starts) + (end < len(text) and end not in starts)
-    assert text_kept in text[begin:end]
+@pytest.mark.parametrize(
+    ("span", "expected", "crossings"),
+    [
+        ((0, 8), [1, 1, 1], 0),
+        ((1, 8), [0, 1, 1], 1),  # begins inside "ab"
+        ((0, 7), [1, 1, 0], 1),  # ends inside "ef"
+        ((1, 7), [0, 1, 0], 2),
+        ((2, 6), [0, 1, 0], 0),  # white space belongs to no token here
+        ((2, 3), [0, 0, 0], 0),
+    ],
+)
+def test_token_across_a_boundary_is_left_out_and_counted(span, expected, crossings):
+    backend = Tokenizer(models.WordLevel({"ab": 0, "cd": 1, "ef": 2}, unk_token="ab"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    text = "ab cd ef"
+    mask, crossing = token_mask(backend.encode(text), [span], text)
+    assert mask.tolist() == expected
+    assert crossing == crossings
 
 
 def test_added_token_that_swallows_white_space_is_trained():
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
     backend = Tokenizer(models.WordLevel({"a": 0, "[U]": 1}, unk_token="[U]"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.add_special_tokens([AddedToken("<end>", rstrip=True)])
