@@ -49,6 +49,7 @@ from post_training.datasets import (
 from post_training.errors import SetupError
 from post_training.finish import report_end
 from post_training.loss import loss_func, trained_token_loss
+from post_training.platform import checkpoint_queue
 from post_training.platform.training_hooks import hooks
 from post_training.run_log import RunLog
 from post_training.signals import GracefulExit
@@ -157,6 +158,7 @@ def finetune(
     except AssertionError as error:
         raise SetupError(f"Megatron refuses these flags: {error}") from error
     set_global_variables(args, build_tokenizer=False)
+    checkpoint_queue.apply(async_save=args.async_save)
     run_log = RunLog(args, console)
     graceful = GracefulExit(args, console)
     for split in ("valid", "test"):
