@@ -148,11 +148,28 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
     return result
 
 
+def _tensor(found: dict[str, Tensor], name: str) -> Tensor:
+    """A tensor by its name in the model, which holds all experts in one; files hold each apart."""
+    prefix, experts, part = name.rpartition(".experts.")
+    if not experts:
+        return found[name]
+    count = sum(key.startswith(f"{prefix}.experts.") for key in found) // 3
+
+    def stacked(projection: str) -> Tensor:
+        return torch.stack(
+            [found[f"{prefix}.experts.{i}.{projection}.weight"] for i in range(count)]
+        )
+
+    if part == "gate_up_proj":
+        return torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
+    return stacked(part)
+
+
 def update_error(found: dict[str, Tensor], expected: Trajectory) -> float:
     """Relative L2 distance of the whole update (final minus initial weights) from the reference's."""
     wrong, right = 0.0, 0.0
     for name, end in expected.end.items():
-        wrong += (found[name] - end).double().square().sum().item()
+        wrong += (_tensor(found, name) - end).double().square().sum().item()
         right += (end - expected.start[name]).double().square().sum().item()
     return math.sqrt(wrong / right)
 
