@@ -241,9 +241,6 @@ def _complete(args: argparse.Namespace) -> None:
         args.wandb_exp_name = os.path.basename(os.path.normpath(args.output_dir))
     if args.wandb_project and not args.wandb_save_dir:
         args.wandb_save_dir = args.output_dir
-    if args.data_cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        args.data_cache_dir = os.path.join(home, "megatron-sft", "data")
     if device_type() == "cuda" and not (args.fp32 or args.fp16 or args.bf16):
         args.bf16 = True
         args.derived.append("bf16")
