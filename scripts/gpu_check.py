@@ -264,7 +264,7 @@ class Run:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a run with all processes that it started; torchrun's workers have sessions of their own."""
+    """Kill a run with all processes that it started; torchrun's workers leave its process group."""
     if process.poll() is None:
         family = [psutil.Process(process.pid)]
         family += family[0].children(recursive=True)
