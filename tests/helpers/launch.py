@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import pickle
-import queue
 import signal
 import socket
 import subprocess
@@ -67,18 +66,6 @@ def _become_rank(rank: int, world: int, port: int, environment: Mapping[str, str
         }
         | dict(environment)
     )
-
-
-def _collect_write_results_here() -> None:
-    """Spare each rank a second interpreter.
-
-    megatron-core 0.19.2 hands what a checkpoint's writer threads did to a queue in a process of its
-    own, which imports everything once more; the runs through torchrun do that.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    if getattr(filesystem_async, "_results_queue", "gone") is None:
-        setattr(filesystem_async, "_results_queue", queue.Queue())  # noqa: B010
 
 
 def _redirect(stdout: str, stderr: str) -> None:
@@ -143,7 +130,6 @@ def _finetune_rank(
 
     import finetune
 
-    _collect_write_results_here()
     if NO_PROCESS_GROUP in environment:
         setattr(torch.distributed, "init_process_group", _refuse_process_group)  # noqa: B010
     sys.exit(finetune.main(argv))
@@ -270,7 +256,6 @@ def _call_rank(
 ) -> None:
     _become_rank(rank, world, port, {})
     _redirect(os.devnull, os.devnull)
-    _collect_write_results_here()
     try:
         result = (True, function(*pickle.loads(pickled_args)))
     except BaseException:  # noqa: BLE001 - told to the test, whatever it is

@@ -26,12 +26,14 @@ def set_up(argv: Sequence[str]) -> tuple[Any, Any]:
     from model_provider import model_config
     from post_training import output
     from post_training.arguments import parse_arguments
+    from post_training.platform import checkpoint_queue
 
     args = parse_arguments(list(argv))
     output.choose_checkpoint(args)
     validate_args(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
+    checkpoint_queue.apply(async_save=False)
     container = pretrain_cfg_container_from_args(args, model_config(args))
     built = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
