@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -130,6 +131,15 @@ class PackedAttention(MegatronModule):
             # Not every torch >= 2.11 takes grouped heads here.
             key = key.repeat_interleave(groups, dim=2)
             value = value.repeat_interleave(groups, dim=2)
+        # The keywords for causality and scale have changed between releases of torch.
+        takes = inspect.signature(varlen_attn).parameters
+        options: dict[str, Any] = (
+            {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
+        )
+        if "scale" in takes:
+            options["scale"] = self.softmax_scale
+        else:
+            query = query * (self.softmax_scale * math.sqrt(query.shape[-1]))
         out = varlen_attn(
             query.squeeze(1),
             key.squeeze(1),
@@ -138,8 +148,7 @@ class PackedAttention(MegatronModule):
             packed.cu_seqlens_kv,
             packed.max_seqlen_q,
             packed.max_seqlen_kv,
-            scale=self.softmax_scale,
-            window_size=(-1, 0),
+            **options,
         )
         assert isinstance(out, Tensor)
         return out.flatten(1).unsqueeze(1)
