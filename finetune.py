@@ -10,6 +10,7 @@ import argparse
 import functools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
@@ -41,6 +42,7 @@ from post_training.datasets import (
     SPLITS,
     SplitDocuments,
     check_same_documents,
+    describe,
     first_prompts,
     packs_of,
     prepare_data,
@@ -213,13 +215,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer, documents = prepare_data(args)
         if args.num_epochs:
             args.train_iters = steps_of_epochs(args, tokenizer, documents["train"])
+        if rank == 0:
+            print(describe(documents, tokenizer, args), file=console)
         console = output.redirect_logs(args)
         output.save_config(args)
         output.save_model_folder(args, tokenizer)
         finetune(args, console, tokenizer, documents)
     except (SetupError, DataError) as error:
         if rank == 0:
-            print(f"error: {error}", file=console)
+            print(f"error: {error}", file=console, flush=True)
+        else:
+            time.sleep(3)  # a launcher ends all ranks with the first one: let rank 0 speak
         return 2
     except KeyboardInterrupt:
         return 130

@@ -13,7 +13,11 @@ from megatron.training.argument_utils import gpt_config_from_args
 from post_training.hf_config import inverse_frequencies
 from post_training.hf_weights import check_hf_weights, load_hf_weights
 from post_training.layer_spec import decoder_block_spec
-from post_training.modelopt_state import latest_checkpoint, restore_modelopt_state
+from post_training.modelopt_state import (
+    has_modelopt_state,
+    latest_checkpoint,
+    restore_modelopt_state,
+)
 from post_training.rotary import PackedRotaryEmbedding
 
 
@@ -34,8 +38,8 @@ def model_config(args: argparse.Namespace) -> Any:
     transformer.deallocate_pipeline_outputs = args.micro_batch_size == 1
     resumes = latest_checkpoint(args.load) is not None
     from_hf = takes_hf_weights(args)
-    if from_hf or resumes:
-        # Every parameter is overwritten.
+    if from_hf or (resumes and not has_modelopt_state(args.load)):
+        # Every parameter is overwritten. (ModelOpt looks at the weights while it converts.)
         transformer.perform_initialization = False
     hooks = [functools.partial(_install_rotary, hf_config=args.hf_config)]
     if resumes:

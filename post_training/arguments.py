@@ -193,6 +193,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         sys.argv = previous
 
     for key, value in architecture.items():
+        if key == "max_position_embeddings":
+            continue  # raised to --seq-length below: rotary positions are not a table
         if getattr(args, key) != value:
             raise SetupError(
                 f"--{key.replace('_', '-')} {getattr(args, key)}: --hf-model {args.hf_model} says "
@@ -226,6 +228,8 @@ def _complete(args: argparse.Namespace) -> None:
             "--hf-model is missing: name a HuggingFace folder or hub name "
             "(or describe a model with --num-layers, --hidden-size and so on)"
         )
+    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
+        raise SetupError("--use-torch-fsdp2 and --use-megatron-fsdp are not supported yet")
     if args.train_samples:
         raise SetupError("--train-samples: use --train-iters or --num-epochs")
     if not args.skip_train and bool(args.train_iters) == bool(args.num_epochs):
@@ -233,14 +237,15 @@ def _complete(args: argparse.Namespace) -> None:
     if args.optimizer == "sgd" and "use_distributed_optimizer" in args.derived:
         # Megatron's distributed optimizer keeps the state of Adam, not that of torch's SGD.
         args.use_distributed_optimizer = args.dist_ckpt_optim_fully_reshardable = False
-    args.save = args.save or os.path.join(args.output_dir, "checkpoints")
-    args.tensorboard_dir = args.tensorboard_dir or os.path.join(args.output_dir, "tensorboard")
+    # What lies in the output folder moves with it: config.yaml does not name these.
+    args.in_output_dir = []
+    _fill(args, "save", os.path.join(args.output_dir, "checkpoints"))
+    _fill(args, "tensorboard_dir", os.path.join(args.output_dir, "tensorboard"))
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise SetupError("--wandb-project: wandb is not installed (pip install '.[wandb]')")
-    if args.wandb_project and not args.wandb_exp_name:
-        args.wandb_exp_name = os.path.basename(os.path.normpath(args.output_dir))
-    if args.wandb_project and not args.wandb_save_dir:
-        args.wandb_save_dir = args.output_dir
+    if args.wandb_project:
+        _fill(args, "wandb_exp_name", os.path.basename(os.path.normpath(args.output_dir)))
+        _fill(args, "wandb_save_dir", args.output_dir)
     if device_type() == "cuda" and not (args.fp32 or args.fp16 or args.bf16):
         args.bf16 = True
         args.derived.append("bf16")
@@ -258,5 +263,16 @@ def _complete(args: argparse.Namespace) -> None:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
     elif args.vocab_size and not args.padded_vocab_size:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
-    if args.sequence_parallel and args.tensor_model_parallel_size == 1:
+    if args.tensor_model_parallel_size == 1:
         args.sequence_parallel = False
+    elif args.num_experts and not args.sequence_parallel:
+        # Megatron trains experts with tensor parallelism only this way.
+        args.sequence_parallel = True
+        args.derived.append("sequence_parallel")
+
+
+def _fill(args: argparse.Namespace, name: str, value: str) -> None:
+    """Set an argument that nobody gave, and remember that it follows from the output folder."""
+    if not getattr(args, name):
+        setattr(args, name, value)
+        args.in_output_dir.append(name)

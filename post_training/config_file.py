@@ -15,7 +15,9 @@ import yaml
 from post_training.errors import SetupError
 
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
-_NOT_WRITTEN = frozenset({"config", "derived", "hf_config", "rank", "world_size", "local_rank"})
+_NOT_WRITTEN = frozenset(
+    {"config", "derived", "in_output_dir", "hf_config", "rank", "world_size", "local_rank"}
+)
 
 
 def _actions(parser: argparse.ArgumentParser) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -47,13 +49,19 @@ def _converted(where: str, action: argparse.Action, value: Any) -> Any:
             raise SetupError(f"{where}: expects a value, found {value}")
         return value
     if isinstance(value, list):
+        if action.nargs is None and callable(action.type) and action.type not in (str, int, float):
+            return _one_value(where, action, value)  # a pattern, such as that of --moe-layer-freq
         if action.nargs in (None, 0, "?"):
             raise SetupError(f"{where}: expects one value, found a list")
         return [_one_value(where, action, v) for v in value]
     if action.nargs == 0:
         raise SetupError(f"{where}: expects true or false, found {value!r}")
     result = _one_value(where, action, value)
-    return [result] if action.nargs in ("+", "*") else result
+    # Some flags that take several values stand for one as a plain value in their default.
+    several = action.nargs in ("+", "*") and (
+        action.default is None or isinstance(action.default, list)
+    )
+    return [result] if several else result
 
 
 def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
@@ -70,7 +78,8 @@ def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
     except OSError as error:
         raise SetupError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SetupError(f"--config {path}: not valid YAML ({error})") from error
+        reason = " ".join(str(error).split())
+        raise SetupError(f"--config {path}: not valid YAML ({reason})") from error
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -116,8 +125,10 @@ def resolved_config(args: argparse.Namespace) -> dict[str, Any]:
     result = {}
     for key, value in sorted(vars(args).items()):
         plain = _plain(value)
-        if key in _NOT_WRITTEN or key.startswith("_"):
+        if key in _NOT_WRITTEN or key.startswith("_") or key in args.in_output_dir:
             continue
+        if key == "load" and "save" in args.in_output_dir and value == args.save:
+            continue  # the run's own checkpoints, which are looked for first
         if plain is None or isinstance(plain, (bool, int, float, str, list)):
             result[key] = plain
     return result

@@ -108,3 +108,28 @@ def check_same_documents(documents: dict[str, SplitDocuments], device: torch.dev
             "the ranks have prepared different data: give all machines the same files, or share "
             "--data-cache-dir"
         )
+
+
+def describe(documents: dict[str, SplitDocuments], tokenizer: Any, args: argparse.Namespace) -> str:
+    """What became of the rows, a line for each split: nothing is lost without being counted."""
+    lines = []
+    for split in SPLITS:
+        if split not in documents:
+            continue
+        report = documents[split].report
+        plan = packs_of(
+            documents[split], tokenizer, args, split, **({} if split != "train" else {"epochs": 1})
+        )
+        share = report.get("trained_tokens", 0) / max(1, report.get("tokens", 0))
+        dropped = {k: v for k, v in (report.get("dropped") or {}).items() if v}
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        packs = plan.packs_per_epoch(0)
+        lines.append(
+            f"{split}: {report.get('read', 0):,} rows read, {report.get('kept', 0):,} kept"
+            + (f", dropped: {reasons}" if reasons else "")
+            + (f", {report['trimmed']:,} trimmed" if report.get("trimmed") else "")
+            + f"; {report.get('tokens', 0):,} tokens, {share:.0%} trained; {packs:,} packs of "
+            f"{args.seq_length}, {plan.fill:.1%} full = {packs / args.global_batch_size:,.1f} steps"
+        )
+        lines += [f"{split}: {warning}" for warning in report.get("warnings") or ()]
+    return "\n".join(lines)

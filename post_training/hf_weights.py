@@ -20,7 +20,7 @@ import torch
 from transformers import PretrainedConfig
 
 from post_training.errors import SetupError
-from post_training.hf_config import head_dim
+from post_training.hf_config import head_dim, megatron_flags
 
 Layout = Literal["replicated", "vocabulary", "qkv", "gate_up", "columns"]
 
@@ -160,8 +160,33 @@ class HFCheckpoint:
         return self._open[file_name].get_slice(name)
 
 
+def expected_tensors(config: PretrainedConfig) -> Iterator[str]:
+    """Names of all tensors that a HuggingFace folder of this configuration holds."""
+    yield from ("model.embed_tokens.weight", "model.norm.weight")
+    if not config.tie_word_embeddings:
+        yield "lm_head.weight"
+    architecture = config.architectures[0]
+    attention = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
+    if architecture == "Qwen2ForCausalLM":
+        attention += ["q_proj.bias", "k_proj.bias", "v_proj.bias"]
+    if architecture.startswith("Qwen3"):
+        attention += ["q_norm.weight", "k_norm.weight"]
+    projections = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+    sparse = megatron_flags(config).get("moe_layer_freq", [0] * config.num_hidden_layers)
+    for layer, has_experts in enumerate(sparse):
+        prefix = f"model.layers.{layer}."
+        yield from (prefix + "input_layernorm.weight", prefix + "post_attention_layernorm.weight")
+        yield from (f"{prefix}self_attn.{name}" for name in attention)
+        if has_experts:
+            yield prefix + "mlp.gate.weight"
+            for expert in range(config.num_experts):
+                yield from (f"{prefix}mlp.experts.{expert}.{name}" for name in projections)
+        else:
+            yield from (f"{prefix}mlp.{name}" for name in projections)
+
+
 def check_hf_weights(folder: str | Path, config: PretrainedConfig) -> None:
-    """Check that the weight files are there and fit the configuration, by a few tensors of each end.
+    """Check that all tensors are there, and by a few of each end that they fit the configuration.
 
     Raises:
         SetupError: files or tensors are missing, or a shape is not what config.json says.
@@ -177,9 +202,10 @@ def check_hf_weights(folder: str | Path, config: PretrainedConfig) -> None:
     if not config.tie_word_embeddings:
         expected["lm_head.weight"] = [config.vocab_size, config.hidden_size]
     with HFCheckpoint(folder) as checkpoint:
-        for name, shape in expected.items():
+        for name in expected_tensors(config):
             if name not in checkpoint:
                 raise SetupError(f"--hf-model {folder}: the weights lack the tensor {name}")
+        for name, shape in expected.items():
             found = list(checkpoint.slice(name).get_shape())
             if found != shape:
                 raise SetupError(

@@ -71,6 +71,13 @@ def _check_same_model(args: argparse.Namespace, checkpoint: Path) -> None:
     if not config_file.is_file():
         return
     written: dict[str, Any] = yaml.safe_load(config_file.read_text()) or {}
+    if written.get("no_save_optim") and not (
+        args.no_load_optim or args.finetune or args.skip_train
+    ):
+        raise SetupError(
+            f"{checkpoint} holds no optimizer state (it was saved with --no-save-optim): add "
+            f"--no-load-optim to go on with a new optimizer, or choose another --output-dir"
+        )
     for key in ARCHITECTURE_KEYS:
         if key in written and written[key] != getattr(args, key):
             raise SetupError(

@@ -21,6 +21,9 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
         raise SetupError("--hf-tokenizer is missing: a model made from Megatron flags has none")
     from transformers import AutoTokenizer
 
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
+        raise SetupError(f"{flag} {name}: holds no tokenizer (none of {', '.join(files)})")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

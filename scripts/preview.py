@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         _preview(args)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

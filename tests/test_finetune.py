@@ -68,10 +68,6 @@ def test_torchrun_writes_everything_it_promises(with_torchrun, straight):
     assert 0 < run.steps[0]["real_tokens_per_s"] <= run.steps[0]["tokens_per_s"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="config.yaml names the first run's checkpoints: the other folder continues it",
-)
 def test_config_yaml_runs_the_same_again(with_torchrun, straight, tmp_path):
     _, run = with_torchrun
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
@@ -358,12 +354,7 @@ def spoil(folder: Path, how: str) -> list[str]:
         "no weights",
         "pickled weights",
         "missing shard",
-        pytest.param(
-            "missing tensor",
-            marks=pytest.mark.xfail(
-                strict=True, reason="found only after the process group has been started"
-            ),
-        ),
+        "missing tensor",
     ],
 )
 def test_folder_without_all_weights_is_refused(folder, chat_data, tmp_path, how):

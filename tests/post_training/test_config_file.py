@@ -78,11 +78,6 @@ def test_missing_file(parser, tmp_path):
         apply_config_file(parser, str(tmp_path / "nowhere.yaml"))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="max_position_embeddings is raised to --seq-length, then contradicts --hf-model; "
-    "moe_layer_freq is written as a list, which is then refused",
-)
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_what_a_run_resolved_to_reads_back_as_the_same(hf_model, tmp_path, monkeypatch, family):
     for name in ("RANK", "LOCAL_RANK"):

@@ -139,13 +139,3 @@ def test_global_batch_defaults_to_one_micro_batch_a_rank():
     args = arguments(world_size=4, micro_batch_size=2, tensor_model_parallel_size=2)
     layout.check(args)
     assert args.global_batch_size == 4
-
-
-@pytest.mark.xfail(
-    strict=True, reason="Megatron refuses this in the first step, with a traceback on every rank"
-)
-def test_experts_with_tensor_parallelism_need_sequence_parallelism():
-    with pytest.raises(SetupError, match="--sequence-parallel"):
-        layout.check(
-            arguments(tensor_model_parallel_size=2, world_size=2, num_experts=4, num_query_groups=4)
-        )
