@@ -157,7 +157,7 @@ def finetune(
     """Run `pretrain()` with everything wired together; needs resolved arguments and prepared data."""
     try:
         validate_args(args)
-    except AssertionError as error:
+    except (AssertionError, ValueError, RuntimeError) as error:
         raise SetupError(f"Megatron refuses these flags: {error}") from error
     set_global_variables(args, build_tokenizer=False)
     checkpoint_queue.apply(async_save=args.async_save)
@@ -207,12 +207,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     console: TextIO = sys.stderr
     rank = int(os.environ.get("RANK", "0"))
+    started = False
     try:
         args = parse_arguments(argv)
         output.choose_checkpoint(args)
         check_weights(args)
         output.prepare_output(args)
         tokenizer, documents = prepare_data(args)
+        output.check_identity(args, documents)
         if args.num_epochs:
             args.train_iters = steps_of_epochs(args, tokenizer, documents["train"])
         if rank == 0:
@@ -220,12 +222,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = output.redirect_logs(args)
         output.save_config(args)
         output.save_model_folder(args, tokenizer)
+        started = True
         finetune(args, console, tokenizer, documents)
     except (SetupError, DataError) as error:
-        if rank == 0:
+        # Before ranks know each other, the first of each machine speaks for all on it; afterwards each
+        # for itself, since only one may have met the error.
+        if started:
+            print(f"error on rank {rank}: {error}", file=console, flush=True)
+        elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
             print(f"error: {error}", file=console, flush=True)
         else:
-            time.sleep(3)  # a launcher ends all ranks with the first one: let rank 0 speak
+            time.sleep(3)  # a launcher ends all ranks with the first one: let that one speak
         return 2
     except KeyboardInterrupt:
         return 130

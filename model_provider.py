@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
-from post_training.hf_config import inverse_frequencies
+from post_training.hf_config import inverse_frequencies, local_model_folder
 from post_training.hf_weights import check_hf_weights, load_hf_weights
 from post_training.layer_spec import decoder_block_spec
 from post_training.modelopt_state import (
@@ -86,13 +85,3 @@ def _fill_weights(
 ) -> list[torch.nn.Module]:
     load_hf_weights(chunks, local_model_folder(folder), hf_config)
     return chunks
-
-
-@functools.cache
-def local_model_folder(name_or_path: str) -> Path:
-    """The folder of a HuggingFace model: itself, or where the hub client keeps a named one."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json"]))

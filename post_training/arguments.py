@@ -100,6 +100,8 @@ def sft_defaults() -> dict[str, Any]:
         "adam_beta2": 0.95,
         "seq_length": 2048,
         "rerun_mode": "disabled",
+        # Training on with more steps stretches the schedule, which a checkpoint would fix otherwise.
+        "override_opt_param_scheduler": True,
         "num_workers": 0,
     }
 
@@ -247,8 +249,8 @@ def _complete(args: argparse.Namespace) -> None:
         _fill(args, "wandb_exp_name", os.path.basename(os.path.normpath(args.output_dir)))
         _fill(args, "wandb_save_dir", args.output_dir)
     if device_type() == "cuda" and not (args.fp32 or args.fp16 or args.bf16):
+        # Written to config.yaml as if it had been given: an export on a CPU keeps it.
         args.bf16 = True
-        args.derived.append("bf16")
     if args.fp32 and (args.fp16 or args.bf16):
         raise SetupError("--fp32 contradicts --fp16 and --bf16")
     if args.hf_config is not None:

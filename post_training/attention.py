@@ -126,16 +126,17 @@ class PackedAttention(MegatronModule):
         """The variable-length flash kernel of torch on [tokens, heads, head_dim]."""
         from torch.nn.attention.varlen import varlen_attn
 
+        # The keywords have changed between releases of torch.
+        takes = inspect.signature(varlen_attn).parameters
         groups = query.shape[2] // key.shape[2]
-        if groups > 1:
-            # Not every torch >= 2.11 takes grouped heads here.
+        if groups > 1 and "enable_gqa" not in takes:
             key = key.repeat_interleave(groups, dim=2)
             value = value.repeat_interleave(groups, dim=2)
-        # The keywords for causality and scale have changed between releases of torch.
-        takes = inspect.signature(varlen_attn).parameters
         options: dict[str, Any] = (
             {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
         )
+        if groups > 1 and "enable_gqa" in takes:
+            options["enable_gqa"] = True
         if "scale" in takes:
             options["scale"] = self.softmax_scale
         else:

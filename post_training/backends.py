@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from post_training.errors import SetupError
 from post_training.generation import Sampling, generate, stop_tokens
+from post_training.hf_config import local_model_folder
 from post_training.inference import LoadedModel, load_model
 from post_training.quiet import quiet_libraries
 
@@ -58,6 +58,8 @@ def open_backend(options: argparse.Namespace) -> Backend:
     Raises:
         SetupError: there is none, or the backend cannot read it.
     """
+    if options.batch_size < 1:
+        raise SetupError(f"--batch-size {options.batch_size}: must be at least 1")
     sampling = Sampling(
         options.max_new_tokens,
         options.temperature,
@@ -92,7 +94,9 @@ class MegatronBackend:
     def _generation_config(self) -> Any:
         from transformers import GenerationConfig
 
-        folder = Path(self.loaded.args.hf_model or "")
+        if not self.loaded.args.hf_model:
+            return None
+        folder = local_model_folder(self.loaded.args.hf_model)
         if not (folder / "generation_config.json").is_file():
             return None
         return GenerationConfig.from_pretrained(folder)

@@ -14,6 +14,9 @@ import yaml
 
 from post_training.errors import SetupError
 
+# In config.yaml: the names of the flags that nobody wrote.
+DERIVED = "derived_flags"
+
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
 _NOT_WRITTEN = frozenset(
     {"config", "derived", "in_output_dir", "hf_config", "rank", "world_size", "local_rank"}
@@ -50,7 +53,8 @@ def _converted(where: str, action: argparse.Action, value: Any) -> Any:
         return value
     if isinstance(value, list):
         if action.nargs is None and callable(action.type) and action.type not in (str, int, float):
-            return _one_value(where, action, value)  # a pattern, such as that of --moe-layer-freq
+            # A pattern, such as that of --moe-layer-freq, which knows no spaces.
+            return _one_value(where, action, str(value).replace(" ", ""))
         if action.nargs in (None, 0, "?"):
             raise SetupError(f"{where}: expects one value, found a list")
         return [_one_value(where, action, v) for v in value]
@@ -88,7 +92,11 @@ def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
         )
     by_dest, by_flag = _actions(parser)
     defaults: dict[str, Any] = {}
+    # A run's own config.yaml: what was derived there is derived anew, on this machine.
+    recomputed = set(content.get(DERIVED) or ())
     for key, value in content.items():
+        if key == DERIVED or key in recomputed:
+            continue
         name = str(key).lstrip("-").replace("-", "_")
         where = f"--config {path}: {key}"
         if name in by_dest:
@@ -127,6 +135,8 @@ def resolved_config(args: argparse.Namespace) -> dict[str, Any]:
         plain = _plain(value)
         if key in _NOT_WRITTEN or key.startswith("_") or key in args.in_output_dir:
             continue
+        if key == "train_iters" and args.num_epochs:
+            continue  # follows from --num-epochs and the data
         if key == "load" and "save" in args.in_output_dir and value == args.save:
             continue  # the run's own checkpoints, which are looked for first
         if plain is None or isinstance(plain, (bool, int, float, str, list)):
@@ -143,5 +153,9 @@ def write_config(config: Mapping[str, Any], derived: list[str], path: Path) -> N
         + yaml.safe_dump(written, sort_keys=True, allow_unicode=True)
         + "# Derived from the machine, the model and the needs of finetuning:\n"
         + yaml.safe_dump(rest, sort_keys=True, allow_unicode=True)
+        + yaml.safe_dump({DERIVED: sorted(rest)}, default_flow_style=None, allow_unicode=True)
     )
-    path.write_text(text, encoding="utf-8")
+    # Other ranks may be reading an earlier one.
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -28,6 +28,8 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, SplitDocument
     tokenizer = load_tokenizer(args)
     documents: dict[str, SplitDocuments] = {}
     for split in SPLITS:
+        if split == "train" and args.skip_train:
+            continue
         prepared = prepare_documents_from_args(args, split, tokenizer)
         if prepared is None:
             continue

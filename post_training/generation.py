@@ -33,6 +33,8 @@ class Sampling:
             raise SetupError(f"--max-new-tokens {self.max_new_tokens}: must be at least 1")
         if self.temperature < 0:
             raise SetupError(f"--temperature {self.temperature}: must not be negative")
+        if self.top_k < 0:
+            raise SetupError(f"--top-k {self.top_k}: must not be negative")
         if not 0 < self.top_p <= 1:
             raise SetupError(f"--top-p {self.top_p}: must be above 0 and at most 1")
 

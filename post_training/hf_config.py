@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -149,3 +150,21 @@ def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
             "moe_aux_loss_coeff": 0.0,
         }
     return flags
+
+
+@functools.cache
+def local_model_folder(name_or_path: str) -> Path:
+    """The folder of a HuggingFace model: itself, or where the hub client keeps a named one.
+
+    Raises:
+        SetupError: a named model cannot be had.
+    """
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SetupError(f"--hf-model {name_or_path}: cannot be downloaded ({reason})") from error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from post_training.errors import SetupError
+from post_training.hf_config import local_model_folder
 from post_training.hf_weights import hf_state_dict
 from post_training.inference import LoadedModel, logits
 
@@ -87,7 +88,7 @@ def compare_logits(loaded: LoadedModel, model: Any) -> float:
 def _copy_generation_config(loaded: LoadedModel, folder: Path) -> None:
     from transformers import GenerationConfig
 
-    source = Path(loaded.args.hf_model or "") / "generation_config.json"
+    source = local_model_folder(loaded.args.hf_model) / "generation_config.json"
     if source.is_file():
         shutil.copyfile(source, folder / source.name)
     else:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from post_training.errors import SetupError
@@ -114,14 +115,19 @@ class HFCheckpoint:
             SetupError: the folder holds no safetensors weights.
         """
         self.folder = Path(folder)
+        try:
+            self._index()
+        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+            raise SetupError(f"--hf-model {folder}: weight files are damaged ({error})") from error
+
+    def _index(self) -> None:
+        folder = self.folder
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
         self._files: dict[str, str] = {}
         if index.is_file():
             self._files = json.loads(index.read_text())["weight_map"]
         elif single.is_file():
-            from safetensors import safe_open
-
             with safe_open(single, framework="pt") as file:
                 self._files = dict.fromkeys(file.keys(), single.name)
         if not self._files:
@@ -152,8 +158,6 @@ class HFCheckpoint:
         """A lazy view of one tensor: indexing it reads just that part from the file."""
         file_name = self._files[name]
         if file_name not in self._open:
-            from safetensors import safe_open
-
             self._open[file_name] = self._stack.enter_context(
                 safe_open(self.folder / file_name, framework="pt")
             )
@@ -272,7 +276,7 @@ def split_parameter(
         HuggingFace name and tensor; rows of a padded vocabulary are left out.
     """
     if source.layout == "vocabulary":
-        yield source.names[0], value[: config.vocab_size].contiguous()
+        yield source.names[0], value[: config.vocab_size].clone()
     elif source.layout == "gate_up":
         for name, part in zip(source.names, value.chunk(2), strict=True):
             # A copy: safetensors refuses tensors that share memory.

@@ -83,9 +83,9 @@ def _arguments_of_run(output_dir: str, iteration: int | None) -> tuple[argparse.
     args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
     args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
     args.pipeline_model_parallel_layout = None
-    args.load = str(config.get("save") or folder / "checkpoints")
-    if not Path(args.load).is_dir():
-        args.load = str(folder / "checkpoints")  # the run's folder has been moved
+    own = folder / "checkpoints"
+    # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
+    args.load = str(own if latest_checkpoint(own) is not None else config.get("save") or own)
     newest = latest_checkpoint(args.load)
     if newest is None:
         raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")

@@ -71,16 +71,23 @@ def check(args: argparse.Namespace) -> None:
             f"--expert-model-parallel-size {ep}: the model's {args.num_experts} experts cannot be "
             f"divided by it; sizes that work: {_divisors(args.num_experts, 256)}"
         )
+    expert_tp = args.expert_tensor_parallel_size or tp
+    if args.num_experts and world % (expert_tp * ep * pp):
+        raise SetupError(
+            f"{world} processes cannot be divided by expert tensor {expert_tp} x expert {ep} x pipeline "
+            f"{pp} = {expert_tp * ep * pp} parallel: start a multiple of {expert_tp * ep * pp} processes "
+            f"or lower a parallel size"
+        )
     _check_batch(args, dp)
     if args.sequence_parallel and args.seq_length % tp:
         raise SetupError(
             f"--sequence-parallel: --seq-length {args.seq_length} cannot be divided by tensor "
             f"parallel size {tp}; use {-(-args.seq_length // tp) * tp}"
         )
-    if cp > 1 and args.transformer_impl == "local":
+    if cp > 1:
         raise SetupError(
-            f"--context-parallel-size {cp}: context parallelism needs Transformer Engine, which is "
-            f"not in use here; use tensor or pipeline parallelism"
+            f"--context-parallel-size {cp}: context parallelism is not supported yet; use tensor or "
+            f"pipeline parallelism"
         )
 
 

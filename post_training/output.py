@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import logging
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +17,7 @@ import yaml
 
 from post_training.config_file import resolved_config, write_config
 from post_training.errors import SetupError
+from post_training.hf_config import local_model_folder
 from post_training.modelopt_state import latest_checkpoint
 
 # In the output folder: configuration, tokenizer and chat template of the model, kept with its weights.
@@ -49,6 +53,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Path | None:
     own = latest_checkpoint(args.save)
     if own is not None:
         args.load = args.save
+        args.finetune = False  # --finetune is about --load: this run has begun already
         checkpoint: Path | None = own
     elif args.load is not None:
         checkpoint = latest_checkpoint(args.load)
@@ -182,6 +187,56 @@ def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
     if args.hf_config is None:
         return
     args.hf_config.save_pretrained(folder)
-    defaults = Path(args.hf_model) / "generation_config.json"
-    if defaults.is_file() and Path(args.hf_model).resolve() != folder.resolve():
+    source = local_model_folder(args.hf_model)
+    defaults = source / "generation_config.json"
+    if defaults.is_file() and source.resolve() != folder.resolve():
         shutil.copyfile(defaults, folder / defaults.name)
+
+
+def check_identity(args: argparse.Namespace, documents: Mapping[str, Any]) -> None:
+    """Refuse to continue a run with other base weights or other data, and remember both on the first start.
+
+    A position in the data is a number of packs of one plan, and a checkpoint belongs to one base model:
+    with another of either the run would go on without a word, and its numbers would mean nothing.
+
+    Raises:
+        SetupError: naming what differs from when the run began.
+    """
+    file = Path(args.output_dir) / "identity.json"
+    now: dict[str, Any] = {"base_weights": _weights_digest(args)}
+    if "train" in documents:
+        now["data"] = documents["train"].fingerprint
+    now |= {
+        key: getattr(args, key) for key in ("seq_length", "seed", "packing", "global_batch_size")
+    }
+    if latest_checkpoint(args.save) is None or args.skip_train:
+        if args.rank == 0 and not args.skip_train:
+            partial = file.with_name(file.name + ".partial")
+            partial.write_text(json.dumps(now, indent=1) + "\n")
+            partial.replace(file)
+        return
+    before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    what = {"base_weights": "the weights of --hf-model", "data": "the training data"}
+    for key, value in now.items():
+        if before.get(key, value) != value:
+            name = what.get(key, f"--{key.replace('_', '-')} (then {before[key]}, now {value})")
+            raise SetupError(
+                f"--output-dir {args.output_dir} holds a run that was started with other values: "
+                f"{name} differs; give the same again to continue it, or choose another --output-dir "
+                f"(and --load {args.save} --finetune to start from its weights)"
+            )
+
+
+def _weights_digest(args: argparse.Namespace) -> str | None:
+    """A digest of samples of the weight files: the same for the same base model, wherever it lies."""
+    if args.hf_config is None or args.random_weights:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(local_model_folder(args.hf_model).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(16):
+                file.seek(size * part // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()

@@ -81,6 +81,8 @@ def report_acceptance(
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     # The same on all ranks: decided by the layout first, then by the only stage there is.
     if stages > 1:
+        if not has_draft_head(model):
+            return None
         print("draft acceptance is not measured: the model is cut into pipeline stages", flush=True)
         return None
     if not has_draft_head(model) or not prompts:

@@ -79,6 +79,12 @@ def _stand_alone() -> None:
     """Let a process without a launcher be rank 0 of 1: torch asks for the launcher's variables."""
     if "RANK" in os.environ:
         return
+    if int(os.environ.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in os.environ:
+        # Each task would take itself for the whole job and write over the others.
+        raise SystemExit(
+            "error: srun started several tasks, but RANK and WORLD_SIZE are not set: start torchrun in "
+            "one task a node, or export them from SLURM_PROCID and SLURM_NTASKS"
+        )
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

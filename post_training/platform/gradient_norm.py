@@ -23,7 +23,7 @@ def sum_of_squares(tensor: Tensor) -> Tensor:
     """Sum of the squares of all elements: float64 scalar on the tensor's device."""
     flat = tensor.detach().reshape(-1)
     whole = flat.numel() // BLOCK * BLOCK
-    blocks = flat[:whole].view(-1, BLOCK).norm(dim=1).double().square().sum()
+    blocks = flat[:whole].view(-1, BLOCK).norm(dim=1, dtype=torch.float32).double().square().sum()
     return blocks + flat[whole:].double().square().sum()
 
 

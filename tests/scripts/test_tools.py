@@ -1,0 +1,137 @@
+"""Export, generate and evaluate, as commands on a run that was trained on two processes."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.helpers.launch import finetune, run_script
+from tests.helpers.reference import Recipe
+
+RECIPE = Recipe(steps=3)
+
+
+@pytest.fixture(scope="module")
+def run(hf_model, chat_data, tmp_path_factory):
+    """A finished run at tensor parallel size 2."""
+    folder = tmp_path_factory.mktemp("tools") / "out"
+    flags = ["--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)]
+    return finetune(
+        folder, *flags, *RECIPE.flags(), "--tensor-model-parallel-size", "2", world=2
+    ).ok()
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    """The HuggingFace folder that the run is exported to, as if it had been trained on a GPU."""
+    file = run.folder / "config.yaml"
+    written = file.read_text()
+    file.write_text(written.replace("distributed_backend: gloo", "distributed_backend: nccl"))
+    assert "nccl" in file.read_text()
+    done = run_script("scripts/export_hf.py", "--output-dir", str(run.folder))
+    file.write_text(written)
+    assert done.returncode == 0, done.stderr
+    assert "logits agree within" in done.stdout
+    return run.folder / "hf"
+
+
+def test_export_reloads_and_continues_the_base_model(exported, hf_model):
+    base = AutoModelForCausalLM.from_pretrained(hf_model("qwen3"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert model.dtype == torch.float32
+    before, after = base.state_dict(), model.state_dict()
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    assert tokenizer.chat_template
+    assert (exported / "generation_config.json").is_file()
+
+
+def test_the_same_answer_both_ways(run, exported):
+    prompt = ["--prompt", "What colour is the sky?", "--max-new-tokens", "6"]
+    ours = run_script("scripts/generate.py", "--output-dir", str(run.folder), *prompt)
+    theirs = run_script(
+        *("scripts/generate.py", "--hf-model", str(exported), "--backend", "transformers", *prompt)
+    )
+    assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
+    assert ours.stdout == theirs.stdout
+
+
+def test_evaluate_counts_every_row(run, chat_data, tmp_path):
+    out = tmp_path / "scores.json"
+    done = run_script(
+        *("scripts/evaluate.py", "--output-dir", str(run.folder), "--data", str(chat_data.file)),
+        *("--max-new-tokens", "2", "--json", str(out)),
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(out.read_text())
+    assert scores["rows"] == len(scores["answers"]) == len(chat_data.rows)
+    assert "all" in done.stdout
+
+
+def test_a_copied_run_reads_its_own_checkpoints(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    done = run_script(
+        "scripts/export_hf.py", "--output-dir", str(copy), "--to", str(tmp_path / "hf")
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(copy / "checkpoints") in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "expected"),
+    [
+        ("scripts/export_hf.py", ["--output-dir", "nowhere"], "holds no run"),
+        ("scripts/generate.py", ["--prompt", "a"], "--output-dir"),
+        ("scripts/generate.py", ["--hf-model", "x", "--prompt", "a", "--top-k", "-1"], "--top-k"),
+        ("scripts/evaluate.py", ["--hf-model", "x", "--data", "no.jsonl"], "no such file"),
+    ],
+)
+def test_wrong_flags_get_one_line(script, flags, expected):
+    done = run_script(script, *flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and expected in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_longer_training_goes_on(run, hf_model, chat_data, tmp_path):
+    copy = tmp_path / "longer"
+    shutil.copytree(run.folder, copy)
+    steps = ["--train-iters", "5"]
+    flags = ["--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)]
+    again = finetune(copy, *flags, *RECIPE.flags(), *steps).ok()
+    assert [step["iteration"] for step in again.steps] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("other", ["data", "weights", "--seq-length"])
+def test_another_run_in_the_folder_is_refused(run, hf_model, chat_data, tmp_path, other):
+    model, file, flags = hf_model("qwen3"), chat_data.file, RECIPE.flags()
+    if other == "data":
+        file = tmp_path / "other.jsonl"
+        file.write_text("\n".join(chat_data.file.read_text().splitlines()[:-5]) + "\n")
+    elif other == "weights":
+        model = tmp_path / "other"
+        shutil.copytree(hf_model("qwen3"), model)
+        weights = load_file(model / "model.safetensors")
+        save_file({k: v + 0.01 for k, v in weights.items()}, model / "model.safetensors")
+    else:
+        flags = [*flags, "--seq-length", "96"]
+    done = finetune(
+        run.folder, "--hf-model", str(model), "--finetune-data-files", str(file), *flags
+    )
+    assert done.status == 2
+    assert (
+        other.removesuffix("-length") in done.console
+        and "choose another --output-dir" in done.console
+    )
+
+
+def test_config_names_what_was_derived(run):
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert "distributed_backend" in config["derived_flags"]
+    assert "lr" not in config["derived_flags"]
