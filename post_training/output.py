@@ -204,11 +204,10 @@ def check_identity(args: argparse.Namespace, documents: Mapping[str, Any]) -> No
     """
     file = Path(args.output_dir) / "identity.json"
     now: dict[str, Any] = {"base_weights": _weights_digest(args)}
-    if "train" in documents:
+    for key in ("seq_length", "seed", "packing", "global_batch_size"):
+        now[key] = getattr(args, key)
+    if "train" in documents:  # last: the prepared data depends on --seq-length
         now["data"] = documents["train"].fingerprint
-    now |= {
-        key: getattr(args, key) for key in ("seq_length", "seed", "packing", "global_batch_size")
-    }
     if latest_checkpoint(args.save) is None or args.skip_train:
         if args.rank == 0 and not args.skip_train:
             partial = file.with_name(file.name + ".partial")

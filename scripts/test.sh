@@ -8,4 +8,6 @@ source scripts/env.sh dev
 
 # Tests start several processes; one thread each keeps them from fighting over the cores.
 export OMP_NUM_THREADS=1
+# Two at a time, unless the arguments say how many.
+[[ " $* " == *" -n"* || " $* " == *" --numprocesses"* ]] || set -- -n 2 "$@"
 exec python -m pytest "$@"

@@ -56,5 +56,5 @@ def test_preview_refuses_bad_input_in_one_line(run, capsys):
         ([], "there is no data"),
         (["--data", folder / "a.jsonl", "--separator", "x"], "--separator x"),
     ):
-        assert call(*flags) == 1
+        assert call(*flags) == 2
         assert message in capsys.readouterr().err

@@ -12,6 +12,7 @@ def arguments(**changes):
         "pipeline_model_parallel_size": 1,
         "context_parallel_size": 1,
         "expert_model_parallel_size": 1,
+        "expert_tensor_parallel_size": None,
         "virtual_pipeline_model_parallel_size": None,
         "num_layers_per_virtual_pipeline_stage": None,
         "num_virtual_stages_per_pipeline_rank": None,
