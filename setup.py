@@ -20,10 +20,10 @@ DEPENDENCIES = [
     "numpy",
     "filelock",
     "zstandard",
-    # configuration and output
     # Megatron's checkpoint writer and ModelOpt import these without depending on them.
     "psutil",
     "requests",
+    # configuration and output
     "pyyaml",
     "tqdm",
     "tensorboard",
