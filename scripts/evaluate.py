@@ -49,10 +49,12 @@ def main() -> int:
         return 2
     try:
         questions = read_questions(options.data)
+        if options.json:
+            Path(options.json).touch()  # rather now than after all answers
         backend = open_backend(options)
         begin = time.perf_counter()
         scores = evaluate(backend, questions, pattern)
-    except (SetupError, DataError) as error:
+    except (SetupError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - begin

@@ -43,7 +43,7 @@ def main() -> int:
             loaded = load_model(output_dir=options.output_dir, iteration=options.iteration)
         target = options.to or os.path.join(options.output_dir, "hf")
         difference = export_hf(loaded, target, max_shard_size=options.max_shard_size)
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(
