@@ -50,6 +50,7 @@ from post_training.datasets import (
 )
 from post_training.errors import SetupError
 from post_training.finish import report_end
+from post_training.layer_spec import uses_packed_attention
 from post_training.loss import loss_func, trained_token_loss
 from post_training.platform import checkpoint_queue
 from post_training.platform.training_hooks import hooks
@@ -110,7 +111,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, *, traini
         data_iterator,
         micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
-        qkv_format="thd" if args.transformer_impl == "transformer_engine" else "sbhd",
+        qkv_format="sbhd" if uses_packed_attention(args) else "thd",
     )
     counters.add_trained(batch.trained.weights.sum())
     return batch

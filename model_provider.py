@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
+from post_training.errors import SetupError
 from post_training.hf_config import inverse_frequencies, local_model_folder
 from post_training.hf_weights import check_hf_weights, load_hf_weights
 from post_training.layer_spec import decoder_block_spec
@@ -61,8 +62,15 @@ def check_weights(args: argparse.Namespace) -> None:
     """Look at the weight files before any process group starts.
 
     Raises:
-        SetupError: files are missing, or hold another model than config.json describes.
+        SetupError: files are missing, or hold another model than config.json describes; or context
+            parallelism is asked of a model that ModelOpt converted.
     """
+    if args.context_parallel_size > 1 and has_modelopt_state(args.load):
+        raise SetupError(
+            f"--context-parallel-size {args.context_parallel_size}: {args.load} holds a model converted "
+            f"by ModelOpt, whose draft heads need whole documents on every rank; use tensor or pipeline "
+            f"parallelism"
+        )
     if takes_hf_weights(args):
         check_hf_weights(local_model_folder(args.hf_model), args.hf_config)
 

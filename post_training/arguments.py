@@ -82,6 +82,7 @@ def sft_defaults() -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "calculate_per_token_loss": True,
+        "cp_comm_type": ["all_gather"],
         "use_distributed_optimizer": True,
         # Lets a checkpoint be resumed with another number of processes on any axis.
         "dist_ckpt_optim_fully_reshardable": True,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -25,6 +26,9 @@ class PackedAttention(MegatronModule):
 
     - on CUDA in bf16 and fp16, one variable-length flash kernel over all documents;
     - elsewhere (CPU, fp32), scaled-dot-product attention document by document.
+
+    Under context parallelism the keys and values of the whole row are gathered from the group, and each
+    piece of this rank's tokens attends to its own document up to itself (`ContextParallelCut`).
 
     Without packed documents (generation with a key/value cache) it is plain attention, causal while the
     prompt is read.
@@ -44,15 +48,14 @@ class PackedAttention(MegatronModule):
         """Take the arguments Megatron gives every core attention.
 
         Raises:
-            ValueError: context parallelism, sliding windows or attention sinks are asked for.
+            ValueError: sliding windows or attention sinks are asked for.
         """
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError("context parallelism needs --transformer-impl transformer_engine")
         if config.window_size is not None or config.softmax_type != "vanilla":
             raise ValueError("sliding windows and attention sinks need Transformer Engine")
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.context_parallel_group = getattr(pg_collection, "cp", None)
 
     def forward(
         self,
@@ -96,28 +99,54 @@ class PackedAttention(MegatronModule):
                 dropout,
             )
             return out.permute(2, 0, 1, 3).flatten(2)
+        if packed_seq_params.key_indices is not None:
+            key, value = self._gather(key, value, packed_seq_params.key_indices)
         if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
             return self._varlen(query, key, value, packed_seq_params)
-        assert packed_seq_params.document_lengths is not None
+        queries, keys = packed_seq_params.query_lengths, packed_seq_params.key_lengths
+        assert queries is not None and keys is not None
         # [tokens, 1, heads, dim] -> [1, heads, tokens, dim], split into documents: views only.
-        lengths = packed_seq_params.document_lengths
-        rows = [x.permute(1, 2, 0, 3).split(lengths, dim=2) for x in (query, key, value)]
+        rows = [
+            x.permute(1, 2, 0, 3).split(lengths, dim=2)
+            for x, lengths in ((query, queries), (key, keys), (value, keys))
+        ]
         parts = [
             self._dense(q, k, v, True, dropout).permute(2, 0, 1, 3)
             for q, k, v in zip(*rows, strict=True)
         ]
         return torch.cat(parts).flatten(2)
 
+    def _gather(self, key: Tensor, value: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of every piece, chosen from those of all context parallel ranks.
+
+        The backward pass adds up what all ranks' queries say of a key, and gives each rank its own.
+        """
+        # The batch dimension is 1: keys and values travel side by side, in one message.
+        both = tensor_parallel.gather_from_sequence_parallel_region(
+            torch.cat([key, value], dim=1), group=self.context_parallel_group
+        )
+        chosen = both.index_select(0, indices)
+        return chosen[:, :1], chosen[:, 1:]
+
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, causal: bool, dropout: float
     ) -> Tensor:
-        """Scaled-dot-product attention on [batch, heads, tokens, head_dim]."""
+        """Scaled-dot-product attention on [batch, heads, tokens, head_dim].
+
+        `causal` lets the last query see every key, and each one before it one key less.
+        """
+        queries, keys = query.shape[2], key.shape[2]
+        mask = None
+        if causal and queries != keys:
+            mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+            mask = mask.tril(keys - queries)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
+            attn_mask=mask,
             dropout_p=dropout,
-            is_causal=causal,
+            is_causal=causal and mask is None,
             scale=self.softmax_scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )

@@ -10,8 +10,9 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
+from post_training.context_parallel import ContextParallelCut
 from post_training.loss import TrainedTokens
-from post_training.packed_sequences import PackedDocuments
+from post_training.packed_sequences import PackedDocuments, document_bounds
 from post_training.platform import current_device
 
 FIELDS = ("input_ids", "loss_mask", "position_ids")
@@ -19,7 +20,10 @@ FIELDS = ("input_ids", "loss_mask", "position_ids")
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro batch, its packs joined to a single row of `micro batch size * seq_length` tokens."""
+    """One micro batch, its packs joined to a single row of `micro batch size * seq_length` tokens.
+
+    Under context parallelism each rank holds its part of the row: `tokens` below are its own.
+    """
 
     tokens: Tensor
     """int64 [1, tokens]."""
@@ -82,21 +86,42 @@ def shift_labels(tokens: Tensor, loss_mask: Tensor, position_ids: Tensor) -> tup
     return labels, (torch.roll(loss_mask, -1) * same_document).to(torch.uint8)
 
 
-def assemble_batch(packs: Tensor, *, qkv_format: str) -> Batch:
-    """Shift labels and find the documents of a micro batch.
+def assemble_batch(
+    packs: Tensor, *, qkv_format: str, seq_length: int = 0, cp_size: int = 1, cp_rank: int = 0
+) -> Batch:
+    """Shift labels, find the documents of a micro batch and take this context parallel rank's part.
 
     Args:
         packs: int64 [3, tokens], in the order of `FIELDS`.
-        qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec.
+        qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec and context parallelism.
+        seq_length: tokens in a pack; needed only for context parallelism.
+        cp_size: context parallel size.
+        cp_rank: rank in the context parallel group.
     """
     tokens, loss_mask, position_ids = packs.unbind(0)
+    # On the whole row: the label of a part's last token may be another rank's.
     labels, label_mask = shift_labels(tokens, loss_mask, position_ids)
+    if cp_size == 1:
+        packed = PackedDocuments.from_position_ids(position_ids, qkv_format=qkv_format)
+    else:
+        cut = ContextParallelCut.make(
+            document_bounds(position_ids),
+            packs=len(tokens) // seq_length,
+            seq_length=seq_length,
+            size=cp_size,
+            rank=cp_rank,
+        )
+        local = cut.local_indices.to(tokens.device, non_blocking=True)
+        tokens, labels, label_mask, position_ids = (
+            row.index_select(0, local) for row in (tokens, labels, label_mask, position_ids)
+        )
+        packed = PackedDocuments.from_cut(cut, position_ids)
     return Batch(
         tokens=tokens.unsqueeze(0),
         labels=labels.unsqueeze(0),
         position_ids=position_ids.unsqueeze(0),
         label_mask=label_mask,
-        packed=PackedDocuments.from_position_ids(position_ids, qkv_format=qkv_format),
+        packed=packed,
         trained=TrainedTokens.from_mask(label_mask),
     )
 
@@ -110,15 +135,23 @@ def read_batch(
 ) -> Batch:
     """Next micro batch of this data parallel rank, on every tensor parallel rank and pipeline stage.
 
+    All context parallel ranks read the same packs, and each keeps its part.
+
     Args:
         data_iterator: yields the fields of `FIELDS`; None except on tensor parallel rank 0.
         micro_batch_size: packs in a micro batch.
         seq_length: tokens in a pack.
-        qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec.
+        qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec and context parallelism.
     """
     data = next(data_iterator) if data_iterator is not None else None
     packs = broadcast_over_tensor_parallel(data, micro_batch_size, seq_length, current_device())
-    return assemble_batch(packs, qkv_format=qkv_format)
+    return assemble_batch(
+        packs,
+        qkv_format=qkv_format,
+        seq_length=seq_length,
+        cp_size=parallel_state.get_context_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+    )
 
 
 def join_stage_input(model: Any) -> None:

@@ -12,6 +12,11 @@ from post_training.attention import PackedAttention
 from post_training.norm import LocalNorm
 
 
+def uses_packed_attention(settings: Any) -> bool:
+    """Whether core attention is our own; `settings` are arguments or a transformer config."""
+    return settings.transformer_impl == "local" or settings.context_parallel_size > 1
+
+
 def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Spec of the decoder layers of one pipeline stage.
 
@@ -22,6 +27,8 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
     Returns:
         Megatron's block spec. For `--transformer-impl local` its core attention is `PackedAttention`
         and its norms are `LocalNorm`: Megatron's own refuse packed sequences and sequence parallelism.
+        With Transformer Engine the core attention is replaced under context parallelism only, where its
+        kernels want every document padded.
     """
     transformer = config.transformer
     use_te = transformer.transformer_impl == "transformer_engine"
@@ -31,16 +38,18 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
         normalization=transformer.normalization,
         vp_stage=vp_stage,
     )
-    if use_te:
-        return block
     for layer in block.layer_specs:
         parts = layer.submodules
+        attention = parts.self_attention.submodules
+        if uses_packed_attention(transformer):
+            attention.core_attention = PackedAttention
+        if use_te:
+            continue
         parts.input_layernorm = LocalNorm
         parts.pre_mlp_layernorm = LocalNorm
-        attention = parts.self_attention.submodules
-        attention.core_attention = PackedAttention
         for name in ("q_layernorm", "k_layernorm"):
             if getattr(attention, name) is not IdentityOp:
                 setattr(attention, name, LocalNorm)
-    block.layer_norm = LocalNorm
+    if not use_te:
+        block.layer_norm = LocalNorm
     return block

@@ -79,15 +79,29 @@ def check(args: argparse.Namespace) -> None:
             f"or lower a parallel size"
         )
     _check_batch(args, dp)
-    if args.sequence_parallel and args.seq_length % tp:
+    _check_sequence(args)
+
+
+def _check_sequence(args: argparse.Namespace) -> None:
+    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
+    spread = tp if args.sequence_parallel else 1
+    # A context parallel rank holds two chunks of every pack, spread over its tensor parallel group.
+    multiple = spread if cp == 1 else cp * math.lcm(2, spread)
+    if args.seq_length % multiple:
+        flags = [f"--context-parallel-size {cp}"] if cp > 1 else []
+        flags += [f"--sequence-parallel with tensor parallel size {tp}"] if spread > 1 else []
         raise SetupError(
-            f"--sequence-parallel: --seq-length {args.seq_length} cannot be divided by tensor "
-            f"parallel size {tp}; use {-(-args.seq_length // tp) * tp}"
+            f"--seq-length {args.seq_length}: {' and '.join(flags)} cannot divide it evenly; use "
+            f"{-(-args.seq_length // multiple) * multiple} or another multiple of {multiple}"
         )
-    if cp > 1:
+    if cp > 1 and (args.hybrid_context_parallel or args.hierarchical_context_parallel_sizes):
         raise SetupError(
-            f"--context-parallel-size {cp}: context parallelism is not supported yet; use tensor or "
-            f"pipeline parallelism"
+            "--hybrid-context-parallel and --hierarchical-context-parallel-sizes are not supported: "
+            "--context-parallel-size alone gathers keys and values from the whole group"
+        )
+    if cp > 1 and args.cp_comm_type not in ("all_gather", ["all_gather"]):
+        raise SetupError(
+            f"--cp-comm-type {args.cp_comm_type}: only all_gather is supported; leave the flag out"
         )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from post_training.context_parallel import ContextParallelCut
 
 
 @dataclass
@@ -15,25 +19,29 @@ class PackedDocuments(PackedSeqParams):
     With Transformer Engine (`qkv_format="thd"`) its kernels read `cu_seqlens_*`. Without it
     (`qkv_format="sbhd"`) Megatron's attention layer leaves rotary embeddings per position, which
     `PackedRotaryEmbedding` gathers from `position_ids`, and `PackedAttention` isolates documents.
+
+    Under context parallelism a rank holds a part of the row only. Its queries are then described piece
+    by piece, each with the keys it may see.
     """
 
-    position_ids: torch.Tensor | None = None
-    """Position of each token inside its document: int64 [tokens]."""
-    document_lengths: list[int] | None = None
-    """Tokens of each document, on the host."""
+    position_ids: Tensor | None = None
+    """Position of each of this rank's tokens inside its document: int64 [tokens]."""
+    query_lengths: list[int] | None = None
+    """Tokens of each document, on the host; under context parallelism of each piece."""
+    key_lengths: list[int] | None = None
+    """Keys that each document or piece attends to; a piece sees them causally, its last token all."""
+    key_indices: Tensor | None = None
+    """Under context parallelism: where these keys are among those gathered from all ranks."""
 
     @classmethod
-    def from_position_ids(cls, position_ids: torch.Tensor, *, qkv_format: str) -> PackedDocuments:
+    def from_position_ids(cls, position_ids: Tensor, *, qkv_format: str) -> PackedDocuments:
         """Find the documents: one begins wherever the position is 0.
 
         Args:
             position_ids: int64 [tokens]; the first is 0.
             qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec.
         """
-        tokens = position_ids.numel()
-        # One copy to the host a micro batch: attention kernels want the longest length as a number.
-        starts = torch.nonzero(position_ids == 0).flatten().tolist()
-        bounds = [*starts, tokens]
+        bounds = document_bounds(position_ids)
         lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=position_ids.device)
         longest = max(lengths)
@@ -44,5 +52,42 @@ class PackedDocuments(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             position_ids=position_ids,
-            document_lengths=lengths,
+            query_lengths=lengths,
+            key_lengths=lengths,
         )
+
+    @classmethod
+    def from_cut(cls, cut: ContextParallelCut, local_position_ids: Tensor) -> PackedDocuments:
+        """What one context parallel rank attends to.
+
+        Args:
+            cut: this rank's part of the row.
+            local_position_ids: positions of its tokens inside their documents: int64 [local tokens].
+        """
+        device = local_position_ids.device
+
+        def cumulated(lengths: list[int]) -> Tensor:
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+        return cls(
+            # Transformer Engine's own context parallelism wants padded documents: not used.
+            qkv_format="sbhd",
+            cu_seqlens_q=cumulated(cut.query_lengths),
+            cu_seqlens_kv=cumulated(cut.key_lengths),
+            max_seqlen_q=max(cut.query_lengths),
+            max_seqlen_kv=max(cut.key_lengths),
+            position_ids=local_position_ids,
+            query_lengths=cut.query_lengths,
+            key_lengths=cut.key_lengths,
+            key_indices=cut.key_indices.to(device, non_blocking=True),
+        )
+
+
+def document_bounds(position_ids: Tensor) -> list[int]:
+    """Where each document of a row begins, and the number of tokens in the row.
+
+    Args:
+        position_ids: int64 [tokens]; 0 where a document begins, and at the first token.
+    """
+    # One copy to the host a micro batch: attention kernels want the longest length as a number.
+    return [*torch.nonzero(position_ids == 0).flatten().tolist(), position_ids.numel()]

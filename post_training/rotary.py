@@ -64,6 +64,7 @@ class PackedRotaryEmbedding(torch.nn.Module):
             emb: torch.Tensor = self.original(positions, packed_seq=packed_seq, cp_group=cp_group)
             return emb
         assert positions.position_ids is not None
-        if self._angles.shape[0] < positions.max_seqlen_q:
-            self._angles = self.original.get_emb(positions.max_seqlen_q)
+        # The last token of a document sees as many keys as there are positions.
+        if self._angles.shape[0] < positions.max_seqlen_kv:
+            self._angles = self.original.get_emb(positions.max_seqlen_kv)
         return self._angles.index_select(0, positions.position_ids)

@@ -69,9 +69,10 @@ class StepCounters:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
         real, squared, seconds, readers, trained, loss_sum, losses = values.tolist()
-        copies = self._copies()
+        stages, parts = self._stages_and_parts()
+        copies = stages * parts
         return StepTotals(
-            trained_tokens=trained / copies,
+            trained_tokens=trained / stages,
             real_tokens=real / copies,
             squared_lengths=squared / copies,
             data_seconds=seconds / max(readers, 1.0),
@@ -79,16 +80,18 @@ class StepCounters:
         )
 
     @staticmethod
-    def _copies() -> int:
-        """How often the same packs are read: by each pipeline stage and context parallel rank."""
+    def _stages_and_parts() -> tuple[int, int]:
+        """Pipeline stages and context parallel ranks, each of which reads the same packs.
+
+        A stage counts all their trained tokens, a context parallel rank those of its own part.
+        """
         from megatron.core import parallel_state
 
         if not parallel_state.model_parallel_is_initialized():
-            return 1
+            return 1, 1
         stages = parallel_state.get_pipeline_model_parallel_world_size()
         stages *= parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-        context: int = parallel_state.get_context_parallel_world_size()
-        return int(stages * context)
+        return stages, parallel_state.get_context_parallel_world_size()
 
 
 counters = StepCounters()

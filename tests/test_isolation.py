@@ -39,8 +39,10 @@ def micro_batches(packs: list[dict[str, torch.Tensor]], size: int) -> list[dict[
         (["--tensor-model-parallel-size", "2", "--sequence-parallel"], 2, 1),
         (["--pipeline-model-parallel-size", "2"], 2, 1),
         (["--pipeline-model-parallel-size", "2"], 2, 2),
+        (["--context-parallel-size", "2"], 2, 1),
+        (["--context-parallel-size", "2"], 2, 2),
     ],
-    ids=["one", "mbs4", "tp2", "tp2-sp", "pp2", "pp2-mbs2"],
+    ids=["one", "mbs4", "tp2", "tp2-sp", "pp2", "pp2-mbs2", "cp2", "cp2-mbs2"],
 )
 def test_a_changed_document_leaves_the_other_bit_identical(
     hf_model, tmp_path, layout, world, micro

@@ -118,7 +118,26 @@ def token_losses(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> list[Te
         forward_only=True,
         collect_non_loss_data=True,
     )
-    return collected if parallel_state.is_pipeline_last_stage() else None
+    if not parallel_state.is_pipeline_last_stage():
+        return None
+    return [_of_whole_row(*pair) for pair in zip(collected, packs, strict=True)]
+
+
+def _of_whole_row(losses: Tensor, pack: dict[str, Tensor]) -> Tensor:
+    """Losses of all trained tokens of a row, from those of each context parallel rank's part."""
+    from megatron.core import parallel_state
+
+    from post_training.batch import FIELDS, shift_labels
+    from post_training.context_parallel import local_token_indices
+
+    micro, seq_length = pack["input_ids"].shape
+    _, mask = shift_labels(*(pack[name].flatten() for name in FIELDS))
+    group = parallel_state.get_context_parallel_group()
+    local = local_token_indices(micro, seq_length, group.size(), group.rank())
+    row = torch.zeros(len(mask))
+    row[local[mask[local].bool()]] = losses
+    torch.distributed.all_reduce(row, group=group)
+    return row[mask.bool()]
 
 
 def rank() -> int:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -40,10 +40,12 @@ def mean_loss(model: Any, rows: Iterable[Row]) -> tuple[float, int]:
     return total / tokens, tokens
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
     """The hyper-parameters of a run, as flags and for the reference."""
 
+    optimizer: str = "adam"
+    packing: Literal["best-fit", "none"] = "best-fit"
     steps: int = 10
     global_batch: int = 4
     seq_length: int = 192
@@ -54,6 +56,7 @@ class Recipe:
     seed: int = 1234
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    momentum: float = 0.9
 
     def flags(self) -> list[str]:
         """The same for `finetune.py`."""
@@ -62,7 +65,19 @@ class Recipe:
             *("--seq-length", str(self.seq_length), "--lr", str(self.lr)),
             *("--min-lr", str(self.min_lr), "--weight-decay", str(self.weight_decay)),
             *("--clip-grad", str(self.clip), "--seed", str(self.seed)),
+            *("--optimizer", self.optimizer, "--packing", self.packing),
         ]
+
+    def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        """The same optimizer for the reference: matrices decay, vectors do not."""
+        every = list(parameters)
+        groups = [
+            {"params": [p for p in every if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in every if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
+        return torch.optim.AdamW(groups, lr=self.lr, betas=self.betas, eps=self.eps)
 
     def learning_rate(self, steps_done: int) -> float:
         """Megatron's cosine over the whole run, without warm-up."""
@@ -98,6 +113,7 @@ def batches(rows: Sequence[Row], data_file: Path, recipe: Recipe) -> list[list[i
         tokenizer,
         recipe.seq_length,
         seed=recipe.seed,
+        packing=recipe.packing,
         global_batch_size=recipe.global_batch,
     )
     result = []
@@ -114,17 +130,7 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
     model = load_model(folder).train()
     named = dict(model.named_parameters())
     result = Trajectory(start={name: p.detach().clone() for name, p in named.items()})
-    decayed = [p for p in named.values() if p.dim() > 1]
-    others = [p for p in named.values() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": decayed, "weight_decay": recipe.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ],
-        lr=recipe.lr,
-        betas=recipe.betas,
-        eps=recipe.eps,
-    )
+    optimizer = recipe.make_optimizer(named.values())
     for step, batch in enumerate(batches(rows, data_file, recipe)):
         tokens = sum(int(examples[row][1][1:].sum()) for row in batch)
         total = 0.0

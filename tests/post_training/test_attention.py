@@ -4,13 +4,15 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from post_training.attention import PackedAttention
+from post_training.context_parallel import ContextParallelCut
 from post_training.packed_sequences import PackedDocuments
+from tests.helpers.launch import run_ranks
 
 HEADS, DIM = 4, 8
-LENGTHS = [5, 1, 9, 2]
+LENGTHS = [5, 1, 15, 3]
 
 
-def make(groups, **options):
+def make(groups, pg_collection=None, **options):
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HEADS * DIM,
@@ -18,7 +20,7 @@ def make(groups, **options):
         num_query_groups=groups,
         **({"attention_dropout": 0.0} | options),
     )
-    return PackedAttention(config, 1, AttnMaskType.causal, "self")
+    return PackedAttention(config, 1, AttnMaskType.causal, "self", pg_collection=pg_collection)
 
 
 def inputs(groups):
@@ -69,10 +71,10 @@ def test_a_changed_document_leaves_the_others_bit_identical():
     before = attention(*tensors, None, packed_seq_params=packed)
     changed = [x.detach().clone() for x in tensors]
     for x in changed:
-        x[6:15] += 1.0
+        x[6:21] += 1.0
     after = attention(*changed, None, packed_seq_params=packed)
-    assert torch.equal(before[:6], after[:6]) and torch.equal(before[15:], after[15:])
-    assert not torch.equal(before[6:15], after[6:15])
+    assert torch.equal(before[:6], after[:6]) and torch.equal(before[21:], after[21:])
+    assert not torch.equal(before[6:21], after[6:21])
 
 
 def test_without_documents_it_is_plain_causal_attention():
@@ -102,11 +104,50 @@ def test_dropout_only_while_training():
 
 @pytest.mark.parametrize(
     "options",
-    [{"context_parallel_size": 2}, {"window_size": (8, 0)}, {"softmax_type": "learnable"}],
+    [{"window_size": (8, 0)}, {"softmax_type": "learnable"}],
 )
 def test_what_it_cannot_do_is_refused(options):
     with pytest.raises(ValueError, match="ransformer"):
         make(4, **options)
+
+
+def _attend_on_ranks(groups: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """This context parallel rank's part of the output, and of the gradients of query, key and value."""
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    torch.distributed.init_process_group("gloo")
+    size = torch.distributed.get_world_size()
+    parallel_state.initialize_model_parallel(context_parallel_size=size)
+    cut = cut_for(size, torch.distributed.get_rank())
+    local = [x.detach()[cut.local_indices].requires_grad_() for x in inputs(groups)]
+    positions = torch.cat([torch.arange(length) for length in LENGTHS])[cut.local_indices]
+    attention = make(groups, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    out = attention(*local, None, packed_seq_params=PackedDocuments.from_cut(cut, positions))
+    grads = torch.autograd.grad(out, local, seed(out.shape[2])[cut.local_indices])
+    return out.detach(), list(grads)
+
+
+def cut_for(size, rank):
+    bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    return ContextParallelCut.make(bounds, packs=1, seq_length=bounds[-1], size=size, rank=rank)
+
+
+def seed(width):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(sum(LENGTHS), 1, width, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_context_parallel_ranks_together_do_what_one_does(size):
+    """Reference's fault: documents are cut by the pack's chunks, and see each other."""
+    tensors = inputs(2)
+    whole = make(2)(*tensors, None, packed_seq_params=documents())
+    expected = [whole, *torch.autograd.grad(whole, tensors, seed(whole.shape[2]))]
+    for rank, (out, grads) in enumerate(run_ranks(_attend_on_ranks, size, 2)):
+        local = cut_for(size, rank).local_indices
+        for found, right in zip([out, *grads], expected, strict=True):
+            torch.testing.assert_close(found, right[local], rtol=1e-11, atol=1e-12)
 
 
 def test_attention_bias_is_refused():

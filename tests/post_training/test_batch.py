@@ -36,10 +36,26 @@ def test_assembled_batch():
     batch = assemble_batch(torch.stack([IDS, mask, POSITIONS]), qkv_format="sbhd")
     assert batch.tokens.tolist() == [IDS.tolist()]
     assert batch.position_ids.tolist() == [POSITIONS.tolist()]
-    assert batch.packed.document_lengths == [4, 3, 1]
+    assert batch.packed.query_lengths == [4, 3, 1]
     assert batch.trained.indices.tolist() == [1, 2, 4]
     assert batch.trained.weights.tolist() == [1, 1, 1]
     assert batch.labels.shape == (1, 8)
+
+
+def test_a_context_parallel_rank_keeps_its_part_with_the_labels_of_the_whole_row():
+    packs = torch.stack([IDS, torch.ones_like(IDS), POSITIONS])
+    one, two = (
+        assemble_batch(packs, qkv_format="sbhd", seq_length=8, cp_size=2, cp_rank=rank)
+        for rank in range(2)
+    )
+    assert one.tokens.tolist() == [[10, 11, 22, 30]]
+    assert two.tokens.tolist() == [[12, 13, 20, 21]]
+    assert one.position_ids.tolist() == [[0, 1, 2, 0]]
+    # The label of 11 is the other rank's first token; 13, 22 and 30 end their documents.
+    assert one.labels[0, one.trained.indices].tolist() == [11, 12]
+    assert two.labels[0, two.trained.indices].tolist() == [13, 21, 22]
+    assert one.packed.query_lengths == [2, 1, 1] and one.packed.key_lengths == [2, 3, 1]
+    assert two.packed.query_lengths == [2, 2] and two.packed.key_lengths == [4, 2]
 
 
 def _read_on_ranks() -> tuple[list[int], list[int], str]:

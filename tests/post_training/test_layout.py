@@ -30,6 +30,9 @@ def arguments(**changes):
         "eval_global_batch_size": None,
         "eval_micro_batch_size": None,
         "sequence_parallel": False,
+        "hybrid_context_parallel": False,
+        "hierarchical_context_parallel_sizes": None,
+        "cp_comm_type": ["all_gather"],
         "seq_length": 128,
         "transformer_impl": "local",
         "make_vocab_size_divisible_by": 128,
@@ -45,6 +48,7 @@ GOOD = [
     {"pipeline_model_parallel_size": 4, "world_size": 4, "decoder_first_pipeline_num_layers": 3},
     {"world_size": 2, "global_batch_size": 8, "micro_batch_size": 4},
     {"expert_model_parallel_size": 2, "num_experts": 4, "world_size": 2},
+    {"context_parallel_size": 2, "world_size": 4, "seq_length": 132},
 ]
 
 
@@ -107,6 +111,32 @@ BAD: list[tuple[dict[str, object], list[str], dict[str, object]]] = [
         {"seq_length": 132},
     ),
     (
+        {"context_parallel_size": 4, "world_size": 4, "seq_length": 132},
+        ["--seq-length 132", "--context-parallel-size 4", "use 136"],
+        {"seq_length": 136},
+    ),
+    (
+        {
+            "context_parallel_size": 2,
+            "tensor_model_parallel_size": 4,
+            "world_size": 8,
+            "sequence_parallel": True,
+            "seq_length": 132,
+        },
+        ["--seq-length 132", "--context-parallel-size 2 and --sequence-parallel", "use 136"],
+        {"seq_length": 136},
+    ),
+    (
+        {"context_parallel_size": 2, "world_size": 2, "cp_comm_type": ["p2p"]},
+        ["--cp-comm-type", "p2p", "all_gather"],
+        {"cp_comm_type": ["all_gather"]},
+    ),
+    (
+        {"context_parallel_size": 2, "world_size": 2, "hybrid_context_parallel": True},
+        ["--hybrid-context-parallel"],
+        {"hybrid_context_parallel": False},
+    ),
+    (
         {"tensor_model_parallel_size": 4, "world_size": 4, "ffn_hidden_size": 90},
         ["--tensor-model-parallel-size 4", "feed-forward size 90"],
         {"ffn_hidden_size": 92},
@@ -121,11 +151,6 @@ def test_what_cannot_work_is_refused_with_what_would(changes, expected, advice):
     for text in expected:
         assert text in str(caught.value)
     layout.check(arguments(**(changes | advice)))
-
-
-def test_context_parallelism_needs_transformer_engine():
-    with pytest.raises(SetupError, match="--context-parallel-size 2"):
-        layout.check(arguments(context_parallel_size=2, world_size=2))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from post_training.packed_sequences import PackedDocuments
 def test_documents_are_found_from_position_ids(lengths):
     positions = torch.cat([torch.arange(length) for length in lengths])
     packed = PackedDocuments.from_position_ids(positions, qkv_format="thd")
-    assert packed.document_lengths == lengths
+    assert packed.query_lengths == lengths
     bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     for field in (packed.cu_seqlens_q, packed.cu_seqlens_kv):
         assert field.dtype == torch.int32 and field.tolist() == bounds

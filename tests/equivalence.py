@@ -1,0 +1,228 @@
+"""The equivalence matrix: what every parallel layout is compared with, and how far it may differ.
+
+    python tests/equivalence.py --table              all cases, as a table; exit status 1 if one differs
+    python tests/equivalence.py --table --only cp2   the cases with "cp2" in their name
+
+The truth is a HuggingFace model in a plain PyTorch loop: fp32, one process, each document alone
+(`tests/helpers/reference.py`). `tests/test_layouts.py` runs the same cases under pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    # In place of this folder, where tests/data would hide the package data.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import transformers
+
+from tests.helpers import megatron_model, reference
+from tests.helpers.launch import Finished, finetune, run_rank
+from tests.helpers.models import save_model
+from tests.helpers.reference import Recipe, Trajectory
+from tests.helpers.rows import make_rows, write_rows
+
+STEP_BOUND = 1e-5
+"""Largest relative difference of a step's loss and of its gradient norm."""
+UPDATE_BOUNDS = {"adam": 1e-3, "sgd": 1e-5}
+"""Largest relative L2 difference of final minus initial weights. Adam's first steps amplify rounding."""
+
+ADAM, SGD, UNPACKED = Recipe(), Recipe(optimizer="sgd", lr=0.05), Recipe(packing="none")
+TP2 = ("--tensor-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+PP3 = ("--pipeline-model-parallel-size", "3")
+PP4 = ("--pipeline-model-parallel-size", "4")
+CP2 = ("--context-parallel-size", "2")
+CP4 = ("--context-parallel-size", "4")
+SP = ("--sequence-parallel",)
+MBS2 = ("--micro-batch-size", "2")
+MBS4 = ("--micro-batch-size", "4")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one parallel layout."""
+
+    layout: str
+    """Its name in the table."""
+    flags: tuple[str, ...] = ()
+    world: int = 1
+    family: str = "qwen3"
+    layers: int = 2
+    tied: bool = False
+    recipe: Recipe = ADAM
+    slow: bool = True
+
+    @property
+    def name(self) -> str:
+        """What pytest and --only call it."""
+        words = [self.family, *(["tied"] if self.tied else []), self.layout]
+        words += [self.recipe.optimizer] if self.recipe.optimizer != "adam" else []
+        words += ["unpacked"] if self.recipe.packing == "none" else []
+        return "-".join(words)
+
+
+CASES = (
+    # One process, then each axis alone.
+    Case("one", slow=False),
+    Case("mbs2", MBS2, slow=False),
+    Case("mbs4", MBS4, slow=False),
+    Case("dp2", (), 2, slow=False),
+    Case("tp2", TP2, 2, slow=False),
+    Case("tp2-sp", TP2 + SP, 2, slow=False),
+    Case("pp2", PP2, 2, slow=False),
+    Case("pp2-mbs2", PP2 + MBS2, 2, slow=False),
+    Case("cp2", CP2, 2, slow=False),
+    Case("cp2-mbs2", CP2 + MBS2, 2, slow=False),
+    Case("pp3", PP3, 3, layers=6),
+    Case("pp4", PP4, 4, layers=4),
+    Case("cp4", CP4, 4),
+    # Their products.
+    Case("tp2-pp2", TP2 + PP2, 4),
+    Case("tp2-sp-pp2-mbs2", TP2 + SP + PP2 + MBS2, 4),
+    Case("tp2-dp2", TP2, 4),
+    Case("tp2-cp2", TP2 + CP2, 4),
+    Case("tp2-sp-cp2-mbs2", TP2 + SP + CP2 + MBS2, 4),
+    Case("pp2-cp2-mbs2", PP2 + CP2 + MBS2, 4),
+    Case("cp2-dp2", CP2, 4),
+    Case("tp2-pp2-dp2", TP2 + PP2, 8),
+    Case("tp2-pp2-cp2", TP2 + PP2 + CP2, 8),
+    # Without packing, and with another optimizer, under which the update itself is as close as a loss.
+    Case("one", recipe=UNPACKED, slow=False),
+    Case("tp2-cp2", TP2 + CP2, 4, recipe=UNPACKED),
+    Case("pp2-mbs4", PP2 + MBS4, 2, recipe=UNPACKED),
+    Case("one", recipe=SGD, slow=False),
+    Case("dp2", (), 2, recipe=SGD),
+    Case("tp2-sp", TP2 + SP, 2, recipe=SGD),
+    Case("pp2-cp2", PP2 + CP2, 4, recipe=SGD),
+    # Families.
+    Case("one", family="llama", slow=False),
+    Case("tp2", TP2, 2, family="llama"),
+    Case("pp2", PP2, 2, family="llama"),
+    Case("cp2", CP2, 2, family="llama"),
+    Case("one", family="mistral", slow=False),
+    Case("tp2-sp", TP2 + SP, 2, family="mistral"),
+    Case("pp2-mbs2", PP2 + MBS2, 2, family="mistral"),
+    Case("one", family="qwen2", slow=False),
+    Case("tp2-sp", TP2 + SP, 2, family="qwen2"),
+    Case("cp2", CP2, 2, family="qwen2"),
+    Case("one", family="qwen3_moe", slow=False),
+    Case("mbs4", MBS4, 1, family="qwen3_moe"),
+    Case("dp2", (), 2, family="qwen3_moe"),
+    Case("pp2", PP2, 2, family="qwen3_moe"),
+    Case("tp2-sp", TP2 + SP, 2, family="qwen3_moe"),
+    Case("cp2", CP2, 2, family="qwen3_moe"),
+    # Input and output embeddings that are one matrix, on one stage and on two.
+    Case("one", family="qwen2", tied=True, slow=False),
+    Case("pp2", PP2, 2, family="qwen2", tied=True, slow=False),
+    Case("tp2", TP2, 2, family="llama", tied=True),
+    Case("tp2-sp", TP2 + SP, 2, family="llama", tied=True),
+    Case("pp2-mbs2", PP2 + MBS2, 2, family="llama", tied=True),
+    Case("cp2", CP2, 2, family="llama", tied=True),
+    Case("tp2-pp2", TP2 + PP2, 4, family="llama", tied=True),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a run is from the truth."""
+
+    run: Finished
+    truth: Trajectory
+    loss: float
+    """Largest relative difference of a step's loss."""
+    grad_norm: float
+    """Largest relative difference of a step's gradient norm."""
+    update: float
+    """Relative L2 difference of the whole update."""
+
+    def holds(self, recipe: Recipe) -> bool:
+        """Whether all differences are within their bounds."""
+        steps = max(self.loss, self.grad_norm)
+        return steps < STEP_BOUND and self.update < UPDATE_BOUNDS[recipe.optimizer]
+
+
+class Matrix:
+    """Runs cases; models and truths are made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = make_rows(60)
+        self.data_file = write_rows(folder / "train.jsonl", self.rows)
+        self.truth = functools.cache(self._truth)
+
+    def _truth(
+        self, family: str, layers: int, tied: bool, recipe: Recipe
+    ) -> tuple[Path, Trajectory]:
+        folder = self.folder / f"{family}-{layers}-{tied}"
+        if not folder.exists():
+            save_model(folder, family, tied=tied, num_hidden_layers=layers)
+        return folder, reference.train(folder, self.rows, self.data_file, recipe)
+
+    def compare(self, case: Case, output: Path) -> Comparison:
+        """Train `case` through finetune.py and read its checkpoint, whatever wrote it, on one process."""
+        model, truth = self.truth(case.family, case.layers, case.tied, case.recipe)
+        run = finetune(
+            output,
+            *("--hf-model", str(model), "--finetune-data-files", str(self.data_file)),
+            *(*case.recipe.flags(), "--no-save-optim", *case.flags),
+            world=case.world,
+        ).ok()
+        argv = megatron_model.flags(str(model), str(run.folder), "--no-load-optim")
+        weights = run_rank(megatron_model.exported, argv)
+        norms = [step["grad_norm"] for step in run.steps]
+        return Comparison(
+            run,
+            truth,
+            reference.relative(run.losses, truth.losses),
+            reference.relative(norms, truth.grad_norms),
+            reference.update_error(weights, truth),
+        )
+
+
+def print_table(cases: list[Case]) -> bool:
+    """Run cases and print a line for each; returns whether all hold."""
+    print(f"{'case':38} {'ranks':>5}  {'loss':>8}  {'grad norm':>9}  {'update':>8}", flush=True)
+    good = 0
+    with tempfile.TemporaryDirectory() as folder:
+        matrix = Matrix(Path(folder))
+        for number, case in enumerate(cases):
+            found = matrix.compare(case, Path(folder, f"run{number}"))
+            holds = found.holds(case.recipe)
+            good += holds
+            print(
+                f"{case.name:38} {case.world:5}  {found.loss:8.1e}  {found.grad_norm:9.1e}  "
+                f"{found.update:8.1e}  {'equal' if holds else 'DIFFERS'}",
+                flush=True,
+            )
+    print(
+        f"{good} of {len(cases)} cases equal HuggingFace in a plain loop over {ADAM.steps} steps: loss and "
+        f"grad norm within {STEP_BOUND:g} relative at each step, the whole update within "
+        f"{UPDATE_BOUNDS['adam']:g} (Adam) and {UPDATE_BOUNDS['sgd']:g} (SGD)"
+    )
+    return good == len(cases)
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--table", action="store_true", required=True, help="run and print all cases"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    cases = [case for case in CASES if options.only in case.name]
+    if not cases:
+        parser.error(f"--only {options.only}: no such case")
+    return 0 if print_table(cases) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
