@@ -1,21 +1,81 @@
 """Where gloo and Megatron's collectives disagree.
 
-Upstream: megatron-core 0.19.2 builds FSDP's mesh for the device type "cuda" whatever the backend is
-(`core/distributed/torch_fully_sharded_data_parallel.py`).
+Upstream: megatron-core 0.19.2.
+
+- `core/distributed/torch_fully_sharded_data_parallel.py` builds FSDP's mesh for the device type "cuda"
+  whatever the backend is.
+- `core/transformer/moe/token_dispatcher.py` turns the split sizes of its all-to-all into numbers while it
+  moves them from the GPU to the host; where they lie on the host already they stay tensors, which torch's
+  `all_to_all_single` does not take.
+- `core/tensor_parallel/mappings.py` gathers parts of different sizes over the expert tensor parallel group;
+  gloo wants parts of one size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from torch.distributed import DeviceMesh
+import torch
+from torch import Tensor
+from torch.distributed import DeviceMesh, ProcessGroup
 
 
-def apply() -> None:
-    """Let a device mesh asked for on "cuda" be built on "cpu"."""
+def gather_uneven(part: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Tensor:
+    """All-gather parts whose first dimensions differ.
+
+    Args:
+        part: this rank's, [sizes[rank], ...].
+        group: the ranks that take part.
+        sizes: the first dimension of each rank's part.
+
+    Returns:
+        [sum of sizes, ...], in the order of the ranks.
+    """
+    longest = max(sizes)
+    padded = part.new_zeros(longest, *part.shape[1:])
+    padded[: part.shape[0]] = part
+    whole = part.new_empty(longest * len(sizes), *part.shape[1:])
+    torch.distributed.all_gather_into_tensor(whole, padded, group=group)
+    rows = whole.split(longest)
+    return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
+
+
+def _mesh_on_cpu() -> None:
     from_group = DeviceMesh.from_group
 
     def on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
         return from_group(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
     setattr(DeviceMesh, "from_group", staticmethod(on_cpu))  # noqa: B010
+
+
+def _split_sizes_as_numbers() -> None:
+    from megatron.core.transformer.moe import token_dispatcher
+
+    def to_host(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return value.numpy() if as_numpy and isinstance(value, Tensor) else value
+
+    setattr(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)  # noqa: B010
+
+
+def _uneven_parts() -> None:
+    from megatron.core.tensor_parallel import mappings
+
+    gather = mappings._gather_along_first_dim
+
+    def gather_any(
+        part: Tensor, group: ProcessGroup, sizes: Any = None, use_global_buffer: bool = False
+    ) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return gather(part, group, sizes, use_global_buffer)
+        return gather_uneven(part, group, sizes)
+
+    setattr(mappings, "_gather_along_first_dim", gather_any)  # noqa: B010
+
+
+def apply() -> None:
+    """Make the three of them work on CPU."""
+    _mesh_on_cpu()
+    _split_sizes_as_numbers()
+    _uneven_parts()

@@ -45,6 +45,10 @@ def _probe() -> dict[str, Any]:
     found["Tensor.cuda"] = _outcome(torch.zeros(1).cuda)
     found["current device"] = _outcome(torch.cuda.current_device)
     found["rng state"] = _outcome(tp_random._get_cuda_rng_state)
+    from megatron.core.transformer.moe import token_dispatcher
+
+    splits = token_dispatcher.maybe_move_tensor_to_cpu(torch.ones(1), as_numpy=True)
+    found["split sizes"] = type(splits).__name__
     found["initialize"] = _outcome(training.initialize_megatron)
     return found
 
