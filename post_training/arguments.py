@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
@@ -132,11 +132,14 @@ def platform_defaults(transformer_engine: bool) -> dict[str, Any]:
     return flags
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(
+    argv: Sequence[str] | None = None, *, overrides: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
     """Resolve and check all arguments; no process group is needed and none is started.
 
     Args:
         argv: the command line without the program's name; `sys.argv[1:]` by default.
+        overrides: by destination name, values that win over the command line and `--config`.
 
     Returns:
         The namespace that goes into Megatron's `validate_args`. Besides Megatron's own names it holds
@@ -203,10 +206,13 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f"--{key.replace('_', '-')} {getattr(args, key)}: --hf-model {args.hf_model} says "
                 f"{value}; leave the flag out"
             )
+    vars(args).update(overrides or {})
     args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
     args.hf_config = hf_config
     _complete(args)
     layout.check(args)
+    if args.tensor_model_parallel_size == 1:
+        args.sequence_parallel = False  # after the check, whose proposal may turn to a larger size
     return args
 
 
@@ -266,9 +272,7 @@ def _complete(args: argparse.Namespace) -> None:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
     elif args.vocab_size and not args.padded_vocab_size:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
-    if args.tensor_model_parallel_size == 1:
-        args.sequence_parallel = False
-    elif args.num_experts and not args.sequence_parallel:
+    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         # Megatron trains experts with tensor parallelism only this way.
         args.sequence_parallel = True
         args.derived.append("sequence_parallel")

@@ -17,6 +17,25 @@ from post_training.modelopt_state import latest_checkpoint
 from post_training.output import MODEL_FOLDER
 from post_training.tokenizer import load_tokenizer
 
+# The layout that a run's config.yaml names is not there in this process.
+ONE_PROCESS: dict[str, int | None] = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "microbatch_group_size_per_vp_stage": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "pipeline_model_parallel_layout": None,
+    "micro_batch_size": 1,
+    "eval_micro_batch_size": None,
+    "global_batch_size": None,
+    "eval_global_batch_size": None,
+}
+
 
 @dataclass
 class LoadedModel:
@@ -71,18 +90,11 @@ def _arguments_of_run(output_dir: str, iteration: int | None) -> tuple[argparse.
         raise SetupError(f"--output-dir {folder}: holds no run (no config.yaml)")
     config = yaml.safe_load(config_file.read_text())
     flags = ["--config", str(config_file), "--output-dir", str(folder), "--skip-train"]
-    for name in ("tensor-model-parallel", "pipeline-model-parallel", "context-parallel"):
-        flags += [f"--{name}-size", "1"]
-    flags += ["--expert-model-parallel-size", "1", "--micro-batch-size", "1"]
     if config.get("hf_model"):
         flags += ["--hf-model", str(folder / MODEL_FOLDER)]
     if config.get("hf_tokenizer"):
         flags += ["--hf-tokenizer", str(folder / MODEL_FOLDER)]
-    args = parse_arguments(flags)
-    # How layers were spread over the stages of a pipeline that is not there now.
-    args.num_layers_per_virtual_pipeline_stage = args.num_virtual_stages_per_pipeline_rank = None
-    args.decoder_first_pipeline_num_layers = args.decoder_last_pipeline_num_layers = None
-    args.pipeline_model_parallel_layout = None
+    args = parse_arguments(flags, overrides=ONE_PROCESS)
     own = folder / "checkpoints"
     # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
     args.load = str(own if latest_checkpoint(own) is not None else config.get("save") or own)

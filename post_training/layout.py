@@ -6,6 +6,7 @@ import argparse
 import math
 
 from post_training.errors import SetupError
+from post_training.layout_search import describe_changes, nearest_layout, nearest_multiple
 
 
 def padded_vocabulary(size: int, args: argparse.Namespace) -> int:
@@ -20,26 +21,102 @@ def padded_vocabulary(size: int, args: argparse.Namespace) -> int:
     return -(-size // multiple) * multiple
 
 
+def check(args: argparse.Namespace) -> None:
+    """Check heads, layers, experts, batch and world size against the parallel sizes.
+
+    Fills in `--global-batch-size` where it is not given.
+
+    Raises:
+        SetupError: naming the flag, what was found, values that would work, and the nearest whole layout
+            that passes every rule.
+    """
+    for rule in FLAG_RULES:
+        rule(args)
+    try:
+        for rule in RULES:
+            rule(args)
+    except SetupError as error:
+        rules = (*FLAG_RULES, *RULES)
+        changes = nearest_layout(args, rules, batch_multiple, sequence_multiple)
+        if changes is None:
+            raise
+        raise SetupError(f"{error}; {describe_changes(args, changes)}") from None
+    if args.global_batch_size is None:
+        args.global_batch_size = batch_multiple(args)
+
+
+def data_parallel_size(args: argparse.Namespace) -> int:
+    """Processes that read different data; the sizes must divide the number of processes."""
+    tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    return int(args.world_size // (tp * pp * args.context_parallel_size))
+
+
+def virtual_stages(args: argparse.Namespace) -> int:
+    """Model chunks on each pipeline rank; 1 without the interleaved schedule."""
+    pp = args.pipeline_model_parallel_size
+    if args.pipeline_model_parallel_layout is not None:
+        return max(1, _stages_of(args.pipeline_model_parallel_layout) // pp)
+    if args.num_virtual_stages_per_pipeline_rank is not None:
+        return int(args.num_virtual_stages_per_pipeline_rank)
+    if args.num_layers_per_virtual_pipeline_stage is not None:
+        return max(1, args.num_layers // pp // args.num_layers_per_virtual_pipeline_stage)
+    return 1
+
+
+def _stages_of(layout: str) -> int:
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    return int(PipelineParallelLayerLayout.get_num_stages_from_str(layout))
+
+
+def batch_multiple(args: argparse.Namespace) -> int:
+    """A number of packs whose every multiple is a global batch that works, evaluation included.
+
+    It is the default of `--global-batch-size` too: one micro batch for every rank, in the usual case.
+    """
+    packs = args.micro_batch_size * data_parallel_size(args)
+    if not args.eval_global_batch_size:
+        evaluated = args.eval_micro_batch_size or args.micro_batch_size
+        packs = math.lcm(packs, evaluated * data_parallel_size(args))
+    return packs * _interleaved_group(args)
+
+
+def sequence_multiple(args: argparse.Namespace) -> int:
+    """What must divide `--seq-length`."""
+    spread = int(args.tensor_model_parallel_size) if args.sequence_parallel else 1
+    cp = int(args.context_parallel_size)
+    # A context parallel rank holds two chunks of every pack, spread over its tensor parallel group.
+    return spread if cp == 1 else cp * math.lcm(2, spread)
+
+
+def _interleaved_group(args: argparse.Namespace) -> int:
+    """Micro batches that a virtual stage takes in a row (Megatron's default: one a pipeline rank)."""
+    if virtual_stages(args) == 1:
+        return 1
+    return int(args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size)
+
+
 def _divisors(number: int, limit: int) -> str:
     return ", ".join(str(d) for d in range(1, min(number, limit) + 1) if number % d == 0)
 
 
-def check(args: argparse.Namespace) -> None:
-    """Check heads, layers, experts, batch and world size against the parallel sizes.
-
-    Raises:
-        SetupError: naming the flag, what was found, and values that would work.
-    """
+def _check_processes(args: argparse.Namespace) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
-    cp, ep = args.context_parallel_size, args.expert_model_parallel_size
-    world = args.world_size
+    cp, world = args.context_parallel_size, args.world_size
+    for name in ("tensor_model", "pipeline_model", "context", "expert_model"):
+        size = getattr(args, f"{name}_parallel_size")
+        if size < 1:
+            raise SetupError(f"--{name.replace('_', '-')}-parallel-size {size}: must be at least 1")
     if world % (tp * pp * cp):
         raise SetupError(
             f"{world} processes cannot be divided by tensor {tp} x pipeline {pp} x context {cp} = "
             f"{tp * pp * cp} parallel: start a multiple of {tp * pp * cp} processes "
             f"(torchrun --nproc-per-node) or lower a parallel size"
         )
-    dp = world // (tp * pp * cp)
+
+
+def _check_heads(args: argparse.Namespace) -> None:
+    tp = args.tensor_model_parallel_size
     heads, groups = args.num_attention_heads, args.num_query_groups
     for what, number in (("attention heads", heads), ("key/value heads", groups)):
         if number and number % tp:
@@ -47,82 +124,213 @@ def check(args: argparse.Namespace) -> None:
                 f"--tensor-model-parallel-size {tp}: the model's {number} {what} cannot be divided by "
                 f"it; sizes that work: {_divisors(math.gcd(heads, groups or heads), 64)}"
             )
-    if args.ffn_hidden_size and args.ffn_hidden_size % tp:
+    pattern = args.moe_layer_freq
+    all_experts = args.num_experts and (
+        pattern == 1 or (isinstance(pattern, list) and all(pattern))
+    )
+    if args.ffn_hidden_size and args.ffn_hidden_size % tp and not all_experts:
         raise SetupError(
             f"--tensor-model-parallel-size {tp}: the model's feed-forward size {args.ffn_hidden_size} "
             f"cannot be divided by it"
         )
-    layers = args.num_layers
-    uneven = (
-        args.decoder_first_pipeline_num_layers,
-        args.decoder_last_pipeline_num_layers,
-        args.pipeline_model_parallel_layout,
-    )
-    if layers and layers % pp and all(option is None for option in uneven):
+
+
+def _check_layers(args: argparse.Namespace) -> None:
+    layers, pp = args.num_layers, args.pipeline_model_parallel_size
+    if args.pipeline_model_parallel_layout is not None:
+        stages = _stages_of(args.pipeline_model_parallel_layout)
+        if stages % pp:
+            raise SetupError(
+                f"--pipeline-model-parallel-layout: {stages} stages cannot be divided by "
+                f"--pipeline-model-parallel-size {pp}; sizes that work: {_divisors(stages, 64)}"
+            )
+        return
+    if not layers:
+        return
+    ends = {
+        f"--decoder-{end}-pipeline-num-layers": getattr(args, f"decoder_{end}_pipeline_num_layers")
+        for end in ("first", "last")
+    }
+    ends = {flag: count for flag, count in ends.items() if count is not None}
+    if not ends and layers % pp:
         raise SetupError(
             f"--pipeline-model-parallel-size {pp}: the model's {layers} layers cannot be divided by it; "
             f"sizes that work: {_divisors(layers, 64)} (or give --decoder-first-pipeline-num-layers "
             f"or --decoder-last-pipeline-num-layers)"
         )
-    if ep > 1 and not args.num_experts:
-        raise SetupError(f"--expert-model-parallel-size {ep}: the model has no experts")
-    if ep > 1 and args.num_experts % ep:
-        raise SetupError(
-            f"--expert-model-parallel-size {ep}: the model's {args.num_experts} experts cannot be "
-            f"divided by it; sizes that work: {_divisors(args.num_experts, 256)}"
+    if ends:
+        given = " and ".join(f"{flag} {count}" for flag, count in ends.items())
+        middle_layers, middle_stages = layers - sum(ends.values()), pp - len(ends)
+        works = (
+            pp > 1
+            and min(ends.values()) > 0
+            and (
+                middle_layers == 0
+                if middle_stages == 0
+                else middle_layers > 0 and middle_layers % middle_stages == 0
+            )
         )
-    expert_tp = args.expert_tensor_parallel_size or tp
-    if args.num_experts and world % (expert_tp * ep * pp):
+        if not works:
+            raise SetupError(
+                f"{given}: {middle_layers} of the model's {layers} layers are left for "
+                f"{middle_stages} other pipeline stages, which must take equal shares of at least one "
+                f"layer"
+            )
+
+
+def _check_virtual_stages(args: argparse.Namespace) -> None:
+    pp, layers = args.pipeline_model_parallel_size, args.num_layers
+    per_chunk = args.num_layers_per_virtual_pipeline_stage
+    chunks = args.num_virtual_stages_per_pipeline_rank
+    if per_chunk is None and chunks is None:
+        return
+    if None not in (per_chunk, chunks) or args.pipeline_model_parallel_layout is not None:
+        raise SetupError(
+            "--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank and "
+            "--pipeline-model-parallel-layout: give one of them"
+        )
+    ends = [args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers]
+    ends = [count for count in ends if count is not None]
+    if per_chunk is not None:
+        flag = f"--num-layers-per-virtual-pipeline-stage {per_chunk}"
+        if ends:
+            raise SetupError(
+                f"{flag}: with --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers "
+                f"give --num-virtual-stages-per-pipeline-rank in its place"
+            )
+        if per_chunk < 1 or (layers // pp) % per_chunk:
+            raise SetupError(
+                f"{flag}: the {layers // pp} layers of a pipeline stage cannot be cut into pieces of it; "
+                f"numbers that work: {_divisors(layers // pp, 64)}"
+            )
+        chunks = layers // pp // per_chunk
+    else:
+        flag = f"--num-virtual-stages-per-pipeline-rank {chunks}"
+        counts = [*ends]
+        if pp > len(ends):
+            counts.append((layers - sum(ends)) // (pp - len(ends)))
+        for count in counts:
+            if chunks < 1 or count % chunks:
+                raise SetupError(
+                    f"{flag}: the {count} layers of a pipeline stage cannot be cut into {chunks} pieces; "
+                    f"numbers that work: {_divisors(math.gcd(*counts), 64)}"
+                )
+    least = 2 if args.overlap_p2p_comm else 3
+    if chunks > 1 and pp < least:
+        raise SetupError(
+            f"{flag} with --pipeline-model-parallel-size {pp}: the interleaved schedule needs {least} "
+            f"pipeline ranks or more" + (" (2 with overlapped communication)" if least == 3 else "")
+        )
+
+
+def _check_experts(args: argparse.Namespace) -> None:
+    ep, experts, world = args.expert_model_parallel_size, args.num_experts, args.world_size
+    if ep > 1 and not experts:
+        raise SetupError(f"--expert-model-parallel-size {ep}: the model has no experts")
+    if not experts:
+        return
+    if experts % ep:
+        raise SetupError(
+            f"--expert-model-parallel-size {ep}: the model's {experts} experts cannot be "
+            f"divided by it; sizes that work: {_divisors(experts, 256)}"
+        )
+    pp = args.pipeline_model_parallel_size
+    expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    if world % (expert_tp * ep * pp):
         raise SetupError(
             f"{world} processes cannot be divided by expert tensor {expert_tp} x expert {ep} x pipeline "
             f"{pp} = {expert_tp * ep * pp} parallel: start a multiple of {expert_tp * ep * pp} processes "
             f"or lower a parallel size"
         )
-    _check_batch(args, dp)
-    _check_sequence(args)
-
-
-def _check_sequence(args: argparse.Namespace) -> None:
-    tp, cp = args.tensor_model_parallel_size, args.context_parallel_size
-    spread = tp if args.sequence_parallel else 1
-    # A context parallel rank holds two chunks of every pack, spread over its tensor parallel group.
-    multiple = spread if cp == 1 else cp * math.lcm(2, spread)
-    if args.seq_length % multiple:
-        flags = [f"--context-parallel-size {cp}"] if cp > 1 else []
-        flags += [f"--sequence-parallel with tensor parallel size {tp}"] if spread > 1 else []
+    if args.moe_ffn_hidden_size and args.moe_ffn_hidden_size % expert_tp:
         raise SetupError(
-            f"--seq-length {args.seq_length}: {' and '.join(flags)} cannot divide it evenly; use "
-            f"{-(-args.seq_length // multiple) * multiple} or another multiple of {multiple}"
+            f"--expert-tensor-parallel-size {expert_tp} (by default the tensor parallel size): the "
+            f"experts' feed-forward size {args.moe_ffn_hidden_size} cannot be divided by it"
         )
-    if cp > 1 and (args.hybrid_context_parallel or args.hierarchical_context_parallel_sizes):
+    if args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         raise SetupError(
-            "--hybrid-context-parallel and --hierarchical-context-parallel-sizes are not supported: "
-            "--context-parallel-size alone gathers keys and values from the whole group"
-        )
-    if cp > 1 and args.cp_comm_type not in ("all_gather", ["all_gather"]):
-        raise SetupError(
-            f"--cp-comm-type {args.cp_comm_type}: only all_gather is supported; leave the flag out"
+            f"--tensor-model-parallel-size {args.tensor_model_parallel_size}: a model with experts needs "
+            f"--sequence-parallel with it"
         )
 
 
-def _check_batch(args: argparse.Namespace, dp: int) -> None:
+def _check_batch(args: argparse.Namespace) -> None:
+    dp, pp = data_parallel_size(args), args.pipeline_model_parallel_size
     micro = args.micro_batch_size
     if micro < 1:
         raise SetupError(f"--micro-batch-size {micro}: must be at least 1")
-    if args.global_batch_size is None:
-        args.global_batch_size = micro * dp
+    chunks, group = virtual_stages(args), _interleaved_group(args)
+    if chunks > 1 and group < pp:
+        raise SetupError(
+            f"--microbatch-group-size-per-virtual-pipeline-stage {group}: must be at least the pipeline "
+            f"parallel size {pp}"
+        )
+    training = args.global_batch_size or batch_multiple(args)
     for batch_flag, batch, micro_flag, one in (
-        ("--global-batch-size", args.global_batch_size, "--micro-batch-size", micro),
+        ("--global-batch-size", training, "--micro-batch-size", micro),
         (
             "--eval-global-batch-size",
-            args.eval_global_batch_size or args.global_batch_size,
+            args.eval_global_batch_size or training,
             "--eval-micro-batch-size",
             args.eval_micro_batch_size or micro,
         ),
     ):
         if batch < 1 or batch % (one * dp):
-            nearest = max(1, round(batch / (one * dp))) * one * dp
             raise SetupError(
                 f"{batch_flag} {batch}: cannot be divided by {micro_flag} {one} x {dp} data parallel "
-                f"processes = {one * dp}; the nearest size that works is {nearest}"
+                f"processes = {one * dp}; the nearest size that works is "
+                f"{nearest_multiple(batch, one * dp * group)}"
             )
+        micro_batches = batch // (one * dp)
+        # Megatron's interleaved schedule: the last group may be smaller, but fills the pipeline.
+        if chunks > 1 and (micro_batches < group or 0 < micro_batches % group < pp):
+            raise SetupError(
+                f"{batch_flag} {batch}: {micro_batches} micro batches of {one} on {dp} data parallel "
+                f"processes; virtual pipeline stages take them in groups of {group}, so the nearest "
+                f"size that works is {nearest_multiple(batch, one * dp * group)}"
+            )
+
+
+def _check_sequence(args: argparse.Namespace) -> None:
+    tp, cp, multiple = (
+        args.tensor_model_parallel_size,
+        args.context_parallel_size,
+        sequence_multiple(args),
+    )
+    if args.seq_length % multiple:
+        flags = [f"--context-parallel-size {cp}"] if cp > 1 else []
+        if args.sequence_parallel and tp > 1:
+            flags.append(f"--sequence-parallel with tensor parallel size {tp}")
+        raise SetupError(
+            f"--seq-length {args.seq_length}: {' and '.join(flags)} cannot divide it evenly; use "
+            f"{-(-args.seq_length // multiple) * multiple} or another multiple of {multiple}"
+        )
+
+
+def _check_context_flags(args: argparse.Namespace) -> None:
+    if args.context_parallel_size == 1:
+        return
+    if args.hybrid_context_parallel or args.hierarchical_context_parallel_sizes:
+        raise SetupError(
+            "--hybrid-context-parallel and --hierarchical-context-parallel-sizes are not supported: "
+            "--context-parallel-size alone gathers keys and values from the whole group"
+        )
+    if args.cp_comm_type not in ("all_gather", ["all_gather"]):
+        raise SetupError(
+            f"--cp-comm-type {args.cp_comm_type}: only all_gather is supported; leave the flag out"
+        )
+
+
+# Each raises a `SetupError` where the arguments break it. The search for a layout that works runs the
+# same rules, so that what it proposes passes them. Later rules may rely on earlier ones.
+RULES = (
+    _check_processes,
+    _check_heads,
+    _check_layers,
+    _check_virtual_stages,
+    _check_experts,
+    _check_batch,
+    _check_sequence,
+)
+# Another layout is no answer to what these refuse.
+FLAG_RULES = (_check_context_flags,)
