@@ -101,6 +101,8 @@ def sft_defaults() -> dict[str, Any]:
         "adam_beta2": 0.95,
         "seq_length": 2048,
         "rerun_mode": "disabled",
+        # Each token travels to the ranks of its experts only, not to all.
+        "moe_token_dispatcher_type": "alltoall",
         # Training on with more steps stretches the schedule, which a checkpoint would fix otherwise.
         "override_opt_param_scheduler": True,
         "num_workers": 0,

@@ -40,6 +40,12 @@ PP3 = ("--pipeline-model-parallel-size", "3")
 PP4 = ("--pipeline-model-parallel-size", "4")
 CP2 = ("--context-parallel-size", "2")
 CP4 = ("--context-parallel-size", "4")
+VPP2 = ("--num-virtual-stages-per-pipeline-rank", "2")
+VPP1LAYER = ("--num-layers-per-virtual-pipeline-stage", "1")
+EP2 = ("--expert-model-parallel-size", "2")
+EP4 = ("--expert-model-parallel-size", "4")
+ETP1 = ("--expert-tensor-parallel-size", "1")
+ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
 SP = ("--sequence-parallel",)
 MBS2 = ("--micro-batch-size", "2")
 MBS4 = ("--micro-batch-size", "4")
@@ -118,6 +124,25 @@ CASES = (
     Case("pp2", PP2, 2, family="qwen3_moe"),
     Case("tp2-sp", TP2 + SP, 2, family="qwen3_moe"),
     Case("cp2", CP2, 2, family="qwen3_moe"),
+    # Interleaved pipeline schedules: each rank holds several pieces of the model.
+    Case("pp2-vpp2", PP2 + VPP2, 2, layers=4),
+    Case("pp2-vpp2-mbs2", PP2 + VPP1LAYER + MBS2, 2, layers=4),
+    Case("pp2-vpp3", PP2 + VPP1LAYER, 2, family="llama", layers=6, tied=True),
+    Case("tp2-sp-pp2-vpp2-mbs2", TP2 + SP + PP2 + VPP2 + MBS2, 4, layers=4),
+    Case("pp2-vpp2-cp2", PP2 + VPP2 + CP2, 4, layers=4),
+    Case("pp2-vpp2-ep2", PP2 + VPP2 + EP2, 4, family="qwen3_moe", layers=4),
+    # Experts over ranks that read different packs.
+    Case("ep2", EP2, 2, family="qwen3_moe", slow=False),
+    Case("ep2-mbs2", EP2 + MBS2, 2, family="qwen3_moe"),
+    Case("ep2-allgather", EP2 + ALLGATHER, 2, family="qwen3_moe"),
+    Case("ep2-dp2", EP2, 4, family="qwen3_moe"),
+    Case("ep4", EP4, 4, family="qwen3_moe"),
+    Case("ep2-tp2", EP2 + TP2, 4, family="qwen3_moe"),
+    Case("ep2-tp2-allgather", EP2 + TP2 + ALLGATHER, 4, family="qwen3_moe"),
+    Case("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2, family="qwen3_moe"),
+    Case("ep2-pp2-mbs2", EP2 + PP2 + MBS2, 4, family="qwen3_moe"),
+    Case("ep2-cp2", EP2 + CP2, 4, family="qwen3_moe"),
+    Case("ep2-tp2-pp2", EP2 + TP2 + PP2, 8, family="qwen3_moe"),
     # Input and output embeddings that are one matrix, on one stage and on two.
     Case("one", family="qwen2", tied=True, slow=False),
     Case("pp2", PP2, 2, family="qwen2", tied=True, slow=False),
