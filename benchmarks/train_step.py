@@ -1,11 +1,13 @@
-"""One process of finetune.py against a plain PyTorch loop over the HuggingFace model on the same packs.
+"""A training step of finetune.py against a plain PyTorch loop and TRL, and its own parallel layouts.
 
-python benchmarks/train_step.py --data train.jsonl --tokenizer DIR [--hidden 512 --layers 8]
+python benchmarks/train_step.py --data train.jsonl --tokenizer DIR [--hidden 512 --layers 8] [--trl]
 
-Both run twice, alternating, with the same number of threads, in fp32 on the CPU; medians of the steps
-after the first three are compared, and the losses. The plain loop is what a careful user writes: packs
-with reset positions (transformers isolates documents by them), cross-entropy of every token with a label
-mask, AdamW, exact clipping.
+All train the same random Qwen3-shaped model in fp32 on the CPU, one thread a process, in turns; medians
+of the steps after the first three are compared, as ratios. finetune.py and the plain loop read the same
+packs, so their losses are compared too. A real token is one of a document, not padding; a trained token
+is one with a label. `--trl` adds TRL's SFTTrainer (extra `bench`) on question/answer rows, padded and
+with its own packing, without gradient checkpointing. `--profile` prints where a step of finetune.py
+spends its time.
 """
 
 from __future__ import annotations
@@ -17,84 +19,101 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from random_model import make_qwen3
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from data import SFTDataset, prepare_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 LR, WARM_UP = 1e-4, 3
+Steps = list[dict[str, float]]
+OURS: dict[str, tuple[int, list[str]]] = {
+    "finetune.py": (1, []),
+    "finetune.py DP=2": (2, []),
+    "finetune.py TP=2": (2, ["--tensor-model-parallel-size", "2"]),
+    "finetune.py PP=2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "finetune.py CP=2": (2, ["--context-parallel-size", "2"]),
+}
+PEERS: dict[str, tuple[int, str]] = {"plain loop": (1, "plain"), "plain loop DDP=2": (2, "plain")}
+TRL: dict[str, tuple[int, str]] = {
+    "TRL, padded": (1, "trl-padded"),
+    "TRL, packed": (1, "trl-packed"),
+}
 
 
-def megatron(options: argparse.Namespace, model: Path, folder: Path) -> list[dict[str, Any]]:
-    """Steps of finetune.py: `lm_loss` and `step_seconds`."""
-    command = [
-        *(sys.executable, str(ROOT / "finetune.py"), "--hf-model", str(model)),
+def run(command: list[str], threads: int) -> str:
+    """Run a command without a GPU and return what it printed."""
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def launched(world: int, script: Path) -> list[str]:
+    """The words that start `script` on `world` processes."""
+    if world == 1:
+        return [sys.executable, str(script)]
+    launcher = str(ROOT / "scripts" / "launch.py")
+    return [sys.executable, launcher, "--nproc-per-node", str(world), str(script)]
+
+
+def flags_of(options: argparse.Namespace, model: Path, folder: Path) -> list[str]:
+    """Flags of finetune.py."""
+    return [
+        *("--hf-model", str(model)),
         *("--output-dir", str(folder), "--finetune-data-files", str(options.data), "--fp32"),
         *("--seq-length", str(options.seq_length), "--global-batch-size", str(options.batch)),
         *("--micro-batch-size", str(options.micro), "--train-iters", str(options.iterations)),
         *("--lr", str(LR), "--lr-decay-style", "constant", "--no-save-optim"),
     ]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(options.threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-    }
-    subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "lm_loss" in record]
 
 
-def plain_loop(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    """The same steps with nothing but torch and transformers."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    documents = prepare_documents(
-        files=[str(options.data)],
-        tokenizer=tokenizer,
-        seq_length=options.seq_length,
-        cache_dir=None,
-    )
-    packs = SFTDataset(
-        options.batch * options.iterations,
-        documents,
-        tokenizer,
-        options.seq_length,
-        global_batch_size=options.batch,
-    )
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
-    steps = []
-    for step in range(options.iterations):
-        begin = time.perf_counter()
-        optimizer.zero_grad()
-        batch = [packs[step * options.batch + i] for i in range(options.batch)]
-        rows = {name: torch.stack([pack[name] for pack in batch]) for name in batch[0]}
-        labels = rows["input_ids"].roll(-1, 1)
-        same = rows["position_ids"].roll(-1, 1) != 0
-        labels[~((rows["loss_mask"].roll(-1, 1) == 1) & same)] = -100
-        count = (labels != -100).sum()
-        total = 0.0
-        for first in range(0, options.batch, options.micro):
-            part = slice(first, first + options.micro)
-            logits = model(
-                input_ids=rows["input_ids"][part],
-                position_ids=rows["position_ids"][part],
-                use_cache=False,
-            ).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), labels[part].flatten(), reduction="sum"
-            )
-            (loss / count).backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        steps.append({"lm_loss": total / int(count), "step_seconds": time.perf_counter() - begin})
-    return steps
+def ours(name: str, options: argparse.Namespace, model: Path, folder: Path) -> Steps:
+    """Steps of finetune.py."""
+    world, flags = OURS[name]
+    command = launched(world, ROOT / "finetune.py")
+    run([*command, *flags_of(options, model, folder), *flags], options.threads)
+    records: list[dict[str, Any]] = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    return [
+        {
+            "lm_loss": record["lm_loss"],
+            "seconds": record["step_seconds"],
+            "real_tokens": record["real_tokens_per_s"] * record["step_seconds"],
+            "trained_tokens": record["trained_tokens"],
+        }
+        for record in records
+        if record.get("step_seconds")
+    ]
+
+
+def peer(what: tuple[int, str], settings: Path, threads: int) -> Steps:
+    """Steps of a loop of `train_step_peers.py`."""
+    world, words = what
+    script = ROOT / "benchmarks" / "train_step_peers.py"
+    printed = run([*launched(world, script), words, str(settings)], threads)
+    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+
+def report(found: dict[str, Steps]) -> None:
+    """Print medians, and ratios to the plain loop on one process."""
+    speeds = {}
+    for name, steps in found.items():
+        real = statistics.median(step["real_tokens"] / step["seconds"] for step in steps)
+        trained = statistics.median(step["trained_tokens"] / step["seconds"] for step in steps)
+        seconds = statistics.median(step["seconds"] for step in steps)
+        speeds[name] = real, trained, seconds
+    base = speeds["plain loop"]
+    print(f"{'':18} {'s/step':>7} {'real tokens/s':>14} {'trained/s':>10} {'of plain loop':>14}")
+    for name, (real, trained, seconds) in speeds.items():
+        print(f"{name:18} {seconds:7.3f} {real:14.0f} {trained:10.0f} {real / base[0]:13.2f}x")
 
 
 def main() -> None:
@@ -107,32 +126,51 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--micro", type=int, default=2)
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--turns", type=int, default=2, help="how often each runs")
+    parser.add_argument("--ranks", action="store_true", help="also two processes")
+    parser.add_argument("--trl", action="store_true", help="also TRL, which must be installed")
+    parser.add_argument("--profile", action="store_true", help="where a step's time goes")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    seconds: dict[str, list[float]] = {"finetune.py": [], "plain loop": []}
+    names = [*OURS, *PEERS] if options.ranks else ["finetune.py", "plain loop"]
+    names += [*TRL] if options.trl else []
+    found: dict[str, Steps] = {name: [] for name in names}
     gap = 0.0
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
         make_qwen3(model, options.tokenizer, hidden=options.hidden, layers=options.layers)
-        for turn in range(2):
-            ours = megatron(options, model, Path(scratch) / f"run{turn}")
-            plain = plain_loop(options, model)
-            seconds["finetune.py"] += [step["step_seconds"] for step in ours[WARM_UP:]]
-            seconds["plain loop"] += [step["step_seconds"] for step in plain[WARM_UP:]]
-            gap = max(
-                gap,
-                *(abs(a["lm_loss"] / b["lm_loss"] - 1) for a, b in zip(ours, plain, strict=True)),
-            )
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    tokens = options.batch * options.seq_length
-    for name, median in medians.items():
-        print(f"{name:<12} {median:8.3f} s a step {tokens / median:10.0f} tokens/s")
-    ratio = medians["plain loop"] / medians["finetune.py"]
-    print(f"finetune.py runs at {ratio:.2f} times the plain loop; losses within {gap:.1e}")
+        settings = Path(scratch) / "options.json"
+        values = {key: getattr(options, key) for key in ("batch", "micro", "iterations", "threads")}
+        values |= {"seq_length": options.seq_length, "data": str(options.data), "lr": LR}
+        values |= {"model": str(model), "cache": str(Path(scratch) / "cache")}
+        losses: dict[str, list[float]] = {}
+        for turn in range(options.turns):
+            for name in names:
+                if name in OURS:
+                    steps = ours(name, options, model, Path(scratch) / f"{name}-{turn}")
+                    if turn == 0 and name == "finetune.py":
+                        first = steps[WARM_UP:]
+                        rows = sum(step["real_tokens"] for step in first) / len(first)
+                        values["rows_per_pack"] = max(1, round(rows / options.batch / 200))
+                        settings.write_text(json.dumps(values))
+                else:
+                    steps = peer((PEERS | TRL)[name], settings, options.threads)
+                found[name] += steps[WARM_UP:]
+                losses[name] = [step["lm_loss"] for step in steps]
+                if name not in TRL:
+                    base = losses["finetune.py"]
+                    pairs = zip(losses[name], base, strict=True)
+                    gap = max(gap, *(abs(a / b - 1) for a, b in pairs))
+        report(found)
+        print(f"losses of finetune.py and the plain loop: within {gap:.1e} of each other")
+        if options.profile:
+            script = str(ROOT / "benchmarks" / "step_profile.py")
+            flags = flags_of(options, model, Path(scratch) / "profile")
+            printed = run([sys.executable, script, *flags], options.threads)
+            print(printed[printed.index("operation ") :])
 
 
 if __name__ == "__main__":
