@@ -86,15 +86,12 @@ def shift_labels(tokens: Tensor, loss_mask: Tensor, position_ids: Tensor) -> tup
     return labels, (torch.roll(loss_mask, -1) * same_document).to(torch.uint8)
 
 
-def assemble_batch(
-    packs: Tensor, *, qkv_format: str, seq_length: int = 0, cp_size: int = 1, cp_rank: int = 0
-) -> Batch:
+def assemble_batch(packs: Tensor, *, qkv_format: str, cp_size: int = 1, cp_rank: int = 0) -> Batch:
     """Shift labels, find the documents of a micro batch and take this context parallel rank's part.
 
     Args:
         packs: int64 [3, tokens], in the order of `FIELDS`.
         qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec and context parallelism.
-        seq_length: tokens in a pack; needed only for context parallelism.
         cp_size: context parallel size.
         cp_rank: rank in the context parallel group.
     """
@@ -104,13 +101,8 @@ def assemble_batch(
     if cp_size == 1:
         packed = PackedDocuments.from_position_ids(position_ids, qkv_format=qkv_format)
     else:
-        cut = ContextParallelCut.make(
-            document_bounds(position_ids),
-            packs=len(tokens) // seq_length,
-            seq_length=seq_length,
-            size=cp_size,
-            rank=cp_rank,
-        )
+        bounds = document_bounds(position_ids)
+        cut = ContextParallelCut.make(bounds, size=cp_size, rank=cp_rank)
         local = cut.local_indices.to(tokens.device, non_blocking=True)
         tokens, labels, label_mask, position_ids = (
             row.index_select(0, local) for row in (tokens, labels, label_mask, position_ids)
@@ -148,7 +140,6 @@ def read_batch(
     return assemble_batch(
         packs,
         qkv_format=qkv_format,
-        seq_length=seq_length,
         cp_size=parallel_state.get_context_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
     )

@@ -163,8 +163,9 @@ def held_out(tmp_path_factory):
         ([], 2),
         (["--global-batch-size", "6", "--micro-batch-size", "3"], 1),
         (["--pipeline-model-parallel-size", "2", "--micro-batch-size", "2"], 2),
+        (["--context-parallel-size", "2", "--micro-batch-size", "2"], 2),
     ],
-    ids=["one", "dp2", "batch6-mbs3", "pp2-mbs2"],
+    ids=["one", "dp2", "batch6-mbs3", "pp2-mbs2", "cp2-mbs2"],
 )
 def test_evaluation_is_token_weighted_over_the_whole_split(
     words, hf_model, held_out, tmp_path, flags, world

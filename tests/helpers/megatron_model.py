@@ -128,12 +128,14 @@ def _of_whole_row(losses: Tensor, pack: dict[str, Tensor]) -> Tensor:
     from megatron.core import parallel_state
 
     from post_training.batch import FIELDS, shift_labels
-    from post_training.context_parallel import local_token_indices
+    from post_training.context_parallel import ContextParallelCut
+    from post_training.packed_sequences import document_bounds
 
-    micro, seq_length = pack["input_ids"].shape
-    _, mask = shift_labels(*(pack[name].flatten() for name in FIELDS))
+    tokens, loss_mask, positions = (pack[name].flatten() for name in FIELDS)
+    _, mask = shift_labels(tokens, loss_mask, positions)
     group = parallel_state.get_context_parallel_group()
-    local = local_token_indices(micro, seq_length, group.size(), group.rank())
+    bounds = document_bounds(positions)
+    local = ContextParallelCut.make(bounds, size=group.size(), rank=group.rank()).local_indices
     row = torch.zeros(len(mask))
     row[local[mask[local].bool()]] = losses
     torch.distributed.all_reduce(row, group=group)

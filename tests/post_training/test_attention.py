@@ -130,7 +130,7 @@ def _attend_on_ranks(groups: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def cut_for(size, rank):
     bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
-    return ContextParallelCut.make(bounds, packs=1, seq_length=bounds[-1], size=size, rank=rank)
+    return ContextParallelCut.make(bounds, size=size, rank=rank, tile=1)
 
 
 def seed(width):
@@ -140,7 +140,6 @@ def seed(width):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_context_parallel_ranks_together_do_what_one_does(size):
-    """Reference's fault: documents are cut by the pack's chunks, and see each other."""
     tensors = inputs(2)
     whole = make(2)(*tensors, None, packed_seq_params=documents())
     expected = [whole, *torch.autograd.grad(whole, tensors, seed(whole.shape[2]))]
