@@ -5,9 +5,10 @@
     python scripts/gpu_check.py --families --sizes 8b --gpus 8    speed of one size only
     python scripts/gpu_check.py --device cpu                      tests this script without a GPU
 
-Losses: a tiny model of each family is finetuned for some steps by finetune.py on the CPU in fp32, then
-on the GPU in fp32 and in bf16, from the same weights and rows. Speed: models of random weights train on
-packs of 4096 tokens; the micro batch is the largest that fits. Nothing is downloaded.
+Attention: the kernel in bf16, on packed documents and on the pieces of context parallelism, against fp32
+on the CPU. Losses: a tiny model of each family is finetuned for some steps by finetune.py on the CPU in
+fp32, then on the GPU in fp32 and in bf16, from the same weights and rows. Speed: models of random weights
+train on packs of 4096 tokens; the micro batch is the largest that fits. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+from scripts.gpu.attention import compare_attention
 from scripts.gpu.losses import Comparison, compare_losses
 from scripts.gpu.models import FAMILIES, SIZES
 from scripts.gpu.speed import measure_speeds
@@ -82,7 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         comparisons: list[Comparison] = []
         failures = 0
         if options.families:
+            worst, wrong = compare_attention(options.device)
+            print(f"attention in bf16, whole documents and pieces: within {worst:.0e} of CPU fp32")
             comparisons, failures = compare_losses(options, folder, rows, tokenizer)
+            failures += wrong
         speeds, failed = (
             measure_speeds(options, folder, rows, tokenizer) if options.sizes else ([], 0)
         )
