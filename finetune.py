@@ -37,24 +37,24 @@ from model_provider import check_weights, model_config
 from post_training import output
 from post_training.arguments import parse_arguments
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
-from post_training.data_iterators import MicroBatchIterator
+from post_training.data_iterators import MicroBatchIterator, split_iterators
 from post_training.datasets import (
-    SPLITS,
     SplitDocuments,
     check_same_documents,
     describe,
+    evaluation_batches,
     first_prompts,
-    packs_of,
     prepare_data,
     steps_of_epochs,
 )
-from post_training.errors import SetupError
+from post_training.errors import RunStopped, SetupError
 from post_training.finish import report_end
 from post_training.layer_spec import uses_packed_attention
 from post_training.loss import loss_func, trained_token_loss
 from post_training.platform import checkpoint_queue
 from post_training.platform.training_hooks import hooks
 from post_training.run_log import RunLog
+from post_training.safeguards import install_safeguards
 from post_training.signals import GracefulExit
 from post_training.speculative import report_acceptance
 from post_training.step_counters import counters
@@ -82,26 +82,14 @@ def train_valid_test_sft_datasets_provider(
     """
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return None, None, None  # `get_batch` broadcasts
-    shards = parallel_state.get_data_parallel_world_size()
-    shard = parallel_state.get_data_parallel_rank()
-    result: list[MicroBatchIterator | None] = []
-    for split, samples in zip(SPLITS, num_samples, strict=True):
-        if split not in documents or (split == "train" and args.skip_train):
-            result.append(None)
-            continue
-        options: dict[str, Any] = {"num_shards": shards, "shard_index": shard}
-        if split == "train":
-            options |= {
-                "num_packed_samples": samples,
-                "epochs": args.num_epochs,
-                "global_batch_size": args.global_batch_size,
-            }
-            start, micro = args.consumed_train_samples // shards, args.micro_batch_size
-        else:
-            start, micro = 0, args.eval_micro_batch_size
-        dataset = packs_of(documents[split], tokenizer, args, split, **options)
-        result.append(MicroBatchIterator(dataset, micro, start=start, repeat=split != "train"))
-    return tuple(result)
+    return split_iterators(
+        num_samples,
+        args,
+        tokenizer,
+        documents,
+        num_shards=parallel_state.get_data_parallel_world_size(),
+        shard_index=parallel_state.get_data_parallel_rank(),
+    )
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, *, training: bool) -> Batch:
@@ -162,13 +150,10 @@ def finetune(
         raise SetupError(f"Megatron refuses these flags: {error}") from error
     set_global_variables(args, build_tokenizer=False)
     checkpoint_queue.apply(async_save=args.async_save)
-    run_log = RunLog(args, console)
+    run_log = RunLog(args, console, documents)
     graceful = GracefulExit(args, console)
-    for split in ("valid", "test"):
-        if split in documents:
-            packs = len(packs_of(documents[split], tokenizer, args, split))
-            batches = packs // args.eval_global_batch_size
-            hooks.evaluation_iterations[split] = min(batches, args.eval_iters or batches)
+    install_safeguards(args, forward_step, tokenizer, documents, run_log)
+    hooks.evaluation_iterations = evaluation_batches(args, tokenizer, documents)
     # Each split has its own number of batches; to Megatron this says only whether there are any.
     args.eval_iters = 1 if hooks.evaluation_iterations else 0
 
@@ -221,8 +206,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(describe(documents, tokenizer, args), file=console)
         console = output.redirect_logs(args)
-        output.save_config(args)
-        output.save_model_folder(args, tokenizer)
+        if not args.eval_only:
+            output.save_config(args)
+            output.save_model_folder(args, tokenizer)
         started = True
         finetune(args, console, tokenizer, documents)
     except (SetupError, DataError) as error:
@@ -235,6 +221,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             time.sleep(3)  # a launcher ends all ranks with the first one: let that one speak
         return 2
+    except RunStopped as stopped:
+        if rank == 0:
+            print(f"error: {stopped}", file=console, flush=True)
+        return 1
     except KeyboardInterrupt:
         return 130
     except Exception:

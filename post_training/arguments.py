@@ -19,6 +19,7 @@ from data.arguments import add_data_arguments
 from post_training import layout
 from post_training.config_file import apply_config_file
 from post_training.errors import SetupError
+from post_training.eval_only import prepare_evaluation
 from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
 from post_training.platform import device_type
 
@@ -57,6 +58,20 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "--save-hf",
         action="store_true",
         help="write OUTPUT_DIR/hf, a HuggingFace folder, when training ends",
+    )
+    group.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate the validation and test data and leave: no training, no optimizer",
+    )
+    group.add_argument(
+        "--isolation-check",
+        action="store_true",
+        default=True,
+        help="before the first step, see that a changed document moves no other's loss (default)",
+    )
+    group.add_argument(
+        "--no-isolation-check", dest="isolation_check", action="store_false", help="do not look"
     )
     group.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU (default: bf16)")
     group.add_argument(
@@ -241,6 +256,9 @@ def _complete(args: argparse.Namespace) -> None:
         )
     if args.use_torch_fsdp2 or args.use_megatron_fsdp:
         raise SetupError("--use-torch-fsdp2 and --use-megatron-fsdp are not supported yet")
+    args.eval_only = args.skip_train = args.eval_only or args.skip_train
+    if args.eval_only:
+        prepare_evaluation(args)
     if args.train_samples:
         raise SetupError("--train-samples: use --train-iters or --num-epochs")
     if not args.skip_train and bool(args.train_iters) == bool(args.num_epochs):
@@ -251,7 +269,8 @@ def _complete(args: argparse.Namespace) -> None:
     # What lies in the output folder moves with it: config.yaml does not name these.
     args.in_output_dir = []
     _fill(args, "save", os.path.join(args.output_dir, "checkpoints"))
-    _fill(args, "tensorboard_dir", os.path.join(args.output_dir, "tensorboard"))
+    if not args.eval_only:
+        _fill(args, "tensorboard_dir", os.path.join(args.output_dir, "tensorboard"))
     if args.wandb_project and importlib.util.find_spec("wandb") is None:
         raise SetupError("--wandb-project: wandb is not installed (pip install '.[wandb]')")
     if args.wandb_project:

@@ -32,7 +32,7 @@ class Batch:
     position_ids: Tensor
     """Position inside the document: int64 [1, tokens]."""
     label_mask: Tensor
-    """1 where the label is trained: uint8 [tokens]."""
+    """Where the label is trained 1, or 1 + the number of its group: uint8 [tokens]."""
     packed: PackedDocuments
     trained: TrainedTokens
 
@@ -74,7 +74,7 @@ def shift_labels(tokens: Tensor, loss_mask: Tensor, position_ids: Tensor) -> tup
 
     Args:
         tokens: int64 [tokens].
-        loss_mask: 1 where the token itself is trained: [tokens].
+        loss_mask: 1 (or 1 + its group) where the token itself is trained: [tokens].
         position_ids: int64 [tokens], 0 where a document begins.
 
     Returns:

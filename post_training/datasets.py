@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from data import Documents, DocumentSet, SFTDataset
-from data.arguments import DataSplit, prepare_documents_from_args
+from data.arguments import DataSplit, parse_weighted, prepare_documents_from_args
+from data.provenance import source_names, source_of
 from post_training.errors import SetupError
 from post_training.tokenizer import load_tokenizer
 
@@ -17,6 +20,30 @@ from post_training.tokenizer import load_tokenizer
 SplitDocuments = Documents | DocumentSet
 
 SPLITS: tuple[DataSplit, ...] = ("train", "valid", "test")
+
+# A loss mask, of one byte a token, holds 1 + the number of the source.
+MOST_SOURCES = 254
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The sources of one split whose losses are reported apart, if there are several."""
+
+    names: list[str]
+    """Empty where there is one source, or more than a loss mask can tell apart."""
+    of: Callable[[int], int] | None
+    """From the index of a document to the number of its source."""
+
+
+def sources_of(args: argparse.Namespace, split: str, documents: SplitDocuments) -> Sources:
+    """The sources of a split: one for each file, folder or glob that was given."""
+    from_train = split == "train" or args.split_ratio is not None
+    files = args.finetune_data_files if from_train else getattr(args, f"{split}_data_files")
+    entries = [path for path, _ in parse_weighted(files or ())]
+    of = source_of(documents, entries)
+    if of is None or len(entries) > MOST_SOURCES:
+        return Sources([], None)
+    return Sources(source_names(entries), of)
 
 
 def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, SplitDocuments]]:
@@ -39,6 +66,11 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, SplitDocument
                 f"{args.vocab_size} entries: --hf-tokenizer and --hf-model do not fit together"
             )
         documents[split] = prepared
+    if args.skip_train and not documents:
+        raise SetupError(
+            "--eval-only: there is nothing to evaluate on; give --valid-data-files or "
+            "--test-data-files (or --split-ratio with the training data)"
+        )
     if "train" not in documents and not args.skip_train:
         raise SetupError("no training data: give --finetune-data-files or --finetune-hf-dataset")
     return tokenizer, documents
@@ -80,6 +112,19 @@ def packs_of(
         epochs=1,
         **options,
     )
+
+
+def evaluation_batches(
+    args: argparse.Namespace, tokenizer: Any, documents: dict[str, SplitDocuments]
+) -> dict[str, int]:
+    """Global batches of each split to evaluate: the whole split, or `--eval-iters` of it."""
+    batches: dict[str, int] = {}
+    for split in ("valid", "test"):
+        if split in documents:
+            packs = len(packs_of(documents[split], tokenizer, args, split))
+            whole = packs // args.eval_global_batch_size
+            batches[split] = min(whole, args.eval_iters or whole)
+    return batches
 
 
 def first_prompts(documents: dict[str, SplitDocuments], count: int) -> list[list[int]]:

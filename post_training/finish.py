@@ -18,7 +18,7 @@ def report_end(
     args: argparse.Namespace, console: TextIO, graceful: GracefulExit, iteration: int
 ) -> None:
     """Say on rank 0 where everything lies, how to continue, and export if that is asked for."""
-    if args.rank != 0:
+    if args.rank != 0 or args.eval_only:
         return
     folder = args.output_dir
     if iteration < (args.train_iters or 0):

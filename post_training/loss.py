@@ -10,6 +10,9 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
+from post_training.nonfinite import guard
+from post_training.step_counters import counters
+
 
 @dataclass(frozen=True)
 class TrainedTokens:
@@ -19,18 +22,23 @@ class TrainedTokens:
     """Positions in the flattened micro batch: int64 [trained]. Never empty, see `from_mask`."""
     weights: Tensor
     """1 for a trained token, 0 for the stand-in of an empty micro batch: float32 [trained]."""
+    groups: Tensor
+    """Which group each belongs to, from 0: int64 [trained]. A group is a source of a mixture, or what the
+    isolation check tells apart."""
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> TrainedTokens:
-        """Find the trained tokens of `mask` (uint8 or bool [tokens]).
+        """Find the trained tokens of `mask`: uint8 [tokens], 0 or 1 + the number of the token's group.
 
         A micro batch without any (a filler pack) keeps its first token at weight 0, because
         collectives of an empty tensor are not defined on every backend.
         """
         indices = torch.nonzero(mask).flatten()
         if indices.numel() == 0:
-            return cls(mask.new_zeros(1, dtype=torch.int64), mask.new_zeros(1, dtype=torch.float32))
-        return cls(indices, torch.ones_like(indices, dtype=torch.float32))
+            nothing = mask.new_zeros(1, dtype=torch.int64)
+            return cls(nothing, nothing.float(), nothing)
+        groups = mask.index_select(0, indices).long() - 1
+        return cls(indices, torch.ones_like(indices, dtype=torch.float32), groups)
 
 
 def hide_vocabulary_padding(logits: Tensor, vocabulary: int, tp_rank: int) -> Tensor:
@@ -115,7 +123,9 @@ def loss_func(trained: TrainedTokens, losses: Tensor) -> tuple[Tensor, Tensor, d
     flat = losses.flatten()
     if flat.numel() != trained.indices.numel():
         flat = flat.index_select(0, trained.indices)
-    total = torch.sum(flat.float() * trained.weights)
+    weighted = flat.float() * trained.weights
+    total = torch.sum(weighted)
     count = trained.weights.sum()
     report = torch.stack([total.detach(), count])
-    return total, count.to(torch.int), {"lm loss": report}
+    counters.add_losses(weighted.detach(), trained.weights, trained.groups)
+    return guard.watch(trained.indices, weighted, total), count.to(torch.int), {"lm loss": report}

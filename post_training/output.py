@@ -50,7 +50,8 @@ def choose_checkpoint(args: argparse.Namespace) -> Path | None:
     Raises:
         SetupError: `--load` holds no checkpoint, or the checkpoint is another model's.
     """
-    own = latest_checkpoint(args.save)
+    # What --eval-only is to evaluate may be named outright.
+    own = None if args.eval_only and args.load else latest_checkpoint(args.save)
     if own is not None:
         args.load = args.save
         args.finetune = False  # --finetune is about --load: this run has begun already
@@ -161,7 +162,8 @@ def redirect_logs(args: argparse.Namespace) -> TextIO:
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     node = args.rank // local_world
     # One file a node: appends of one machine do not mix inside a line, those of several may.
-    name = "train.log" if node == 0 else f"train.node{node}.log"
+    name = "eval" if args.eval_only else "train"
+    name += ".log" if node == 0 else f".node{node}.log"
     log = os.open(Path(args.output_dir) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)

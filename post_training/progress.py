@@ -73,9 +73,14 @@ class Progress:
 
     def evaluation(self, record: dict[str, Any]) -> None:
         """Show the result of an evaluation."""
+        apart = ", ".join(
+            f"{name} {each['loss']:.4f}" if each["loss"] is not None else f"{name} -"
+            for name, each in record.get("sources", {}).items()
+        )
         self._line(
             f"step {record['iteration']}: {record['split']} loss {record['loss']:.4f}, "
             f"perplexity {record['perplexity']:.3f} over {record['tokens']:,} tokens"
+            + (f" ({apart})" if apart else "")
         )
 
     def note(self, text: str) -> None:

@@ -6,15 +6,17 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from post_training.datasets import SplitDocuments, sources_of
 from post_training.platform import current_device
-from post_training.platform.training_hooks import Evaluation, Step, hooks
+from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
 from post_training.progress import Progress
-from post_training.step_counters import counters
+from post_training.step_counters import StepTotals, counters
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of its name.
 PEAK_FLOPS = {
@@ -40,17 +42,31 @@ def peak_flops() -> float | None:
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
+def _by_source(totals: StepTotals) -> dict[str, dict[str, float | None]]:
+    """Mean loss and trained tokens of each source; no loss where nothing of it was trained."""
+    return {
+        name: {"loss": loss / tokens if tokens else None, "tokens": round(tokens)}
+        for name, (loss, tokens) in totals.sources.items()
+    }
+
+
 class RunLog:
     """Hears of every step and evaluation, and writes them down on rank 0."""
 
-    def __init__(self, args: argparse.Namespace, console: TextIO) -> None:
+    def __init__(
+        self, args: argparse.Namespace, console: TextIO, documents: Mapping[str, SplitDocuments]
+    ) -> None:
         """Register with the training hooks.
 
         Args:
             args: validated arguments.
             console: where the progress bar is drawn.
+            documents: prepared documents by split.
         """
         self.args = args
+        self.source_names = {
+            split: sources_of(args, split, documents[split]).names for split in documents
+        }
         self.folder = Path(args.output_dir)
         self.is_writer = args.rank == 0
         self.progress = Progress(
@@ -68,13 +84,13 @@ class RunLog:
 
     @property
     def metrics_file(self) -> Path:
-        """`metrics.jsonl` of the run."""
-        return self.folder / "metrics.jsonl"
+        """`metrics.jsonl` of the run; with `--eval-only` `evaluations.jsonl`, which is not cut back."""
+        return self.folder / ("evaluations.jsonl" if self.args.eval_only else "metrics.jsonl")
 
     def continue_from(self, iteration: int) -> None:
         """Drop what an interrupted run wrote after the checkpoint that this run continues from."""
         self.last_iteration = iteration
-        if not self.is_writer or not self.metrics_file.is_file():
+        if not self.is_writer or not self.metrics_file.is_file() or self.args.eval_only:
             return
         kept = []
         for line in self.metrics_file.read_text().splitlines():
@@ -90,11 +106,19 @@ class RunLog:
     def begin(self, iteration: int) -> None:
         """Take over at `iteration`, which a checkpoint holds (0 at the start of a run)."""
         self.continue_from(iteration)
-        if iteration and self.is_writer:
+        if iteration and self.is_writer and not self.args.eval_only:
             self.progress.message(f"continuing after step {iteration}")
         self.progress.start(iteration)
         self.last_step_end = time.perf_counter()
-        counters.reset()
+        self._tell_apart("train")
+
+    def _tell_apart(self, split: str) -> None:
+        """Count from zero, for a split."""
+        counters.tell_apart(self.source_names.get(split, ()))
+
+    def start_clock(self, start: TrainStart) -> None:
+        """Time the first step from here: what is checked before it is no part of it."""
+        self.last_step_end = time.perf_counter()
 
     def on_step(self, step: Step) -> None:
         """Write one step down (every `--log-interval` steps); all ranks take part."""
@@ -123,6 +147,8 @@ class RunLog:
             "data_wait_fraction": totals.data_seconds / seconds if seconds else None,
             "step_seconds": seconds / steps,
         }
+        if totals.sources:
+            record["sources"] = _by_source(totals)
         if step.skipped:
             record["skipped"] = True
         if self.peak and seconds:
@@ -146,18 +172,19 @@ class RunLog:
     def on_evaluation_start(self, split: str) -> None:
         """Count the evaluation's tokens apart from training's."""
         self.evaluation_begin = time.perf_counter()
-        counters.reset()
+        self._tell_apart(split)
         self.progress.note(f"evaluating on {split}")
 
     def on_evaluation_end(self, evaluation: Evaluation) -> None:
         """Write one evaluation down; all ranks take part."""
         totals = counters.reduce(evaluation.losses.get("lm loss"), current_device())
+        self._tell_apart("train")
         pause = time.perf_counter() - self.evaluation_begin
         if self.last_step_end is not None:
             self.last_step_end += pause
         if not self.is_writer:
             return
-        record = {
+        record: dict[str, Any] = {
             "iteration": evaluation.iteration,
             "split": evaluation.split,
             "loss": totals.loss,
@@ -165,6 +192,10 @@ class RunLog:
             "tokens": round(totals.trained_tokens),
             "seconds": pause,
         }
+        if totals.sources:
+            record["sources"] = _by_source(totals)
+        if self.args.eval_only:
+            record["model"] = self.args.load or self.args.hf_model
         if self.draft_acceptance_length is not None:
             record["draft_acceptance_length"] = self.draft_acceptance_length
         self._write(record)
@@ -182,7 +213,7 @@ class RunLog:
     def finish(self) -> None:
         """Close the progress bar and draw `loss.png`."""
         self.progress.close()
-        if self.is_writer and self.metrics_file.is_file():
+        if self.is_writer and self.metrics_file.is_file() and not self.args.eval_only:
             from post_training.plots import plot_loss
 
             plot_loss(self.metrics_file, self.folder / "loss.png")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from torch import Tensor
 
 
@@ -23,12 +24,20 @@ class StepTotals:
     """Mean over the ranks that read data of the seconds they waited for it."""
     loss: float
     """The `lm loss` handed to `reduce` on the last pipeline stage."""
+    sources: dict[str, tuple[float, float]]
+    """Sum of the losses and number of trained tokens of each source, where several are told apart."""
 
 
 class StepCounters:
     """Counts of this rank; only tensor parallel rank 0 of each group reads data and counts."""
 
     def __init__(self) -> None:
+        self.source_names: list[str] = []
+        self.reset()
+
+    def tell_apart(self, source_names: Sequence[str]) -> None:
+        """Start again from zero, with the losses of these sources apart; all ranks give the same."""
+        self.source_names = list(source_names)
         self.reset()
 
     def reset(self) -> None:
@@ -38,6 +47,7 @@ class StepCounters:
         self.data_seconds = 0.0
         self.readers = 0.0
         self._trained: Tensor | float = 0.0
+        self._by_source: Tensor | float = 0.0
 
     def add_documents(self, lengths: Sequence[int]) -> None:
         """Count the documents of one pack by their lengths in tokens."""
@@ -49,6 +59,21 @@ class StepCounters:
         """Count trained tokens of a micro batch (a scalar on the device; it is not waited for)."""
         self._trained = self._trained + count.double()
 
+    def add_losses(self, losses: Tensor, weights: Tensor, sources: Tensor) -> None:
+        """Count the losses of a micro batch by source, on the last pipeline stage.
+
+        Args:
+            losses: float32 [trained], times their weights.
+            weights: float32 [trained].
+            sources: the number of each token's source: int64 [trained].
+        """
+        # Every rank of a tensor parallel group has the same losses.
+        if len(self.source_names) < 2 or parallel_state.get_tensor_model_parallel_rank() != 0:
+            return
+        both = torch.stack([losses, weights]).double()
+        sums = both.new_zeros(2, len(self.source_names)).index_add_(1, sources, both)
+        self._by_source = self._by_source + sums
+
     def reduce(self, loss: Tensor | None, device: torch.device | str) -> StepTotals:
         """Add up over all ranks and start again from zero; every rank must call it.
 
@@ -57,7 +82,8 @@ class StepCounters:
             device: where collectives run.
         """
         # float64: token counts of a step stay exact far beyond 2**24.
-        values = torch.zeros(7, dtype=torch.float64, device=device)
+        names = self.source_names
+        values = torch.zeros(7 + 2 * len(names), dtype=torch.float64, device=device)
         host = (self.real_tokens, self.squared_lengths, self.data_seconds, self.readers)
         values[:4] = torch.tensor(host, dtype=torch.float64)
         if self.readers:
@@ -65,10 +91,12 @@ class StepCounters:
         if loss is not None:
             values[5] = loss.double()
             values[6] = 1.0
+        if isinstance(self._by_source, Tensor):
+            values[7:] = self._by_source.flatten()
         self.reset()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
-        real, squared, seconds, readers, trained, loss_sum, losses = values.tolist()
+        real, squared, seconds, readers, trained, loss_sum, losses, *by_source = values.tolist()
         stages, parts = self._stages_and_parts()
         copies = stages * parts
         return StepTotals(
@@ -77,6 +105,13 @@ class StepCounters:
             squared_lengths=squared / copies,
             data_seconds=seconds / max(readers, 1.0),
             loss=loss_sum / losses if losses else float("nan"),
+            sources=dict(
+                zip(
+                    names,
+                    zip(by_source[: len(names)], by_source[len(names) :], strict=True),
+                    strict=True,
+                )
+            ),
         )
 
     @staticmethod
@@ -85,8 +120,6 @@ class StepCounters:
 
         A stage counts all their trained tokens, a context parallel rank those of its own part.
         """
-        from megatron.core import parallel_state
-
         if not parallel_state.model_parallel_is_initialized():
             return 1, 1
         stages = parallel_state.get_pipeline_model_parallel_world_size()

@@ -1,8 +1,11 @@
 """`pretrain()` has no callbacks: nobody but its own log sees a step's loss or an evaluation's result.
 
 Upstream: megatron-core 0.19.2, `training/training.py` (`training_log`, `evaluate`,
-`evaluate_and_print_results`). It also evaluates the validation and the test split for the same number
-of iterations, whatever their sizes; `TrainingHooks.evaluation_iterations` gives each split its own.
+`evaluate_and_print_results`), and nothing runs between the end of set-up and the first step (`train`), or
+between a step's gradient norm and its optimizer (`ChainedOptimizer.step`). It also evaluates the
+validation and the test split for the same number of iterations, whatever their sizes;
+`TrainingHooks.evaluation_iterations` gives each split its own. `dummy_train_step`, which passes over the
+data of `--iterations-to-skip`, knows only the fields of Megatron's own datasets.
 """
 
 from __future__ import annotations
@@ -13,6 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+
+@dataclass
+class TrainStart:
+    """Everything is loaded; the first step comes next. On every rank."""
+
+    model: list[torch.nn.Module]
+    """Chunks of this rank's model, one a virtual pipeline stage."""
+    data_iterator: Any
+    """Of the training data: as the datasets provider made it, or a list of one a virtual stage."""
 
 
 @dataclass
@@ -43,6 +56,9 @@ class Evaluation:
 class TrainingHooks:
     """What to call during `pretrain()`; the one instance is `hooks`."""
 
+    on_train_start: list[Callable[[TrainStart], None]] = field(default_factory=list)
+    on_gradient_norm: list[Callable[[float], None]] = field(default_factory=list)
+    """Called on all ranks once a step with the global gradient norm; the optimizer has not stepped."""
     on_step: list[Callable[[Step], None]] = field(default_factory=list)
     on_evaluation_start: list[Callable[[str], None]] = field(default_factory=list)
     on_evaluation_end: list[Callable[[Evaluation], None]] = field(default_factory=list)
@@ -57,15 +73,67 @@ def _split_of(prefix: str) -> str:
     return "test" if prefix.endswith("on test set") else "valid"
 
 
+def _telling(get_grad_norm: Callable[[], Any]) -> Callable[[], Any]:
+    @functools.wraps(get_grad_norm)
+    def measure_and_tell() -> Any:
+        norm = get_grad_norm()
+        for tell in hooks.on_gradient_norm:
+            tell(float(norm or 0.0))
+        return norm
+
+    return measure_and_tell
+
+
+def _unwrapped(data_iterator: Any) -> Any:
+    """Take off Megatron's wrapper around each iterator."""
+    if isinstance(data_iterator, list):
+        return [_unwrapped(each) for each in data_iterator]
+    return getattr(data_iterator, "iterable", data_iterator)
+
+
 def apply() -> None:
-    """Wrap the three functions so that `hooks` hears of each step and each evaluation."""
+    """Wrap Megatron's functions so that `hooks` hears of each step and each evaluation."""
     from megatron.training import training
 
+    train = training.train
     training_log = training.training_log
     evaluate = training.evaluate
     evaluate_and_print_results = training.evaluate_and_print_results
     current_split = "valid"
     evaluated: set[tuple[str, int]] = set()
+
+    @functools.wraps(train)
+    def tell_and_train(
+        forward_step_func: Any,
+        model: list[torch.nn.Module],
+        optimizer: Any,
+        opt_param_scheduler: Any,
+        train_data_iterator: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if hooks.on_gradient_norm:
+            # Called by the optimizer's `step`, once, on all ranks, before it clips.
+            optimizer.get_grad_norm = _telling(optimizer.get_grad_norm)
+        for tell in hooks.on_train_start:
+            tell(TrainStart(model, _unwrapped(train_data_iterator)))
+        return train(
+            forward_step_func,
+            model,
+            optimizer,
+            opt_param_scheduler,
+            train_data_iterator,
+            *args,
+            **kwargs,
+        )
+
+    @functools.wraps(training.dummy_train_step)
+    def pass_over(data_iterator: Any) -> None:
+        # One iterator a virtual pipeline stage; none where tensor parallel rank 0 reads the data.
+        iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
+        for iterator in iterators:
+            for _ in range(training.get_num_microbatches() if iterator is not None else 0):
+                next(iterator)
 
     @functools.wraps(training_log)
     def log_and_tell(
@@ -132,6 +200,8 @@ def apply() -> None:
         return result
 
     for name, replacement in (
+        ("train", tell_and_train),
+        ("dummy_train_step", pass_over),
         ("training_log", log_and_tell),
         ("evaluate", evaluate_whole_split),
         ("evaluate_and_print_results", evaluate_and_tell),

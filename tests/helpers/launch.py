@@ -122,7 +122,13 @@ class Finished:
 
 
 def _finetune_rank(
-    argv: list[str], rank: int, world: int, port: int, console: str, environment: dict[str, str]
+    argv: list[str],
+    rank: int,
+    world: int,
+    port: int,
+    console: str,
+    environment: dict[str, str],
+    inject: Callable[[], None] | None,
 ) -> None:
     _become_rank(rank, world, port, environment)
     _redirect(os.devnull, console)
@@ -132,6 +138,8 @@ def _finetune_rank(
 
     if NO_PROCESS_GROUP in environment:
         setattr(torch.distributed, "init_process_group", _refuse_process_group)  # noqa: B010
+    if inject is not None:
+        inject()
     sys.exit(finetune.main(argv))
 
 
@@ -190,9 +198,21 @@ class Running:
 
 
 def start_finetune(
-    folder: Path, *flags: str, world: int = 1, environment: Mapping[str, str] | None = None
+    folder: Path,
+    *flags: str,
+    world: int = 1,
+    environment: Mapping[str, str] | None = None,
+    inject: Callable[[], None] | None = None,
 ) -> Running:
-    """Start `finetune.py FLAGS --output-dir FOLDER` on `world` ranks."""
+    """Start `finetune.py FLAGS --output-dir FOLDER` on `world` ranks.
+
+    Args:
+        folder: the output folder.
+        flags: the rest of the command line.
+        world: number of processes.
+        environment: further variables.
+        inject: a module-level function that each rank calls first, such as a fault to be found.
+    """
     context = _forkserver()
     folder.parent.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -204,7 +224,7 @@ def start_finetune(
     for rank in range(world):
         process = context.Process(
             target=_finetune_rank,
-            args=(argv, rank, world, port, str(consoles[rank]), dict(environment or {})),
+            args=(argv, rank, world, port, str(consoles[rank]), dict(environment or {}), inject),
         )
         process.start()
         processes.append(process)
@@ -216,10 +236,13 @@ def finetune(
     *flags: str,
     world: int = 1,
     environment: Mapping[str, str] | None = None,
+    inject: Callable[[], None] | None = None,
     timeout: float = 240.0,
 ) -> Finished:
     """Run `finetune.py FLAGS --output-dir FOLDER` to its end on `world` ranks."""
-    return start_finetune(folder, *flags, world=world, environment=environment).wait(timeout)
+    return start_finetune(folder, *flags, world=world, environment=environment, inject=inject).wait(
+        timeout
+    )
 
 
 def command(*words: str, world: int | None = None) -> list[str]:

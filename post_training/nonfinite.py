@@ -1,0 +1,200 @@
+"""A loss or gradient that is not a number, or infinite, ends the run before the weights see it.
+
+Whether one happened is read off the gradient norm, which Megatron computes over all ranks and copies to
+the host once a step anyway: no other collective, and no waiting for the device inside a step. To that
+end a loss that is not finite makes its gradient NaN. Only then do the ranks tell each other whose loss
+it was.
+
+Megatron's own check (`--no-check-for-nan-in-loss-and-grad` switches either off) waits for the device at
+every gradient bucket, and ends one rank, without a word about the data, while the others hang.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from data import SFTDataset
+from data.provenance import document_place
+from post_training.errors import RunStopped
+from post_training.modelopt_state import latest_checkpoint
+
+# Documents that a message names.
+NAMED = 8
+
+
+@dataclass(frozen=True)
+class BadLoss:
+    """Trained tokens of one micro batch whose loss is not finite."""
+
+    data_parallel_rank: int
+    micro_batch: int
+    """Counted from 0 in this step."""
+    rows: tuple[int, ...]
+    """Positions in the micro batch's row of `micro batch size * seq_length` tokens."""
+    value: float
+    """One of the losses: NaN or infinite."""
+    trained: int
+    """Trained tokens of the micro batch, of this rank's part of the row."""
+
+
+class NonFiniteGuard:
+    """Watches the losses of a step on the last pipeline stage; the one instance is `guard`."""
+
+    def __init__(self) -> None:
+        self.args: argparse.Namespace | None = None
+        self._packs: Callable[[], SFTDataset] | None = None
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def start(self, args: argparse.Namespace, packs: Callable[[], SFTDataset]) -> None:
+        """Watch from now on.
+
+        Args:
+            args: validated arguments.
+            packs: makes the packing plan of the training data, to name documents.
+        """
+        self.args, self._packs = args, packs
+        self._seen = []
+
+    def watch(self, indices: Tensor, losses: Tensor, total: Tensor) -> Tensor:
+        """Remember one micro batch's losses until the end of the step.
+
+        Args:
+            indices: positions of trained tokens in this rank's part of the row: int64 [trained].
+            losses: float32 [trained].
+            total: their sum, a scalar with gradient.
+
+        Returns:
+            `total`, bit for bit, with the same gradient where it is finite and NaN where not.
+        """
+        if self.args is None or not total.requires_grad:
+            return total
+        self._seen.append((indices, losses.detach()))
+        # 1 for a finite total; infinity times 0 is not a number.
+        return total * (1 + 0 * total.detach())
+
+    def check(self, norm: float) -> None:
+        """Look at a step's gradient norm, before the optimizer uses the gradient; on all ranks.
+
+        Raises:
+            RunStopped: on every rank, when the norm is not finite.
+        """
+        seen, self._seen = self._seen, []
+        if self.args is None or math.isfinite(norm):
+            return
+        found = [
+            _bad_loss(number, indices, losses)
+            for number, (indices, losses) in enumerate(seen)
+            if not bool(torch.isfinite(losses).all())
+        ]
+        gathered: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(gathered, found)
+        raise RunStopped(self._message(norm, [bad for rank in gathered for bad in rank]))
+
+    def _message(self, norm: float, found: list[BadLoss]) -> str:
+        args = self.args
+        assert args is not None and self._packs is not None
+        step = args.curr_iteration + 1
+        checkpoint = latest_checkpoint(args.save)
+        kept = (
+            f"the newest checkpoint is {checkpoint}"
+            if checkpoint
+            else "there is no checkpoint of this run yet"
+        )
+        lines = []
+        if found:
+            value = found[0].value
+            lines.append(f"step {step}: the loss is {value}; the weights were not changed, {kept}")
+            lines += self._places(found)
+        else:
+            lines.append(
+                f"step {step}: the gradient norm is {norm}, while all losses are finite; the weights "
+                f"were not changed, {kept}"
+            )
+            first, size = args.consumed_train_samples, args.global_batch_size
+            places = sorted(
+                document_place(dataset.documents, int(document))
+                for dataset in [self._packs()]
+                for pack in range(first, first + size)
+                for document in dataset.document_indices(pack)
+            )
+            lines.append(f"  one of packs {first} to {first + size - 1}: {_listed(places)}")
+        skipped = " ".join(str(each) for each in [*args.iterations_to_skip, step])
+        lines.append(
+            f"to continue, give the same command again with --iterations-to-skip {skipped} (leaves this "
+            f"batch out), or with a lower --lr; rows that should not be there are best taken out of the "
+            f"data, for a run in another --output-dir"
+        )
+        return "\n".join(lines)
+
+    def _places(self, found: list[BadLoss]) -> list[str]:
+        args = self.args
+        assert args is not None and self._packs is not None
+        dataset = self._packs()
+        shards = args.data_parallel_size
+        # One row for each document: tensor and context parallel ranks may all have seen it.
+        places: dict[str, None] = {}
+        for bad in sorted(found, key=lambda each: (each.micro_batch, each.data_parallel_rank)):
+            first = args.consumed_train_samples // shards + bad.micro_batch * args.micro_batch_size
+            for row in bad.rows:
+                local = first + row // args.seq_length
+                pack = local * shards + bad.data_parallel_rank
+                document = _document_at(dataset, pack, row % args.seq_length)
+                where = (
+                    f"pack {pack}, micro batch {bad.micro_batch + 1} of data parallel rank "
+                    f"{bad.data_parallel_rank}"
+                )
+                name = (
+                    "padding" if document is None else document_place(dataset.documents, document)
+                )
+                places[f"  {name} ({where})"] = None
+        lines = list(places)
+        if len(lines) > NAMED:
+            lines = [*lines[:NAMED], f"  and {len(lines) - NAMED} more documents"]
+        if all(len(bad.rows) == bad.trained for bad in found) and len(places) > 1:
+            lines.append(
+                "  no token of these packs has a finite loss: look at the weights and at --lr before "
+                "the data"
+            )
+        return lines
+
+
+def _bad_loss(micro_batch: int, indices: Tensor, losses: Tensor) -> BadLoss:
+    bad = ~torch.isfinite(losses)
+    return BadLoss(
+        parallel_state.get_data_parallel_rank(),
+        micro_batch,
+        tuple(_row_positions(indices[bad])),
+        float(losses[bad][0]),
+        losses.numel(),
+    )
+
+
+def _row_positions(indices: Tensor) -> list[int]:
+    positions: list[int] = indices.tolist()
+    return positions
+
+
+def _document_at(dataset: SFTDataset, pack: int, position: int) -> int | None:
+    """The document of a pack that a position lies in; None in its padding."""
+    end = 0
+    for document in dataset.document_indices(pack):
+        end += len(dataset.documents[int(document)][0])
+        if position < end:
+            return int(document)
+    return None
+
+
+def _listed(places: list[str]) -> str:
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    return ", ".join(places[:NAMED]) + more
+
+
+guard = NonFiniteGuard()
