@@ -11,7 +11,6 @@ import functools
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -58,6 +57,7 @@ from post_training.safeguards import install_safeguards
 from post_training.signals import GracefulExit
 from post_training.speculative import report_acceptance
 from post_training.step_counters import counters
+from post_training.watchdog import tell_failure, watchdog
 
 
 def train_valid_test_sft_datasets_provider(
@@ -113,6 +113,7 @@ def forward_step(
     Returns:
         The stage's output (losses of trained tokens on the last stage) and the function that sums them.
     """
+    watchdog.beat()
     args = get_args()
     batch = get_batch(data_iterator, training=model.training)
     chunk = unwrap_model(model)
@@ -150,6 +151,7 @@ def finetune(
         raise SetupError(f"Megatron refuses these flags: {error}") from error
     set_global_variables(args, build_tokenizer=False)
     checkpoint_queue.apply(async_save=args.async_save)
+    watchdog.start(args, console)
     run_log = RunLog(args, console, documents)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, tokenizer, documents, run_log)
@@ -160,6 +162,7 @@ def finetune(
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
         # Called once the model and a checkpoint are loaded: the first step comes next.
         if not vp_stage:
+            watchdog.meet()
             check_same_documents(documents, platform.current_device())
             run_log.begin(args.iteration)
         return train_valid_test_sft_datasets_provider(
@@ -186,6 +189,8 @@ def finetune(
         run_log.finish()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        watchdog.stop()
+    watchdog.clean()
     report_end(args, console, graceful, run_log.last_iteration)
 
 
@@ -227,8 +232,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=console, flush=True)
+    except Exception as error:
+        tell_failure(error, rank, console)
         raise
     return 0
 

@@ -73,6 +73,13 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     group.add_argument(
         "--no-isolation-check", dest="isolation_check", action="store_false", help="do not look"
     )
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the job when a rank makes no progress for so long, six times as long in set-up, the "
+        "first step and saving (default: --distributed-timeout-minutes; 0: never)",
+    )
     group.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU (default: bf16)")
     group.add_argument(
         "--no-progress", action="store_true", help="no progress bar, a line every --log-interval"

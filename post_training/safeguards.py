@@ -1,4 +1,4 @@
-"""What watches over a run: documents stay apart, losses stay finite."""
+"""What watches over a run: ranks make progress, documents stay apart, losses stay finite."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from post_training.isolation_check import ForwardStep, check_isolation
 from post_training.nonfinite import guard
 from post_training.platform.training_hooks import hooks
 from post_training.run_log import RunLog
+from post_training.watchdog import watchdog
 
 
 def install_safeguards(
@@ -30,6 +31,7 @@ def install_safeguards(
         documents: prepared documents by split.
         run_log: shows what was found, and times steps without it.
     """
+    _report_progress(args)
     if args.skip_train:
         return
     hooks.on_train_start.append(
@@ -48,3 +50,24 @@ def install_safeguards(
         guard.start(args, lambda: packs_of(documents["train"], tokenizer, args, "train", **plan))
         hooks.on_gradient_norm.append(guard.check)
         args.check_for_nan_in_loss_and_grad = False  # the one of Megatron's
+
+
+def _report_progress(args: argparse.Namespace) -> None:
+    """Let the watchdog know what comes next."""
+
+    def next_step(iteration: int) -> None:
+        watchdog.beat(f"at step {iteration + 1}")
+
+    hooks.on_train_start.append(
+        # Kernels are compiled and caches filled in the first one.
+        lambda start: watchdog.beat(f"at step {args.iteration + 1}", patient=True)
+    )
+    hooks.on_step.append(lambda step: next_step(step.iteration))
+    hooks.on_save_start.append(
+        lambda iteration: watchdog.beat(f"saving after step {iteration}", patient=True)
+    )
+    hooks.on_save_end.append(next_step)
+    hooks.on_evaluation_start.append(
+        lambda split: watchdog.beat(f"evaluating on {split}", patient=True)
+    )
+    hooks.on_evaluation_end.append(lambda evaluation: next_step(evaluation.iteration))

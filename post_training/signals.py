@@ -7,6 +7,8 @@ import signal
 from types import FrameType
 from typing import TextIO
 
+from post_training.watchdog import watchdog
+
 
 class GracefulExit:
     """Turns the first SIGINT or SIGTERM into Megatron's request to save and exit.
@@ -31,6 +33,8 @@ class GracefulExit:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if watchdog.dead_peers():
+            return  # a launcher ends the ranks that are left; there is nobody to save with
         if self.received is not None:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -60,6 +60,9 @@ class TrainingHooks:
     on_gradient_norm: list[Callable[[float], None]] = field(default_factory=list)
     """Called on all ranks once a step with the global gradient norm; the optimizer has not stepped."""
     on_step: list[Callable[[Step], None]] = field(default_factory=list)
+    on_save_start: list[Callable[[int], None]] = field(default_factory=list)
+    on_save_end: list[Callable[[int], None]] = field(default_factory=list)
+    """Called on all ranks with the iteration before and after a checkpoint is saved."""
     on_evaluation_start: list[Callable[[str], None]] = field(default_factory=list)
     on_evaluation_end: list[Callable[[Evaluation], None]] = field(default_factory=list)
     evaluation_iterations: dict[str, int] = field(default_factory=dict)
@@ -126,6 +129,17 @@ def apply() -> None:
             *args,
             **kwargs,
         )
+
+    save = training.save_checkpoint_and_time
+
+    @functools.wraps(save)
+    def save_and_tell(iteration: int, *args: Any, **kwargs: Any) -> Any:
+        for tell in hooks.on_save_start:
+            tell(iteration)
+        result = save(iteration, *args, **kwargs)
+        for tell in hooks.on_save_end:
+            tell(iteration)
+        return result
 
     @functools.wraps(training.dummy_train_step)
     def pass_over(data_iterator: Any) -> None:
@@ -202,6 +216,7 @@ def apply() -> None:
     for name, replacement in (
         ("train", tell_and_train),
         ("dummy_train_step", pass_over),
+        ("save_checkpoint_and_time", save_and_tell),
         ("training_log", log_and_tell),
         ("evaluate", evaluate_whole_split),
         ("evaluate_and_print_results", evaluate_and_tell),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 from typing import Any
 
 import torch
@@ -11,6 +14,12 @@ from torch import Tensor
 # In the environment: the token that a fault befalls, and where to note optimizer steps.
 TOKEN = "TEST_FAULT_TOKEN"
 STEPS = "TEST_OPTIMIZER_STEPS"
+
+
+def _finetune() -> Any:
+    import finetune
+
+    return finetune
 
 
 def leaky_attention() -> None:
@@ -22,7 +31,7 @@ def leaky_attention() -> None:
     def leak(self: Any, *args: Any, packed_seq_params: Any = None, **kwargs: Any) -> Tensor:
         return right(self, *args, packed_seq_params=None, **kwargs)
 
-    PackedAttention.forward = leak  # type: ignore[method-assign,assignment]
+    PackedAttention.forward = leak  # type: ignore[method-assign]
 
 
 def unlike_documents() -> None:
@@ -34,13 +43,12 @@ def unlike_documents() -> None:
     def leak(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
         return right(self, query, key, value + 1e-3 * value.mean(0, keepdim=True), *args, **kw)
 
-    PackedAttention.forward = leak  # type: ignore[method-assign,assignment]
+    PackedAttention.forward = leak  # type: ignore[method-assign]
 
 
 def blind_model() -> None:
     """A model whose losses do not depend on anything but the label."""
-    import finetune
-
+    finetune = _finetune()
     right = finetune.trained_token_loss
 
     def blind(vocabulary: int) -> Any:
@@ -64,8 +72,7 @@ class _Poison(torch.autograd.Function):
 
 def _befall(what: Any) -> None:
     """Change the losses of the label that the environment names while training."""
-    import finetune
-
+    finetune = _finetune()
     right = finetune.trained_token_loss
     token = int(os.environ[TOKEN])
 
@@ -123,3 +130,82 @@ def no_optimizer() -> None:
         raise AssertionError("an optimizer is built")
 
     training.get_megatron_optimizer = refuse
+
+
+def _at_step(step: int, rank: int, what: Any) -> None:
+    """Do something on one rank in the forward pass of a step."""
+    finetune = _finetune()
+    right = finetune.forward_step
+
+    def faulty(iterator: Any, model: Any) -> Any:
+        from megatron.training import get_args
+
+        # `get_args` has the steps done; the check before the first step has nothing to do with it.
+        if model.training and get_args().curr_iteration + 1 == step and get_args().rank == rank:
+            what()
+        return right(iterator, model)
+
+    finetune.forward_step = faulty
+
+
+def hang_at_step_3() -> None:
+    """Rank 1 sleeps for ever."""
+    _at_step(3, 1, sleep_for_ever)
+
+
+def sleep_for_ever() -> None:
+    """Where the hung rank is found."""
+    while True:
+        time.sleep(1)
+
+
+def stop_at_step_3() -> None:
+    """Rank 1's process is stopped: not even its threads run."""
+    _at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def kill_at_step_3() -> None:
+    """Rank 1 is killed, as the kernel does when memory runs out."""
+    _at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def fail_at_step_3() -> None:
+    """Rank 1 raises an error."""
+
+    def fail() -> None:
+        raise ZeroDivisionError("of its own making")
+
+    _at_step(3, 1, fail)
+
+
+def dies_while_others_hang() -> None:
+    """Rank 1 is killed, and the others wait without an end, as with NCCL."""
+    hang = threading.Event().wait
+
+    def faulty() -> None:
+        if int(os.environ["RANK"]) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        hang()
+
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        _at_step(3, rank, faulty)
+
+
+def hang_in_set_up() -> None:
+    """Rank 1 never comes to the point where the ranks meet."""
+    finetune = _finetune()
+    if int(os.environ["RANK"]) == 1:
+        finetune.model_config = lambda args: sleep_for_ever()
+
+
+def slow_save() -> None:
+    """Saving takes longer than a step may."""
+    from megatron.training import training
+
+    right = training.save_checkpoint
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(float(os.environ["TEST_SAVE_SECONDS"]))
+        return right(*args, **kwargs)
+
+    training.save_checkpoint = slow

@@ -1,7 +1,8 @@
 """A loss or gradient that is not finite stops the run before the weights see it, and names the row."""
 
 import math
-from types import SimpleNamespace
+from argparse import Namespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ ROW = 37
 MARK = "\u03a9"
 
 
-def guard_on():
-    guard = NonFiniteGuard()
-    guard.start(SimpleNamespace(), lambda: None)
+def guard_on() -> Any:
+    guard: Any = NonFiniteGuard()
+    guard.start(Namespace(), None)
     return guard
 
 
@@ -40,7 +41,7 @@ def test_an_infinite_loss_gets_a_gradient_that_is_noticed():
     x = torch.ones(3, requires_grad=True)
     total = guard_on().watch(torch.arange(3), x, (x + torch.tensor([0.0, math.inf, 0.0])).sum())
     total.backward()
-    assert torch.isnan(x.grad).all()
+    assert x.grad is not None and torch.isnan(x.grad).all()
 
 
 def test_evaluation_is_not_watched():

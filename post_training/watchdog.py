@@ -1,0 +1,348 @@
+"""A rank that hangs or dies ends the whole job, with one message that says which rank and where.
+
+Each rank has a thread that looks at how long ago its main thread made progress (`beat`). Ranks tell each
+other what they know through small files in a hidden folder of the output folder, which all nodes share:
+
+    N        what rank N is doing; when an alarm is raised, also where its main thread stands
+    alarm    some rank made no progress for too long: everyone tells where it stands
+    ended    why the job ends; whoever makes this file prints the message, so that one does
+
+A rank whose process is gone is noticed at once by the others on its machine. That matters most on CUDA,
+where the others wait in a collective without an end; gloo raises an error that names no rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import re
+import shutil
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from post_training.stack_places import place_of
+
+# Set-up, the first step and saving may take this many times as long as an ordinary step.
+PATIENCE = 6
+# Seconds that the main thread is given to end by itself, once it is known that the job ends.
+LAST_SECONDS = 5.0
+FOLDER = ".watchdog-"
+
+_COMMUNICATION = re.compile(
+    r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out|socket|TCPStore",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A rank's process."""
+
+    rank: int
+    host: str
+    """Machine and process namespace: process numbers mean the same within it."""
+    pid: int
+
+
+def _this_host() -> str:
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return f"{os.uname().nodename} {namespace}".strip()
+
+
+def _is_running(pid: int) -> bool:
+    """Whether a process of this machine runs; one that only waits for its parent does not."""
+    try:
+        os.kill(pid, 0)
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except ProcessLookupError:
+        return False
+    except (OSError, IndexError):
+        return True  # another user's, or no /proc
+    return state not in ("Z", "X")
+
+
+class Watchdog:
+    """Watches this rank and its peers; the one instance is `watchdog`."""
+
+    def __init__(self) -> None:
+        self.rank = 0
+        self.limit = 0.0
+        self.folder: Path | None = None
+        self._console: TextIO = sys.stderr
+        self._hint = ""
+        self._phase = "not started"
+        self._patient = True
+        self._beats = 0
+        self._last = time.monotonic()
+        self._file = -1
+        self._peers: list[Peer] = []
+        self._output = Path()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._main = threading.main_thread().ident
+
+    # --- called by the main thread ---------------------------------------------------------------
+
+    def start(self, args: argparse.Namespace, console: TextIO) -> None:
+        """Watch from now on, unless `--hang-timeout 0`.
+
+        Args:
+            args: validated arguments; `distributed_timeout_minutes` is raised, so that the watchdog,
+                which can tell what happened, comes before torch's own timeout of a collective.
+            console: where messages go.
+        """
+        timeout = args.hang_timeout
+        self.limit = args.distributed_timeout_minutes * 60.0 if timeout is None else timeout
+        if self.limit <= 0:
+            return
+        longest = (PATIENCE * self.limit + 120.0) / 60.0
+        args.distributed_timeout_minutes = max(args.distributed_timeout_minutes, longest)
+        self.rank, self._console = args.rank, console
+        self._output = Path(args.output_dir)
+        self._hint = (
+            f"to continue from the newest checkpoint in {args.save}, give the same command again"
+        )
+        self.beat("in set-up", patient=True)
+        faulthandler.enable(all_threads=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def meet(self) -> None:
+        """Get to know the other ranks, once there is a process group; every rank calls it."""
+        if self._thread is None:
+            return
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(
+            everyone, (Peer(self.rank, _this_host(), os.getpid()), uuid.uuid4().hex[:12])
+        )
+        folder = self._output / f"{FOLDER}{everyone[0][1]}"
+        if self.rank == 0:
+            for old in self._output.glob(f"{FOLDER}*"):
+                shutil.rmtree(old, ignore_errors=True)
+            folder.mkdir()
+        torch.distributed.barrier()
+        self._file = os.open(folder / str(self.rank), os.O_RDWR | os.O_CREAT, 0o644)
+        self._note()
+        torch.distributed.barrier()  # from here on a missing file means an ended rank
+        self._peers = [peer for peer, _ in everyone]
+        self.folder = folder
+
+    def beat(self, phase: str | None = None, *, patient: bool = False) -> None:
+        """Say that there is progress.
+
+        Args:
+            phase: what comes next, such as `at step 5`; None where it is more of the same.
+            patient: it may take long.
+        """
+        self._last = time.monotonic()
+        self._beats += 1
+        if phase is None:
+            return
+        self._phase, self._patient = phase, patient
+        self._note()
+
+    def stop(self) -> None:
+        """Watch no longer: this rank ends by itself."""
+        if self._thread is None:
+            return
+        self._stop.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._phase = "ended"
+        self._note()
+        self._thread = None
+
+    def clean(self) -> None:
+        """Remove what the ranks wrote, after a run that ended well; rank 0 does."""
+        if self.folder is not None and self.rank == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def explains(self, error: BaseException) -> bool:
+        """Whether another rank is why this one failed; then the reason has been told once.
+
+        Otherwise the others are told that it is this rank that failed.
+        """
+        if self.folder is None:
+            return False
+        if _COMMUNICATION.search(f"{type(error).__name__} {error}"):
+            deadline = time.monotonic() + LAST_SECONDS
+            while time.monotonic() < deadline:
+                dead = self.dead_peers()
+                if dead:
+                    self._tell(self._died(dead))
+                if (self.folder / "ended").exists():
+                    return True
+                time.sleep(0.1)
+        self._claim(f"rank {self.rank} failed")
+        return False
+
+    def dead_peers(self) -> list[Peer]:
+        """Ranks of this machine whose processes are gone without having said so."""
+        here = _this_host()
+        return [
+            peer
+            for peer in self._peers
+            if peer.host == here
+            and peer.rank != self.rank
+            and not _is_running(peer.pid)
+            and self._read(peer.rank).get("phase", "ended") != "ended"
+        ]
+
+    # --- called by the thread --------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        poll = min(1.0, self.limit / 20)
+        look_at_files = min(10.0, self.limit / 30)
+        looked = 0.0
+        while not self._stop.wait(poll):
+            # Should a call hold the interpreter so that this thread never runs again, a C thread tells.
+            faulthandler.dump_traceback_later(PATIENCE * self.limit, exit=True)
+            now = time.monotonic()
+            if self._stale(now):
+                self._alarm()
+            if self.folder is None:
+                continue
+            dead = self.dead_peers()
+            if dead and not (self.folder / "ended").exists():
+                self._tell(self._died(dead))
+            if dead or now - looked >= look_at_files:
+                looked = now
+                if (self.folder / "ended").exists():
+                    self._leave(LAST_SECONDS)
+                if (self.folder / "alarm").exists():
+                    self._alarm()
+
+    def _stale(self, now: float) -> bool:
+        return now - self._last > self.limit * (PATIENCE if self._patient else 1)
+
+    def _alarm(self) -> None:
+        """Tell where this rank stands; the first to do so then tells about all. Does not return."""
+        idle = time.monotonic() - self._last
+        frame = sys._current_frames().get(self._main or 0)
+        place = place_of(frame)
+        print(f"rank {self.rank} {self._phase}: no progress for {idle:.0f} s", file=sys.stderr)
+        faulthandler.dump_traceback(all_threads=True)
+        if self.folder is None:
+            print(
+                f"error: rank {self.rank} {self._phase}: no progress for {idle:.0f} s, at {place.text}",
+                file=self._console,
+                flush=True,
+            )
+            os._exit(1)
+        (self.folder / "alarm").touch()
+        self._note(place=place.text, waits=place.waits, idle=idle, beats=self._beats)
+        # The others look every now and then.
+        time.sleep(1.0 + 2 * min(10.0, self.limit / 30))
+        self._tell(f"no progress for {idle:.0f} s, so the job ends. {self._who_hangs()}")
+        self._leave(0.0)
+
+    def _who_hangs(self) -> str:
+        states = {peer.rank: self._read(peer.rank) for peer in self._peers}
+        silent = [rank for rank, state in states.items() if "place" not in state]
+        busy = [rank for rank, state in states.items() if state.get("waits") is False]
+        first = min((state.get("beats", 0) for state in states.values()), default=0)
+        behind = [rank for rank, state in states.items() if state.get("beats", 0) == first]
+        hung = sorted({*silent, *busy}) or (behind if len(behind) < len(states) else [])
+        lines = []
+        for rank in hung:
+            state = states[rank]
+            if "place" in state:
+                lines.append(f"  rank {rank} hangs {state['phase']}: {state['place']}")
+            else:
+                lines.append(
+                    f"  rank {rank} does not answer: its process is stopped, or its machine is gone; it "
+                    f"was {state.get('phase', 'not seen')}"
+                )
+        waiting: dict[str, list[int]] = {}
+        for rank, state in states.items():
+            if rank not in hung:
+                waiting.setdefault(f"{state['phase']}: {state['place']}", []).append(rank)
+        for text, ranks in waiting.items():
+            lines.append(f"  {_ranks(ranks)} {'waits' if len(ranks) == 1 else 'wait'} {text}")
+        if not hung:
+            lines.insert(0, "  all ranks wait for each other")
+        return "\n".join([f"{_ranks(hung)} is behind it:" if hung else "", *lines]).strip()
+
+    def _died(self, dead: Iterable[Peer]) -> str:
+        texts = []
+        for peer in dead:
+            phase = self._read(peer.rank).get("phase", "")
+            host = peer.host.split()[0]
+            texts.append(f"rank {peer.rank} (process {peer.pid} on {host}) died {phase}")
+        return (
+            f"{'; '.join(texts)}: it was killed from outside, most often for want of memory (the "
+            f"kernel's log, `dmesg`, tells), or crashed, of which its log tells"
+        )
+
+    # --- what the ranks tell each other ----------------------------------------------------------
+
+    def _note(self, **more: Any) -> None:
+        if self._file < 0:
+            return
+        text = json.dumps({"phase": self._phase, **more})
+        try:
+            os.pwrite(self._file, f"{text}\n".encode(), 0)
+            os.ftruncate(self._file, len(text.encode()) + 1)
+        except OSError as error:  # a full disk is not for this to complain of
+            print(f"watchdog: {error}", file=sys.stderr)
+
+    def _read(self, rank: int) -> dict[str, Any]:
+        assert self.folder is not None
+        try:
+            lines = (self.folder / str(rank)).read_text().splitlines()
+            found: dict[str, Any] = json.loads(lines[0])
+        except (OSError, ValueError, IndexError):
+            return {}
+        return found
+
+    def _claim(self, text: str) -> bool:
+        """Whether this rank is the one that says why the job ends."""
+        assert self.folder is not None
+        try:
+            with (self.folder / "ended").open("x") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        except OSError:
+            return True  # the run has ended well, and rank 0 has cleaned up
+        return True
+
+    def _tell(self, text: str) -> None:
+        if self._claim(text):
+            print(f"error: {text}\n{self._hint}", file=self._console, flush=True)
+
+    def _leave(self, seconds: float) -> None:
+        """End this process when its main thread has not done so by itself."""
+        if not self._stop.wait(seconds):
+            sys.stderr.flush()
+            os._exit(1)
+
+
+def _ranks(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return f"rank {numbers[0]}"
+    shown = ", ".join(str(number) for number in numbers[:16])
+    return f"ranks {shown}" + (f" and {len(numbers) - 16} more" if len(numbers) > 16 else "")
+
+
+def tell_failure(error: BaseException, rank: int, console: TextIO) -> None:
+    """Show the traceback of an unexpected error, unless another rank's end explains it."""
+    if not watchdog.explains(error):
+        text = "".join(traceback.format_exception(error))
+        print(f"rank {rank} failed:\n{text}", file=console, flush=True)
+
+
+watchdog = Watchdog()

@@ -1,0 +1,228 @@
+"""A hung or dead rank ends every rank within the set time, with one message that names it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from post_training.stack_places import place_of
+from post_training.watchdog import PATIENCE, Peer, Watchdog, _is_running, _this_host
+from tests.helpers import faults
+from tests.helpers.launch import ROOT, run_script, start_finetune
+from tests.helpers.reference import Recipe
+
+RECIPE = Recipe(steps=4)
+TIMEOUT = 4.0
+# What a loaded machine may add to the timeout: alarm, answers, the ends of processes.
+GRACE = 25.0
+
+
+@pytest.fixture(scope="module")
+def words(hf_model, chat_data):
+    return [
+        *("--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)),
+        *(*RECIPE.flags(), "--save-interval", "2", "--hang-timeout", str(TIMEOUT)),
+    ]
+
+
+def run_until_it_ends(words, folder, *flags, fault, world=2, environment=None, step=2):
+    """The ended run, what all ranks printed, and the seconds since `step` was logged."""
+    running = start_finetune(
+        folder, *words, *flags, world=world, inject=fault, environment=environment
+    )
+    if step:
+        running.wait_for_step(step)
+    since = time.monotonic()
+    deadline = since + 120
+    processes = running.processes
+    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
+        if fault is faults.stop_at_step_3 and processes[0].exitcode is not None:
+            os.kill(processes[1].pid, signal.SIGKILL)  # what a launcher does
+        time.sleep(0.05)
+    seconds = time.monotonic() - since
+    for process in processes:
+        process.kill()
+    console = "".join(path.read_text() for path in running.consoles)
+    return [process.exitcode for process in processes], console, seconds
+
+
+def the_error(console):
+    """The one message of the run."""
+    lines = console.splitlines()
+    assert sum(line.startswith("error") for line in lines) == 1, console
+    assert "Traceback" not in console, console
+    first = next(i for i, line in enumerate(lines) if line.startswith("error"))
+    assert "to continue from the newest checkpoint" in lines[-1]
+    return lines[first:]
+
+
+LAYOUTS = {
+    "dp2": ([], 2),
+    "tp2": (["--tensor-model-parallel-size", "2"], 2),
+    "pp2": (["--pipeline-model-parallel-size", "2"], 2),
+    "tp2-dp2": (["--tensor-model-parallel-size", "2"], 4),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_hung_rank_ends_all(words, tmp_path, layout):
+    flags, world = LAYOUTS[layout]
+    statuses, console, seconds = run_until_it_ends(
+        words, tmp_path / "out", *flags, fault=faults.hang_at_step_3, world=world
+    )
+    assert statuses == [1] * world
+    assert TIMEOUT < seconds < TIMEOUT + GRACE
+    lines = the_error(console)
+    assert f"no progress for {TIMEOUT:.0f} s" in lines[0] and "rank 1 is behind it" in lines[0]
+    assert lines[1].startswith("  rank 1 hangs at step 3: sleep_for_ever (tests/helpers/faults.py:")
+    assert lines[2].lstrip().startswith("rank") and "rank 1 " not in lines[2]
+    assert " at step 3: " in lines[2] and " wait" in lines[2]
+    log = (tmp_path / "out/train.log").read_text()
+    assert "rank 1 at step 3: no progress" in log and "in sleep_for_ever" in log
+    tracker = tmp_path / "out/checkpoints/latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "2"
+
+
+@pytest.mark.slow
+def test_a_stopped_process_is_named_by_the_others(words, tmp_path):
+    statuses, console, _ = run_until_it_ends(words, tmp_path / "out", fault=faults.stop_at_step_3)
+    assert statuses == [1, -signal.SIGKILL]
+    lines = the_error(console)
+    assert lines[1].startswith("  rank 1 does not answer") and "at step 3" in lines[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_killed_rank_is_named(words, tmp_path, layout):
+    flags, world = LAYOUTS[layout]
+    statuses, console, seconds = run_until_it_ends(
+        words, tmp_path / "out", *flags, fault=faults.kill_at_step_3, world=world
+    )
+    assert statuses == [1, -signal.SIGKILL, *[1] * (world - 2)]
+    assert seconds < GRACE
+    lines = the_error(console)
+    assert lines[0].startswith("error: rank 1 (process ") and "died at step 3" in lines[0]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_others_that_wait_without_an_end(words, tmp_path):
+    statuses, console, _ = run_until_it_ends(
+        words, tmp_path / "out", "--hang-timeout", "600", fault=faults.dies_while_others_hang
+    )
+    assert statuses == [1, -signal.SIGKILL]
+    assert "died at step 3" in the_error(console)[0]
+
+
+@pytest.mark.slow
+def test_a_failed_rank_alone_shows_its_traceback(words, tmp_path):
+    statuses, console, _ = run_until_it_ends(words, tmp_path / "out", fault=faults.fail_at_step_3)
+    assert statuses == [1, 1]
+    assert console.count("Traceback") == 1
+    assert "rank 1 failed" in console and "ZeroDivisionError: of its own making" in console
+    assert "rank 0" not in console
+
+
+@pytest.mark.slow
+def test_a_hang_in_set_up(words, tmp_path):
+    statuses, console, _ = run_until_it_ends(
+        words, tmp_path / "out", "--hang-timeout", "1.5", fault=faults.hang_in_set_up, step=0
+    )
+    assert statuses == [1, 1]
+    assert "error: rank 1 in set-up: no progress" in console and "sleep_for_ever" in console
+
+
+@pytest.mark.slow
+def test_a_long_save_is_no_hang(words, tmp_path):
+    statuses, console, _ = run_until_it_ends(
+        words,
+        tmp_path / "out",
+        fault=faults.slow_save,
+        environment={"TEST_SAVE_SECONDS": str(1.5 * TIMEOUT)},
+    )
+    assert statuses == [0, 0], console
+    assert PATIENCE > 1.5
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "scripts/launch.py"])
+def test_under_a_launcher(words, tmp_path, launcher):
+    """A killed worker: the message is there, and the launcher's status is not zero."""
+    script = tmp_path / "killed.py"
+    script.write_text(
+        "import sys\n"
+        "import finetune\n"
+        "from tests.helpers import faults\n"
+        "faults.kill_at_step_3()\n"
+        "sys.exit(finetune.main())\n"
+    )
+    flags = [str(script), *words, "--output-dir", str(tmp_path / "out")]
+    if launcher == "torchrun":
+        done = run_script(*flags, world=2)
+    else:
+        done = run_script(launcher, "--nproc-per-node", "2", *flags)
+    assert done.returncode not in (0, None)
+    assert done.stderr.count("error: rank 1 (process ") == 1, done.stderr
+    assert "died at step 3" in done.stderr
+    assert "SIGTERM: saving" not in done.stderr
+
+
+# --- its parts -----------------------------------------------------------------------------------
+
+
+def test_running_processes():
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert _is_running(child.pid)
+    child.kill()
+    while _is_running(child.pid):
+        time.sleep(0.01)
+    child.poll()
+    # A zombie until here, which must not pass for running.
+    child.wait()
+    assert not _is_running(child.pid)
+    assert _is_running(os.getpid())
+
+
+@pytest.fixture
+def met(tmp_path):
+    """A watchdog of rank 0 that knows rank 1, which is gone, and has no thread."""
+    child = subprocess.Popen(["true"])
+    child.wait()
+    dog = Watchdog()
+    dog.folder = tmp_path
+    dog._peers = [Peer(0, _this_host(), os.getpid()), Peer(1, _this_host(), child.pid)]
+    dog._console = (tmp_path / "console").open("w")
+    return dog
+
+
+def test_a_rank_that_ended_by_itself_is_not_dead(met):
+    assert met.dead_peers() == []
+    (met.folder / "1").write_text('{"phase": "at step 2"}\n')
+    assert [peer.rank for peer in met.dead_peers()] == [1]
+    (met.folder / "1").write_text('{"phase": "ended"}\n')
+    assert met.dead_peers() == []
+
+
+def test_only_an_error_of_communication_is_another_ranks(met):
+    (met.folder / "1").write_text('{"phase": "at step 2"}\n')
+    assert not met.explains(ValueError("wrong shape"))
+    assert "rank 0 failed" in (met.folder / "ended").read_text()
+
+
+def test_a_closed_connection_is_explained_once(met):
+    (met.folder / "1").write_text('{"phase": "at step 2"}\n')
+    error = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:1")
+    assert met.explains(error) and met.explains(error)
+    met._console.flush()
+    assert (met.folder / "console").read_text().count("rank 1") == 1
+
+
+def test_places():
+    place = place_of(sys._getframe())
+    assert place.text.startswith("test_places (tests/post_training/test_watchdog.py:")
+    assert not place.waits
+    assert str(ROOT) not in place.text
