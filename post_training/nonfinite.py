@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data import SFTDataset
 from data.provenance import document_place
+from post_training.context_parallel import local_token_indices
 from post_training.errors import RunStopped
 from post_training.modelopt_state import latest_checkpoint
 
@@ -89,8 +90,9 @@ class NonFiniteGuard:
         seen, self._seen = self._seen, []
         if self.args is None or math.isfinite(norm):
             return
+        held = _held_positions(self.args)
         found = [
-            _bad_loss(number, indices, losses)
+            _bad_loss(number, held[indices.cpu()], losses.cpu())
             for number, (indices, losses) in enumerate(seen)
             if not bool(torch.isfinite(losses).all())
         ]
@@ -166,20 +168,24 @@ class NonFiniteGuard:
         return lines
 
 
-def _bad_loss(micro_batch: int, indices: Tensor, losses: Tensor) -> BadLoss:
+def _held_positions(args: argparse.Namespace) -> Tensor:
+    """Where in a micro batch's row this rank's tokens are: all of it but with context parallelism."""
+    packs, size = args.micro_batch_size, parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return torch.arange(packs * args.seq_length)
+    rank = parallel_state.get_context_parallel_rank()
+    return local_token_indices(packs, args.seq_length, size, rank)
+
+
+def _bad_loss(micro_batch: int, positions: Tensor, losses: Tensor) -> BadLoss:
     bad = ~torch.isfinite(losses)
     return BadLoss(
         parallel_state.get_data_parallel_rank(),
         micro_batch,
-        tuple(_row_positions(indices[bad])),
+        tuple(positions[bad].tolist()),
         float(losses[bad][0]),
         losses.numel(),
     )
-
-
-def _row_positions(indices: Tensor) -> list[int]:
-    positions: list[int] = indices.tolist()
-    return positions
 
 
 def _document_at(dataset: SFTDataset, pack: int, position: int) -> int | None:

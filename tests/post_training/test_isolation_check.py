@@ -126,6 +126,7 @@ def words(hf_model, chat_data):
 
 
 TP2 = ["--tensor-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
 LAYOUTS = {
     "one": ([], 1),
@@ -133,6 +134,8 @@ LAYOUTS = {
     "dp2": ([], 2),
     "tp2": (TP2, 2),
     "tp2-sp": ([*TP2, "--sequence-parallel"], 2),
+    "cp2": (CP2, 2),
+    "cp2-mbs2": ([*CP2, "--micro-batch-size", "2"], 2),
     "pp2": (PP2, 2),
     "pp2-mbs2": ([*PP2, "--micro-batch-size", "2"], 2),
     "vpp2": ([*PP2, "--num-virtual-stages-per-pipeline-rank", "2"], 2),
@@ -140,7 +143,9 @@ LAYOUTS = {
 slow = {name: pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS}
 
 
-@pytest.mark.parametrize("layout", ["one", slow["dp2"], slow["tp2-sp"], slow["pp2"], slow["vpp2"]])
+@pytest.mark.parametrize(
+    "layout", ["one", slow["dp2"], slow["tp2-sp"], slow["cp2"], slow["pp2"], slow["vpp2"]]
+)
 def test_a_leak_stops_the_run_before_its_first_step(words, tmp_path, layout):
     flags, world = LAYOUTS[layout]
     run = finetune(

@@ -15,6 +15,12 @@ def test_trained_tokens_are_where_the_mask_is_one():
     assert trained.weights.dtype == torch.float32
 
 
+def test_a_mask_tells_groups_apart_and_weighs_them_alike():
+    trained = TrainedTokens.from_mask(torch.tensor([0, 3, 1, 0, 254], dtype=torch.uint8))
+    assert trained.groups.tolist() == [2, 0, 253]
+    assert trained.weights.tolist() == [1.0, 1.0, 1.0]
+
+
 def test_a_filler_pack_weighs_nothing():
     trained = TrainedTokens.from_mask(torch.zeros(5, dtype=torch.uint8))
     losses = torch.tensor([3.0], requires_grad=True)
