@@ -23,9 +23,10 @@ from torch import Tensor
 
 from data import SFTDataset
 from data.provenance import document_place
-from post_training.context_parallel import local_token_indices
+from post_training.context_parallel import ContextParallelCut
 from post_training.errors import RunStopped
 from post_training.modelopt_state import latest_checkpoint
+from post_training.packed_sequences import document_bounds
 
 # Documents that a message names.
 NAMED = 8
@@ -90,15 +91,36 @@ class NonFiniteGuard:
         seen, self._seen = self._seen, []
         if self.args is None or math.isfinite(norm):
             return
-        held = _held_positions(self.args)
         found = [
-            _bad_loss(number, held[indices.cpu()], losses.cpu())
+            _bad_loss(number, self._positions(number, indices.cpu()), losses.cpu())
             for number, (indices, losses) in enumerate(seen)
             if not bool(torch.isfinite(losses).all())
         ]
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, found)
         raise RunStopped(self._message(norm, [bad for rank in gathered for bad in rank]))
+
+    def _positions(self, micro_batch: int, indices: Tensor) -> Tensor:
+        """Positions in the micro batch's whole row, of which context parallel ranks hold parts."""
+        size = parallel_state.get_context_parallel_world_size()
+        if size == 1:
+            return indices
+        assert self._packs is not None
+        dataset, rank = self._packs(), parallel_state.get_data_parallel_rank()
+        packs = [dataset.global_pack(number) for number in self._pack_numbers(micro_batch, rank)]
+        bounds = document_bounds(torch.cat([pack["position_ids"] for pack in packs]))
+        cut = ContextParallelCut.make(
+            bounds, size=size, rank=parallel_state.get_context_parallel_rank()
+        )
+        return cut.local_indices[indices]
+
+    def _pack_numbers(self, micro_batch: int, data_parallel_rank: int) -> list[int]:
+        """The packs of a micro batch of this step, as numbers in the global plan."""
+        args = self.args
+        assert args is not None
+        shards, size = args.data_parallel_size, args.micro_batch_size
+        first = args.consumed_train_samples // shards + micro_batch * size
+        return [local * shards + data_parallel_rank for local in range(first, first + size)]
 
     def _message(self, norm: float, found: list[BadLoss]) -> str:
         args = self.args
@@ -140,14 +162,12 @@ class NonFiniteGuard:
         args = self.args
         assert args is not None and self._packs is not None
         dataset = self._packs()
-        shards = args.data_parallel_size
         # One row for each document: tensor and context parallel ranks may all have seen it.
         places: dict[str, None] = {}
         for bad in sorted(found, key=lambda each: (each.micro_batch, each.data_parallel_rank)):
-            first = args.consumed_train_samples // shards + bad.micro_batch * args.micro_batch_size
+            packs = self._pack_numbers(bad.micro_batch, bad.data_parallel_rank)
             for row in bad.rows:
-                local = first + row // args.seq_length
-                pack = local * shards + bad.data_parallel_rank
+                pack = packs[row // args.seq_length]
                 document = _document_at(dataset, pack, row % args.seq_length)
                 where = (
                     f"pack {pack}, micro batch {bad.micro_batch + 1} of data parallel rank "
@@ -166,15 +186,6 @@ class NonFiniteGuard:
                 "the data"
             )
         return lines
-
-
-def _held_positions(args: argparse.Namespace) -> Tensor:
-    """Where in a micro batch's row this rank's tokens are: all of it but with context parallelism."""
-    packs, size = args.micro_batch_size, parallel_state.get_context_parallel_world_size()
-    if size == 1:
-        return torch.arange(packs * args.seq_length)
-    rank = parallel_state.get_context_parallel_rank()
-    return local_token_indices(packs, args.seq_length, size, rank)
 
 
 def _bad_loss(micro_batch: int, positions: Tensor, losses: Tensor) -> BadLoss:
