@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from post_training.errors import SetupError
 from post_training.eval_only import prepare_evaluation
 from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
 from post_training.platform import device_type
+from post_training.wandb_login import check_wandb
 
 
 def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -278,9 +278,8 @@ def _complete(args: argparse.Namespace) -> None:
     _fill(args, "save", os.path.join(args.output_dir, "checkpoints"))
     if not args.eval_only:
         _fill(args, "tensorboard_dir", os.path.join(args.output_dir, "tensorboard"))
-    if args.wandb_project and importlib.util.find_spec("wandb") is None:
-        raise SetupError("--wandb-project: wandb is not installed (pip install '.[wandb]')")
     if args.wandb_project:
+        check_wandb()
         _fill(args, "wandb_exp_name", os.path.basename(os.path.normpath(args.output_dir)))
         _fill(args, "wandb_save_dir", args.output_dir)
     if device_type() == "cuda" and not (args.fp32 or args.fp16 or args.bf16):
