@@ -56,6 +56,7 @@ from post_training.run_log import RunLog
 from post_training.safeguards import install_safeguards
 from post_training.signals import GracefulExit
 from post_training.speculative import report_acceptance
+from post_training.start_up import start_up
 from post_training.step_counters import counters
 from post_training.watchdog import tell_failure, watchdog
 
@@ -162,6 +163,7 @@ def finetune(
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
         # Called once the model and a checkpoint are loaded: the first step comes next.
         if not vp_stage:
+            start_up.mark("process group and model")
             watchdog.meet()
             check_same_documents(documents, platform.current_device())
             run_log.begin(args.iteration)
@@ -199,12 +201,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     console: TextIO = sys.stderr
     rank = int(os.environ.get("RANK", "0"))
     started = False
+    start_up.mark("imports")
     try:
         args = parse_arguments(argv)
         output.choose_checkpoint(args)
         check_weights(args)
         output.prepare_output(args)
+        start_up.mark("arguments")
         tokenizer, documents = prepare_data(args)
+        start_up.mark("data")
         output.check_identity(args, documents)
         if args.num_epochs:
             args.train_iters = steps_of_epochs(args, tokenizer, documents["train"])
@@ -214,6 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.eval_only:
             output.save_config(args)
             output.save_model_folder(args, tokenizer)
+        start_up.mark("output folder")
         started = True
         finetune(args, console, tokenizer, documents)
     except (SetupError, DataError) as error:

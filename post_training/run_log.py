@@ -16,6 +16,7 @@ from post_training.datasets import SplitDocuments, sources_of
 from post_training.platform import current_device
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
 from post_training.progress import Progress
+from post_training.start_up import start_up
 from post_training.step_counters import StepTotals, counters
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of its name.
@@ -77,6 +78,7 @@ class RunLog:
         self.trained_tokens = 0.0
         self.peak = peak_flops()
         self.last_iteration = 0
+        self._losses: list[torch.Tensor] = []
         self.draft_acceptance_length: float | None = None
         hooks.on_step.append(self.on_step)
         hooks.on_evaluation_start.append(self.on_evaluation_start)
@@ -119,13 +121,19 @@ class RunLog:
     def start_clock(self, start: TrainStart) -> None:
         """Time the first step from here: what is checked before it is no part of it."""
         self.last_step_end = time.perf_counter()
+        start_up.mark("checks")
 
     def on_step(self, step: Step) -> None:
-        """Write one step down (every `--log-interval` steps); all ranks take part."""
+        """Write one record every `--log-interval` steps, of all of them; all ranks take part."""
         self.last_iteration = step.iteration
+        took = start_up.first_step()
+        if took and self.is_writer:
+            print(took, flush=True)
+        if "lm loss" in step.losses:
+            self._losses.append(step.losses["lm loss"].detach())
         if step.iteration % self.args.log_interval and step.iteration != self.args.train_iters:
             return
-        totals = counters.reduce(step.losses.get("lm loss"), current_device())
+        totals = counters.reduce(self._mean_loss(), current_device())
         now = time.perf_counter()
         seconds = now - (self.last_step_end if self.last_step_end is not None else now)
         self.last_step_end = now
@@ -157,6 +165,11 @@ class RunLog:
             )
         self._write(record)
         self.progress.step(record)
+
+    def _mean_loss(self) -> torch.Tensor | None:
+        """The mean over the steps since the last record, on the last pipeline stage, as Megatron logs it."""
+        losses, self._losses = self._losses, []
+        return torch.stack(losses).double().mean() if losses else None
 
     def _flops(self, squared_lengths: float, real_tokens: float, steps: int) -> float:
         from megatron.training.training import num_floating_point_operations

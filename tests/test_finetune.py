@@ -142,6 +142,18 @@ def test_signal_saves_and_the_same_command_continues(words, straight, tmp_path, 
     assert numbers(run)[:shared] == numbers(straight)[:shared]
 
 
+def test_a_record_is_on_all_steps_since_the_last_one(words, straight, tmp_path):
+    run = finetune(tmp_path / "out", *words, "--log-interval", "3", "--no-save-optim").ok()
+    assert [step["iteration"] for step in run.steps] == [3, 6, 8]
+    parts = [straight.steps[0:3], straight.steps[3:6], straight.steps[6:8]]
+    for step, part in zip(run.steps, parts, strict=True):
+        mean = sum(each["lm_loss"] for each in part) / len(part)
+        assert step["lm_loss"] == pytest.approx(mean, rel=1e-6)
+        assert step["trained_tokens"] == sum(each["trained_tokens"] for each in part)
+        assert step["grad_norm"] == part[-1]["grad_norm"]
+    assert run.steps[-1]["total_trained_tokens"] == straight.steps[-1]["total_trained_tokens"]
+
+
 # --- evaluation and epochs -----------------------------------------------------------------------
 
 
