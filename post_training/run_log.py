@@ -167,7 +167,7 @@ class RunLog:
         self.progress.step(record)
 
     def _mean_loss(self) -> torch.Tensor | None:
-        """The mean over the steps since the last record, on the last pipeline stage, as Megatron logs it."""
+        """Mean over the steps since the last record, as Megatron logs it; on the last pipeline stage."""
         losses, self._losses = self._losses, []
         return torch.stack(losses).double().mean() if losses else None
 
