@@ -14,12 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
-# Megatron overlaps tensor parallel communication only with one connection; CUDA reads this when it starts.
-if "--use-torch-fsdp2" not in sys.argv:
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-
 from post_training import platform
+from post_training.platform import cuda_connections
 
+cuda_connections.choose(sys.argv[1:])
 platform.apply()
 
 import torch
@@ -28,13 +26,12 @@ from megatron.core.enums import ModelType
 from megatron.core.utils import unwrap_model
 from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
-from megatron.training.arguments import validate_args
 from megatron.training.global_vars import set_global_variables
 
 from data import DataError
 from model_provider import check_weights, model_config
 from post_training import output
-from post_training.arguments import parse_arguments
+from post_training.arguments import parse_arguments, validate
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.data_iterators import MicroBatchIterator, split_iterators
 from post_training.datasets import (
@@ -146,10 +143,7 @@ def finetune(
     args: argparse.Namespace, console: TextIO, tokenizer: Any, documents: dict[str, SplitDocuments]
 ) -> None:
     """Run `pretrain()` with everything wired together; needs resolved arguments and prepared data."""
-    try:
-        validate_args(args)
-    except (AssertionError, ValueError, RuntimeError) as error:
-        raise SetupError(f"Megatron refuses these flags: {error}") from error
+    validate(args)
     set_global_variables(args, build_tokenizer=False)
     checkpoint_queue.apply(async_save=args.async_save)
     watchdog.start(args, console)

@@ -36,6 +36,8 @@ def model_config(args: argparse.Namespace) -> Any:
     transformer = config.transformer
     # A stage sends a view of its output (`split_stage_output`): its memory cannot be given away.
     transformer.deallocate_pipeline_outputs = args.micro_batch_size == 1
+    if args.fsdp_compute_dtype is not None:
+        transformer.autocast_dtype = args.fsdp_compute_dtype
     resumes = latest_checkpoint(args.load) is not None
     from_hf = takes_hf_weights(args)
     if from_hf or (resumes and not has_modelopt_state(args.load)):

@@ -19,6 +19,7 @@ from post_training import layout
 from post_training.config_file import apply_config_file
 from post_training.errors import SetupError
 from post_training.eval_only import prepare_evaluation
+from post_training.fsdp_layout import fsdp2_defaults
 from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
 from post_training.platform import device_type
 from post_training.wandb_login import check_wandb
@@ -180,6 +181,7 @@ def parse_arguments(
     early.add_argument("--hf-model")
     early.add_argument("--transformer-impl")
     early.add_argument("--trust-remote-code", action="store_true")
+    early.add_argument("--use-torch-fsdp2", action="store_true")
     known, _ = early.parse_known_args(argv)
 
     derived: dict[str, Any] = {}
@@ -205,6 +207,8 @@ def parse_arguments(
             )
         derived.update(sft_defaults())
         derived.update(platform_defaults(use_te and transformer_impl != "local"))
+        if known.use_torch_fsdp2 or written.get("use_torch_fsdp2"):
+            derived.update(fsdp2_defaults())
         if name:
             trust = known.trust_remote_code or bool(written.get("trust_remote_code"))
             hf_config = load_hf_config(name, trust_remote_code=trust)
@@ -240,6 +244,27 @@ def parse_arguments(
     return args
 
 
+def validate(args: argparse.Namespace) -> None:
+    """Let Megatron check the arguments and derive what it derives.
+
+    Raises:
+        SetupError: Megatron refuses them.
+    """
+    from megatron.training.arguments import validate_args
+
+    from post_training.fsdp import keep_fp32_shards
+
+    untied = args.untie_embeddings_and_output_weights
+    # Megatron refuses tied embeddings with FSDP2, for its own wrapper's sake.
+    args.untie_embeddings_and_output_weights = untied or args.use_torch_fsdp2
+    try:
+        validate_args(args)
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise SetupError(f"Megatron refuses these flags: {error}") from error
+    args.untie_embeddings_and_output_weights = untied
+    keep_fp32_shards(args)
+
+
 def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Say in one line what argparse would say below hundreds of lines of usage."""
     unknown = message.removeprefix("unrecognized arguments: ")
@@ -261,8 +286,8 @@ def _complete(args: argparse.Namespace) -> None:
             "--hf-model is missing: name a HuggingFace folder or hub name "
             "(or describe a model with --num-layers, --hidden-size and so on)"
         )
-    if args.use_torch_fsdp2 or args.use_megatron_fsdp:
-        raise SetupError("--use-torch-fsdp2 and --use-megatron-fsdp are not supported yet")
+    if args.use_megatron_fsdp:
+        raise SetupError("--use-megatron-fsdp is not supported; use --use-torch-fsdp2")
     args.eval_only = args.skip_train = args.eval_only or args.skip_train
     if args.eval_only:
         prepare_evaluation(args)

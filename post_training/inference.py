@@ -11,14 +11,15 @@ from typing import Any
 import torch
 import yaml
 
-from post_training.arguments import parse_arguments
+from post_training.arguments import parse_arguments, validate
 from post_training.errors import SetupError
+from post_training.fsdp_checkpoint import checkpoint_format, load_weights
 from post_training.modelopt_state import latest_checkpoint
 from post_training.output import MODEL_FOLDER
 from post_training.tokenizer import load_tokenizer
 
-# The layout that a run's config.yaml names is not there in this process.
-ONE_PROCESS: dict[str, int | None] = {
+# The layout that a run's config.yaml names is not there in this process, and nothing is trained.
+ONE_PROCESS: dict[str, int | str | None] = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
@@ -34,6 +35,9 @@ ONE_PROCESS: dict[str, int | None] = {
     "eval_micro_batch_size": None,
     "global_batch_size": None,
     "eval_global_batch_size": None,
+    "use_torch_fsdp2": False,
+    "save_hf": False,
+    "ckpt_format": "torch_dist",
 }
 
 
@@ -113,7 +117,6 @@ def _build(args: argparse.Namespace) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
     from megatron.training import checkpointing, training
-    from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
     from model_provider import model_config
@@ -123,7 +126,7 @@ def _build(args: argparse.Namespace) -> Any:
     args.no_load_optim = args.no_load_rng = True
     args.exit_signal_handler = False
     args.use_distributed_optimizer = False
-    validate_args(args)
+    validate(args)
     set_global_variables(args, build_tokenizer=False)
     # A store of its own: no port is opened and nobody is waited for.
     training.initialize_megatron(store=torch.distributed.HashStore())
@@ -134,9 +137,13 @@ def _build(args: argparse.Namespace) -> Any:
         wrap_with_ddp=False,
         data_parallel_random_init=False,
     )
-    if args.load is not None:
-        checkpointing.load_checkpoint(chunks, None, None)
     model = unwrap_model(chunks)[0].eval()
+    if args.load is not None:
+        checkpoint = Path(checkpointing.get_load_checkpoint_path_by_args(args))
+        if checkpoint_format(checkpoint) == "torch_dcp":
+            load_weights(model, checkpoint)
+        else:
+            checkpointing.load_checkpoint(chunks, None, None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model

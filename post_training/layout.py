@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
+from post_training import fsdp_layout
 from post_training.errors import SetupError
 from post_training.layout_search import describe_changes, nearest_layout, nearest_multiple
 
@@ -324,6 +325,7 @@ def _check_context_flags(args: argparse.Namespace) -> None:
 # Each raises a `SetupError` where the arguments break it. The search for a layout that works runs the
 # same rules, so that what it proposes passes them. Later rules may rely on earlier ones.
 RULES = (
+    fsdp_layout.check_sizes,
     _check_processes,
     _check_heads,
     _check_layers,
@@ -333,4 +335,4 @@ RULES = (
     _check_sequence,
 )
 # Another layout is no answer to what these refuse.
-FLAG_RULES = (_check_context_flags,)
+FLAG_RULES = (_check_context_flags, fsdp_layout.check_flags)

@@ -17,6 +17,7 @@ import yaml
 
 from post_training.config_file import resolved_config, write_config
 from post_training.errors import SetupError
+from post_training.fsdp_checkpoint import check_format
 from post_training.hf_config import local_model_folder
 from post_training.modelopt_state import latest_checkpoint
 
@@ -74,9 +75,10 @@ def choose_checkpoint(args: argparse.Namespace) -> Path | None:
 
 def _check_same_model(args: argparse.Namespace, checkpoint: Path) -> None:
     config_file = checkpoint.parent.parent / "config.yaml"
-    if not config_file.is_file():
-        return
-    written: dict[str, Any] = yaml.safe_load(config_file.read_text()) or {}
+    written: dict[str, Any] = {}
+    if config_file.is_file():
+        written = yaml.safe_load(config_file.read_text()) or {}
+    check_format(args, checkpoint, written)
     if written.get("no_save_optim") and not (
         args.no_load_optim or args.finetune or args.skip_train
     ):
@@ -113,9 +115,14 @@ def count_parameters(args: argparse.Namespace) -> int:
 
 
 def checkpoint_bytes(args: argparse.Namespace) -> int:
-    """Size of one checkpoint: weights, and master weights with two Adam moments in fp32."""
-    weight = 2 if args.bf16 or args.fp16 else 4
+    """Size of one checkpoint: weights, and master weights with two Adam moments in fp32.
+
+    With FSDP2 the weights are the master weights.
+    """
+    weight = 2 if (args.bf16 or args.fp16) and not args.use_torch_fsdp2 else 4
     optimizer = 0 if args.no_save_optim else (12 if args.optimizer == "adam" else 8)
+    if args.use_torch_fsdp2:
+        optimizer = max(0, optimizer - 4)
     return count_parameters(args) * (weight + optimizer)
 
 

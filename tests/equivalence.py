@@ -47,6 +47,7 @@ EP4 = ("--expert-model-parallel-size", "4")
 ETP1 = ("--expert-tensor-parallel-size", "1")
 ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
 SP = ("--sequence-parallel",)
+FSDP2 = ("--use-torch-fsdp2",)
 MBS2 = ("--micro-batch-size", "2")
 MBS4 = ("--micro-batch-size", "4")
 
@@ -143,6 +144,18 @@ CASES = (
     Case("ep2-pp2-mbs2", EP2 + PP2 + MBS2, 4, family="qwen3_moe"),
     Case("ep2-cp2", EP2 + CP2, 4, family="qwen3_moe"),
     Case("ep2-tp2-pp2", EP2 + TP2 + PP2, 8, family="qwen3_moe"),
+    # Every weight, gradient and moment cut over all ranks.
+    Case("fsdp2x2", FSDP2, 2, slow=False),
+    Case("fsdp2x1-mbs2", FSDP2 + MBS2, 1),
+    Case("fsdp2x2-mbs2", FSDP2 + MBS2, 2),
+    Case("fsdp2x4", FSDP2, 4),
+    Case("fsdp2x2-cp2", FSDP2 + CP2, 2),
+    Case("fsdp2x4-cp2-mbs2", FSDP2 + CP2 + MBS2, 4),
+    Case("fsdp2x2", FSDP2, 2, recipe=UNPACKED),
+    Case("fsdp2x2", FSDP2, 2, recipe=SGD),
+    Case("fsdp2x2", FSDP2, 2, family="llama"),
+    Case("fsdp2x2", FSDP2, 2, family="qwen2"),
+    Case("fsdp2x2", FSDP2, 2, family="qwen3_moe"),
     # Input and output embeddings that are one matrix, on one stage and on two.
     Case("one", family="qwen2", tied=True, slow=False),
     Case("pp2", PP2, 2, family="qwen2", tied=True, slow=False),
@@ -151,6 +164,9 @@ CASES = (
     Case("pp2-mbs2", PP2 + MBS2, 2, family="llama", tied=True),
     Case("cp2", CP2, 2, family="llama", tied=True),
     Case("tp2-pp2", TP2 + PP2, 4, family="llama", tied=True),
+    Case("fsdp2x2", FSDP2, 2, family="llama", tied=True),
+    Case("fsdp2x1", FSDP2, 1, family="qwen2", tied=True),
+    Case("fsdp2x4-cp2", FSDP2 + CP2, 4, family="qwen2", tied=True),
 )
 
 
@@ -199,8 +215,7 @@ class Matrix:
             *(*case.recipe.flags(), "--no-save-optim", *case.flags),
             world=case.world,
         ).ok()
-        argv = megatron_model.flags(str(model), str(run.folder), "--no-load-optim")
-        weights = run_rank(megatron_model.exported, argv)
+        weights = run_rank(megatron_model.exported_from_run, str(run.folder))
         norms = [step["grad_norm"] for step in run.steps]
         return Comparison(
             run,

@@ -56,6 +56,7 @@ def apply() -> None:
 
     from post_training.platform import (
         dataset_helpers,
+        fsdp2,
         gradient_norm,
         megatron_post_training,
         optimizer_state,
@@ -66,6 +67,7 @@ def apply() -> None:
     dataset_helpers.apply()
     gradient_norm.apply()
     optimizer_state.apply()
+    fsdp2.apply()
     training_hooks.apply()
     if on_cpu:
         from post_training.platform import cpu_collectives, cpu_initialize, cpu_rng

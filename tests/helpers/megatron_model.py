@@ -20,17 +20,16 @@ def set_up(argv: Sequence[str]) -> tuple[Any, Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training import training
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
-    from megatron.training.arguments import validate_args
     from megatron.training.global_vars import set_global_variables
 
     from model_provider import model_config
     from post_training import output
-    from post_training.arguments import parse_arguments
+    from post_training.arguments import parse_arguments, validate
     from post_training.platform import checkpoint_queue
 
     args = parse_arguments(list(argv))
     output.choose_checkpoint(args)
-    validate_args(args)
+    validate(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
     checkpoint_queue.apply(async_save=False)
@@ -67,6 +66,15 @@ def exported(argv: Sequence[str]) -> dict[str, Tensor]:
     args, built = set_up(argv)
     state = hf_state_dict(unwrapped(built), args.hf_config)
     return {name: value.clone() for name, value in state.items()}
+
+
+def exported_from_run(output_dir: str) -> dict[str, Tensor]:
+    """HuggingFace tensors of a run's newest checkpoint, read as the tools read it; one rank."""
+    from post_training.hf_weights import hf_state_dict
+    from post_training.inference import load_model
+
+    loaded = load_model(output_dir=output_dir)
+    return hf_state_dict(loaded.model, loaded.args.hf_config)
 
 
 def logits(argv: Sequence[str], ids: Tensor) -> Tensor:

@@ -42,6 +42,10 @@ def arguments(**changes):
         "seq_length": 128,
         "transformer_impl": "local",
         "make_vocab_size_divisible_by": 128,
+        "use_torch_fsdp2": False,
+        "use_distributed_optimizer": False,
+        "fp16": False,
+        "ckpt_format": "torch_dcp",
     }
     assert changes.keys() <= values.keys()
     return Namespace(**(values | changes))

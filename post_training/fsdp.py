@@ -1,0 +1,139 @@
+"""FSDP2: torch's fully sharded data parallelism under Megatron's `pretrain()`.
+
+Every rank holds a slice of each parameter, of its gradient and of its optimizer state. A unit (a decoder
+layer, the embedding) is gathered when it is needed and given back right after. Any model can be wrapped:
+units are classes that it names itself (`_fsdp_modules`) besides Megatron's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from post_training.platform import device_type
+
+
+def keep_fp32_shards(args: argparse.Namespace) -> None:
+    """Leave mixed precision to FSDP2: shards, gradients and optimizer in fp32, computation in bf16.
+
+    Megatron would turn the whole model into bf16 and keep fp32 copies in the optimizer; the sum of
+    gradients over micro batches would then be kept in bf16, eight bits of it.
+
+    Args:
+        args: validated arguments; `bf16` and `params_dtype` change, `fsdp_compute_dtype` is new.
+    """
+    args.fsdp_compute_dtype = None
+    # Without training Megatron wraps nothing.
+    if args.use_torch_fsdp2 and not args.skip_train and args.bf16:
+        args.fsdp_compute_dtype = torch.bfloat16
+        args.bf16, args.params_dtype = False, torch.float32
+
+
+class FullyShardedModel(TorchFullyShardedDataParallel):
+    """Megatron's FSDP2 wrapper with the right gradients, tied embeddings and mixed precision.
+
+    Upstream (megatron-core 0.19.2, `core/distributed/torch_fully_sharded_data_parallel.py`) leaves
+    gradients as FSDP2 averages them over ranks, whatever the loss: with `--calculate-per-token-loss` they
+    must be summed and divided by the tokens of the global batch. It reduces and accumulates them in the
+    dtype of the weights, and shards the embedding apart from an output layer that uses the same weights.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        ddp_config: Any,
+        module: torch.nn.Module,
+        disable_bucketing: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Shard `module` in place.
+
+        Args:
+            config: its `TransformerConfig`; computation is in `autocast_dtype`.
+            ddp_config: a `TorchFullyShardedDataParallelConfig`.
+            module: the model, the same on every rank.
+            disable_bucketing: as in Megatron's other wrappers; FSDP2 has no buckets.
+            process_group: over which to shard; by default data and context parallel ranks.
+        """
+        _BaseDataParallel.__init__(self, config=config, module=module)
+        self.ddp_config = ddp_config
+        self.process_group = process_group or parallel_state.get_data_parallel_group(
+            with_context_parallel=True
+        )
+        self.device_mesh = DeviceMesh.from_group(self.process_group, device_type())
+        compute = config.autocast_dtype
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if compute == config.params_dtype else compute,
+            reduce_dtype=torch.float32,
+            # Activations have the right dtype already; the angles of rotary embeddings need all of fp32.
+            cast_forward_inputs=False,
+        )
+        options: dict[str, Any] = {
+            "mesh": self.device_mesh,
+            "reshard_after_forward": ddp_config.reshard_after_forward,
+            "mp_policy": policy,
+        }
+        # FSDP2 makes new parameters: what Megatron and its optimizer know of the old ones goes over.
+        attributes = {
+            name: {**vars(parameter), "is_torch_fsdp2_param": True}
+            for name, parameter in module.named_parameters()
+        }
+        classes = _unit_classes(config, module)
+        previous: list[FSDPModule] = []
+        for unit in list(module.modules()):
+            if unit is module or not isinstance(unit, classes):
+                continue
+            sharded = fully_shard(unit, **options)
+            if config.recompute_granularity is not None:
+                # Recomputing a layer must not change the order in which layers are fetched.
+                sharded.set_modules_to_backward_prefetch(previous)
+                previous = [sharded]
+        fully_shard(module, **options)
+        for name, parameter in module.named_parameters():
+            for key, value in attributes[name].items():
+                setattr(parameter, key, value)
+        if config.calculate_per_token_loss:
+            for unit in module.modules():
+                if isinstance(unit, FSDPModule):
+                    # A sum, written in the way that gloo knows too.
+                    unit.set_force_sum_reduction_for_comms(True)
+                    unit.set_gradient_divide_factor(1.0)
+
+    def scale_gradients(self, scaling_factor: float | torch.Tensor) -> None:
+        """Multiply all gradients; Megatron divides them so by the tokens of the global batch.
+
+        Args:
+            scaling_factor: a number, or a tensor of one element.
+        """
+        gradients = [_local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        if isinstance(scaling_factor, torch.Tensor):
+            scaling_factor = scaling_factor.reshape(())
+        torch._foreach_mul_(gradients, scaling_factor)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _unit_classes(config: Any, module: torch.nn.Module) -> tuple[type, ...]:
+    """Classes of the modules that are gathered and given back as one."""
+    classes: set[type] = {TransformerLayer}
+    if not getattr(module, "share_embeddings_and_output_weights", False):
+        # Tied weights stay with the root, which is whole from the embedding to the output layer.
+        classes.add(LanguageModelEmbedding)
+        if config.transformer_impl != "local":
+            # The output layer. The local spec's layers are made of the same class.
+            classes.add(tensor_parallel.ColumnParallelLinear)
+    for part in module.modules():
+        classes.update(getattr(part, "_fsdp_modules", ()))
+    return tuple(classes)

@@ -1,0 +1,86 @@
+"""`torch_dcp`, the checkpoint format of FSDP2 runs: torch's own, addressed by parameter name."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import load as read
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from post_training.errors import SetupError
+from post_training.hf_weights import parameter_source
+
+MODEL_PREFIX = "model."
+
+
+def checkpoint_format(checkpoint: Path) -> str:
+    """`torch_dcp` for the checkpoint of an FSDP2 run, `torch_dist` for one of any other layout."""
+    is_dcp = (checkpoint / ".metadata").is_file() and not (checkpoint / "metadata.json").is_file()
+    return "torch_dcp" if is_dcp else "torch_dist"
+
+
+def check_format(args: argparse.Namespace, checkpoint: Path, written: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose format this layout cannot read.
+
+    Args:
+        args: arguments of this run.
+        checkpoint: the folder to be loaded.
+        written: `config.yaml` of the run that wrote it; may be empty.
+
+    Raises:
+        SetupError: it is from FSDP2 and this run is not, or the other way round.
+    """
+    found = checkpoint_format(checkpoint)
+    with_fsdp2 = found == "torch_dcp"
+    if with_fsdp2 != args.use_torch_fsdp2:
+        how = "with" if with_fsdp2 else "without"
+        fix = "add it" if with_fsdp2 else "leave it out"
+        raise SetupError(
+            f"{checkpoint} was written {how} --use-torch-fsdp2 (format {found}): {fix} to continue; or "
+            f"export it with scripts/export_hf.py, and give that folder as --hf-model with another "
+            f"--output-dir"
+        )
+    before = written.get("transformer_impl", args.transformer_impl)
+    if with_fsdp2 and not args.skip_train and before != args.transformer_impl:
+        raise SetupError(
+            f"{checkpoint} was written with --transformer-impl {before}, here it is "
+            f"{args.transformer_impl}: with --use-torch-fsdp2 a run goes on with the same only"
+        )
+
+
+def _identity(name: str) -> object:
+    """What a parameter is, whether Transformer Engine's layers or the local ones name it."""
+    try:
+        return parameter_source(name, first_layer=0, first_expert=0, tied=False)
+    except KeyError:
+        return name
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+    """Fill a whole model in this process with the weights of a `torch_dcp` checkpoint.
+
+    Args:
+        model: an unwrapped model; its weights keep their dtype and device.
+        checkpoint: a folder `iter_NNNNNNN`.
+
+    Raises:
+        SetupError: the checkpoint lacks a parameter of the model.
+    """
+    reader = FileSystemReader(checkpoint)
+    keys = {
+        _identity(key.removeprefix(MODEL_PREFIX)): key
+        for key, value in reader.read_metadata().state_dict_metadata.items()
+        if key.startswith(MODEL_PREFIX) and isinstance(value, TensorStorageMetadata)
+    }
+    state: dict[str, Any] = {}
+    for name, parameter in model.named_parameters():
+        key = keys.get(_identity(name))
+        if key is None:
+            raise SetupError(f"{checkpoint} lacks the parameter {name}: it is another model's")
+        state[key] = parameter.detach()
+    read(state, storage_reader=reader, no_dist=True)
