@@ -46,8 +46,10 @@ _WORKER_BYTES = 6 << 20
 _MAX_WORKERS = 32
 # Modules that ids, masks and shards depend on: their text is part of every cache key.
 _CODE = (
-    "answer_spans", "cache_build", "chat_template", "conversation", "formats", "messages", "outline",
+    "answer_spans", "cache_build", "chat_template", "conversation", "formats",
+    "masked_tokenizer", "messages", "outline",
     "reasoning", "row_tokenizer", "sources", "template_forms", "token_mask", "turn_markup",
+    "word_tokenizer",
 )  # fmt: skip
 
 

@@ -216,7 +216,7 @@ def _format(raw: RawRow, options: TokenizeOptions) -> str:
 def _stop_ids(tokenizer: RowTokenizer) -> set[int]:
     ids: set[int] = set()
     for stop in tokenizer.finder.markup.stops:
-        encoded = tokenizer.backend.encode(stop, add_special_tokens=False).ids
+        encoded = tokenizer.tokenizer.backend.encode(stop, add_special_tokens=False).ids
         if encoded:
             ids.add(encoded[-1])
     return ids
