@@ -1,7 +1,6 @@
 """Building a token cache: one writer, shard by shard, resumable at every shard.
 
-    <cache_dir>/<key>.lock        held by the process that builds
-    <cache_dir>/<key>.building/  arrays that only grow, and journal.jsonl, one line a finished shard
+The folder holds arrays that only grow, and journal.jsonl, one line a finished shard.
 
 A journal line is written after the shard's bytes, and holds how long every file is then and the
 checksum of what was added. A build that finds a journal keeps the shards whose bytes are all there
@@ -17,8 +16,9 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 
@@ -27,8 +27,8 @@ from data.row_tokenizer import Shard
 from data.token_cache import CACHE_FORMAT, MANIFEST, Documents
 
 BAD_ROWS = "bad_rows.jsonl"
-_FILES = ("input_ids.bin", "loss_mask.bin", "lengths.bin", "provenance.bin", BAD_ROWS)
-_JOURNAL = "journal.jsonl"
+ALL_FILES = ("input_ids.bin", "loss_mask.bin", "lengths.bin", "provenance.bin", BAD_ROWS)
+JOURNAL = "journal.jsonl"
 _COPY_BYTES = 1 << 22
 _BAD_ROWS_IN_REPORT = 20
 # Counts that are maxima; all others are sums.
@@ -109,16 +109,12 @@ class FolderSink:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.counts: Counter[str] = Counter()
-        self.bad_rows: list[list[str]] = []
-        self.done = 0  # finished shards
-        self._sizes = dict.fromkeys(_FILES, 0)
-        self._recover()
+        self.finished = self._recovered()
         self._open = ExitStack()
         self._files = {
-            name: self._open.enter_context((folder / name).open("ab")) for name in _FILES
+            name: self._open.enter_context((folder / name).open("ab")) for name in ALL_FILES
         }
-        self._journal = self._open.enter_context((folder / _JOURNAL).open("ab"))
+        self._journal = self._open.enter_context((folder / JOURNAL).open("ab"))
 
     def add(self, shard: Shard) -> None:
         """Append the next shard, then enter it in the journal."""
@@ -134,17 +130,23 @@ class FolderSink:
         for name, data in parts.items():
             self._files[name].write(data)
             self._files[name].flush()
-            self._sizes[name] += len(data)
+            self.finished.sizes[name] += len(data)
             checksum = zlib.crc32(data, checksum)
-        entry = {"sizes": self._sizes, "crc32": checksum, "counts": shard.counts}
+        entry = {"sizes": self.finished.sizes, "crc32": checksum, "counts": shard.counts}
         self._journal.write((json.dumps(entry) + "\n").encode())
         self._journal.flush()
-        self._count(shard.counts, [list(row) for row in shard.bad_rows])
+        self.finished.add(shard.counts, [list(row) for row in shard.bad_rows])
 
     def publish(self, target: Path, fingerprint: str, extra: dict[str, Any]) -> None:
-        """Complete the folder and give it its final name."""
+        """Complete the folder and give it its final name.
+
+        Raises:
+            DataError: somebody else wrote into the folder.
+            OSError: the disk is full, or another machine has published the cache.
+        """
         self.close()
-        documents = self._sizes["lengths.bin"] // 8
+        self._require_own_bytes()
+        documents = self.finished.sizes["lengths.bin"] // 8
         with (self.folder / "lengths.bin").open("rb") as lengths:
             with (self.folder / "offsets.bin").open("wb") as offsets:
                 total = 0
@@ -158,61 +160,97 @@ class FolderSink:
             "fingerprint": fingerprint,
             "documents": documents,
             "tokens": total,
-            "report": report_of(self.counts, self.bad_rows) | extra,
+            "report": report_of(self.finished.counts, self.finished.bad_rows) | extra,
         }
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for name in (*_FILES, "offsets.bin", MANIFEST):
+        for name in (*ALL_FILES, "offsets.bin", MANIFEST):
             with (self.folder / name).open("rb") as file:
                 os.fsync(file.fileno())
-        for name in ("lengths.bin", _JOURNAL):
-            (self.folder / name).unlink()
         os.rename(self.folder, target)
+        for name in ("lengths.bin", JOURNAL):  # of no use any more; until now they were
+            (target / name).unlink()
 
     def close(self) -> None:
         """Close the files; what is finished stays for another build to go on from."""
         self._open.close()
 
-    def _count(self, counts: dict[str, int], bad_rows: list[list[str]]) -> None:
+    def _recovered(self) -> Finished:
+        """What the journal has; whatever is not in it is cut off."""
+        for name in (JOURNAL, *ALL_FILES):
+            (self.folder / name).touch()
+        found = read_journal(self.folder)
+        for name, size in {**found.sizes, JOURNAL: found.journal_size}.items():
+            os.truncate(self.folder / name, size)
+        return found
+
+    def _require_own_bytes(self) -> None:
+        """Read everything once more: the folder must hold what was added, and nothing else."""
+        found = read_journal(self.folder)
+        on_disk = {name: (self.folder / name).stat().st_size for name in ALL_FILES}
+        if found.done != self.finished.done or found.sizes != on_disk:
+            raise DataError(
+                f"--data-cache-dir: {self.folder} was written by two processes at once, so file "
+                "locks do not work there. Give a folder on another file system, or remove this "
+                "one and let one process build the cache first."
+            )
+
+
+@dataclass
+class Finished:
+    """The finished shards of a folder.
+
+    Attributes:
+        sizes: Bytes of each file.
+        journal_size: Bytes of the journal.
+        done: How many they are.
+        counts: Their counts.
+        bad_rows: The first of the rows that were left out.
+    """
+
+    sizes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(ALL_FILES, 0))
+    journal_size: int = 0
+    done: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    bad_rows: list[list[str]] = field(default_factory=list)
+
+    def add(self, counts: dict[str, int], bad_rows: list[list[str]]) -> None:
+        """Count one more."""
         self.done += 1
         add_counts(self.counts, counts)
         room = _BAD_ROWS_IN_REPORT - len(self.bad_rows)
         self.bad_rows += bad_rows[: max(0, room)]
 
-    def _recover(self) -> None:
-        """Read the journal, check each shard, and cut off whatever is not in it."""
-        journal = self.folder / _JOURNAL
-        good = 0  # bytes of the journal
-        with ExitStack() as stack:
-            files = {}
-            for name in _FILES:
-                (self.folder / name).touch()
-                files[name] = stack.enter_context((self.folder / name).open("rb"))
-            for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
-                entry = _journal_entry(line)
-                if entry is None or not self._shard_is_whole(entry, files):
-                    break
-                good += len(line)
-        journal.touch()
-        os.truncate(journal, good)
-        for name in _FILES:
-            os.truncate(self.folder / name, self._sizes[name])
 
-    def _shard_is_whole(self, entry: dict[str, Any], files: dict[str, Any]) -> bool:
-        checksum, bad_rows = 0, []
-        for name in _FILES:
-            size = entry["sizes"][name] - self._sizes[name]
-            files[name].seek(self._sizes[name])
-            data = files[name].read(size)
-            if len(data) != size:
-                return False
-            checksum = zlib.crc32(data, checksum)
-            if name == BAD_ROWS:
-                bad_rows = [json.loads(row) for row in data.splitlines()]
-        if checksum != entry["crc32"]:
+def read_journal(folder: Path) -> Finished:
+    """The shards of a folder whose bytes are all there and right, up to the first that is not."""
+    finished = Finished()
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("rb")) for name in ALL_FILES}
+        journal = stack.enter_context((folder / JOURNAL).open("rb"))
+        for line in journal:
+            entry = _journal_entry(line)
+            if entry is None or not _is_whole(entry, files, finished):
+                break
+            finished.journal_size += len(line)
+    return finished
+
+
+def _is_whole(entry: dict[str, Any], files: dict[str, IO[bytes]], finished: Finished) -> bool:
+    checksum, bad_rows = 0, []
+    for name in ALL_FILES:
+        size = entry["sizes"][name] - finished.sizes[name]
+        files[name].seek(finished.sizes[name])
+        data = files[name].read(size)
+        if len(data) != size:
             return False
-        self._sizes = dict(entry["sizes"])
-        self._count(entry["counts"], bad_rows)
-        return True
+        checksum = zlib.crc32(data, checksum)
+        if name == BAD_ROWS:
+            bad_rows = [json.loads(row) for row in data.splitlines()]
+    if checksum != entry["crc32"]:
+        return False
+    finished.sizes = dict(entry["sizes"])
+    finished.add(entry["counts"], bad_rows)
+    return True
 
 
 def feed(sink: ShardSink, shards: Iterator[Shard]) -> None:

@@ -15,10 +15,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from data.answer_spans import AnswerFinder, LossOn, Reasoning
 from data.cache_build import FolderSink, MemorySink, feed
+from data.cache_folder import build_once
 from data.chat_template import ChatTemplate
 from data.errors import DataError
 from data.file_digest import digest_files
@@ -219,24 +218,16 @@ class _Preparation:
         if cache_dir is None:
             return self._in_memory()
         fingerprint = self._key()
-        folder = cache_dir / fingerprint
-        if not folder.exists():
-            try:
-                cache_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise DataError(f"--data-cache-dir {cache_dir}: {error}.") from error
-            with FileLock(str(cache_dir / f"{fingerprint}.lock")):
-                if not folder.exists():  # another process may have built it meanwhile
-                    self._build(folder, fingerprint)
-        return open_documents(folder)
+        return open_documents(build_once(cache_dir, fingerprint, self._build))
 
-    def _build(self, folder: Path, fingerprint: str) -> None:
-        sink = FolderSink(folder.with_name(f"{fingerprint}.building"))
+    def _build(self, folder: Path, target: Path) -> None:
+        sink = FolderSink(folder)
         try:
-            chunks = islice(self.source.chunks(), sink.done, None)
+            chunks = islice(self.source.chunks(), sink.finished.done, None)
             feed(sink, self._shards(chunks, self._with_format()))
-            self._require_documents(sink.counts["read"], sink.counts["kept"], dict(sink.counts))
-            sink.publish(folder, fingerprint, self.facts | {"sources": self.source.names})
+            counts = sink.finished.counts
+            self._require_documents(counts["read"], counts["kept"], dict(counts))
+            sink.publish(target, target.name, self.facts | {"sources": self.source.names})
         finally:
             sink.close()
 
