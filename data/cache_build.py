@@ -14,7 +14,7 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -235,7 +235,7 @@ def read_journal(folder: Path) -> Finished:
     return finished
 
 
-def _is_whole(entry: dict[str, Any], files: dict[str, IO[bytes]], finished: Finished) -> bool:
+def _is_whole(entry: dict[str, Any], files: Mapping[str, IO[bytes]], finished: Finished) -> bool:
     checksum, bad_rows = 0, []
     for name in ALL_FILES:
         size = entry["sizes"][name] - finished.sizes[name]

@@ -60,7 +60,7 @@ class MaskedTokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         # Adds special tokens, which templates write themselves, and may cut spaces off offsets.
-        self.backend.post_processor = None  # type: ignore[assignment]
+        self.backend.post_processor = None
         self._added_ids = frozenset(added)
         self._spelling = _Spelling(self.backend, added)
         self._words = WordTokenizer.of(self.backend)

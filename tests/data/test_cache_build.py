@@ -165,9 +165,9 @@ def test_folder_that_somebody_else_wrote_into_is_not_published(tmp_path):
 # Builds in processes of their own, which are forked from one that has everything imported.
 
 
-def start(path, tokenizer, cache, workers=0, name=None, locks=True, chunk_bytes=3000):
+def start(source, cache, workers=0, name=None, locks=True, chunk_bytes=3000):
     process = SERVER.Process(
-        target=_build_here, args=(path, tokenizer, cache, workers, name, locks, chunk_bytes)
+        target=_build_here, args=(*source, cache, workers, name, locks, chunk_bytes)
     )
     process.start()
     return process
@@ -177,9 +177,9 @@ def _build_here(path, tokenizer, cache, workers, name, locks, chunk_bytes):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     data.sources.CHUNK_BYTES = chunk_bytes
     if name is not None:
-        cache_folder.machine = lambda: name
+        setattr(cache_folder, "machine", lambda: name)  # noqa: B010
     if not locks:
-        cache_folder.FileLock = lambda path: contextlib.nullcontext()
+        setattr(cache_folder, "FileLock", lambda path: contextlib.nullcontext())  # noqa: B010
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer)
     try:
         prepare_documents(
@@ -197,7 +197,7 @@ def source(tokenizer, tmp_path_factory):
     path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(20_000)))
     tokenizer.save_pretrained(folder / "tokenizer")
     arguments = (str(path), str(folder / "tokenizer"))
-    process = start(*arguments, str(folder / "whole"))
+    process = start(arguments, str(folder / "whole"))
     process.join()
     assert process.exitcode == 0
     (whole,) = (p for p in (folder / "whole").iterdir() if p.is_dir())
@@ -217,7 +217,7 @@ def test_builds_killed_at_20_random_moments_lose_nothing(source, tmp_path, worke
     rng = random.Random(workers)
     kills = []
     for moment in sorted(rng.random() * 0.95 for _ in range(20)):
-        process = start(*arguments, str(tmp_path), workers)
+        process = start(arguments, str(tmp_path), workers)
         while process.exitcode is None and shards_done(tmp_path) < moment * shards:
             time.sleep(0.001)
         time.sleep(rng.random() * 0.01)
@@ -229,7 +229,7 @@ def test_builds_killed_at_20_random_moments_lose_nothing(source, tmp_path, worke
         assert not (tmp_path / whole.name).exists()
     print(f"workers {workers}: killed after {kills} of {shards} shards")
     assert len(set(kills)) > 10
-    process = start(*arguments, str(tmp_path), workers)
+    process = start(arguments, str(tmp_path), workers)
     process.join()
     assert process.exitcode == 0
     assert contents(tmp_path / whole.name) == contents(whole)
@@ -241,7 +241,7 @@ def test_builds_killed_at_20_random_moments_lose_nothing(source, tmp_path, worke
 def test_machines_that_do_not_see_each_other_s_locks_publish_one_right_cache(source, tmp_path):
     arguments, whole = source
     machines = [
-        start(*arguments, str(tmp_path), 0, name, locks=False) for name in ("one", "two", "three")
+        start(arguments, str(tmp_path), 0, name, locks=False) for name in ("one", "two", "three")
     ]
     for process in machines:
         process.join()
@@ -253,13 +253,13 @@ def test_machines_that_do_not_see_each_other_s_locks_publish_one_right_cache(sou
 @pytest.mark.slow
 def test_processes_of_one_machine_without_locks_never_publish_a_bad_cache(source, tmp_path):
     arguments, whole = source
-    processes = [start(*arguments, str(tmp_path), 0, "one", locks=False) for _ in range(3)]
+    processes = [start(arguments, str(tmp_path), 0, "one", locks=False) for _ in range(3)]
     for process in processes:
         process.join()
     print("exit codes", [process.exitcode for process in processes])
     if (tmp_path / whole.name).exists():
         assert contents(tmp_path / whole.name) == contents(whole)
-    process = start(*arguments, str(tmp_path))  # alone, whatever they left is put right
+    process = start(arguments, str(tmp_path))  # alone, whatever they left is put right
     process.join()
     assert process.exitcode == 0
     assert contents(tmp_path / whole.name) == contents(whole)
@@ -268,7 +268,7 @@ def test_processes_of_one_machine_without_locks_never_publish_a_bad_cache(source
 @pytest.mark.slow
 def test_build_killed_on_one_machine_goes_on_on_another(source, tmp_path):
     arguments, whole = source
-    process = start(*arguments, str(tmp_path), 0, "one")
+    process = start(arguments, str(tmp_path), 0, "one")
     while process.exitcode is None and shards_done(tmp_path) < 300:
         time.sleep(0.001)
     process.kill()
@@ -276,7 +276,7 @@ def test_build_killed_on_one_machine_goes_on_on_another(source, tmp_path):
     before = shards_done(tmp_path)
     (left,) = tmp_path.glob("*.building-one")
     journal = (left / "journal.jsonl").read_bytes()
-    process = start(*arguments, str(tmp_path), 0, "two")
+    process = start(arguments, str(tmp_path), 0, "two")
     other = left.with_name(left.name.replace("-one", "-two")) / "journal.jsonl"
     while process.exitcode is None and not (other.exists() and other.stat().st_size):
         time.sleep(0.001)
@@ -284,7 +284,7 @@ def test_build_killed_on_one_machine_goes_on_on_another(source, tmp_path):
     process.join()
     assert other.read_bytes()[: len(journal)] == journal
     assert shards_done(tmp_path) >= before >= 300
-    process = start(*arguments, str(tmp_path), 0, "three")
+    process = start(arguments, str(tmp_path), 0, "three")
     process.join()
     assert process.exitcode == 0
     assert contents(tmp_path / whole.name) == contents(whole)
