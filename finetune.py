@@ -10,7 +10,6 @@ import argparse
 import functools
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TextIO
 
@@ -30,7 +29,7 @@ from megatron.training.global_vars import set_global_variables
 
 from data import DataError
 from model_provider import check_weights, model_config
-from post_training import output
+from post_training import output, resume
 from post_training.arguments import parse_arguments, validate
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.data_iterators import MicroBatchIterator, split_iterators
@@ -41,9 +40,8 @@ from post_training.datasets import (
     evaluation_batches,
     first_prompts,
     prepare_data,
-    steps_of_epochs,
 )
-from post_training.errors import RunStopped, SetupError
+from post_training.errors import RunStopped, SetupError, tell
 from post_training.finish import report_end
 from post_training.layer_spec import uses_packed_attention
 from post_training.loss import loss_func, trained_token_loss
@@ -51,6 +49,7 @@ from post_training.platform import checkpoint_queue
 from post_training.platform.training_hooks import hooks
 from post_training.run_log import RunLog
 from post_training.safeguards import install_safeguards
+from post_training.saving import CheckpointSaver
 from post_training.signals import GracefulExit
 from post_training.speculative import report_acceptance
 from post_training.start_up import start_up
@@ -98,7 +97,6 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, *, traini
         micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         qkv_format="sbhd" if uses_packed_attention(args) else "thd",
-        experts=bool(args.num_experts) and training,
     )
     counters.add_trained(batch.trained.weights.sum())
     return batch
@@ -141,14 +139,19 @@ def non_loss_data_func(
 
 
 def finetune(
-    args: argparse.Namespace, console: TextIO, tokenizer: Any, documents: dict[str, SplitDocuments]
+    args: argparse.Namespace,
+    console: TextIO,
+    tokenizer: Any,
+    documents: dict[str, SplitDocuments],
+    position: resume.DataPosition | None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs resolved arguments and prepared data."""
     validate(args)
     set_global_variables(args, build_tokenizer=False)
-    checkpoint_queue.apply(async_save=args.async_save)
+    checkpoint_queue.apply(args)
     watchdog.start(args, console)
     run_log = RunLog(args, console, documents)
+    saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, tokenizer, documents, run_log)
     hooks.evaluation_iterations = evaluation_batches(args, tokenizer, documents)
@@ -162,6 +165,8 @@ def finetune(
             watchdog.meet()
             check_same_documents(documents, platform.current_device())
             run_log.begin(args.iteration)
+            if saver is not None:
+                saver.started(args.iteration)
         return train_valid_test_sft_datasets_provider(
             num_samples, vp_stage, args=args, tokenizer=tokenizer, documents=documents
         )
@@ -199,15 +204,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_up.mark("imports")
     try:
         args = parse_arguments(argv)
-        output.choose_checkpoint(args)
+        checkpoint = resume.choose_checkpoint(args)
         check_weights(args)
         output.prepare_output(args)
         start_up.mark("arguments")
         tokenizer, documents = prepare_data(args)
+        position = resume.find_position(args, tokenizer, documents, checkpoint)
         start_up.mark("data")
-        output.check_identity(args, documents)
-        if args.num_epochs:
-            args.train_iters = steps_of_epochs(args, tokenizer, documents["train"])
         if rank == 0:
             print(describe(documents, tokenizer, args), file=console)
         console = output.redirect_logs(args)
@@ -216,21 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             output.save_model_folder(args, tokenizer)
         start_up.mark("output folder")
         started = True
-        finetune(args, console, tokenizer, documents)
-    except (SetupError, DataError) as error:
-        # Before ranks know each other, the first of each machine speaks for all on it; afterwards each
-        # for itself, since only one may have met the error.
-        if started:
-            print(f"error on rank {rank}: {error}", file=console, flush=True)
-        elif int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            print(f"error: {error}", file=console, flush=True)
-        else:
-            time.sleep(3)  # a launcher ends all ranks with the first one: let that one speak
-        return 2
-    except RunStopped as stopped:
-        if rank == 0:
-            print(f"error: {stopped}", file=console, flush=True)
-        return 1
+        finetune(args, console, tokenizer, documents, position)
+    except (SetupError, DataError, RunStopped) as error:
+        return tell(error, console, started=started)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

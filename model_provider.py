@@ -9,17 +9,16 @@ from typing import Any
 import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
+from post_training.checkpoints import latest_checkpoint
 from post_training.errors import SetupError
 from post_training.hf_config import inverse_frequencies, local_model_folder
 from post_training.hf_weights import check_hf_weights, load_hf_weights
 from post_training.layer_spec import decoder_block_spec
 from post_training.modelopt_state import (
     has_modelopt_state,
-    latest_checkpoint,
     restore_modelopt_state,
 )
 from post_training.rotary import PackedRotaryEmbedding
-from post_training.router import follow_documents
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -45,8 +44,6 @@ def model_config(args: argparse.Namespace) -> Any:
         # Every parameter is overwritten. (ModelOpt looks at the weights while it converts.)
         transformer.perform_initialization = False
     hooks = [functools.partial(_install_rotary, hf_config=args.hf_config)]
-    if args.num_experts:
-        hooks.append(functools.partial(follow_documents))
     if resumes:
         hooks.append(functools.partial(_convert_by_modelopt, folder=args.load))
     if from_hf:

@@ -202,7 +202,10 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
 
     @property
     def plan_hash(self) -> str:
-        """Hash of everything that the global plan depends on; a resumed run compares it."""
+        """Hash of everything that the global plan depends on; a resumed run compares it.
+
+        Where the plan ends (``epochs``) is no part of it: a run may be continued for more epochs.
+        """
         parts = [
             PLAN_VERSION,
             self.documents.fingerprint,
@@ -210,7 +213,6 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             self.seed,
             self.packing,
             self.shuffle,
-            self.epochs,
             self.global_batch_size,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -19,7 +19,10 @@ DERIVED = "derived_flags"
 
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
 _NOT_WRITTEN = frozenset(
-    {"config", "derived", "in_output_dir", "hf_config", "rank", "world_size", "local_rank"}
+    {
+        *("config", "derived", "in_output_dir", "hf_config", "data_begins_at"),
+        *("rank", "world_size", "local_rank"),
+    }
 )
 
 

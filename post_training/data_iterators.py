@@ -103,7 +103,8 @@ def split_iterators(
                 "epochs": args.num_epochs,
                 "global_batch_size": args.global_batch_size,
             }
-            start, micro = args.consumed_train_samples // num_shards, args.micro_batch_size
+            start = (args.consumed_train_samples - args.data_begins_at) // num_shards
+            micro = args.micro_batch_size
         else:
             start, micro = 0, args.eval_micro_batch_size
         dataset = packs_of(documents[split], tokenizer, args, split, **options)

@@ -76,12 +76,6 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, SplitDocument
     return tokenizer, documents
 
 
-def steps_of_epochs(args: argparse.Namespace, tokenizer: Any, documents: SplitDocuments) -> int:
-    """Optimizer steps of `--num-epochs`; filler packs, which weigh nothing, make the last one full."""
-    plan = packs_of(documents, tokenizer, args, "train", epochs=args.num_epochs)
-    return -(-plan.num_packed_samples // args.global_batch_size)
-
-
 def packs_of(
     documents: SplitDocuments, tokenizer: Any, args: argparse.Namespace, split: str, **options: Any
 ) -> SFTDataset:

@@ -1,10 +1,14 @@
-"""What a user got wrong, told in one message before any process group starts."""
+"""Errors that are told in one message, without a traceback."""
 
 from __future__ import annotations
 
+import os
+import time
+from typing import TextIO
+
 
 class SetupError(ValueError):
-    """A run that cannot work as asked.
+    """What a user got wrong: a run that cannot work as asked, told before any process group starts.
 
     The message names the flag or file, what was found, and what would fix it.
     """
@@ -15,3 +19,26 @@ class RunStopped(RuntimeError):
 
     The message says what was found, in which step, and how to continue.
     """
+
+
+def tell(error: Exception, console: TextIO, *, started: bool) -> int:
+    """Print an error as one message of the whole job, and return the exit status.
+
+    Args:
+        error: a `RunStopped`, which all ranks have, or one that a user can put right.
+        console: where this rank prints.
+        started: the ranks know each other, so that one of them may have met an error alone.
+
+    Returns:
+        1 for a `RunStopped`, else 2.
+    """
+    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    together = isinstance(error, RunStopped)
+    if started and not together:
+        print(f"error on rank {rank}: {error}", file=console, flush=True)
+    elif (rank if together else local_rank) == 0:
+        # Before ranks know each other, the first of each machine speaks for all on it.
+        print(f"error: {error}", file=console, flush=True)
+    else:
+        time.sleep(3)  # a launcher ends all ranks with the first one: let that one speak
+    return 1 if together else 2

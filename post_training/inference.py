@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,13 @@ import torch
 import yaml
 
 from post_training.arguments import parse_arguments, validate
+from post_training.checkpoints import (
+    chosen_checkpoint,
+    iteration_of,
+    latest_checkpoint,
+)
 from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import checkpoint_format, load_weights
-from post_training.modelopt_state import latest_checkpoint
 from post_training.output import MODEL_FOLDER
 from post_training.tokenizer import load_tokenizer
 
@@ -102,15 +107,15 @@ def _arguments_of_run(output_dir: str, iteration: int | None) -> tuple[argparse.
     own = folder / "checkpoints"
     # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
     args.load = str(own if latest_checkpoint(own) is not None else config.get("save") or own)
-    newest = latest_checkpoint(args.load)
-    if newest is None:
+    checkpoint, complaint = chosen_checkpoint(args.load, iteration)
+    if checkpoint is None:
         raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
-    if iteration is not None:
-        if not (Path(args.load) / f"iter_{iteration:07d}").is_dir():
-            raise SetupError(f"--output-dir {folder}: holds no checkpoint of iteration {iteration}")
-        args.ckpt_step = iteration
+    if complaint is not None:
+        print(f"warning: {complaint}; using {checkpoint}", file=sys.stderr)
+    # Whatever the tracker file names.
+    args.ckpt_step = iteration_of(checkpoint)
     args.save = None
-    return args, str(newest if iteration is None else newest.parent / f"iter_{iteration:07d}")
+    return args, str(checkpoint)
 
 
 def _build(args: argparse.Namespace) -> Any:

@@ -10,25 +10,10 @@ from typing import Any
 
 from torch import nn
 
+from post_training.checkpoints import latest_checkpoint
 from post_training.errors import SetupError
 
 STATE_FOLDER = "modelopt_state"
-
-
-def latest_checkpoint(folder: str | Path | None) -> Path | None:
-    """The folder of the newest complete checkpoint in `folder`, or None when there is none.
-
-    Megatron writes `latest_checkpointed_iteration.txt` only after a save has finished, so the
-    iteration it names is the newest complete one.
-    """
-    if folder is None:
-        return None
-    tracker = Path(folder) / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text().strip()
-    name = f"iter_{int(text):07d}" if text.isdigit() else text
-    return Path(folder) / name
 
 
 def has_modelopt_state(folder: str | Path | None) -> bool:

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from data import SFTDataset
 from data.provenance import document_place
+from post_training.checkpoints import latest_checkpoint
 from post_training.context_parallel import ContextParallelCut
 from post_training.errors import RunStopped
-from post_training.modelopt_state import latest_checkpoint
 from post_training.packed_sequences import document_bounds
 
 # Documents that a message names.
@@ -119,7 +119,7 @@ class NonFiniteGuard:
         args = self.args
         assert args is not None
         shards, size = args.data_parallel_size, args.micro_batch_size
-        first = args.consumed_train_samples // shards + micro_batch * size
+        first = (args.consumed_train_samples - args.data_begins_at) // shards + micro_batch * size
         return [local * shards + data_parallel_rank for local in range(first, first + size)]
 
     def _message(self, norm: float, found: list[BadLoss]) -> str:
@@ -142,7 +142,8 @@ class NonFiniteGuard:
                 f"step {step}: the gradient norm is {norm}, while all losses are finite; the weights "
                 f"were not changed, {kept}"
             )
-            first, size = args.consumed_train_samples, args.global_batch_size
+            first = args.consumed_train_samples - args.data_begins_at
+            size = args.global_batch_size
             places = sorted(
                 document_place(dataset.documents, int(document))
                 for dataset in [self._packs()]

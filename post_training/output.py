@@ -1,97 +1,21 @@
-"""The output folder: what may be in it, room on its disk, and where logs go."""
+"""The output folder: room on its disk, what lies in it beside checkpoints, and where logs go."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import yaml
-
 from post_training.config_file import resolved_config, write_config
 from post_training.errors import SetupError
-from post_training.fsdp_checkpoint import check_format
 from post_training.hf_config import local_model_folder
-from post_training.modelopt_state import latest_checkpoint
 
 # In the output folder: configuration, tokenizer and chat template of the model, kept with its weights.
 MODEL_FOLDER = "model"
-
-# What makes a checkpoint's tensors fit a model.
-ARCHITECTURE_KEYS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-    "untie_embeddings_and_output_weights",
-    "qk_layernorm",
-    "add_qkv_bias",
-    "rotary_base",
-    "layernorm_epsilon",
-    "num_experts",
-    "moe_ffn_hidden_size",
-)
-
-
-def choose_checkpoint(args: argparse.Namespace) -> Path | None:
-    """Set `args.load` to the folder to continue from and return its newest complete checkpoint.
-
-    This run's own checkpoints come before `--load`: the same command, given again, continues.
-
-    Raises:
-        SetupError: `--load` holds no checkpoint, or the checkpoint is another model's.
-    """
-    # What --eval-only is to evaluate may be named outright.
-    own = None if args.eval_only and args.load else latest_checkpoint(args.save)
-    if own is not None:
-        args.load = args.save
-        args.finetune = False  # --finetune is about --load: this run has begun already
-        checkpoint: Path | None = own
-    elif args.load is not None:
-        checkpoint = latest_checkpoint(args.load)
-        if checkpoint is None:
-            raise SetupError(
-                f"--load {args.load}: holds no complete checkpoint "
-                f"(no latest_checkpointed_iteration.txt)"
-            )
-    else:
-        return None
-    assert checkpoint is not None
-    if not checkpoint.is_dir():
-        raise SetupError(f"{checkpoint}: named by {args.load} as its newest, but not there")
-    _check_same_model(args, checkpoint)
-    return checkpoint
-
-
-def _check_same_model(args: argparse.Namespace, checkpoint: Path) -> None:
-    config_file = checkpoint.parent.parent / "config.yaml"
-    written: dict[str, Any] = {}
-    if config_file.is_file():
-        written = yaml.safe_load(config_file.read_text()) or {}
-    check_format(args, checkpoint, written)
-    if written.get("no_save_optim") and not (
-        args.no_load_optim or args.finetune or args.skip_train
-    ):
-        raise SetupError(
-            f"{checkpoint} holds no optimizer state (it was saved with --no-save-optim): add "
-            f"--no-load-optim to go on with a new optimizer, or choose another --output-dir"
-        )
-    for key in ARCHITECTURE_KEYS:
-        if key in written and written[key] != getattr(args, key):
-            raise SetupError(
-                f"{checkpoint} is another model's checkpoint: its {key} is {written[key]}, this run's "
-                f"is {getattr(args, key)}; choose another --output-dir or --load"
-            )
 
 
 def count_parameters(args: argparse.Namespace) -> int:
@@ -200,51 +124,3 @@ def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
     defaults = source / "generation_config.json"
     if defaults.is_file() and source.resolve() != folder.resolve():
         shutil.copyfile(defaults, folder / defaults.name)
-
-
-def check_identity(args: argparse.Namespace, documents: Mapping[str, Any]) -> None:
-    """Refuse to continue a run with other base weights or other data, and remember both on the first start.
-
-    A position in the data is a number of packs of one plan, and a checkpoint belongs to one base model:
-    with another of either the run would go on without a word, and its numbers would mean nothing.
-
-    Raises:
-        SetupError: naming what differs from when the run began.
-    """
-    file = Path(args.output_dir) / "identity.json"
-    now: dict[str, Any] = {"base_weights": _weights_digest(args)}
-    for key in ("seq_length", "seed", "packing", "global_batch_size"):
-        now[key] = getattr(args, key)
-    if "train" in documents:  # last: the prepared data depends on --seq-length
-        now["data"] = documents["train"].fingerprint
-    if latest_checkpoint(args.save) is None or args.skip_train:
-        if args.rank == 0 and not args.skip_train:
-            partial = file.with_name(file.name + ".partial")
-            partial.write_text(json.dumps(now, indent=1) + "\n")
-            partial.replace(file)
-        return
-    before: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    what = {"base_weights": "the weights of --hf-model", "data": "the training data"}
-    for key, value in now.items():
-        if before.get(key, value) != value:
-            name = what.get(key, f"--{key.replace('_', '-')} (then {before[key]}, now {value})")
-            raise SetupError(
-                f"--output-dir {args.output_dir} holds a run that was started with other values: "
-                f"{name} differs; give the same again to continue it, or choose another --output-dir "
-                f"(and --load {args.save} --finetune to start from its weights)"
-            )
-
-
-def _weights_digest(args: argparse.Namespace) -> str | None:
-    """A digest of samples of the weight files: the same for the same base model, wherever it lies."""
-    if args.hf_config is None or args.random_weights:
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(local_model_folder(args.hf_model).glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for part in range(16):
-                file.seek(size * part // 16)
-                digest.update(file.read(4096))
-    return digest.hexdigest()

@@ -55,11 +55,13 @@ def apply() -> None:
         tensor_devices.apply()
 
     from post_training.platform import (
+        checkpoint_saving,
         dataset_helpers,
         fsdp2,
         gradient_norm,
         megatron_post_training,
         optimizer_state,
+        random_states,
         training_hooks,
     )
 
@@ -69,6 +71,8 @@ def apply() -> None:
     optimizer_state.apply()
     fsdp2.apply()
     training_hooks.apply()
+    checkpoint_saving.apply()
+    random_states.apply()
     if on_cpu:
         from post_training.platform import cpu_collectives, cpu_initialize, cpu_rng
 

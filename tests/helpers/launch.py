@@ -8,10 +8,12 @@ runs `finetune.main()` from the command line's words, with the variables that to
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
 import pickle
+import random
 import signal
 import socket
 import subprocess
@@ -46,10 +48,16 @@ def _forkserver() -> Any:
 
 
 def free_port() -> int:
-    """A TCP port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this host that nobody listens on.
+
+    Not one of those that the system hands out (from 32768 on): gloo's own connections take such a port
+    between this look at it and the rank that listens on it.
+    """
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _become_rank(rank: int, world: int, port: int, environment: Mapping[str, str]) -> None:

@@ -10,17 +10,6 @@ from tests.helpers.launch import run_rank
 IDS = torch.arange(40)
 
 
-def test_newest_complete_checkpoint(tmp_path):
-    assert modelopt_state.latest_checkpoint(None) is None
-    assert modelopt_state.latest_checkpoint(tmp_path) is None
-    (tmp_path / "iter_0000009").mkdir()  # a save that was cut off
-    tracker = tmp_path / "latest_checkpointed_iteration.txt"
-    tracker.write_text("7\n")
-    assert modelopt_state.latest_checkpoint(tmp_path) == tmp_path / "iter_0000007"
-    tracker.write_text("release")
-    assert modelopt_state.latest_checkpoint(tmp_path) == tmp_path / "release"
-
-
 def test_modelopt_is_asked_only_where_its_state_was_saved(tmp_path):
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
     args = Namespace(load=str(tmp_path), modelopt_enabled=None)

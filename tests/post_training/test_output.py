@@ -3,7 +3,6 @@ import shutil
 from collections import namedtuple
 
 import pytest
-import yaml
 
 from post_training import output
 from post_training.arguments import parse_arguments
@@ -18,48 +17,6 @@ def args(hf_model, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     folder = str(hf_model("qwen3"))
     return parse_arguments(["--hf-model", folder, "--output-dir", out, "--train-iters", "1"])
-
-
-def make_checkpoint(folder, iteration=5):
-    (folder / f"iter_{iteration:07d}").mkdir(parents=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-
-
-def test_a_fresh_folder_has_nothing_to_continue(args):
-    assert output.choose_checkpoint(args) is None and args.load is None
-
-
-def test_own_checkpoint_comes_before_load(args, tmp_path):
-    make_checkpoint(tmp_path / "other/checkpoints")
-    args.load = str(tmp_path / "other/checkpoints")
-    assert output.choose_checkpoint(args) == tmp_path / "other/checkpoints/iter_0000005"
-    make_checkpoint(tmp_path / "out/checkpoints", 7)
-    assert output.choose_checkpoint(args) == tmp_path / "out/checkpoints/iter_0000007"
-    assert args.load == args.save
-
-
-def test_load_without_a_checkpoint_is_refused(args, tmp_path):
-    args.load = str(tmp_path)
-    with pytest.raises(SetupError, match=r"--load .*no complete checkpoint"):
-        output.choose_checkpoint(args)
-
-
-def test_a_checkpoint_that_is_gone_is_refused(args, tmp_path):
-    make_checkpoint(tmp_path / "out/checkpoints")
-    shutil.rmtree(tmp_path / "out/checkpoints/iter_0000005")
-    with pytest.raises(SetupError, match="iter_0000005.*not there"):
-        output.choose_checkpoint(args)
-
-
-def test_another_models_checkpoint_is_refused(args, tmp_path):
-    make_checkpoint(tmp_path / "out/checkpoints")
-    output.save_config(args)
-    output.choose_checkpoint(args)
-    file = tmp_path / "out/config.yaml"
-    config = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump(config | {"hidden_size": 4096}))
-    with pytest.raises(SetupError, match=r"hidden_size is 4096, this run's is 64.*--output-dir"):
-        output.choose_checkpoint(args)
 
 
 def test_parameters_are_counted(args, hf_model):

@@ -1,0 +1,288 @@
+"""Checkpoints on disk: which are complete, which is the newest, which may go.
+
+    latest_checkpointed_iteration.txt   "10": replaced at once, when iter_0000010 is complete
+    iter_0000010/                       Megatron's files, of any format
+    iter_0000010/manifest.json          written last: the size of every file, and what the run was
+    iter_0000015/                       a save that has not finished,
+    iter_0000015.saving                 as this mark beside it says
+
+A checkpoint with a manifest is complete when every file that the manifest names has the size it names.
+Looking at sizes costs one `stat` a file and finds what is cut off or missing; it does not find a flipped
+bit (Megatron's `--verify-integrity` reads everything again and does). A checkpoint without a manifest, as
+plain Megatron writes it, is taken for complete when the tracker file names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from post_training.errors import SetupError
+
+MANIFEST = "manifest.json"
+TRACKER = "latest_checkpointed_iteration.txt"
+UNFINISHED = ".saving"
+REMOVED = ".removed"
+
+
+def checkpoint_path(folder: str | Path, iteration: int) -> Path:
+    """Megatron's folder for the checkpoint of `iteration` in `folder`."""
+    return Path(folder) / f"iter_{iteration:07d}"
+
+
+def iteration_of(checkpoint: Path) -> int | None:
+    """The iteration in a checkpoint folder's name, or None when it is not named like one."""
+    prefix, _, number = checkpoint.name.partition("iter_")
+    return int(number) if not prefix and number.isdigit() else None
+
+
+def mark_of(checkpoint: Path) -> Path:
+    """The file beside a checkpoint that says that its save has not finished."""
+    return checkpoint.with_name(checkpoint.name + UNFINISHED)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
+    """What was written down when the checkpoint was complete, or None when there is nothing readable."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+
+
+def _files(checkpoint: Path) -> Iterator[tuple[str, int]]:
+    for path in sorted(checkpoint.rglob("*")):
+        if path.is_file() and path.name != MANIFEST:
+            yield path.relative_to(checkpoint).as_posix(), path.stat().st_size
+
+
+def defect(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be loaded, or None when nothing is wrong with it."""
+    if not checkpoint.is_dir():
+        return "it is not there"
+    manifest = read_manifest(checkpoint)
+    if manifest is None:
+        if (checkpoint / MANIFEST).exists():
+            return f"its {MANIFEST} cannot be read"
+        if mark_of(checkpoint).exists():
+            return "its save did not finish"
+        return None if any(checkpoint.iterdir()) else "it is empty"
+    for name, size in manifest["files"].items():
+        try:
+            found = (checkpoint / name).stat().st_size
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != size:
+            return f"{name} has {found} of {size} bytes"
+    return None
+
+
+def tracked_iteration(folder: str | Path) -> int | str | None:
+    """What the tracker file names: an iteration, `release`, or nothing that makes sense."""
+    try:
+        text = (Path(folder) / TRACKER).read_text().strip()
+    except OSError:
+        return None
+    if text.isdigit():
+        return int(text)
+    return text if text == "release" else None
+
+
+def _with_manifest(folder: Path) -> list[Path]:
+    """Checkpoints that have been complete once, newest first."""
+    found = [(iteration_of(path), path) for path in folder.glob("iter_*")]
+    known = sorted((number, path) for number, path in found if number is not None)
+    return [path for _, path in reversed(known) if (path / MANIFEST).exists()]
+
+
+def find_checkpoint(folder: str | Path) -> tuple[Path | None, str | None]:
+    """The newest complete checkpoint of a folder, and what is wrong with the one the tracker names.
+
+    The tracker decides: whoever writes an older iteration into it goes back to that. Only when it is
+    missing or unreadable, or names a damaged checkpoint, the next older complete one is taken.
+
+    Returns:
+        The checkpoint, or None when there is none; and a sentence when another was meant.
+    """
+    folder = Path(folder)
+    tracked = tracked_iteration(folder)
+    if tracked == "release":
+        return folder / "release", None
+    complaint = None
+    known = _with_manifest(folder)
+    for path in known:
+        number = iteration_of(path)
+        assert number is not None
+        if isinstance(tracked, int) and number > tracked and mark_of(path).exists():
+            if defect(path) is None:
+                return path, None  # killed when only the tracker file was still to be written
+    if isinstance(tracked, int):
+        meant = checkpoint_path(folder, tracked)
+        wrong = defect(meant)
+        if wrong is None:
+            return meant, None
+        complaint = f"{meant}: {wrong}"
+    for path in known:
+        number = iteration_of(path)
+        assert number is not None
+        if (not isinstance(tracked, int) or number < tracked) and defect(path) is None:
+            return path, complaint
+    return None, complaint
+
+
+def latest_checkpoint(folder: str | Path | None) -> Path | None:
+    """The folder of the newest complete checkpoint in `folder`, or None when there is none."""
+    return None if folder is None else find_checkpoint(folder)[0]
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file so that it is, even after a power cut, the old one or the new one as a whole."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def point_at(folder: str | Path, iteration: int) -> None:
+    """Let the tracker file name `iteration`."""
+    _replace(Path(folder) / TRACKER, str(iteration))
+
+
+def begin_save(folder: str | Path, iteration: int) -> Path:
+    """Make an empty, marked folder for the checkpoint of `iteration`, and return it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    checkpoint = checkpoint_path(folder, iteration)
+    # One of the same name is damaged, or of a course of training that was left for an older checkpoint.
+    _remove_folder(checkpoint)
+    mark_of(checkpoint).write_text(str(iteration))
+    checkpoint.mkdir()
+    return checkpoint
+
+
+def finish_save(folder: str | Path, iteration: int, facts: Mapping[str, Any]) -> None:
+    """Declare a checkpoint complete: manifest, then tracker, then the mark goes.
+
+    Args:
+        folder: where the checkpoints are.
+        iteration: of the checkpoint whose files are all written.
+        facts: what the manifest holds beside `files`.
+
+    Raises:
+        OSError: something could not be written; the tracker names the checkpoint before.
+    """
+    checkpoint = checkpoint_path(folder, iteration)
+    manifest = {"iteration": iteration, **facts, "files": dict(_files(checkpoint))}
+    _replace(checkpoint / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    point_at(folder, iteration)
+    mark_of(checkpoint).unlink(missing_ok=True)
+
+
+def abandon_save(folder: str | Path, iteration: int) -> None:
+    """Remove what was written of a checkpoint that will not be complete."""
+    checkpoint = checkpoint_path(folder, iteration)
+    _remove_folder(checkpoint)
+    mark_of(checkpoint).unlink(missing_ok=True)
+
+
+def clean_up(folder: str | Path) -> list[int]:
+    """Remove what saves and removals left behind that were cut off; returns the saves' iterations.
+
+    Only what carries a mark is removed: a folder that somebody else put there stays.
+    """
+    for rest in Path(folder).glob(f"iter_*{REMOVED}"):
+        shutil.rmtree(rest)
+    removed = []
+    for mark in Path(folder).glob(f"iter_*{UNFINISHED}"):
+        checkpoint = mark.with_name(mark.name.removesuffix(UNFINISHED))
+        iteration = iteration_of(checkpoint)
+        if iteration is None:
+            continue
+        if read_manifest(checkpoint) is None or defect(checkpoint) is not None:
+            _remove_folder(checkpoint)
+            removed.append(iteration)
+        mark.unlink(missing_ok=True)
+    return sorted(removed)
+
+
+def remove_old(
+    folder: str | Path, *, newest: int, keep: int | None, retain_interval: int | None
+) -> list[int]:
+    """Remove checkpoints that are no longer wanted, once `newest` is complete; returns their iterations.
+
+    Args:
+        folder: where the checkpoints are.
+        newest: the checkpoint that the tracker names; it and later ones are never removed.
+        keep: `--keep-checkpoints`: how many complete ones stay, the newest among them. A damaged one
+            does not count.
+        retain_interval: `--save-retain-interval`: multiples of it stay too; given alone, `keep` is 1.
+
+    Raises:
+        OSError: a folder cannot be removed.
+    """
+    if keep is None and retain_interval is None:
+        return []
+    kept, removed = 0, []
+    for path in _with_manifest(Path(folder)):
+        iteration = iteration_of(path)
+        assert iteration is not None
+        if iteration > newest or path.is_symlink():
+            continue
+        if kept < (keep or 1):
+            kept += defect(path) is None
+        elif not (retain_interval and iteration % retain_interval == 0):
+            _remove_folder(path)
+            removed.append(iteration)
+    return sorted(removed)
+
+
+def _remove_folder(checkpoint: Path) -> None:
+    """Remove a checkpoint; renamed first, so that what a kill leaves does not look like one."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    elif checkpoint.exists():
+        removed = checkpoint.with_name(checkpoint.name + REMOVED)
+        if removed.exists():
+            shutil.rmtree(removed)
+        checkpoint.rename(removed)
+        shutil.rmtree(removed)
+
+
+def chosen_checkpoint(folder: str | Path, iteration: int | None) -> tuple[Path | None, str | None]:
+    """The checkpoint of `iteration` (`--ckpt-step`), or the newest complete one where that is None.
+
+    Returns:
+        As `find_checkpoint`.
+
+    Raises:
+        SetupError: the iteration's checkpoint is not complete, or the folder's only one is damaged.
+    """
+    if iteration is not None:
+        checkpoint = checkpoint_path(folder, iteration)
+        wrong = defect(checkpoint)
+        if wrong is not None:
+            raise SetupError(
+                f"{folder}: holds no complete checkpoint of iteration {iteration}: {wrong}; leave "
+                f"the iteration out to take the newest one"
+            )
+        return checkpoint, None
+    checkpoint_or_none, complaint = find_checkpoint(folder)
+    if checkpoint_or_none is None and complaint is not None:
+        raise SetupError(
+            f"{complaint}; there is no older complete checkpoint in {folder}: restore it from a copy, "
+            f"or delete {Path(folder) / TRACKER} to start from the beginning"
+        )
+    return checkpoint_or_none, complaint

@@ -1,0 +1,212 @@
+"""Saving: room is looked for first, what was written is looked at, and only then it counts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from post_training import checkpoints
+from post_training.errors import RunStopped, SetupError
+from post_training.output import checkpoint_bytes
+from post_training.platform import device_type
+from post_training.platform.checkpoint_saving import reason_of, save_hooks
+
+
+def complete_save_flags(args: argparse.Namespace) -> None:
+    """Check the flags about saving, and set what `--async-save` needs.
+
+    Raises:
+        SetupError: a flag that cannot work here.
+    """
+    if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
+        raise SetupError(f"--keep-checkpoints {args.keep_checkpoints}: must be at least 1")
+    if args.non_persistent_save_interval:
+        raise SetupError(
+            "--non-persistent-save-interval: such checkpoints are not resumed from; use --save-interval "
+            "with --keep-checkpoints"
+        )
+    if not args.async_save:
+        return
+    if args.use_torch_fsdp2:
+        raise SetupError("--async-save: not with --use-torch-fsdp2; leave one of them out")
+    if device_type() == "cpu" and args.use_persistent_ckpt_worker:
+        raise SetupError(
+            "--use-persistent-ckpt-worker: on a CPU such a worker would write tensors that training goes "
+            "on changing; leave it out, --async-save forks a process for each save"
+        )
+    args.use_persistent_ckpt_worker = True  # Megatron drops --async-save without it
+    if device_type() == "cpu" or importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        args.async_strategy = "mcore"
+    args.derived += ["use_persistent_ckpt_worker", "async_strategy"]
+
+
+class CheckpointSaver:
+    """Stands around every save of a run; `begin` and `finish` are called on all ranks.
+
+    Rank 0 does what has to be done on the disk, and tells the others how it went: all go on, or all end
+    with the same `RunStopped`.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, facts: Callable[[], dict[str, Any]], console: TextIO
+    ) -> None:
+        """Take over the saves of this process.
+
+        Args:
+            args: validated arguments; `--save-retain-interval` is taken over from Megatron.
+            facts: what the manifest says of the run, called when a save begins.
+            console: where rank 0 says what was removed.
+        """
+        self.args = args
+        self.facts = facts
+        self.console = console
+        self.retain_interval: int | None = args.save_retain_interval
+        args.save_retain_interval = (
+            None  # Megatron would remove, without looking, what comes before
+        )
+        self.saved: int | None = None
+        self._facts_of: dict[int, dict[str, Any]] = {}
+        save_hooks.begin = self.begin
+        save_hooks.finish = self.finish
+
+    def started(self, iteration: int) -> None:
+        """The run has loaded the checkpoint of `iteration` (0: none), on all ranks."""
+        if iteration and self.args.load == self.args.save:
+            self.saved = iteration
+        if self.args.rank == 0 and not self.args.skip_train:
+            for left in checkpoints.clean_up(self.args.save):
+                print(f"removed what an interrupted save of step {left} left", file=self.console)
+
+    def begin(self, iteration: int) -> Path | None:
+        """Make room for the checkpoint of `iteration`; None when it is there already.
+
+        Raises:
+            RunStopped: on all ranks, when it cannot be written.
+        """
+        if iteration == self.saved:
+            return None
+        if self.args.async_save:
+            from megatron.training.async_utils import maybe_finalize_async_save
+
+            # One at a time: results of two saves could be mistaken for each other.
+            maybe_finalize_async_save(blocking=True)
+        problem = None
+        if self.args.rank == 0:
+            save_hooks.problems.clear()
+            self._facts_of[iteration] = self.facts()
+            try:
+                checkpoints.begin_save(self.args.save, iteration)
+                problem = self._lack_of_room()
+            except OSError as error:
+                problem = reason_of(error)
+        self._agree(iteration, problem)
+        return checkpoints.mark_of(checkpoints.checkpoint_path(self.args.save, iteration))
+
+    def finish(self, iteration: int, error: BaseException | None) -> None:
+        """Declare the checkpoint of `iteration` complete, or remove it, and then remove old ones.
+
+        Raises:
+            RunStopped: on all ranks, when it could not be written as a whole.
+        """
+        problem = None
+        if self.args.rank == 0:
+            folder = checkpoints.checkpoint_path(self.args.save, iteration)
+            try:
+                problem = self._what_failed(error) or written_wrongly(folder)
+                if problem is None:
+                    facts = self._facts_of.pop(iteration)
+                    checkpoints.finish_save(self.args.save, iteration, facts)
+            except OSError as failed:
+                problem = reason_of(failed)
+        self._agree(iteration, problem)
+        self.saved = iteration
+        if self.args.rank == 0:
+            self._remove_old(iteration)
+
+    def _what_failed(self, error: BaseException | None) -> str | None:
+        if error is None:
+            return save_hooks.problems[0] if save_hooks.problems else None
+        failures = getattr(error, "failures", {})
+        for rank, (failure, _) in sorted(failures.items()):
+            return f"rank {rank}: {reason_of(failure)}"
+        return reason_of(error)
+
+    def _lack_of_room(self) -> str | None:
+        """The size of the newest checkpoint is the size of the next; of the first, what is expected."""
+        needed = checkpoint_bytes(self.args)
+        newest = checkpoints.latest_checkpoint(self.args.save)
+        manifest = None if newest is None else checkpoints.read_manifest(newest)
+        if manifest is not None:
+            needed = sum(manifest["files"].values())
+        free = shutil.disk_usage(self.args.save).free
+        return f"it takes {_size(needed)}, the disk is too full" if free < needed else None
+
+    def _agree(self, iteration: int, problem: str | None) -> None:
+        """Rank 0's problem becomes everybody's, once what was written is removed."""
+        told: list[str | None] = [None]
+        if problem is not None:
+            free = shutil.disk_usage(self.args.save).free
+            checkpoints.abandon_save(self.args.save, iteration)
+            told[0] = (
+                f"the checkpoint of step {iteration} cannot be written to {self.args.save}: {problem} "
+                f"({_size(free)} free); what was written of it is removed, {self._what_is_left()}; make "
+                f"room and give the same command again"
+            )
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise RunStopped(told[0])
+
+    def _what_is_left(self) -> str:
+        newest = checkpoints.latest_checkpoint(self.args.save)
+        iteration = None if newest is None else checkpoints.iteration_of(newest)
+        return (
+            "there is none before it" if iteration is None else f"that of step {iteration} is whole"
+        )
+
+    def _remove_old(self, newest: int) -> None:
+        try:
+            checkpoints.remove_old(
+                self.args.save,
+                newest=newest,
+                keep=self.args.keep_checkpoints,
+                retain_interval=self.retain_interval,
+            )
+        except OSError as error:
+            # The new checkpoint is complete: no reason to end the run.
+            print(
+                f"warning: an old checkpoint in {self.args.save} cannot be removed: {error.strerror}",
+                file=self.console,
+            )
+
+
+def written_wrongly(checkpoint: Path) -> str | None:
+    """Compare the files of a `torch_dist` or `torch_dcp` checkpoint with its own table of contents.
+
+    Returns:
+        What is cut off or missing, or None.
+    """
+    if not (checkpoint / ".metadata").is_file():
+        return None if any(checkpoint.iterdir()) else "nothing was written"
+    from torch.distributed.checkpoint import FileSystemReader
+
+    ends: dict[str, int] = {}
+    for info in FileSystemReader(checkpoint).read_metadata().storage_data.values():
+        end = info.offset + info.length
+        ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
+    for name, end in ends.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found < end:
+            return f"{name} has {found} of {end} bytes"
+    return None
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,153 @@
+"""The resume table: stopped in one layout and continued in another, against a run that was not stopped.
+
+    python tests/resume.py --table              every layout to every layout; exit status 1 if one differs
+    python tests/resume.py --table --only cp2   the pairs with "cp2" in them
+
+On the diagonal (the same layout) dropout is on, and losses, gradient norms and the final weights must be
+the same bit for bit: the random states of all ranks come back. Elsewhere dropout is off, and loss and
+gradient norm of every step after the change must be within 1e-5 of an uninterrupted run on one process.
+`tests/test_resume.py` runs parts of it under pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    # In place of this folder, where tests/data would hide the package data.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import transformers
+
+from tests.equivalence import CP2, MBS2, PP2, SP, STEP_BOUND, TP2
+from tests.helpers import reference
+from tests.helpers.launch import Finished, finetune
+from tests.helpers.models import save_model
+from tests.helpers.reference import Recipe
+from tests.helpers.rows import make_rows, write_rows
+
+RECIPE = Recipe(steps=8)
+STOP = 3
+DROPOUT = ("--hidden-dropout", "0.1", "--attention-dropout", "0.1")
+NUMBERS = ("iteration", "consumed_samples", "lm_loss", "grad_norm", "lr", "trained_tokens")
+"""What a step's numbers are, apart from how long it took."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One parallel layout; a further one is a further line in `LAYOUTS`."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    world: int = 1
+
+
+LAYOUTS = (
+    Layout("one"),
+    Layout("mbs2", MBS2),
+    Layout("dp2", (), 2),
+    Layout("tp2", TP2, 2),
+    Layout("tp2-sp", TP2 + SP, 2),
+    Layout("pp2", PP2, 2),
+    Layout("cp2", CP2, 2),
+)
+
+
+def numbers(run: Finished) -> list[tuple[float, ...]]:
+    """The numbers of every step."""
+    return [tuple(step[name] for name in NUMBERS) for step in run.steps]
+
+
+def difference(run: Finished, straight: Finished) -> float:
+    """The largest relative difference of a step's loss or gradient norm."""
+    norms = [[step["grad_norm"] for step in r.steps] for r in (run, straight)]
+    losses = reference.relative(run.losses, straight.losses)
+    return max(losses, reference.relative(norms[0], norms[1]))
+
+
+class Resumes:
+    """Runs that are stopped and continued; what they are compared with is made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        save_model(folder / "model", "qwen3")
+        data = write_rows(folder / "train.jsonl", make_rows(60))
+        model = ("--hf-model", str(folder / "model"))
+        self.words = (*model, "--finetune-data-files", str(data), *RECIPE.flags())
+        self.straight = functools.cache(self._straight)
+        self.stopped = functools.cache(self._stopped)
+
+    def run(self, folder: Path, layout: Layout, *flags: str) -> Finished:
+        """Train in `layout`."""
+        return finetune(folder, *self.words, *layout.flags, *flags, world=layout.world).ok()
+
+    def _straight(self, layout: Layout, *flags: str) -> Finished:
+        return self.run(self.folder / f"straight-{layout.name}{len(flags)}", layout, *flags)
+
+    def _stopped(self, layout: Layout, *flags: str) -> Finished:
+        folder = self.folder / f"stopped-{layout.name}{len(flags)}"
+        return self.run(folder, layout, "--exit-interval", str(STOP), *flags)
+
+    def compare(self, before: Layout, after: Layout) -> tuple[float, bool]:
+        """Stop in `before` and go on in `after`.
+
+        Returns:
+            The largest relative difference of a step, and whether it is small enough.
+        """
+        same = before == after
+        dropout = DROPOUT if same else ()
+        folder = self.folder / f"{before.name}-{after.name}"
+        shutil.copytree(self.stopped(before, *dropout).folder, folder)
+        run = self.run(folder, after, *dropout)
+        straight = self.straight(after if same else LAYOUTS[0], *dropout)
+        found = difference(run, straight)
+        holds = numbers(run) == numbers(straight) if same else found < STEP_BOUND
+        shutil.rmtree(folder)
+        return found, holds
+
+
+def print_table(only: str) -> bool:
+    """Run all pairs and print a line for each layout that a run was stopped in; returns if all hold."""
+    pairs = good = 0
+    print(f"{'from / to':10}" + "".join(f"{layout.name:>10}" for layout in LAYOUTS), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        resumes = Resumes(Path(folder))
+        for before in LAYOUTS:
+            cells = []
+            for after in LAYOUTS:
+                if only not in f"{before.name} {after.name}":
+                    cells.append("-")
+                    continue
+                found, holds = resumes.compare(before, after)
+                pairs, good = pairs + 1, good + holds
+                exact = "bits" if before == after and holds else f"{found:.1e}"
+                cells.append(exact if holds else f"{exact}!")
+            print(f"{before.name:10}" + "".join(f"{cell:>10}" for cell in cells), flush=True)
+    print(
+        f"{good} of {pairs} hold: {RECIPE.steps} steps, stopped after {STOP}; 'bits': same layout, dropout "
+        f"on, every loss and gradient norm the same bit for bit as uninterrupted; numbers: the largest "
+        f"relative difference from an uninterrupted run on one process, which must be below {STEP_BOUND:g}"
+    )
+    return good == pairs
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--table", action="store_true", required=True, help="run and print all pairs"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="pairs with TEXT in 'FROM TO'")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    return 0 if print_table(options.only) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
