@@ -97,6 +97,7 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, *, traini
         micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         qkv_format="sbhd" if uses_packed_attention(args) else "thd",
+        experts=bool(args.num_experts) and training,
     )
     counters.add_trained(batch.trained.weights.sum())
     return batch

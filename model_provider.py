@@ -19,6 +19,7 @@ from post_training.modelopt_state import (
     restore_modelopt_state,
 )
 from post_training.rotary import PackedRotaryEmbedding
+from post_training.router import follow_documents
 
 
 def model_config(args: argparse.Namespace) -> Any:
@@ -44,6 +45,8 @@ def model_config(args: argparse.Namespace) -> Any:
         # Every parameter is overwritten. (ModelOpt looks at the weights while it converts.)
         transformer.perform_initialization = False
     hooks = [functools.partial(_install_rotary, hf_config=args.hf_config)]
+    if args.num_experts:
+        hooks.append(functools.partial(follow_documents))
     if resumes:
         hooks.append(functools.partial(_convert_by_modelopt, folder=args.load))
     if from_hf:

@@ -14,12 +14,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+import torch
+
 from data.arguments import add_data_arguments
 from post_training import layout
 from post_training.config_file import apply_config_file
 from post_training.errors import SetupError
 from post_training.eval_only import prepare_evaluation
 from post_training.fsdp_layout import fsdp2_defaults
+from post_training.expert_flags import complete_expert_flags
 from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
 from post_training.platform import device_type
 from post_training.saving import complete_save_flags
@@ -111,6 +114,11 @@ def has_transformer_engine() -> bool:
     return bool(HAVE_TE)
 
 
+def has_grouped_gemm() -> bool:
+    """Whether this GPU computes all experts of a layer in one kernel (Megatron wants Ampere or later)."""
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
 def sft_defaults() -> dict[str, Any]:
     """Where finetuning wants another default than Megatron's pretraining."""
     return {
@@ -139,6 +147,9 @@ def sft_defaults() -> dict[str, Any]:
         "rerun_mode": "disabled",
         # Each token travels to the ranks of its experts only, not to all.
         "moe_token_dispatcher_type": "alltoall",
+        # As in transformers: off unless it is asked for (`post_training/expert_flags.py`).
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": None,
         # Training on with more steps stretches the schedule, which a checkpoint would fix otherwise.
         "override_opt_param_scheduler": True,
         "num_workers": 0,
@@ -227,6 +238,8 @@ def parse_arguments(
             hf_config = load_hf_config(name, trust_remote_code=trust)
             architecture.update(megatron_flags(hf_config))
             derived.update(architecture)
+            if derived["transformer_impl"] == "transformer_engine" and "num_experts" in derived:
+                derived["moe_grouped_gemm"] = has_grouped_gemm()
         unknown = derived.keys() - {action.dest for action in parser._actions}
         assert not unknown, f"not flags of this Megatron: {sorted(unknown)}"
         parser.set_defaults(**{key: v for key, v in derived.items() if key not in written})
@@ -339,6 +352,7 @@ def _complete(args: argparse.Namespace) -> None:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
     elif args.vocab_size and not args.padded_vocab_size:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
+    complete_expert_flags(args)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         # Megatron trains experts with tensor parallelism only this way.
         args.sequence_parallel = True

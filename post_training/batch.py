@@ -12,7 +12,7 @@ from torch import Tensor
 
 from post_training.context_parallel import ContextParallelCut
 from post_training.loss import TrainedTokens
-from post_training.packed_sequences import PackedDocuments, document_bounds
+from post_training.packed_sequences import PackedDocuments, RoutedDocuments, document_bounds
 from post_training.platform import current_device
 
 FIELDS = ("input_ids", "loss_mask", "position_ids")
@@ -86,7 +86,14 @@ def shift_labels(tokens: Tensor, loss_mask: Tensor, position_ids: Tensor) -> tup
     return labels, (torch.roll(loss_mask, -1) * same_document).to(torch.uint8)
 
 
-def assemble_batch(packs: Tensor, *, qkv_format: str, cp_size: int = 1, cp_rank: int = 0) -> Batch:
+def assemble_batch(
+    packs: Tensor,
+    *,
+    qkv_format: str,
+    cp_size: int = 1,
+    cp_rank: int = 0,
+    experts: bool = False,
+) -> Batch:
     """Shift labels, find the documents of a micro batch and take this context parallel rank's part.
 
     Args:
@@ -94,20 +101,26 @@ def assemble_batch(packs: Tensor, *, qkv_format: str, cp_size: int = 1, cp_rank:
         qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec and context parallelism.
         cp_size: context parallel size.
         cp_rank: rank in the context parallel group.
+        experts: the model routes tokens to experts.
     """
     tokens, loss_mask, position_ids = packs.unbind(0)
     # On the whole row: the label of a part's last token may be another rank's.
     labels, label_mask = shift_labels(tokens, loss_mask, position_ids)
     if cp_size == 1:
         packed = PackedDocuments.from_position_ids(position_ids, qkv_format=qkv_format)
+        if experts:
+            documents = len(packed.query_lengths or ())
+            packed.routed = RoutedDocuments.from_row(position_ids, label_mask, documents)
     else:
         bounds = document_bounds(position_ids)
+        routed = RoutedDocuments.from_row(position_ids, label_mask, len(bounds) - 1)
         cut = ContextParallelCut.make(bounds, size=cp_size, rank=cp_rank)
         local = cut.local_indices.to(tokens.device, non_blocking=True)
         tokens, labels, label_mask, position_ids = (
             row.index_select(0, local) for row in (tokens, labels, label_mask, position_ids)
         )
         packed = PackedDocuments.from_cut(cut, position_ids)
+        packed.routed = routed.part(local) if experts else None
     return Batch(
         tokens=tokens.unsqueeze(0),
         labels=labels.unsqueeze(0),
@@ -124,6 +137,7 @@ def read_batch(
     micro_batch_size: int,
     seq_length: int,
     qkv_format: str,
+    experts: bool = False,
 ) -> Batch:
     """Next micro batch of this data parallel rank, on every tensor parallel rank and pipeline stage.
 
@@ -134,6 +148,7 @@ def read_batch(
         micro_batch_size: packs in a micro batch.
         seq_length: tokens in a pack.
         qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec and context parallelism.
+        experts: the model routes tokens to experts.
     """
     data = next(data_iterator) if data_iterator is not None else None
     packs = broadcast_over_tensor_parallel(data, micro_batch_size, seq_length, current_device())
@@ -142,6 +157,7 @@ def read_batch(
         qkv_format=qkv_format,
         cp_size=parallel_state.get_context_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
+        experts=experts,
     )
 
 

@@ -145,9 +145,6 @@ def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
             "moe_layer_freq": pattern,
             # Softmax over the chosen logits equals a renormalised softmax over all of them.
             "moe_router_pre_softmax": not config.norm_topk_prob,
-            # As in transformers, where the auxiliary loss is off unless it is asked for.
-            "moe_router_load_balancing_type": "none",
-            "moe_aux_loss_coeff": 0.0,
         }
     return flags
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from post_training.attention import PackedAttention
 from post_training.norm import LocalNorm
+from post_training.router import DocumentRouter
 
 
 def uses_packed_attention(settings: Any) -> bool:
@@ -28,7 +32,7 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
         Megatron's block spec. For `--transformer-impl local` its core attention is `PackedAttention`
         and its norms are `LocalNorm`: Megatron's own refuse packed sequences and sequence parallelism.
         With Transformer Engine the core attention is replaced under context parallelism only, where its
-        kernels want every document padded.
+        kernels want every document padded. Layers with experts get a `DocumentRouter`.
     """
     transformer = config.transformer
     use_te = transformer.transformer_impl == "transformer_engine"
@@ -43,6 +47,9 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
         attention = parts.self_attention.submodules
         if uses_packed_attention(transformer):
             attention.core_attention = PackedAttention
+        if isinstance(parts.mlp, functools.partial) and parts.mlp.func is MoELayer:
+            experts = dataclasses.replace(parts.mlp.keywords["submodules"], router=DocumentRouter)
+            parts.mlp = functools.partial(MoELayer, submodules=experts)
         if use_te:
             continue
         parts.input_layernorm = LocalNorm

@@ -12,6 +12,41 @@ from torch import Tensor
 from post_training.context_parallel import ContextParallelCut
 
 
+@dataclass(frozen=True)
+class RoutedDocuments:
+    """What a router has to know of a micro batch; a document without a label is padding."""
+
+    of_token: Tensor
+    """The document of each of this context parallel rank's tokens: int64 [tokens]."""
+    lengths: Tensor
+    """Tokens of each document of the whole row: float32 [documents]."""
+    trained: Tensor
+    """Tokens of each document that have a label: float32 [documents]."""
+
+    @classmethod
+    def from_row(cls, position_ids: Tensor, label_mask: Tensor, documents: int) -> RoutedDocuments:
+        """Describe the documents of a whole row.
+
+        Args:
+            position_ids: int64 [tokens], 0 where a document begins.
+            label_mask: 1 where the label is trained: [tokens].
+            documents: how many there are (given, so that the device is not waited for).
+        """
+        of_token = (position_ids == 0).cumsum(0) - 1
+
+        def total(values: Tensor) -> Tensor:
+            sums = torch.zeros(documents, dtype=torch.float32, device=values.device)
+            return sums.index_add_(0, of_token, values.float())
+
+        return cls(of_token, total(torch.ones_like(label_mask)), total(label_mask))
+
+    def part(self, local_indices: Tensor) -> RoutedDocuments:
+        """The same for the tokens that a context parallel rank holds (int64 [local tokens])."""
+        return RoutedDocuments(
+            self.of_token.index_select(0, local_indices), self.lengths, self.trained
+        )
+
+
 @dataclass
 class PackedDocuments(PackedSeqParams):
     """The documents of one micro batch, flattened to a single row of tokens.
@@ -32,6 +67,9 @@ class PackedDocuments(PackedSeqParams):
     """Keys that each document or piece attends to; a piece sees them causally, its last token all."""
     key_indices: Tensor | None = None
     """Under context parallelism: where these keys are among those gathered from all ranks."""
+
+    routed: RoutedDocuments | None = None
+    """For models with experts."""
 
     @classmethod
     def from_position_ids(cls, position_ids: Tensor, *, qkv_format: str) -> PackedDocuments:

@@ -65,10 +65,12 @@ class Progress:
             return
         self.last_line = now
         done = max(1, iteration - self.first)
+        imbalance = record.get("expert_imbalance")
+        experts = "" if imbalance is None else f"  expert imbalance {imbalance:.2f}"
         left = (now - self.begin) / done * (self.total - iteration)
         self._line(
             f"step {iteration}/{self.total}  loss {loss:.4f}  grad norm {record['grad_norm'] or 0:.3f}"
-            f"  lr {record['lr'] or 0:.2e}  {speed:,.0f} tokens/s  {_duration(left)} left"
+            f"  lr {record['lr'] or 0:.2e}{experts}  {speed:,.0f} tokens/s  {_duration(left)} left"
         )
 
     def evaluation(self, record: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from post_training.platform import current_device
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
 from post_training.progress import Progress
 from post_training.start_up import start_up
-from post_training.step_counters import StepTotals, counters
+from post_training.step_counters import ExpertTotals, StepTotals, counters
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of its name.
 PEAK_FLOPS = {
@@ -80,6 +80,8 @@ class RunLog:
         self.last_iteration = 0
         self._losses: list[torch.Tensor] = []
         self.draft_acceptance_length: float | None = None
+        if args.num_experts:
+            counters.watch_experts(args.num_layers, args.num_experts)
         hooks.on_step.append(self.on_step)
         hooks.on_evaluation_start.append(self.on_evaluation_start)
         hooks.on_evaluation_end.append(self.on_evaluation_end)
@@ -137,6 +139,8 @@ class RunLog:
         now = time.perf_counter()
         seconds = now - (self.last_step_end if self.last_step_end is not None else now)
         self.last_step_end = now
+        routing = self._routing(totals.experts)
+        self._to_tensorboard(routing, step.iteration)
         if not self.is_writer:
             return
         self.trained_tokens += totals.trained_tokens
@@ -157,6 +161,7 @@ class RunLog:
         }
         if totals.sources:
             record["sources"] = _by_source(totals)
+        record |= routing
         if step.skipped:
             record["skipped"] = True
         if self.peak and seconds:
@@ -170,6 +175,32 @@ class RunLog:
         """Mean over the steps since the last record, as Megatron logs it; on the last pipeline stage."""
         losses, self._losses = self._losses, []
         return torch.stack(losses).double().mean() if losses else None
+
+    def _routing(self, experts: ExpertTotals | None) -> dict[str, float]:
+        """What became of the tokens in layers with experts, for the log."""
+        if experts is None:
+            return {}
+        imbalance = experts.imbalance
+        record = {
+            "expert_imbalance": float(imbalance.mean()),
+            "expert_imbalance_worst_layer": float(imbalance.max()),
+            "idle_experts": experts.idle,
+        }
+        if self.args.moe_aux_loss_coeff:
+            record["moe_aux_loss"] = experts.auxiliary_loss
+        return record
+
+    def _to_tensorboard(self, values: dict[str, float], iteration: int) -> None:
+        """Add to Megatron's own writers, which are open on its last rank only."""
+        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+        if not values:
+            return
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, value in values.items():
+                writer.add_scalar(name.replace("_", "-"), value, iteration)
+        if wandb := get_wandb_writer():
+            wandb.log(values, iteration)
 
     def _flops(self, squared_lengths: float, real_tokens: float, steps: int) -> float:
         from megatron.training.training import num_floating_point_operations

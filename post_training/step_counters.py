@@ -26,6 +26,28 @@ class StepTotals:
     """The `lm loss` handed to `reduce` on the last pipeline stage."""
     sources: dict[str, tuple[float, float]]
     """Sum of the losses and number of trained tokens of each source, where several are told apart."""
+    experts: ExpertTotals | None = None
+    """For models with experts."""
+
+
+@dataclass(frozen=True)
+class ExpertTotals:
+    """What the routers of the layers with experts did."""
+
+    tokens: Tensor
+    """Tokens of documents that each expert got: float64 [layers with experts, experts]."""
+    auxiliary_loss: float
+    """Mean over these layers and over trained tokens of the balance of the token's document (1: even)."""
+
+    @property
+    def imbalance(self) -> Tensor:
+        """Tokens of the busiest expert over the mean: float64 [layers with experts]; 1 is even."""
+        return self.tokens.amax(1) / self.tokens.mean(1)
+
+    @property
+    def idle(self) -> int:
+        """Experts of all layers that no token went to."""
+        return int((self.tokens == 0).sum())
 
 
 class StepCounters:
@@ -38,7 +60,17 @@ class StepCounters:
     def tell_apart(self, source_names: Sequence[str]) -> None:
         """Start again from zero, with the losses of these sources apart; all ranks give the same."""
         self.source_names = list(source_names)
+        self._expert_shape = (0, 0)
         self.reset()
+
+    def watch_experts(self, layers: int, experts: int) -> None:
+        """Make room for the routers' counts; every rank must call it alike.
+
+        Args:
+            layers: of the whole model, with experts or without.
+            experts: of a layer.
+        """
+        self._expert_shape = (layers, experts)
 
     def reset(self) -> None:
         """Start again from zero."""
@@ -48,6 +80,7 @@ class StepCounters:
         self.readers = 0.0
         self._trained: Tensor | float = 0.0
         self._by_source: Tensor | float = 0.0
+        self._experts: dict[int, Tensor] = {}
 
     def add_documents(self, lengths: Sequence[int]) -> None:
         """Count the documents of one pack by their lengths in tokens."""
@@ -74,6 +107,19 @@ class StepCounters:
         sums = both.new_zeros(2, len(self.source_names)).index_add_(1, sources, both)
         self._by_source = self._by_source + sums
 
+    def add_expert_tokens(self, layer: int, tokens: Tensor, balance: Tensor | None) -> None:
+        """Count what a router did with a micro batch; the device is not waited for.
+
+        Args:
+            layer: number of the layer in the whole model, from 1.
+            tokens: tokens of documents for each expert, of this rank: float32 [experts].
+            balance: this rank's part of the auxiliary loss, without its coefficient: float32 scalar.
+        """
+        last = tokens.new_zeros(()) if balance is None else balance
+        row = torch.cat([tokens, last.view(1)]).double()
+        before = self._experts.get(layer)
+        self._experts[layer] = row if before is None else before + row
+
     def reduce(self, loss: Tensor | None, device: torch.device | str) -> StepTotals:
         """Add up over all ranks and start again from zero; every rank must call it.
 
@@ -93,10 +139,22 @@ class StepCounters:
             values[6] = 1.0
         if isinstance(self._by_source, Tensor):
             values[7:] = self._by_source.flatten()
+        layers, experts = self._expert_shape
+        rows = values.new_zeros(layers, experts + 1)
+        for layer, row in self._experts.items():
+            rows[layer - 1] = row
+        lone = len(values)
+        values = torch.cat([values, rows.flatten()])
         self.reset()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
-        real, squared, seconds, readers, trained, loss_sum, losses, *by_source = values.tolist()
+        values = values.cpu()
+        real, squared, seconds, readers, trained, loss_sum, losses, *by_source = values[
+            :lone
+        ].tolist()
+        # Each token is routed once: by one rank of its layer's stage and tensor parallel group.
+        rows = values[lone:].view(layers, experts + 1)
+        rows = rows[rows[:, :-1].sum(1) > 0]
         stages, parts = self._stages_and_parts()
         copies = stages * parts
         return StepTotals(
@@ -112,6 +170,9 @@ class StepCounters:
                     strict=True,
                 )
             ),
+            experts=ExpertTotals(rows[:, :-1], float(rows[:, -1].mean() / (trained / stages)))
+            if len(rows) and trained
+            else None,
         )
 
     @staticmethod

@@ -34,6 +34,7 @@ UPDATE_BOUNDS = {"adam": 1e-3, "sgd": 1e-5}
 """Largest relative L2 difference of final minus initial weights. Adam's first steps amplify rounding."""
 
 ADAM, SGD, UNPACKED = Recipe(), Recipe(optimizer="sgd", lr=0.05), Recipe(packing="none")
+BALANCED = Recipe(balance=0.1)
 TP2 = ("--tensor-model-parallel-size", "2")
 PP2 = ("--pipeline-model-parallel-size", "2")
 PP3 = ("--pipeline-model-parallel-size", "3")
@@ -72,6 +73,7 @@ class Case:
         words = [self.family, *(["tied"] if self.tied else []), self.layout]
         words += [self.recipe.optimizer] if self.recipe.optimizer != "adam" else []
         words += ["unpacked"] if self.recipe.packing == "none" else []
+        words += ["balanced"] if self.recipe.balance else []
         return "-".join(words)
 
 
@@ -156,6 +158,16 @@ CASES = (
     Case("fsdp2x2", FSDP2, 2, family="llama"),
     Case("fsdp2x2", FSDP2, 2, family="qwen2"),
     Case("fsdp2x2", FSDP2, 2, family="qwen3_moe"),
+    # With the load balancing loss.
+    Case("one", family="qwen3_moe", recipe=BALANCED),
+    Case("mbs4", MBS4, family="qwen3_moe", recipe=BALANCED),
+    Case("dp2", (), 2, family="qwen3_moe", recipe=BALANCED),
+    Case("cp2", CP2, 2, family="qwen3_moe", recipe=BALANCED),
+    Case("pp2-mbs2", PP2 + MBS2, 2, family="qwen3_moe", recipe=BALANCED),
+    Case("pp2-vpp2", PP2 + VPP2, 2, family="qwen3_moe", layers=4, recipe=BALANCED),
+    Case("ep2-tp2", EP2 + TP2, 4, family="qwen3_moe", recipe=BALANCED),
+    Case("ep2-tp2-cp2", EP2 + TP2 + CP2, 4, family="qwen3_moe", recipe=BALANCED),
+    Case("fsdp2x2", FSDP2, 2, family="qwen3_moe", recipe=BALANCED),
     # Input and output embeddings that are one matrix, on one stage and on two.
     Case("one", family="qwen2", tied=True, slow=False),
     Case("pp2", PP2, 2, family="qwen2", tied=True, slow=False),

@@ -34,4 +34,15 @@ def test_equals_huggingface_in_a_plain_loop(case: Case, matrix: Matrix, tmp_path
     assert [step["trained_tokens"] for step in steps] == found.truth.trained_tokens
     rates = [recipe.learning_rate(step + 1) for step in range(recipe.steps)]
     assert [step["lr"] for step in steps] == pytest.approx(rates)
+    if case.family == "qwen3_moe":
+        for step, tokens in zip(steps, found.truth.expert_tokens, strict=True):
+            busiest = tokens.amax(1) / tokens.mean(1)
+            # A token between two experts may go to another one on another layout.
+            assert step["expert_imbalance"] == pytest.approx(float(busiest.mean()), abs=0.01)
+            assert step["expert_imbalance_worst_layer"] == pytest.approx(
+                float(busiest.max()), abs=0.01
+            )
+    if recipe.balance:
+        balance = [step["moe_aux_loss"] for step in steps]
+        assert balance == pytest.approx(found.truth.balance, rel=1e-5)
     assert steps[0]["grad_norm"] > recipe.clip, "clipping is part of what is compared"

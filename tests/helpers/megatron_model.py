@@ -174,3 +174,47 @@ def save(argv: Sequence[str]) -> None:
     args, (chunks, _, _) = set_up(argv)
     args.no_save_optim = True
     save_checkpoint(1, chunks, None, None, 0)
+
+
+def expert_totals(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> Any:
+    """What the routers did in one forward and backward pass over packs (each field [seq_length]).
+
+    The packs are dealt out to the data parallel ranks in turn, as the sampler does.
+
+    Returns:
+        `ExpertTotals` over all ranks, the same on every rank.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    import finetune
+    from post_training.step_counters import counters
+
+    args, built = set_up(argv)
+    counters.watch_experts(args.num_layers, args.num_experts)
+    rank, ranks = (
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    own, micro = packs[rank::ranks], args.micro_batch_size
+    batches = [
+        {name: torch.stack([pack[name] for pack in own[i : i + micro]]) for name in own[0]}
+        for i in range(0, len(own), micro)
+    ]
+    for chunk in built[0]:
+        chunk.train()
+    reads = parallel_state.get_tensor_model_parallel_rank() == 0
+    if reads:
+        counters.add_documents([])  # as the iterator does: this rank counts trained tokens
+    iterators = [iter(batches) if reads else None for _ in built[0]]
+    get_forward_backward_func()(
+        forward_step_func=finetune.forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=built[0],
+        num_microbatches=len(batches),
+        seq_length=args.seq_length,
+        micro_batch_size=micro,
+        decoder_seq_length=args.seq_length,
+        forward_only=False,
+    )
+    return counters.reduce(None, "cpu").experts

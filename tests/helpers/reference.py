@@ -23,9 +23,32 @@ from tests.helpers.rows import Row, tokens_and_mask
 
 def document_losses(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Losses of the trained tokens of one document, seen alone: float32 [trained tokens]."""
-    logits = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0, :-1]
+    return losses_and_routing(model, ids, mask)[0]
+
+
+def losses_and_routing(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The same, and the router's probabilities in each layer with experts: float32 [tokens, experts]."""
+    options = {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
+    out = model(input_ids=ids.unsqueeze(0), use_cache=False, **options)
     chosen = torch.nonzero(mask[1:]).flatten()
-    return F.cross_entropy(logits[chosen].float(), ids[1:][chosen], reduction="none")
+    logits = out.logits[0, :-1][chosen]
+    losses = F.cross_entropy(logits.float(), ids[1:][chosen], reduction="none")
+    return losses, [
+        layer.float().softmax(-1) for layer in getattr(out, "router_logits", None) or ()
+    ]
+
+
+def choices(probabilities: Tensor, top_k: int) -> Tensor:
+    """How many of a document's tokens choose each expert: float32 [experts]."""
+    chosen = probabilities.topk(top_k, dim=-1).indices.flatten()
+    return torch.bincount(chosen, minlength=probabilities.shape[1]).float()
+
+
+def imbalance(probabilities: Tensor, top_k: int) -> Tensor:
+    """The load balancing loss of one document in one layer (Switch Transformer): scalar, 1 if even."""
+    tokens, experts = probabilities.shape
+    shares = choices(probabilities, top_k) / (tokens * top_k)
+    return experts * (shares * probabilities.mean(0)).sum()
 
 
 def mean_loss(model: Any, rows: Iterable[Row]) -> tuple[float, int]:
@@ -57,6 +80,7 @@ class Recipe:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     momentum: float = 0.9
+    balance: float = 0.0
 
     def flags(self) -> list[str]:
         """The same for `finetune.py`."""
@@ -66,6 +90,7 @@ class Recipe:
             *("--min-lr", str(self.min_lr), "--weight-decay", str(self.weight_decay)),
             *("--clip-grad", str(self.clip), "--seed", str(self.seed)),
             *("--optimizer", self.optimizer, "--packing", self.packing),
+            *(("--moe-aux-loss-coeff", str(self.balance)) if self.balance else ()),
         ]
 
     def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
@@ -92,6 +117,10 @@ class Trajectory:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     trained_tokens: list[int] = field(default_factory=list)
+    balance: list[float] = field(default_factory=list)
+    """Mean over trained tokens and layers of the load balancing loss of the token's document."""
+    expert_tokens: list[Tensor] = field(default_factory=list)
+    """Tokens of documents by expert in each step: float32 [layers with experts, experts]."""
     start: dict[str, Tensor] = field(default_factory=dict)
     end: dict[str, Tensor] = field(default_factory=dict)
 
@@ -126,17 +155,32 @@ def batches(rows: Sequence[Row], data_file: Path, recipe: Recipe) -> list[list[i
 def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) -> Trajectory:
     """Train the HuggingFace model of `folder` on `rows`."""
     tokenizer = make_tokenizer()
-    examples = [tokens_and_mask(row, tokenizer) for row in rows]
-    model = load_model(folder).train()
+    # A document ends with a separator, never trained, which has a part in the balance of experts only.
+    end = (torch.tensor([tokenizer.convert_tokens_to_ids("<|endoftext|>")]), torch.tensor([0]))
+    examples = [
+        (torch.cat([ids, end[0]]), torch.cat([mask, end[1]]))
+        for ids, mask in (tokens_and_mask(row, tokenizer) for row in rows)
+    ]
+    model: Any = load_model(folder).train()
+    # The separator is the padding token, whose embedding transformers would not train.
+    model.model.embed_tokens.padding_idx = None
     named = dict(model.named_parameters())
     result = Trajectory(start={name: p.detach().clone() for name, p in named.items()})
     optimizer = recipe.make_optimizer(named.values())
     for step, batch in enumerate(batches(rows, data_file, recipe)):
         tokens = sum(int(examples[row][1][1:].sum()) for row in batch)
-        total = 0.0
+        total, balance, experts = 0.0, 0.0, torch.zeros(())
         for row in batch:
-            losses = document_losses(model, *examples[row])
-            (losses.sum() / tokens).backward()
+            losses, routing = losses_and_routing(model, *examples[row])
+            objective = losses.sum()
+            if routing:
+                top_k: int = model.config.num_experts_per_tok
+                layers = torch.stack([imbalance(layer, top_k) for layer in routing])
+                # A document weighs as much as its trained tokens do in the loss.
+                objective = objective + recipe.balance * losses.numel() * layers.sum()
+                balance += losses.numel() * layers.detach().double().mean().item()
+                experts = experts + torch.stack([choices(layer, top_k) for layer in routing])
+            (objective / tokens).backward()
             total += losses.detach().double().sum().item()
         gradients = [p.grad for p in named.values() if p.grad is not None]
         norm = math.sqrt(sum(g.double().square().sum().item() for g in gradients))
@@ -150,6 +194,8 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
         result.losses.append(total / tokens)
         result.grad_norms.append(norm)
         result.trained_tokens.append(tokens)
+        result.balance.append(balance / tokens)
+        result.expert_tokens.append(experts)
     result.end = {name: p.detach().clone() for name, p in named.items()}
     return result
 

@@ -1,0 +1,103 @@
+"""The router of a mixture-of-experts layer: which experts the documents' tokens go to, and how evenly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from post_training.packed_sequences import RoutedDocuments
+from post_training.step_counters import counters
+
+
+class DocumentRouter(TopKRouter):
+    """Megatron's router, which also counts, and balances experts document by document.
+
+    The tokens of documents that each expert gets are added to `counters`. With `--moe-aux-loss-coeff` c
+    the loss of a layer grows by c times
+
+        sum over documents d of t_d * L_d,    L_d = E * sum over experts i of f_i * P_i
+
+    where t_d counts the trained tokens of d, E the experts, f_i is the share of d's assignments that go
+    to expert i, and P_i the mean probability of i over d's tokens (Switch Transformer, arXiv 2101.03961,
+    equations 4 to 6, for one document). Like the cross-entropy it is divided by all trained tokens of the
+    global batch. So documents weigh as in the loss, padding weighs nothing, and neither micro batches nor
+    packs nor ranks change the result. Megatron's own losses balance over a micro batch, padding included,
+    and are multiplied by all its tokens, trained or not, under `--calculate-per-token-loss`.
+    """
+
+    documents: RoutedDocuments | None = None
+    """Set before each forward pass of the layer (`follow_documents`)."""
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            logits: [local tokens, 1, experts].
+            padding_mask: not used.
+
+        Returns:
+            Weights of the chosen experts and a boolean map of them, both [local tokens, experts].
+        """
+        probs, chosen = super().routing(logits, padding_mask)
+        documents = self.documents
+        # With recomputed activations the pass that has gradients is the second one.
+        if documents is None or not (self.training and torch.is_grad_enabled()):
+            return probs, chosen
+        of_token = self._local(documents.of_token, chosen.shape[0])
+        counted = (documents.trained > 0).float().index_select(0, of_token)
+        assigned = chosen.float()
+        coefficient = self.config.moe_aux_loss_coeff
+        balance = None
+        if coefficient:
+            scores = torch.softmax(logits.view_as(chosen), dim=-1, dtype=torch.float32)
+            balance = self._balance(scores, assigned, of_token, documents)
+            probs = MoEAuxLossAutoScaler.apply(probs, coefficient * balance)
+            balance = balance.detach()
+        assert self.layer_number is not None
+        counters.add_expert_tokens(self.layer_number, counted @ assigned, balance)
+        return probs, chosen
+
+    def _local(self, of_token: Tensor, tokens: int) -> Tensor:
+        """With sequence parallelism a rank of the tensor parallel group routes a part of the row."""
+        if len(of_token) == tokens:
+            return of_token
+        return of_token.view(-1, tokens)[self.tp_group.rank()]
+
+    def _balance(
+        self, scores: Tensor, assigned: Tensor, of_token: Tensor, documents: RoutedDocuments
+    ) -> Tensor:
+        """This rank's part of the sum over documents of t_d * L_d: float32 scalar with gradient.
+
+        Args:
+            scores: probabilities, float32 [local tokens, experts].
+            assigned: 1 where an expert is chosen: float32 [local tokens, experts].
+            of_token: document of each local token.
+            documents: of the micro batch.
+        """
+        experts = scores.shape[1]
+        totals = assigned.new_zeros(len(documents.lengths), experts)
+        totals.index_add_(0, of_token, assigned)
+        if self.tp_cp_group.size() > 1:
+            # A document's tokens lie on several ranks; each adds up the probabilities of its own.
+            torch.distributed.all_reduce(totals, group=self.tp_cp_group)
+        weights = experts * documents.trained / (self.topk * documents.lengths.square())
+        return (scores * (totals * weights[:, None]).index_select(0, of_token)).sum()
+
+
+def follow_documents(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Let the routers of unwrapped `GPTModel` chunks know the documents that their layer is given."""
+
+    def remember(layer: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        layer.mlp.router.documents = getattr(kwargs.get("packed_seq_params"), "routed", None)
+
+    for chunk in chunks:
+        for module in chunk.modules():
+            router = getattr(getattr(module, "mlp", None), "router", None)
+            if isinstance(router, DocumentRouter):
+                # On the layer, whose arguments are kept where activations are recomputed.
+                module.register_forward_pre_hook(remember, with_kwargs=True)
+    return chunks

@@ -1,0 +1,97 @@
+import pytest
+import torch
+
+from post_training.packed_sequences import RoutedDocuments
+from tests.helpers import megatron_model, reference
+from tests.helpers.launch import run_ranks
+from tests.helpers.models import VOCABULARY, load_model
+
+LENGTHS = (40, 12)
+
+
+def make_pack(seed: int) -> dict[str, torch.Tensor]:
+    """Two documents and padding, which has no label."""
+    generator = torch.Generator().manual_seed(seed)
+    real = sum(LENGTHS)
+    mask = torch.zeros(64, dtype=torch.uint8)
+    mask[:real] = torch.randint(0, 2, (real,), generator=generator)
+    mask[LENGTHS[0] - 1] = mask[real - 1] = 1
+    lengths = (*LENGTHS, 64 - real)
+    return {
+        "input_ids": torch.randint(0, VOCABULARY, (64,), generator=generator),
+        "loss_mask": mask,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
+    }
+
+
+@pytest.fixture(scope="module")
+def case(hf_model):
+    """A model, packs, and by a plain HuggingFace model: tokens by expert, and the auxiliary loss."""
+    folder = hf_model("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1])
+    packs = [make_pack(seed) for seed in range(4)]
+    model = load_model(folder)
+    tokens, balance, trained = torch.zeros(3, 4), 0.0, 0
+    with torch.no_grad():
+        for pack in packs:
+            for begin, length in ((0, LENGTHS[0]), LENGTHS):
+                ids, mask = (pack[k][begin : begin + length] for k in ("input_ids", "loss_mask"))
+                losses, routing = reference.losses_and_routing(model, ids, mask)
+                tokens += torch.stack([reference.choices(layer, 2) for layer in routing])
+                layers = [reference.imbalance(layer, 2).item() for layer in routing]
+                balance += len(losses) * sum(layers) / len(layers)
+                trained += len(losses)
+    assert tokens.sum() == len(packs) * sum(LENGTHS) * 2 * 3
+    return folder, packs, tokens, balance / trained
+
+
+TP2 = ["--tensor-model-parallel-size", "2"]
+PP2 = ["--pipeline-model-parallel-size", "2"]
+VPP2 = ["--num-virtual-stages-per-pipeline-rank", "2"]
+EP2 = ["--expert-model-parallel-size", "2"]
+CP2 = ["--context-parallel-size", "2"]
+RECOMPUTE = [
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [
+        ([], 1),
+        (RECOMPUTE, 1),
+        (["--recompute-granularity", "selective", "--recompute-modules", "moe"], 1),
+        ([*EP2, "--micro-batch-size", "2"], 2),
+        (CP2, 2),
+        (PP2 + VPP2 + RECOMPUTE, 2),
+        (EP2 + TP2, 4),
+        (EP2 + TP2 + PP2 + ["--expert-tensor-parallel-size", "1"], 4),
+        (EP2 + TP2 + CP2, 4),
+    ],
+    ids=["one", "recompute", "recompute-moe", "ep2-mbs2", "cp2", "pp2-vpp2-recompute"]
+    + ["ep2-tp2-dp2", "ep2-tp2-pp2", "ep2-tp2-cp2"],
+)
+def test_each_token_is_counted_once(case, tmp_path, layout, world):
+    folder, packs, tokens, balance = case
+    argv = megatron_model.flags(
+        str(folder),
+        str(tmp_path / "out"),
+        *("--global-batch-size", "4", "--moe-aux-loss-coeff", "0.01", *layout),
+    )
+    for totals in run_ranks(megatron_model.expert_totals, world, argv, packs):
+        assert totals.tokens.tolist() == tokens.tolist()
+        assert totals.auxiliary_loss == pytest.approx(balance, rel=1e-6)
+        worst = float((tokens.amax(1) / tokens.mean(1)).max())
+        assert float(totals.imbalance.max()) == pytest.approx(worst)
+
+
+def test_documents_of_a_row():
+    positions = torch.tensor([0, 1, 2, 0, 0, 1])
+    routed = RoutedDocuments.from_row(positions, torch.tensor([0, 1, 1, 0, 1, 0]), documents=3)
+    assert routed.of_token.tolist() == [0, 0, 0, 1, 2, 2]
+    assert routed.lengths.tolist() == [3, 1, 2]
+    assert routed.trained.tolist() == [2, 0, 1]
+    part = routed.part(torch.tensor([1, 5]))
+    assert part.of_token.tolist() == [0, 2]
+    assert part.lengths is routed.lengths
