@@ -55,12 +55,12 @@ class StepCounters:
 
     def __init__(self) -> None:
         self.source_names: list[str] = []
+        self._expert_shape = (0, 0)
         self.reset()
 
     def tell_apart(self, source_names: Sequence[str]) -> None:
         """Start again from zero, with the losses of these sources apart; all ranks give the same."""
         self.source_names = list(source_names)
-        self._expert_shape = (0, 0)
         self.reset()
 
     def watch_experts(self, layers: int, experts: int) -> None:
