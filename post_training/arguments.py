@@ -21,8 +21,8 @@ from post_training import layout
 from post_training.config_file import apply_config_file
 from post_training.errors import SetupError
 from post_training.eval_only import prepare_evaluation
-from post_training.fsdp_layout import fsdp2_defaults
 from post_training.expert_flags import complete_expert_flags
+from post_training.fsdp_layout import fsdp2_defaults
 from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
 from post_training.platform import device_type
 from post_training.saving import complete_save_flags
