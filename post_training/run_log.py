@@ -136,6 +136,7 @@ class RunLog:
         if step.iteration % self.args.log_interval and step.iteration != self.args.train_iters:
             return
         totals = counters.reduce(self._mean_loss(), current_device())
+        self._write_sources(totals, "lm loss", step.iteration)
         now = time.perf_counter()
         seconds = now - (self.last_step_end if self.last_step_end is not None else now)
         self.last_step_end = now
@@ -223,6 +224,7 @@ class RunLog:
         """Write one evaluation down; all ranks take part."""
         totals = counters.reduce(evaluation.losses.get("lm loss"), current_device())
         self._tell_apart("train")
+        self._write_sources(totals, f"lm loss {evaluation.split}", evaluation.iteration)
         pause = time.perf_counter() - self.evaluation_begin
         if self.last_step_end is not None:
             self.last_step_end += pause
@@ -244,6 +246,15 @@ class RunLog:
             record["draft_acceptance_length"] = self.draft_acceptance_length
         self._write(record)
         self.progress.evaluation(record)
+
+    def _write_sources(self, totals: StepTotals, title: str, iteration: int) -> None:
+        """Losses of each source for TensorBoard, whose writer Megatron has on the last rank."""
+        from megatron.training.global_vars import get_tensorboard_writer
+
+        writer = get_tensorboard_writer()
+        for name, (loss, tokens) in totals.sources.items() if writer else ():
+            if tokens:
+                writer.add_scalar(f"{title}/{name}", loss / tokens, iteration)
 
     def _write(self, record: dict[str, Any]) -> None:
         # One write a line, so that a reader never sees half of one.

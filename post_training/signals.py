@@ -36,6 +36,7 @@ class GracefulExit:
         if watchdog.dead_peers():
             return  # a launcher ends the ranks that are left; there is nobody to save with
         if self.received is not None:
+            watchdog.stop()  # the others are told the same; nobody died
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
             return

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import faults, reference
 from tests.helpers.launch import NO_PROCESS_GROUP, finetune
@@ -172,18 +173,28 @@ def mixture(hf_model, held_out):
 
 
 @pytest.fixture(scope="module")
-def mixture_on_one(mixture, tmp_path_factory):
-    return by_source(mixture(tmp_path_factory.mktemp("mixture") / "out", "one"))
+def run_on_one(mixture, tmp_path_factory):
+    return mixture(tmp_path_factory.mktemp("mixture") / "out", "one")
 
 
-def test_a_mixture_is_reported_apart_while_it_trains(mixture_on_one):
-    _, tokens = mixture_on_one
+def test_a_mixture_is_reported_apart_while_it_trains(run_on_one):
+    _, tokens = by_source(run_on_one)
     assert tokens["sums"] > tokens["talk"] > 0
+    events = EventAccumulator(str(run_on_one.folder / "tensorboard"))
+    events.Reload()
+    written = [(event.step, event.value) for event in events.Scalars("lm loss/talk")]
+    expected = [
+        (step["iteration"], pytest.approx(step["sources"]["talk"]["loss"]))
+        for step in run_on_one.steps
+        if step["sources"]["talk"]["tokens"]
+    ]
+    assert written == expected
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "one"])
-def test_a_mixture_is_the_same_on_every_layout(mixture, mixture_on_one, tmp_path, layout):
+def test_a_mixture_is_the_same_on_every_layout(mixture, run_on_one, tmp_path, layout):
     sums, tokens = by_source(mixture(tmp_path / "out", layout))
-    assert tokens == mixture_on_one[1]
-    assert sums == pytest.approx(mixture_on_one[0], rel=1e-6)
+    expected = by_source(run_on_one)
+    assert tokens == expected[1]
+    assert sums == pytest.approx(expected[0], rel=1e-6)

@@ -151,6 +151,12 @@ def test_a_gradient_without_a_bad_loss(spoilt, tmp_path, layout):
 
 
 @pytest.mark.slow
+def test_a_checkpoint_on_its_way_to_the_disk_is_kept(spoilt, tmp_path):
+    words = [*spoilt[0], "--async-save"]
+    stopped_at(*run_with(faults.nan_loss, (words, spoilt[1]), tmp_path / "out", "one"))
+
+
+@pytest.mark.slow
 def test_the_flag_switches_it_off(spoilt, tmp_path):
     words = [*spoilt[0], "--no-check-for-nan-in-loss-and-grad"]
     run, taken = run_with(faults.nan_loss, (words, spoilt[1]), tmp_path / "out", "one")

@@ -150,14 +150,21 @@ def test_a_long_save_is_no_hang(words, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "scripts/launch.py"])
-def test_under_a_launcher(words, tmp_path, launcher):
-    """A killed worker: the message is there, and the launcher's status is not zero."""
+@pytest.mark.parametrize(
+    ("fault", "text"),
+    [
+        ("kill_at_step_3", "error: rank 1 (process "),
+        ("hang_at_step_3", "rank 1 hangs at step 3: sleep_for_ever"),
+    ],
+)
+def test_under_a_launcher(words, tmp_path, launcher, fault, text):
+    """The message is there once, and the launcher's status is not zero."""
     script = tmp_path / "killed.py"
     script.write_text(
         "import sys\n"
         "import finetune\n"
         "from tests.helpers import faults\n"
-        "faults.kill_at_step_3()\n"
+        f"faults.{fault}()\n"
         "sys.exit(finetune.main())\n"
     )
     flags = [str(script), *words, "--output-dir", str(tmp_path / "out")]
@@ -166,8 +173,8 @@ def test_under_a_launcher(words, tmp_path, launcher):
     else:
         done = run_script(launcher, "--nproc-per-node", "2", *flags)
     assert done.returncode not in (0, None)
-    assert done.stderr.count("error: rank 1 (process ") == 1, done.stderr
-    assert "died at step 3" in done.stderr
+    assert done.stderr.count(text) == 1, done.stderr
+    assert done.stderr.count("to continue from the newest checkpoint") == 1
     assert "SIGTERM: saving" not in done.stderr
 
 
@@ -219,6 +226,14 @@ def test_a_closed_connection_is_explained_once(met):
     assert met.explains(error) and met.explains(error)
     met._console.flush()
     assert (met.folder / "console").read_text().count("rank 1") == 1
+
+
+def test_what_another_machine_has_told_is_not_told_again(met):
+    """Only there it is seen that a process is gone."""
+    (met.folder / "ended").write_text("rank 7 died")
+    assert met.explains(ConnectionResetError("Connection reset by peer"))
+    met._console.flush()
+    assert (met.folder / "console").read_text() == ""
 
 
 def test_places():

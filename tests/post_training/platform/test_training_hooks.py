@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.training import training
 
 from post_training.platform.training_hooks import hooks
@@ -28,6 +29,39 @@ def test_upstream_passes_what_the_hooks_read():
     evaluate = list(inspect.signature(training.evaluate_and_print_results.__wrapped__).parameters)
     assert evaluate[:5] == ["prefix", "forward_step_func", "data_iterator", "model", "iteration"]
     assert "eval_iters" in inspect.signature(training.evaluate.__wrapped__).parameters
+    train = list(inspect.signature(training.train.__wrapped__).parameters)
+    assert train[:5] == [
+        *("forward_step_func", "model", "optimizer", "opt_param_scheduler", "train_data_iterator")
+    ]
+    save = list(inspect.signature(training.save_checkpoint_and_time.__wrapped__).parameters)
+    assert save[0] == "iteration"
+    assert list(inspect.signature(training.dummy_train_step.__wrapped__).parameters) == [
+        "data_iterator"
+    ]
+
+
+def test_the_gradient_norm_is_told_before_the_optimizer_steps():
+    """And by what every optimizer of a run is wrapped in."""
+    step = inspect.getsource(ChainedOptimizer.step)
+    assert step.count("self.get_grad_norm()") == 1
+    assert step.index("self.get_grad_norm()") < step.index("clip_grad_by_total_norm_fp32")
+    assert step.index("self.get_grad_norm()") < step.index("step_with_ready_grads()")
+
+
+def test_still_needed_upstream_passes_over_its_own_fields_only():
+    """Such as `tokens`, which our micro batches do not have."""
+    source = inspect.getsource(training.dummy_train_step.__wrapped__)
+    assert "BATCH_KEYS" in source and "get_batch_on_this_tp_rank" in source
+
+
+def test_data_of_a_skipped_step_is_passed_over(monkeypatch):
+    monkeypatch.setattr(training, "get_num_microbatches", lambda: 3)
+    first, second = iter(range(10)), iter(range(10))
+    training.dummy_train_step(first)
+    assert next(first) == 3
+    training.dummy_train_step([first, second])
+    assert (next(first), next(second)) == (7, 3)
+    training.dummy_train_step(None)  # another rank reads the data
 
 
 def test_a_split_without_data_is_not_evaluated(heard):
