@@ -19,6 +19,7 @@ touched: not the data position, not the random state, not the counters.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def check_isolation(
     if reason is not None:
         say(f"isolation of documents is not checked: {reason}")
         return
+    began = time.perf_counter()
     micro_batches = _micro_batches(start.data_iterator, args)
     with _undisturbed(start.model):
         before, after = _losses(start.model, micro_batches, forward_step, args)
@@ -140,9 +142,9 @@ def check_isolation(
             f"before step {args.iteration + 1}: {complaint}. Nothing was trained. With attention of your "
             f"own, make it heed `packed_seq_params`; where this is wanted, --no-isolation-check"
         )
-    how = "bit for bit" if tolerance(args) == 0.0 else "within rounding"
+    how = "bit for bit" if tolerance(args) == 0.0 else "but for rounding"
     say(
-        f"isolation checked: {verdict.tokens[OTHERS]} losses stay the same {how} when another document "
+        f"isolation checked in {time.perf_counter() - began:.2f} s: {verdict.tokens[OTHERS]} losses stay the same {how} when another document "
         f"changes, {verdict.tokens[LATER]} of its own follow"
         if verdict.tokens[OTHERS]
         else "isolation of documents is not checked: no pack looked at holds two of them"

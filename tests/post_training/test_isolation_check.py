@@ -192,7 +192,7 @@ def test_the_check_changes_nothing(words, tmp_path, layout, family):
     for check in ("--isolation-check", "--no-isolation-check"):
         for _ in range(2):
             run = finetune(tmp_path / check, *all_flags, check, world=world).ok()
-            assert ("isolation checked" in run.console) == (check == "--isolation-check")
+            assert ("isolation checked in" in run.console) == (check == "--isolation-check")
         records[check] = [{k: v for k, v in r.items() if k in kept} for r in run.records]
     assert records["--isolation-check"] == records["--no-isolation-check"]
     assert len(records["--isolation-check"]) >= 4, json.dumps(records)

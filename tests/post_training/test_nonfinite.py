@@ -153,7 +153,8 @@ def test_a_gradient_without_a_bad_loss(spoilt, tmp_path, layout):
 @pytest.mark.slow
 def test_a_checkpoint_on_its_way_to_the_disk_is_kept(spoilt, tmp_path):
     words = [*spoilt[0], "--async-save"]
-    stopped_at(*run_with(faults.nan_loss, (words, spoilt[1]), tmp_path / "out", "one"))
+    fault = faults.nan_loss_while_saving
+    stopped_at(*run_with(fault, (words, spoilt[1]), tmp_path / "out", "dp2"))
 
 
 @pytest.mark.slow
