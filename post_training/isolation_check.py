@@ -142,12 +142,13 @@ def check_isolation(
             f"before step {args.iteration + 1}: {complaint}. Nothing was trained. With attention of your "
             f"own, make it heed `packed_seq_params`; where this is wanted, --no-isolation-check"
         )
+    if not verdict.tokens[OTHERS]:
+        say("isolation of documents is not checked: no pack looked at holds two of them")
+        return
     how = "bit for bit" if tolerance(args) == 0.0 else "but for rounding"
     say(
-        f"isolation checked in {time.perf_counter() - began:.2f} s: {verdict.tokens[OTHERS]} losses stay the same {how} when another document "
-        f"changes, {verdict.tokens[LATER]} of its own follow"
-        if verdict.tokens[OTHERS]
-        else "isolation of documents is not checked: no pack looked at holds two of them"
+        f"isolation checked in {time.perf_counter() - began:.2f} s: {verdict.tokens[OTHERS]} losses stay "
+        f"the same {how} when another document changes, {verdict.tokens[LATER]} of its own follow"
     )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.training.async_utils import maybe_finalize_async_save
 from torch import Tensor
 
 from data import SFTDataset
@@ -97,9 +96,6 @@ class NonFiniteGuard:
             for number, (indices, losses) in enumerate(seen)
             if not bool(torch.isfinite(losses).all())
         ]
-        if self.args.async_save:
-            # The checkpoint of an earlier step may still be on its way to the disk: it is good.
-            maybe_finalize_async_save(blocking=True)
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, found)
         raise RunStopped(self._message(norm, [bad for rank in gathered for bad in rank]))

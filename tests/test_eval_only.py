@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -110,11 +111,13 @@ def test_the_newest_checkpoint_of_a_run_which_is_left_as_it_is(words, trained, t
         assert record["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert record["tokens"] == expected["tokens"]
         assert record["model"] == str(trained.folder / "checkpoints")
-    # Named by --load, from another folder.
-    load = ["--load", str(trained.folder / "checkpoints")]
-    other = finetune(tmp_path / "out", *words, "--eval-only", *load).ok()
-    assert [record["loss"] for record in evaluations(other.folder)] == pytest.approx(
-        [record["loss"] for record in evaluations(trained.folder)], rel=1e-6
+    # Named by --load, which comes before the folder's own.
+    copy = shutil.copytree(trained.folder / "checkpoints", tmp_path / "copy")
+    again = finetune(trained.folder, *words, "--eval-only", "--load", str(copy)).ok()
+    first, second = evaluations(again.folder)[:2], evaluations(again.folder)[2:]
+    assert [record["model"] for record in second] == [str(copy)] * 2
+    assert [record["loss"] for record in second] == pytest.approx(
+        [record["loss"] for record in first], rel=1e-6
     )
 
 

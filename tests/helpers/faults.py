@@ -112,20 +112,6 @@ def nan_loss() -> None:
     _befall(lambda losses, hit: torch.where(hit, losses * float("nan"), losses))
 
 
-def nan_loss_while_saving() -> None:
-    """The same, while the checkpoint of the step before is not yet complete."""
-    from megatron.training import training
-
-    right = training.maybe_finalize_async_save
-
-    def not_done_yet(blocking: bool = False, **options: Any) -> None:
-        if blocking:
-            right(blocking=True, **options)
-
-    training.maybe_finalize_async_save = not_done_yet
-    nan_loss()
-
-
 def infinite_loss() -> None:
     """The named label's loss is infinite, and its gradient finite."""
     _befall(lambda losses, hit: losses + torch.where(hit, float("inf"), 0.0))

@@ -15,7 +15,8 @@ from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, write_rows
 
 RECIPE = Recipe(steps=8)
-ROW = 37
+# In step 4, on the second of two data parallel ranks; its end on the other half of context parallel ranks.
+ROW = 55
 MARK = "\u03a9"
 
 
@@ -93,10 +94,10 @@ def stopped_at(run, taken):
     assert sum(line.startswith("error") for line in lines) == 1
     assert all(status == 1 for status in run.statuses)
     assert [record["iteration"] for record in run.steps] == list(range(1, step))
-    assert max(taken, default=0) == step - 1, "the optimizer stepped with it"
+    assert max(taken) == step - 1, "the optimizer stepped with it"
     tracker = run.folder / "checkpoints/latest_checkpointed_iteration.txt"
-    assert tracker.is_file() == (step > 1)
-    assert step == 1 or tracker.read_text() == str(step - 1), "a checkpoint was saved, or lost"
+    assert step > 1, "too early to show that a checkpoint is kept"
+    assert tracker.read_text() == str(step - 1), "a checkpoint was saved, or lost"
     assert f"--iterations-to-skip {step} " in lines[-1]
     return step, lines[first:]
 
@@ -148,13 +149,6 @@ def test_a_gradient_without_a_bad_loss(spoilt, tmp_path, layout):
     _, lines = stopped_at(run, taken)
     assert "the gradient norm is nan, while all losses are finite" in lines[0]
     assert "one of packs" in lines[1]
-
-
-@pytest.mark.slow
-def test_a_checkpoint_on_its_way_to_the_disk_is_kept(spoilt, tmp_path):
-    words = [*spoilt[0], "--async-save"]
-    fault = faults.nan_loss_while_saving
-    stopped_at(*run_with(fault, (words, spoilt[1]), tmp_path / "out", "dp2"))
 
 
 @pytest.mark.slow
