@@ -136,6 +136,7 @@ LAYOUTS = {
     "tp2-sp": ([*TP2, "--sequence-parallel"], 2),
     "cp2": (CP2, 2),
     "cp2-mbs2": ([*CP2, "--micro-batch-size", "2"], 2),
+    "fsdp2": (["--use-torch-fsdp2"], 2),
     "pp2": (PP2, 2),
     "pp2-mbs2": ([*PP2, "--micro-batch-size", "2"], 2),
     "vpp2": ([*PP2, "--num-virtual-stages-per-pipeline-rank", "2"], 2),

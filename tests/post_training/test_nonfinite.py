@@ -70,6 +70,7 @@ LAYOUTS = {
     "mbs2": (["--micro-batch-size", "2"], 1),
     "dp2": ([], 2),
     "cp2": (["--context-parallel-size", "2"], 2),
+    "fsdp2": (["--use-torch-fsdp2"], 2),
     "tp2-sp": (["--tensor-model-parallel-size", "2", "--sequence-parallel"], 2),
     "pp2-mbs2": (["--pipeline-model-parallel-size", "2", "--micro-batch-size", "2"], 2),
 }
