@@ -142,6 +142,7 @@ class DataPosition:
         """What a checkpoint's manifest says of the run as it is now."""
         consumed = int(self.args.consumed_train_samples)
         epoch, pack = self.plan.locate(consumed - self.args.data_begins_at)
+        ended = self.plan.epochs is not None and epoch >= self.plan.epochs
         return {
             "consumed_samples": consumed,
             "layout": layout_of(self.args),
@@ -151,6 +152,7 @@ class DataPosition:
                 "begins_at": self.args.data_begins_at,
                 "epoch": epoch,
                 "pack": pack,
+                "filler": pack if ended else 0,
             },
         }
 
@@ -202,6 +204,17 @@ class DataPosition:
                 f"{checkpoint} was saved at pack {before['pack']} of epoch {before['epoch']}, which is "
                 f"not where {consumed - args.data_begins_at} packs of this data end {position}: its "
                 f"manifest.json has been changed"
+            )
+
+        if (
+            before["filler"]
+            and (self.plan.epochs or sys.maxsize) > before["epoch"]
+            and args.rank == 0
+        ):
+            print(
+                f"warning: the last batch of {checkpoint} held {before['filler']} empty packs behind the "
+                f"last epoch: as many packs of the next epoch are left out",
+                file=sys.stderr,
             )
 
     def _difference(self, before: dict[str, Any], differs: list[str]) -> str:

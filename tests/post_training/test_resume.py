@@ -188,6 +188,16 @@ def test_more_epochs_of_the_same_data_go_on(parse, documents, saved):
     assert args.train_iters == 18
 
 
+def test_packs_that_filler_stands_for_are_told_of(parse, documents, saved, capsys):
+    """A finished run that is given more epochs: its last batch was filled up behind the last one."""
+    flags = ["--train-iters", "0", "--num-epochs"]
+    checkpoint = saved(28, *flags, "1")  # 24 packs, and a batch of filler
+    position_of(parse(*SEQ, *flags, "1"), documents, checkpoint)
+    assert capsys.readouterr().err == ""
+    position_of(parse(*SEQ, *flags, "2"), documents, checkpoint)
+    assert "held 4 empty packs" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
