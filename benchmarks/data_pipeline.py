@@ -37,7 +37,7 @@ from transformers import AutoTokenizer
 from data import SFTDataset, prepare_documents
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 documents = prepare_documents(files=[sys.argv[2]], tokenizer=tokenizer, seq_length=2048,
-                              cache_dir=sys.argv[3])
+                              cache_dir=sys.argv[3], workers=2)
 dataset = SFTDataset(None, documents, tokenizer, 2048)
 dataset[0]
 usage = [resource.getrusage(who).ru_maxrss
@@ -123,7 +123,7 @@ def _ours(tokenizer: Any, path: Path, cache: Path, seq_length: int) -> tuple[flo
 
 
 def _rendered(tokenizer: Any, path: Path) -> list[str]:
-    from data.prepare import PrepareOptions, tokenize_options
+    from data.prepare_options import PrepareOptions, tokenize_options
     from data.row_tokenizer import RowTokenizer
     from data.sources import file_chunks, read_chunk
 

@@ -24,16 +24,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Literal
 
 from data.chat_template import (
-    ANSWER_CLOSE,
-    ANSWER_OPEN,
     BLOCK_CLOSE,
     BLOCK_OPEN,
-    OTHER_CLOSE,
-    OTHER_OPEN,
     ChatTemplate,
     Message,
     Span,
@@ -42,6 +37,7 @@ from data.chat_template import (
 )
 from data.conversation import Conversation, Piece, mark_conversation
 from data.errors import RowError
+from data.marked_rendering import MarkedRendering, render_marked
 from data.outline import Outline, Turn, is_plain, outline_key
 from data.template_forms import MessageForms
 from data.turn_markup import TurnMarkup
@@ -53,7 +49,6 @@ LossOn = Literal["all", "last"]
 # Templates end the block with at most two line breaks; more white space is the answer's own.
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 _MAX_OUTLINES = 1024
-_MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 
 
 @dataclass(frozen=True)
@@ -69,15 +64,6 @@ class _Row:
     conversation: Conversation
     messages: list[Message]  # in the forms that the template wants
     text: str
-
-
-@dataclass(frozen=True)
-class _Marked:
-    """What marks told about a row: the pieces that came out, and everybody's spans."""
-
-    pieces: list[Piece]
-    spans: list[Span]  # of the pieces
-    others: list[Span]
 
 
 class AnswerFinder:
@@ -138,7 +124,7 @@ class AnswerFinder:
                     self._outlines[outline] = learned
         return turns
 
-    def _turns_of(self, row: _Row, marked: _Marked) -> list[Turn]:
+    def _turns_of(self, row: _Row, marked: MarkedRendering) -> list[Turn]:
         text = row.text
         found: dict[int, list[tuple[Piece, Span]]] = {}
         for piece, span in zip(marked.pieces, marked.spans, strict=True):
@@ -167,45 +153,10 @@ class AnswerFinder:
             turns.append(Turn(message, start, end, _end_of_reasoning(text, here), bool(stop)))
         return turns
 
-    def _marked(self, row: _Row) -> _Marked:
-        """Render once more with marks, and check that nothing else changes.
-
-        Raises:
-            RowError: the template treats marked text differently, or leaves some of it out.
-        """
-        problem = RowError("marks lost", "the template was not rendered")
-        # Some templates look into what others said, or repeat the name of a called tool.
-        for mark_others, mark_names in ((True, True), (True, False), (False, True)):
-            messages, pieces = mark_conversation(row.messages, mark_others, mark_names)
-            try:
-                rendered = self.template.render(messages, row.conversation.tools)
-                rendered = split_marks(rendered, BLOCK_OPEN, BLOCK_CLOSE)[0]
-                spans, others = split_two_kinds(rendered)
-            except RowError as error:
-                problem = error
-                continue
-            plain = _MARK.sub("", rendered)
-            if plain != row.text:
-                problem = RowError("marks change the text", _first_difference(plain, row.text))
-                continue
-            last = max((piece.message for piece in pieces), default=0)
-            may_drop = last if self.reasoning == "last" else 0
-            try:
-                pieces = _match(pieces, [row.text[a:b] for a, b in spans], may_drop)
-            except RowError as error:
-                if error.reason != "marks lost":
-                    raise
-                problem = error
-                continue
-            roles = [message["role"] for message in row.messages]
-            silent = {i for i, role in enumerate(roles) if role == "assistant"}
-            silent -= {piece.message for piece in pieces}
-            if silent:
-                where = f"message {min(silent) + 1} comes out without a mark"
-                problem = RowError("answer dropped", where)
-                continue
-            return _Marked(pieces, spans, others)
-        raise problem
+    def _marked(self, row: _Row) -> MarkedRendering:
+        return render_marked(
+            self.template, row.messages, row.conversation.tools, row.text, self.reasoning == "last"
+        )
 
     # -- the answer lies in a generation block ---------------------------------------------------
 
@@ -325,65 +276,6 @@ def trained_spans(
     return spans
 
 
-def split_two_kinds(marked: str) -> tuple[list[Span], list[Span]]:
-    """Character spans of answer marks and of other marks, in the text without any of them.
-
-    Raises:
-        RowError: marks are lost, doubled or nested.
-    """
-    answers: list[Span] = []
-    others: list[Span] = []
-    places = list(_MARK.finditer(marked))
-    if len(places) % 2:
-        raise RowError("marks lost", "the template cuts a message's text")
-    for number, (begin, end) in enumerate(pairwise(places)):
-        if number % 2:
-            continue
-        pair = begin.group() + end.group()
-        span = (begin.start() - number, end.start() - number - 1)
-        if pair == ANSWER_OPEN + ANSWER_CLOSE:
-            answers.append(span)
-        elif pair == OTHER_OPEN + OTHER_CLOSE:
-            others.append(span)
-        else:
-            raise RowError("marks lost", "the template cuts or nests a message's text")
-    return answers, others
-
-
-def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[Piece]:
-    """Pair the pieces that were marked with the texts that came out; nothing may be missing.
-
-    Reasoning of messages before ``may_drop_before`` may be.
-    """
-    matched: list[Piece] = []
-    dropped: list[Piece] = []
-    rest = iter(pieces)
-    for text in texts:
-        for piece in rest:
-            if piece.text is None or piece.text == text:
-                matched.append(piece)
-                break
-            dropped.append(piece)
-        else:
-            raise RowError("marks lost", f"the template moves or repeats {text[:40]!r}")
-    dropped += rest
-    for piece in dropped:
-        if piece.kind != "reasoning":
-            raise RowError(
-                "answer dropped",
-                f"the template leaves out {piece.kind} of message {piece.message + 1}: "
-                f"{(piece.text or '')[:60]!r}",
-            )
-    for piece in dropped:
-        if piece.message >= may_drop_before:
-            raise RowError(
-                "reasoning dropped",
-                f"the template leaves out the reasoning of message {piece.message + 1}; "
-                "give a template that keeps it, or train only the last turn's (--reasoning last)",
-            )
-    return matched
-
-
 def _end_of_reasoning(text: str, found: list[tuple[Piece, Span]]) -> int | None:
     reasoning = [span for piece, span in found if piece.kind == "reasoning"]
     if not reasoning:
@@ -416,13 +308,3 @@ def _overlap(header: str | None, text: str, begin: int, end: int) -> int:
         if inside and text.endswith(outside, 0, begin):
             return length
     return 0
-
-
-def _first_difference(found: str, expected: str) -> str:
-    at = 0
-    while at < min(len(found), len(expected)) and found[at] == expected[at]:
-        at += 1
-    return (
-        f"at character {at} the template writes {found[at : at + 40]!r} for a marked and "
-        f"{expected[at : at + 40]!r} for the plain conversation"
-    )

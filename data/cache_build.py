@@ -23,8 +23,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from data.errors import DataError
-from data.row_tokenizer import Shard
 from data.token_cache import CACHE_FORMAT, MANIFEST, Documents
+from data.worker_messages import Shard
 
 BAD_ROWS = "bad_rows.jsonl"
 ALL_FILES = ("input_ids.bin", "loss_mask.bin", "lengths.bin", "provenance.bin", BAD_ROWS)

@@ -18,8 +18,9 @@ import numpy as np
 from data.errors import DataError
 from data.formats import detect_format
 from data.pack_filling import fill_packs
-from data.row_tokenizer import PreviewRow, RowTokenizer, TokenizeOptions
+from data.row_tokenizer import PreviewRow, RowTokenizer
 from data.sources import Chunk, RawRow, read_chunk
+from data.worker_messages import TokenizeOptions
 
 _TRAINED, _SPECIAL, _PLAIN, _RESET = "\033[32m", "\033[35m", "\033[2m", "\033[0m"
 _HISTOGRAM_BINS = 10

@@ -36,7 +36,7 @@ _PIECE = re.compile(
 # One character of each kind that the expressions tell apart.
 _KINDS = " \n\r'sSx7.<"
 _LONGEST_KEPT = 32  # characters of a word
-_MOST_KEPT = 1 << 18  # words
+_MOST_KEPT = 1 << 16  # words; some 15 MB
 
 
 class WordTokenizer:

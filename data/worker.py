@@ -22,8 +22,9 @@ from queue import SimpleQueue
 from typing import IO, Any
 
 from data.errors import DataError
-from data.row_tokenizer import RowTokenizer, Shard, TokenizeOptions
+from data.row_tokenizer import RowTokenizer
 from data.sources import Chunk
+from data.worker_messages import Shard, TokenizeOptions
 
 _COLLECT_EVERY = 100
 _HEADER = struct.Struct("<Q")

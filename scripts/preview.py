@@ -17,7 +17,8 @@ from typing import IO
 
 from data.arguments import add_data_arguments, option_fields, parse_weighted
 from data.errors import DataError
-from data.prepare import PrepareOptions, load_dataset, tokenize_options
+from data.prepare import load_dataset
+from data.prepare_options import PrepareOptions, tokenize_options
 from data.preview import (
     coloured,
     html_page,

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.prepare import prepare_documents, prepare_rows
+from data.prepare import _CODE, prepare_documents, prepare_rows
 from tests.data.conftest import make_rows
 from tests.data.templates import GENERATION, THINKING
 
@@ -323,3 +323,16 @@ def test_peak_memory_does_not_grow_with_the_data(tokenizer, tmp_path, workers):
         ).stdout
         peaks.append(int(output.split()[-1]) / 1024)
     assert peaks[1] - peaks[0] < 50, f"MiB at 20 000 and 200 000 rows: {peaks}"
+
+
+def test_every_module_that_rows_pass_through_is_part_of_the_key():
+    """A cache of an earlier version must not be taken for one of this version."""
+    code = (
+        "import sys, data.row_tokenizer; print(*[m for m in sys.modules if m.startswith('data.')])"
+    )
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    no_content = {"data.errors", "data.worker_messages"}
+    assert {*output.split()} - no_content <= {f"data.{name}" for name in _CODE}
+    assert "torch" not in output and "transformers" not in output

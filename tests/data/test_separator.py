@@ -40,7 +40,7 @@ def test_conflicting_choice_is_an_error(tokenizer, choice):
 )  # fmt: skip
 def test_families_have_their_placeholder(test_data, name, separator):
     tokenizer = AutoTokenizer.from_pretrained(test_data / "tokenizers" / name)
-    from data.prepare import PrepareOptions, tokenize_options
+    from data.prepare_options import PrepareOptions, tokenize_options
 
     chosen = tokenize_options(tokenizer, PrepareOptions(seq_length=64))[0].separator
     assert tokenizer.convert_ids_to_tokens(chosen) == separator
