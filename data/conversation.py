@@ -121,7 +121,9 @@ def _mark_content(text: str, message: int, pieces: list[Piece], silent: bool) ->
     if silent:
         pieces.append(Piece(message, "content", ""))
         return ANSWER_OPEN + ANSWER_CLOSE + text
-    if "</think>" not in text:
+    # Closing tags alone part nothing.
+    only_closing = "<think>" not in text and not _THINK_TAG.sub("", text).strip()
+    if "</think>" not in text or only_closing:
         return _mark(text, message, "content", pieces)
     marked: list[str] = []
     parts = _THINK_TAG.split(text)

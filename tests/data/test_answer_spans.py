@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.answer_spans import trained_spans
@@ -149,6 +149,7 @@ words = st.text(st.characters(codec="utf-8", exclude_characters=MARKS), max_size
 
 
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=3), st.booleans())
+@example([("", "</think>")], False)
 def test_any_text_gives_exactly_the_answers(turns, generation):
     source = GENERATION if generation else CHATML
     conversation = chat(*(text for pair in turns for text in pair))
