@@ -165,3 +165,9 @@ def test_config_file_asks_for_fsdp2(words, tmp_path):
     config.write_text(json.dumps({"use_torch_fsdp2": True}))
     message = refused(tmp_path / "out", *words[:-1], "--config", str(config), "--fp16")
     assert "--use-torch-fsdp2 with --fp16" in message
+
+
+def test_asynchronous_saves_are_refused(words, tmp_path):
+    assert "--async-save: not with --use-torch-fsdp2" in refused(
+        tmp_path / "out", *words, "--async-save"
+    )

@@ -2,8 +2,6 @@
 
 Upstream: megatron-core 0.19.2.
 
-- `core/distributed/torch_fully_sharded_data_parallel.py` builds FSDP's mesh for the device type "cuda"
-  whatever the backend is.
 - `core/transformer/moe/token_dispatcher.py` turns the split sizes of its all-to-all into numbers while it
   moves them from the GPU to the host; where they lie on the host already they stay tensors, which torch's
   `all_to_all_single` does not take.
@@ -18,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed import ProcessGroup
 
 
 def gather_uneven(part: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Tensor:
@@ -39,15 +37,6 @@ def gather_uneven(part: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Te
     torch.distributed.all_gather_into_tensor(whole, padded, group=group)
     rows = whole.split(longest)
     return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
-
-
-def _mesh_on_cpu() -> None:
-    from_group = DeviceMesh.from_group
-
-    def on_cpu(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
-        return from_group(group, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
-
-    setattr(DeviceMesh, "from_group", staticmethod(on_cpu))  # noqa: B010
 
 
 def _split_sizes_as_numbers() -> None:
@@ -75,7 +64,6 @@ def _uneven_parts() -> None:
 
 
 def apply() -> None:
-    """Make the three of them work on CPU."""
-    _mesh_on_cpu()
+    """Make both work on CPU."""
     _split_sizes_as_numbers()
     _uneven_parts()

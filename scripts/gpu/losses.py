@@ -45,11 +45,14 @@ def has_transformer_engine() -> bool:
 def variants(device: str) -> dict[str, list[str]]:
     """Flags of the runs that are compared with the CPU's, by precision and attention."""
     if device == "cpu":
-        return {"fp32": [], "bf16": ["--bf16"]}
+        return {"fp32": [], "bf16": ["--bf16"], "fp32 FSDP2": ["--use-torch-fsdp2"]}
     local = ["--transformer-impl", "local"]
     runs = {"fp32": ["--fp32", *local], "bf16": ["--bf16", *local]}
     if has_transformer_engine():
         runs["bf16 with TE"] = ["--bf16", "--transformer-impl", "transformer_engine"]
+    # Sharded over the one GPU; with Transformer Engine where it is installed.
+    runs["fp32 FSDP2"] = ["--fp32", *local, "--use-torch-fsdp2"]
+    runs["bf16 FSDP2"] = ["--bf16", "--use-torch-fsdp2"]
     return runs
 
 

@@ -25,6 +25,10 @@ def test_parameters_are_counted(args, hf_model):
     padding = 2 * (512 - 391) * 64
     assert output.count_parameters(args) == matrices + padding
     assert output.checkpoint_bytes(args) == 16 * (matrices + padding)
+    args.bf16 = True
+    assert output.checkpoint_bytes(args) == 14 * (matrices + padding)
+    args.use_torch_fsdp2 = True  # the weights are the master weights
+    assert output.checkpoint_bytes(args) == 12 * (matrices + padding)
 
 
 def test_a_full_disk_is_refused_before_anything_runs(args, monkeypatch):

@@ -1,27 +1,4 @@
-import inspect
-
-from tests.helpers.launch import run_rank, run_ranks
-
-
-def _mesh() -> tuple[str, str]:
-    import torch
-    from torch.distributed import DeviceMesh
-
-    torch.distributed.init_process_group("gloo")
-    group = torch.distributed.new_group([0])
-    asked = DeviceMesh.from_group(group, "cuda").device_type
-    return asked, DeviceMesh.from_group(group, device_type="cpu").device_type
-
-
-def test_a_mesh_for_cuda_is_built_here():
-    assert run_rank(_mesh) == ("cpu", "cpu")
-
-
-def test_still_needed_upstream_names_the_device():
-    from megatron.core.distributed import torch_fully_sharded_data_parallel as fsdp
-
-    assert 'from_group(self.process_group, "cuda")' in inspect.getsource(fsdp)
-
+from tests.helpers.launch import run_ranks
 
 # Rows that rank 0 and rank 1 send to each rank, and hold: no two are alike.
 SENT = ([3, 1], [0, 5])
