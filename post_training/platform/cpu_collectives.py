@@ -31,6 +31,8 @@ def gather_uneven(part: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Te
         [sum of sizes, ...], in the order of the ranks.
     """
     longest = max(sizes)
+    if longest == 0:
+        return part.clone()  # no token chose any of these experts
     padded = part.new_zeros(longest, *part.shape[1:])
     padded[: part.shape[0]] = part
     whole = part.new_empty(longest * len(sizes), *part.shape[1:])

@@ -6,6 +6,10 @@ there is exactly one step count. Then `load_state_dict()` gives all parameters t
 Adam's element-wise path adds one to it for every parameter, and the bias correction after a resume is
 another than before. Filling the state in, `_set_main_param_and_optimizer_states()` looks for `step`
 among the tensors of a parameter, where the loader has left it out.
+
+With expert parallelism `core/optimizer/optimizer.py` chains two optimizers, for the experts and for the
+rest; without it there is one. What a checkpoint holds of one parameter has the same name in both cases,
+but param groups and settings lie in one dictionary or in two, and one does not load as the other.
 """
 
 from __future__ import annotations
@@ -24,10 +28,52 @@ def _initialise(optimizer: Any) -> None:
         state.setdefault("step", torch.tensor(0.0))
 
 
+def fit_to_chain(state: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
+    """Settings of as many optimizers as there are now, from those of as many as there were.
+
+    Args:
+        state: what was loaded: settings as they were saved, merged with the tensors as they are asked for.
+            Either stands under the numbers of the chained optimizers, or directly where there is one.
+        optimizers: how many are chained now.
+
+    Returns:
+        `state` itself where the numbers agree; else a copy in the form for `optimizers`.
+    """
+    numbered = {key: value for key, value in state.items() if isinstance(key, int)}
+    alone = {key: value for key, value in state.items() if not isinstance(key, int)}
+    asked = [alone] if optimizers == 1 else [numbered.get(i, {}) for i in range(optimizers)]
+    saved = [each for each in (alone, *numbered.values()) if "optimizer" in each]
+    fits = len(saved) == optimizers and all("optimizer" in each for each in asked)
+    if fits or not saved or not all("param_state" in each for each in asked):
+        return state
+    groups = [group for each in saved for group in each["optimizer"]["param_groups"]]
+    # A group is looked up by its settings, of which "for experts" is one; later ones come first.
+    flipped = [{**g, "is_expert_parallel": not g["is_expert_parallel"]} for g in groups]
+    settings = {key: value for key, value in saved[0].items() if key != "param_state"}
+    settings["optimizer"] = {**saved[0]["optimizer"], "param_groups": [*flipped, *groups]}
+    fitted = [{**settings, "param_state": each["param_state"]} for each in asked]
+    return fitted[0] if optimizers == 1 else dict(enumerate(fitted))
+
+
+def _load_chains_of_any_length() -> None:
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    load_state_dict = ChainedOptimizer.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def load_any(self: Any, state: Any) -> None:
+        if isinstance(state, dict):
+            state = fit_to_chain(state, len(self.chained_optimizers))
+        load_state_dict(self, state)
+
+    setattr(ChainedOptimizer, "load_state_dict", load_any)  # noqa: B010
+
+
 def apply() -> None:
     """Wrap the distributed optimizer's ways in and out of a state dictionary."""
     from megatron.core.optimizer import distrib_optimizer
 
+    _load_chains_of_any_length()
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     owner = distrib_optimizer.DistributedOptimizer

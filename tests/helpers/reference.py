@@ -200,7 +200,7 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
     return result
 
 
-def _tensor(found: dict[str, Tensor], name: str) -> Tensor:
+def tensor(found: dict[str, Tensor], name: str) -> Tensor:
     """A tensor by its name in the model, which holds all experts in one; files hold each apart."""
     prefix, experts, part = name.rpartition(".experts.")
     if not experts:
@@ -221,7 +221,7 @@ def update_error(found: dict[str, Tensor], expected: Trajectory) -> float:
     """Relative L2 distance of the whole update (final minus initial weights) from the reference's."""
     wrong, right = 0.0, 0.0
     for name, end in expected.end.items():
-        wrong += (_tensor(found, name) - end).double().square().sum().item()
+        wrong += (tensor(found, name) - end).double().square().sum().item()
         right += (end - expected.start[name]).double().square().sum().item()
     return math.sqrt(wrong / right)
 

@@ -30,6 +30,10 @@ def _uneven() -> tuple[list[float], list[float], list[float], dict[str, str]]:
     gathered = mappings.gather_from_sequence_parallel_region(
         part, group=group, output_split_sizes=HELD
     )
+    nothing = mappings.gather_from_sequence_parallel_region(
+        part[:0], group=group, output_split_sizes=[0, 0]
+    )
+    assert nothing.shape == (0, 1)
     kept = mappings.reduce_scatter_to_sequence_parallel_region(
         gathered, group=group, input_split_sizes=HELD
     )

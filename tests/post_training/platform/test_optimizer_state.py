@@ -1,7 +1,11 @@
 """That a resumed run continues bit for bit is in `tests/test_finetune.py`."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+from post_training.platform.optimizer_state import fit_to_chain
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_rank
 
@@ -33,3 +37,48 @@ def test_state_before_the_first_step(argv):
 def test_still_needed_upstream_has_no_state_before_the_first_step(argv):
     with pytest.raises(AssertionError, match=r"(?s)distrib_optimizer.*Error"):
         run_rank(_fresh_state, argv, False)
+
+
+DENSE, EXPERTS = (
+    {"optimizer": {"param_groups": [{"is_expert_parallel": experts, "step": 5}]}, "kind": "f"}
+    for experts in (False, True)
+)
+TENSORS = [{"param_state": "dense"}, {"param_state": "experts"}]
+
+
+def _groups(state):
+    # As upstream looks them up: later ones win.
+    return {g["is_expert_parallel"]: g["step"] for g in state["optimizer"]["param_groups"]}
+
+
+def test_settings_of_two_optimizers_serve_one():
+    state = fit_to_chain({0: DENSE, 1: EXPERTS, "param_state": "all"}, 1)
+    assert (state["param_state"], state["kind"]) == ("all", "f")
+    assert _groups(state)[False] == 5
+
+
+def test_settings_of_one_optimizer_serve_two():
+    state = fit_to_chain({**DENSE, 0: TENSORS[0], 1: TENSORS[1]}, 2)
+    assert [state[i]["param_state"] for i in (0, 1)] == ["dense", "experts"]
+    assert _groups(state[0])[False] == _groups(state[1])[True] == 5
+
+
+def test_settings_that_fit_are_left_alone():
+    one = {**DENSE, "param_state": "all"}
+    assert fit_to_chain(one, 1) is one
+    two = {0: DENSE | TENSORS[0], 1: EXPERTS | TENSORS[1]}
+    assert fit_to_chain(two, 2) is two
+
+
+def test_still_needed_upstream_takes_settings_as_they_come():
+    upstream = ChainedOptimizer.load_state_dict.__wrapped__
+    given = []
+    one = SimpleNamespace(load_state_dict=given.append)
+    upstream(
+        SimpleNamespace(chained_optimizers=[one]), {0: DENSE, 1: EXPERTS, "param_state": "all"}
+    )
+    assert "optimizer" not in given[0]
+    with pytest.raises(RuntimeError, match="Expected 2 entries"):
+        upstream(
+            SimpleNamespace(chained_optimizers=[one, one]), {**DENSE, **dict(enumerate(TENSORS))}
+        )
