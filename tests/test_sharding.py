@@ -54,7 +54,7 @@ def test_every_pack_is_read_by_one_data_parallel_rank(
     argv += ["--finetune-data-files", str(chat_data.file), "--train-iters", "2", *layout]
     argv += ["--global-batch-size", "4", "--seq-length", "192"]
     answers = run_ranks(_packs_read, world, argv)
-    by_rank = {}
+    by_rank: dict[int, list[int]] = {}
     for rank, places in answers:
         if places is not None:
             assert by_rank.setdefault(rank, places) == places, "pipeline stages, context ranks"

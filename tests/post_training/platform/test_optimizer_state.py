@@ -39,11 +39,13 @@ def test_still_needed_upstream_has_no_state_before_the_first_step(argv):
         run_rank(_fresh_state, argv, False)
 
 
+DENSE: dict[object, object]
+EXPERTS: dict[object, object]
 DENSE, EXPERTS = (
     {"optimizer": {"param_groups": [{"is_expert_parallel": experts, "step": 5}]}, "kind": "f"}
     for experts in (False, True)
 )
-TENSORS = [{"param_state": "dense"}, {"param_state": "experts"}]
+TENSORS: list[dict[object, object]] = [{"param_state": "dense"}, {"param_state": "experts"}]
 
 
 def _groups(state):
@@ -72,7 +74,7 @@ def test_settings_that_fit_are_left_alone():
 
 def test_still_needed_upstream_takes_settings_as_they_come():
     upstream = ChainedOptimizer.load_state_dict.__wrapped__
-    given = []
+    given: list[object] = []
     one = SimpleNamespace(load_state_dict=given.append)
     upstream(
         SimpleNamespace(chained_optimizers=[one]), {0: DENSE, 1: EXPERTS, "param_state": "all"}
