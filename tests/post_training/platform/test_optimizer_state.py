@@ -1,6 +1,7 @@
 """That a resumed run continues bit for bit is in `tests/test_finetune.py`."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -39,13 +40,13 @@ def test_still_needed_upstream_has_no_state_before_the_first_step(argv):
         run_rank(_fresh_state, argv, False)
 
 
-DENSE: dict[object, object]
-EXPERTS: dict[object, object]
+DENSE: dict[Any, Any]
+EXPERTS: dict[Any, Any]
 DENSE, EXPERTS = (
     {"optimizer": {"param_groups": [{"is_expert_parallel": experts, "step": 5}]}, "kind": "f"}
     for experts in (False, True)
 )
-TENSORS: list[dict[object, object]] = [{"param_state": "dense"}, {"param_state": "experts"}]
+TENSORS: list[dict[Any, Any]] = [{"param_state": "dense"}, {"param_state": "experts"}]
 
 
 def _groups(state):
@@ -74,7 +75,7 @@ def test_settings_that_fit_are_left_alone():
 
 def test_still_needed_upstream_takes_settings_as_they_come():
     upstream = ChainedOptimizer.load_state_dict.__wrapped__
-    given: list[object] = []
+    given: list[Any] = []
     one = SimpleNamespace(load_state_dict=given.append)
     upstream(
         SimpleNamespace(chained_optimizers=[one]), {0: DENSE, 1: EXPERTS, "param_state": "all"}
