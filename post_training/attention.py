@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -140,16 +142,20 @@ class PackedAttention(MegatronModule):
         if causal and queries != keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(keys - queries)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=causal and mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        # Tensor parallel ranks hold different heads: each drops from a random state of its own. With
+        # sequence parallelism the whole layer runs under that state already.
+        own_state = dropout > 0.0 and not self.config.sequence_parallel
+        with get_cuda_rng_tracker().fork() if own_state else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=causal and mask is None,
+                scale=self.softmax_scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
         """The variable-length flash kernel of torch on [tokens, heads, head_dim]."""

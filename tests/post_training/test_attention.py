@@ -90,16 +90,30 @@ def test_a_query_after_the_prompt_sees_every_key():
     torch.testing.assert_close(step, whole[-1:], rtol=1e-12, atol=1e-12)
 
 
-def test_dropout_only_while_training():
-    tensors = inputs(4)
-    attention = make(4, attention_dropout=0.5)
-    packed = documents()
-    attention.train()
-    one, two = (attention(*tensors, None, packed_seq_params=packed) for _ in range(2))
-    assert not torch.equal(one, two)
-    attention.eval()
-    one, two = (attention(*tensors, None, packed_seq_params=packed) for _ in range(2))
-    assert torch.equal(one, two)
+def _dropout_on_ranks() -> tuple[list[torch.Tensor], bool]:
+    """Two passes of training and two of evaluation, and whether the common random state moved."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    torch.distributed.init_process_group("gloo")
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
+    torch.manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    attention, packed = make(4, attention_dropout=0.5), documents()
+    tensors = [x.detach() for x in inputs(4)]
+    before = torch.get_rng_state()
+    passes = []
+    for training in (True, True, False, False):
+        attention.train(training)
+        passes.append(attention(*tensors, None, packed_seq_params=packed))
+    return passes, torch.equal(before, torch.get_rng_state())
+
+
+def test_dropout_only_while_training_and_apart_on_each_tensor_parallel_rank():
+    (first, still), (second, also_still) = run_ranks(_dropout_on_ranks, 2)
+    assert torch.equal(first[2], first[3]) and torch.equal(first[2], second[2])
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], second[0]), "ranks hold different heads"
+    assert still and also_still
 
 
 @pytest.mark.parametrize(
