@@ -108,17 +108,16 @@ def without_nulls(value: Any) -> Any:
 def _message(item: Any, number: int) -> tuple[Message, bool]:
     if not isinstance(item, Mapping):
         raise RowError("bad messages", f"message {number} is {_kind(item)}, expected an object")
-    share_gpt = "role" not in item and "from" in item
-    given = item.get("from" if share_gpt else "role")
-    name = given.strip().lower() if isinstance(given, str) else ""
-    if name not in _ROLE_NAMES:
+    role = role_of(item)
+    if role is None:
+        given = item.get("role") if item.get("role") is not None else item.get("from")
         raise RowError(
             "unknown role",
             f"message {number} has role {given!r}; known are {', '.join(sorted(_ROLE_NAMES))}",
         )
-    message: Message = {"role": _ROLE_NAMES[name]}
-    content = item.get("value") if share_gpt and "value" in item else item.get("content")
-    if name in ("function_call", "tool_call"):
+    message: Message = {"role": role}
+    content = content_of(item)
+    if _role_name(item) in ("function_call", "tool_call"):
         message["content"] = ""
         message["tool_calls"] = _tool_calls(content, number)
     else:
@@ -128,7 +127,36 @@ def _message(item: Any, number: int) -> tuple[Message, bool]:
             message[key] = item[key]
     if message["role"] == "assistant":
         _set_assistant(message, item, number)
+    # Trained, it would teach to stop at once; asked, it would teach an answer to nothing.
+    if content is None and not message.get("tool_calls") and not message.get("reasoning_content"):
+        keys = ", ".join(f"{key} (null)" if item[key] is None else str(key) for key in item)
+        raise RowError(
+            "no content",
+            f"message {number} has no text in 'content' or 'value', no tool calls and no "
+            f"reasoning; its keys are {keys}",
+        )
     return message, _train_flag(item, number)
+
+
+def role_of(item: Any) -> str | None:
+    """The role of a message as it stands in the data, one of ROLES; None if it is not known."""
+    return _ROLE_NAMES.get(_role_name(item))
+
+
+def content_of(item: Mapping[str, Any]) -> Any:
+    """What a message says: ``content``, or ``value`` where that is absent; None without either.
+
+    ShareGPT messages (``from``) say it in ``value`` first.
+    """
+    keys = ("content", "value") if item.get("role") is not None else ("value", "content")
+    return next((item[key] for key in keys if item.get(key) is not None), None)
+
+
+def _role_name(item: Any) -> str:
+    if not isinstance(item, Mapping):
+        return ""
+    given = item.get("role") if item.get("role") is not None else item.get("from")
+    return given.strip().lower() if isinstance(given, str) else ""
 
 
 def _set_content(message: Message, content: Any, number: int) -> None:

@@ -135,6 +135,40 @@ def test_keys_that_arrow_fills_with_nulls_disappear():
     assert convert(called).messages[1]["tool_calls"] == [CALL]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "text": "Hello."},
+        {"role": "assistant", "content": None},
+        {"role": "assistant", "content": None, "tool_calls": None, "reasoning_content": ""},
+        {"role": "assistant"},
+        {"role": "user", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "content": None},
+        {"from": "gpt", "text": "Hello."},
+    ],
+)
+def test_message_without_content_is_refused_with_its_keys(message):
+    with pytest.raises(RowError, match=f"message 2 .*keys are {next(iter(message))}") as error:
+        convert({"messages": [USER, message, ASSISTANT]}, "messages")
+    assert error.value.reason == "no content"
+
+
+def test_value_is_read_where_there_is_no_content():
+    mixed = [{"role": "user", "value": "Hi"}, {"role": "assistant", "value": "Hello."}]
+    assert convert({"messages": mixed}).messages == PLAIN
+    nulls = {"role": None, "content": None}
+    filled = [
+        {**nulls, "from": "human", "value": "Hi"},
+        {**nulls, "from": "gpt", "value": "Hello."},
+    ]
+    assert convert({"conversations": filled}).messages == PLAIN
+    only = {"role": "assistant", "content": None}
+    called = convert({"messages": [USER, {**only, "tool_calls": [CALL]}]}).messages[1]
+    assert (called["content"], called["tool_calls"]) == ("", [CALL])
+    thought = convert({"messages": [USER, {**only, "reasoning_content": "sum"}]}).messages[1]
+    assert thought["reasoning_content"] == "sum"
+
+
 @pytest.mark.parametrize("field", [{"loss": False}, {"weight": 0}, {"weight": 0.0}])
 def test_messages_can_be_left_untrained(field):
     row = {"messages": [USER, {**ASSISTANT, **field}, USER, {**ASSISTANT, "weight": 1}]}
