@@ -15,7 +15,7 @@ from typing import Any
 
 from data.conversation import Conversation
 from data.errors import DataError, RowError
-from data.messages import conversation_from_messages
+from data.messages import content_of, conversation_from_messages, role_of
 
 Row = Mapping[str, Any]
 Converter = Callable[[Row], Conversation]
@@ -121,14 +121,17 @@ def _question(row: Row, options: FormatOptions) -> Conversation:
 
 
 def _preference(row: Row, options: FormatOptions) -> Conversation:
-    """``chosen`` of a preference row: messages, one message, or text; ``rejected`` is ignored."""
+    """``chosen`` of a preference row: messages, one message, or text; ``rejected`` is ignored.
+
+    The prompt is put before it, unless it is the whole conversation already.
+    """
     chosen = row.get("chosen")
-    before = next((row[n] for n in (*MESSAGE_COLUMNS, "prompt") if row.get(n) is not None), None)
-    if before is None:
-        before = row.get("question", row.get("instruction"))
+    before = _prompt_of(row, options)
     if isinstance(chosen, str):
         parts = _TRANSCRIPT.split(chosen)
         if before is None and len(parts) > 2:
+            if parts[0].strip():
+                raise RowError("bad chosen", "'chosen' has text before its first 'Human:'")
             pairs = zip(parts[1::2], parts[2::2], strict=True)
             roles = {"Human": "user", "Assistant": "assistant"}
             chosen = [{"role": roles[who], "content": text.strip()} for who, text in pairs]
@@ -136,12 +139,64 @@ def _preference(row: Row, options: FormatOptions) -> Conversation:
             chosen = [{"role": "assistant", "content": chosen}]
     elif isinstance(chosen, Mapping):
         chosen = [chosen]
-    if not isinstance(chosen, Sequence):
+    if not isinstance(chosen, Sequence) or isinstance(chosen, bytes):
         raise RowError("bad chosen", f"'chosen' is {type(chosen).__name__}, expected messages")
-    if isinstance(before, str):
-        before = [{"role": "user", "content": before}]
-    whole = [*before, *chosen] if isinstance(before, Sequence) and len(chosen) == 1 else chosen
+    whole = _with_prompt(before, list(chosen))
     return conversation_from_messages(whole, row.get("tools"), _system(row, options), "chosen")
+
+
+def _prompt_of(row: Row, options: FormatOptions) -> list[Any] | None:
+    """The prompt of a preference row as messages; None where there is none."""
+    if options.prompt_key is not None:
+        before = _text(row, options.prompt_key, "--prompt-key", missing_is_empty=True)
+    else:
+        names = (*MESSAGE_COLUMNS, "prompt", "question", "instruction")
+        before = next((row[name] for name in names if row.get(name)), None)
+    if isinstance(before, str):
+        return [{"role": "user", "content": before}] if before else None
+    if isinstance(before, Mapping):
+        return [before]
+    if before is not None and not isinstance(before, Sequence):
+        raise RowError("bad prompt", f"the prompt is {type(before).__name__}, expected messages")
+    return list(before) if before else None
+
+
+def _with_prompt(before: list[Any] | None, chosen: list[Any]) -> list[Any]:
+    """The prompt and the chosen messages as one conversation.
+
+    Raises:
+        RowError: there is no prompt, or it cannot be told how the two belong together.
+    """
+    roles = [role_of(message) for message in chosen]
+    start = next((i for i, role in enumerate(roles) if role != "system"), len(roles))
+    asks = roles[start : start + 1] == ["user"]
+    if before is None:
+        if "user" not in roles:
+            columns = ", ".join((*MESSAGE_COLUMNS, "prompt", "question", "instruction"))
+            raise RowError(
+                "no prompt",
+                f"'chosen' has no user turn and there is none in {columns} (--prompt-key)",
+            )
+        return chosen
+    said = [_said(message) for message in chosen]
+    asked = [_said(message) for message in before if role_of(message) != "system"]
+    open_question = bool(asked) and asked[-1][0] == "user"
+    repeated = said[start : start + len(asked)] == asked or (open_question and asked[-1] in said)
+    if not repeated:
+        if not asks:
+            return [*chosen[:start], *before, *chosen[start:]]
+        if not open_question:
+            raise RowError(
+                "bad prompt",
+                "'chosen' begins with a user turn, yet not with the messages of the prompt",
+            )
+    # The whole conversation; only the system prompt may stand in the prompt alone.
+    systems = [m for m in before if role_of(m) == "system"] if start == 0 else []
+    return [*systems, *chosen]
+
+
+def _said(message: Any) -> tuple[str | None, Any]:
+    return role_of(message), content_of(message) if isinstance(message, Mapping) else None
 
 
 FORMATS: dict[str, Callable[[Row, FormatOptions], Conversation]] = {
@@ -164,7 +219,8 @@ def detect_format(row: Any, options: FormatOptions) -> str:
         raise DataError(f"the row is {type(row).__name__}, not an object with columns.")
     if options.messages_key is not None:
         return "messages"
-    if options.names_fields:
+    answers = options.query_key or options.response_key or "output" in row
+    if options.names_fields and ("chosen" not in row or answers):
         return "fields"
     if "chosen" in row:
         return "preference"

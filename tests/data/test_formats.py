@@ -46,6 +46,55 @@ def test_format_is_detected_and_read(row, name):
     assert convert(row).messages == PLAIN
 
 
+LOOKED = [
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "blue"},
+    {"role": "assistant", "content": "Blue."},
+]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("row", "roles"),
+    [
+        ({"prompt": "Hi", "chosen": LOOKED}, "user assistant tool assistant"),
+        ({"prompt": [SYSTEM, USER], "chosen": LOOKED}, "system user assistant tool assistant"),
+        ({"prompt": [USER], "chosen": [ASSISTANT, {**USER, "content": "Go on."}, ASSISTANT]},
+         "user assistant user assistant"),
+        ({"prompt": "Hi", "chosen": [SYSTEM, ASSISTANT]}, "system user assistant"),
+        ({"prompt": [SYSTEM, USER], "chosen": PLAIN}, "system user assistant"),
+        ({"prompt": "Hi", "messages": PLAIN, "chosen": PLAIN}, "user assistant"),
+        ({"prompt": "Hi", "chosen": [ASSISTANT, USER, ASSISTANT]}, "assistant user assistant"),
+        ({"p": "Hi", "chosen": "Hello."}, "user assistant"),
+        ({"prompt": "Hi", "p": [SYSTEM, USER], "chosen": "Hello."}, "system user assistant"),
+    ],
+)  # fmt: skip
+def test_preference_rows_keep_their_question_once(row, roles):
+    keys = {"prompt_key": "p"} if "p" in row else {}
+    said = convert({**row, "rejected": "No."}, **keys).messages
+    assert [message["role"] for message in said] == roles.split()
+    assert USER in said
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "reason"),
+    [
+        ({"chosen": "Hello."}, {}, "no prompt"),
+        ({"prompt": "", "chosen": [ASSISTANT]}, {}, "no prompt"),
+        ({"prompt": None, "chosen": LOOKED}, {}, "no prompt"),
+        ({"chosen": "\n\nAssistant: Hello.\n\nAssistant: Hi"}, {}, "no prompt"),
+        ({"prompt": "Hi", "chosen": "Hello."}, {"prompt_key": "x"}, "missing column"),
+        ({"prompt": 7, "chosen": "Hello."}, {}, "bad prompt"),
+        ({"prompt": PLAIN, "chosen": [{**USER, "content": "More."}, ASSISTANT]}, {}, "bad prompt"),
+        ({"chosen": "Preface.\n\nHuman: Hi\n\nAssistant: Hello."}, {}, "bad chosen"),
+    ],
+)  # fmt: skip
+def test_preference_rows_without_a_clear_question_are_refused(row, keys, reason):
+    with pytest.raises(RowError) as error:
+        convert(row, **keys)
+    assert error.value.reason == reason
+
+
 def test_query_and_history_of_alpaca_rows():
     row = {
         "instruction": "Add.", "input": "2 2", "output": "4", "system": "Be brief.",
