@@ -2,7 +2,8 @@
 
 To add a format for yourself, write such a function and name it with
 ``--conversation-format package.module:function``; it gets the row and returns either a
-``Conversation`` or a list of OpenAI messages. To add one here, write it and enter it in FORMATS.
+``Conversation`` (with ``trained``, one truth value a message, where only some answers are to be
+trained) or a list of OpenAI messages. To add one here, write it and enter it in FORMATS.
 """
 
 from __future__ import annotations
@@ -280,10 +281,36 @@ class _UserConverter:
                 "converter failed", f"{self.name}: {type(error).__name__}: {error}"
             ) from error
         if isinstance(result, Conversation):
-            result = {"messages": result.messages, "tools": result.tools}
+            checked = conversation_from_messages(result.messages, result.tools, None, self.name)
+            return _with_mask(checked, result.trained, self.name)
         if isinstance(result, Mapping):
             return conversation_from_messages(result.get("messages"), result.get("tools"))
         return conversation_from_messages(result, None, None, self.name)
+
+
+def _with_mask(conversation: Conversation, trained: Any, name: str) -> Conversation:
+    """The conversation with a converter's ``trained``; ``loss`` and ``weight`` fields still count.
+
+    Raises:
+        RowError: not one truth value a message, or one that trains another role.
+    """
+    messages = conversation.messages
+    if not isinstance(trained, Sequence) or len(trained) != len(messages):
+        found = len(trained) if isinstance(trained, Sequence) else type(trained).__name__
+        raise RowError(
+            "bad mask", f"{name}: 'trained' is {found}, expected {len(messages)}, one a message"
+        )
+    for number, (message, train) in enumerate(zip(messages, trained, strict=True), 1):
+        if not isinstance(train, (bool, int)):
+            raise RowError("bad mask", f"{name}: 'trained' of message {number} is {train!r}")
+        if train and message["role"] != "assistant":
+            raise RowError(
+                "bad mask",
+                f"{name}: message {number} is of role {message['role']}, only assistant messages "
+                "can be trained",
+            )
+    both = [bool(a and b) for a, b in zip(trained, conversation.trained, strict=True)]
+    return Conversation(messages, conversation.tools, both)
 
 
 def _pair(

@@ -272,6 +272,27 @@ def test_user_converter_is_called_and_its_failures_are_reasons(monkeypatch):
         converter("unknown", FormatOptions())
 
 
+def masking_converter(row):
+    return Conversation([dict(m) for m in row["m"]], None, row["trained"])
+
+
+def test_mask_of_a_user_converter_is_kept_and_checked():
+    name, four = f"{__name__}:masking_converter", [*PLAIN, *PLAIN]
+    row = {"m": four, "trained": [False, False, False, True]}
+    assert convert(row, name).trained == [False, False, False, True]
+    assert convert({"m": four, "trained": []}, name).trained == [False, True, False, True]
+    weighed = [*PLAIN, USER, {**ASSISTANT, "weight": 0}]
+    assert convert({"m": weighed, "trained": []}, name).trained == [False, True, False, False]
+    for trained, found in (
+        ([True], "'trained' is 1, expected 4"),
+        (True, "'trained' is bool"),
+        ([True, True, True, True], "message 1 is of role user"),
+        ([False, "no", False, True], "message 2 is 'no'"),
+    ):
+        with pytest.raises(RowError, match=f"bad mask: .*{found}"):
+            convert({"m": four, "trained": trained}, name)
+
+
 def test_named_datasets_use_formats_of_the_registry():
     assert len(NAMED_DATASETS) == 5
     assert all(named.format in FORMATS for named in NAMED_DATASETS.values())
