@@ -217,6 +217,15 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
+    def _begin(self, epoch: int) -> int:
+        """Packs before an epoch in the endless plan."""
+        if epoch == 0:
+            return 0
+        if self.packing != "sequential":
+            return epoch * self.packs_per_epoch(0)
+        self.packs_per_epoch(epoch - 1)
+        return self._ends[epoch - 1]
+
     def _plan(self, epoch: int) -> PackingPlan:
         plan = self._plans.get(epoch)
         if plan is None:
@@ -228,6 +237,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
                 mode=self.packing,
                 shuffle=self.shuffle,
                 balance_every=self.global_batch_size,
+                begins_at=self._begin(epoch),
                 filled=self._filled,
             )
             self._plans[epoch] = plan

@@ -7,8 +7,8 @@ documents hold:
     documents     [num_documents]   document indices, pack after pack
     pack_offsets  [num_packs + 1]   pack p holds documents[pack_offsets[p] : pack_offsets[p + 1]]
 
-Plans are pure functions of (lengths, seq_length, seed, epoch, mode): every process computes the
-same one.
+Plans are pure functions of (lengths, seq_length, seed, epoch, mode) and of where the epoch begins in
+its first global batch: every process computes the same one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PackingMode = Literal["best-fit", "sequential", "none"]
 PACKING_MODES: tuple[PackingMode, ...] = ("best-fit", "sequential", "none")
 
 # Part of every plan's hash: raise it whenever the same inputs would give another plan.
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def plan_epoch(
     mode: PackingMode = "best-fit",
     shuffle: bool = True,
     balance_every: int | None = None,
+    begins_at: int = 0,
     filled: tuple[IntArray, int] | None = None,
 ) -> PackingPlan:
     """Plan the packs of one epoch: each document once, in exactly one pack.
@@ -71,9 +72,11 @@ def plan_epoch(
             (shuffled) order and opens a new pack when the next document does not fit, ``none`` puts
             each document alone.
         shuffle: Whether the seed permutes documents and packs.
-        balance_every: Packs in a global batch. Inside each such group packs are ordered by
+        balance_every: Packs in a global batch. Inside each global batch packs are ordered by
             attention work, so that packs that different data-parallel ranks process at the same
             time cost the same.
+        begins_at: Packs before this epoch in the endless plan. Global batches are counted from the
+            plan's beginning, so an epoch rarely begins where one of them does.
         filled: What ``fill_packs`` gave for these lengths, to be used again for another epoch.
 
     Raises:
@@ -113,7 +116,7 @@ def plan_epoch(
     else:
         rank = np.arange(num_packs)
     if balance_every is not None and balance_every > 1:
-        rank = _balance(rank, pack_of, sizes, balance_every)
+        rank = _balance(rank, pack_of, sizes, balance_every, begins_at % balance_every)
 
     position = rank[pack_of]
     documents = order[np.argsort(position[order], kind="stable")]
@@ -129,15 +132,27 @@ def attention_work(plan: PackingPlan, lengths: npt.NDArray[np.integer]) -> IntAr
     return np.add.reduceat(squares, plan.pack_offsets[:-1])
 
 
-def _balance(rank: IntArray, pack_of: IntArray, sizes: IntArray, group: int) -> IntArray:
-    """Reorder packs inside each group of ``group`` positions by falling attention work.
+def _balance(
+    rank: IntArray, pack_of: IntArray, sizes: IntArray, group: int, taken: int
+) -> IntArray:
+    """Reorder the packs of each global batch by falling attention work.
 
     Neighbours then cost nearly the same, and neighbours are what runs side by side: data-parallel
-    ranks take positions g, g + 1, ..., and pipeline micro batches follow each other. Which packs
-    form a group does not change, so the gradient of a global batch does not either.
+    ranks take positions g, g + 1, ..., and pipeline micro batches follow each other. No pack moves
+    to another global batch, so the gradient of a global batch does not change.
+
+    Args:
+        rank: Position of each pack in the epoch, int64 ``[num_packs]``.
+        pack_of: Pack of each document.
+        sizes: Tokens in each document.
+        group: Packs in a global batch.
+        taken: Packs of the first global batch that belong to the epoch before. Behind them this
+            epoch's go by rising work: the lightest packs of both epochs meet.
     """
     work = np.bincount(pack_of, weights=sizes.astype(np.float64) ** 2, minlength=len(rank))
-    order = np.lexsort((rank, -work, rank // group))  # pack numbers, in their new order
+    batch = (rank + taken) // group
+    falling = np.where((batch == 0) & (taken > 0), work, -work)
+    order = np.lexsort((rank, falling, batch))  # pack numbers, in their new order
     balanced = np.empty_like(rank)
     balanced[order] = np.arange(len(rank))
     return balanced

@@ -58,7 +58,7 @@ def test_one_epoch_over_all_shards_is_each_document_once(documents, tokenizer, p
 
 @pytest.mark.parametrize("packing", ["best-fit", "sequential"])
 def test_a_global_batch_is_the_same_set_at_any_data_parallel_size(documents, tokenizer, packing):
-    batch, total = 8, 64
+    batch, total = 8, 64  # several epochs
     whole = make(documents, tokenizer, total, packing=packing, global_batch_size=batch)
     for shards in (2, 4, 8):
         parts = [
@@ -72,6 +72,25 @@ def test_a_global_batch_is_the_same_set_at_any_data_parallel_size(documents, tok
             )
             expected = sorted(whole[step * batch + i]["input_ids"].tolist() for i in range(batch))
             assert together == expected
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "sequential", "none"])
+def test_balancing_moves_no_document_to_another_global_batch(documents, tokenizer, packing):
+    plain = make(documents, tokenizer, 1000, packing=packing)
+    epochs = sum(plain.packs_per_epoch(epoch) for epoch in range(4))
+    batch = next(size for size in (7, 8, 9) if plain.packs_per_epoch() % size)
+    level = make(documents, tokenizer, 1000, packing=packing, global_batch_size=batch)
+    resumed = make(documents, tokenizer, 1000, packing=packing, global_batch_size=batch)
+    orders = {
+        name: [dataset.document_indices(g).tolist() for g in range(epochs)]
+        for name, dataset in (("plain", plain), ("level", level))
+    }
+    for begin in range(0, epochs, batch):
+        sets = {name: sorted(order[begin : begin + batch]) for name, order in orders.items()}
+        assert sets["plain"] == sets["level"]
+    assert orders["plain"] != orders["level"]
+    # A later epoch asked for first, as after a resume, is planned alike.
+    assert resumed.document_indices(epochs - 1).tolist() == orders["level"][-1]
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "sequential", "none"])
