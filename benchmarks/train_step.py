@@ -99,7 +99,7 @@ def peer(what: tuple[int, str], settings: Path, threads: int) -> Steps:
     world, words = what
     script = ROOT / "benchmarks" / "train_step_peers.py"
     printed = run([*launched(world, script), words, str(settings)], threads)
-    return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
 
 
 def report(found: dict[str, Steps]) -> None:
