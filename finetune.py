@@ -185,9 +185,10 @@ def finetune(
             ),
         )
     except SystemExit as exit_:
-        # Megatron leaves this way after a signal, --exit-interval or --exit-duration-in-mins.
-        if exit_.code:
-            raise
+        # Megatron leaves this way after a signal, --exit-interval or --exit-duration-in-mins; but also,
+        # with status 0, where a checkpoint cannot be read.
+        if exit_.code or not run_log.begun:
+            raise SystemExit(exit_.code or 1) from exit_
     finally:
         run_log.finish()
         if torch.distributed.is_initialized():

@@ -317,6 +317,19 @@ def _complete(args: argparse.Namespace) -> None:
     args.eval_only = args.skip_train = args.eval_only or args.skip_train
     if args.eval_only:
         prepare_evaluation(args)
+    if args.sft:
+        raise SetupError(
+            "--sft: leave it out; it is for Megatron's own SFT data and averages evaluations otherwise"
+        )
+    if not args.calculate_per_token_loss:
+        raise SetupError(
+            "calculate_per_token_loss: false is refused: every trained token of a batch weighs the same"
+        )
+    if args.ckpt_format not in ("torch_dist", "torch_dcp"):
+        raise SetupError(
+            f"--ckpt-format {args.ckpt_format}: only torch_dist (and torch_dcp with --use-torch-fsdp2) "
+            f"can be continued; leave the flag out"
+        )
     if args.train_samples:
         raise SetupError("--train-samples: use --train-iters or --num-epochs")
     if not args.skip_train and bool(args.train_iters) == bool(args.num_epochs):

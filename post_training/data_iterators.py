@@ -11,6 +11,7 @@ import torch
 
 from data import SFTDataset
 from post_training.datasets import SPLITS, SplitDocuments, packs_of, sources_of
+from post_training.platform.training_hooks import hooks
 from post_training.step_counters import counters
 
 
@@ -30,7 +31,7 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
         micro_batch_size: int,
         *,
         start: int = 0,
-        repeat: bool = False,
+        repeat: int = 0,
         source_of: Callable[[int], int] | None = None,
     ) -> None:
         """Start at pack `start` of the shard.
@@ -39,7 +40,7 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
             dataset: this rank's shard.
             micro_batch_size: packs in a micro batch.
             start: local index of the first pack.
-            repeat: begin again at 0 after the last pack (evaluation).
+            repeat: begin again at 0 after this many packs (evaluation); 0: end after the last one.
             source_of: the number of a document's source; the loss mask then carries 1 + that number.
         """
         self.dataset = dataset
@@ -51,10 +52,10 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
     def __next__(self) -> dict[str, torch.Tensor]:
         """The next micro batch: each field `[micro batch, seq_length]`."""
         begin = time.perf_counter()
-        if self.next_index >= len(self.dataset):
-            if not self.repeat or len(self.dataset) == 0:
-                raise StopIteration
+        if self.repeat and self.next_index >= self.repeat:
             self.next_index = 0
+        if self.next_index >= len(self.dataset):
+            raise StopIteration
         indices = range(self.next_index, self.next_index + self.micro_batch_size)
         packs = [self.dataset[index] for index in indices]
         self.next_index += self.micro_batch_size
@@ -104,14 +105,15 @@ def split_iterators(
                 "global_batch_size": args.global_batch_size,
             }
             start = (args.consumed_train_samples - args.data_begins_at) // num_shards
-            micro = args.micro_batch_size
+            micro, repeat = args.micro_batch_size, 0
         else:
             start, micro = 0, args.eval_micro_batch_size
+            # Every evaluation reads the same packs, from the first one.
+            batches = hooks.evaluation_iterations.get(split, 0)
+            repeat = batches * args.eval_global_batch_size // num_shards
         dataset = packs_of(documents[split], tokenizer, args, split, **options)
         source_of = sources_of(args, split, documents[split]).of
         result.append(
-            MicroBatchIterator(
-                dataset, micro, start=start, repeat=split != "train", source_of=source_of
-            )
+            MicroBatchIterator(dataset, micro, start=start, repeat=repeat, source_of=source_of)
         )
     return tuple(result)

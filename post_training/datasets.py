@@ -111,10 +111,10 @@ def packs_of(
 def evaluation_batches(
     args: argparse.Namespace, tokenizer: Any, documents: dict[str, SplitDocuments]
 ) -> dict[str, int]:
-    """Global batches of each split to evaluate: the whole split, or `--eval-iters` of it."""
+    """Global batches of each split to evaluate: the whole split, or `--eval-iters` of it (0: none)."""
     batches: dict[str, int] = {}
     for split in ("valid", "test"):
-        if split in documents:
+        if split in documents and args.eval_iters != 0:
             packs = len(packs_of(documents[split], tokenizer, args, split))
             whole = packs // args.eval_global_batch_size
             batches[split] = min(whole, args.eval_iters or whole)

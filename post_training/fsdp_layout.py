@@ -37,9 +37,10 @@ def check_sizes(args: argparse.Namespace) -> None:
         ("tensor_model_parallel_size", "every matrix"),
         ("pipeline_model_parallel_size", "the layers"),
         ("expert_model_parallel_size", "the experts"),
+        ("expert_tensor_parallel_size", "every expert"),
     ):
         size = getattr(args, flag)
-        if size > 1:
+        if size is not None and size > 1:
             raise SetupError(
                 f"--use-torch-fsdp2 with --{flag.replace('_', '-')} {size}: FSDP2 cuts {what} over all "
                 f"{args.world_size} processes by itself; leave one of the two flags out"

@@ -78,6 +78,8 @@ class RunLog:
         self.trained_tokens = 0.0
         self.peak = peak_flops()
         self.last_iteration = 0
+        self.begun = False
+        """Whether the model and its checkpoint are loaded."""
         self._losses: list[torch.Tensor] = []
         self.draft_acceptance_length: float | None = None
         if args.num_experts:
@@ -105,10 +107,13 @@ class RunLog:
             if record["iteration"] <= iteration:
                 kept.append(line)
                 self.trained_tokens = record.get("total_trained_tokens", self.trained_tokens)
-        self.metrics_file.write_text("".join(line + "\n" for line in kept))
+        partial = self.metrics_file.with_suffix(".partial")
+        partial.write_text("".join(line + "\n" for line in kept))
+        partial.replace(self.metrics_file)
 
     def begin(self, iteration: int) -> None:
         """Take over at `iteration`, which a checkpoint holds (0 at the start of a run)."""
+        self.begun = True
         self.continue_from(iteration)
         if iteration and self.is_writer and not self.args.eval_only:
             self.progress.message(f"continuing after step {iteration}")

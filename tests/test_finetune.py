@@ -204,6 +204,18 @@ def test_evaluation_is_token_weighted_over_the_whole_split(
             assert record["tokens"] == tokens
 
 
+def test_eval_iters_reads_the_same_packs_every_time(words, held_out, tmp_path):
+    flags = ["--lr", "0", "--eval-interval", "2", "--eval-iters", "1", "--train-iters", "6"]
+    valid = ["--valid-data-files", str(held_out[0][1]), "--no-save-optim"]
+    run = finetune(tmp_path / "out", *words, *valid, *flags).ok()
+    found = {(record["loss"], record["tokens"]) for record in run.evaluations}
+    assert len(run.evaluations) == 3 and len(found) == 1
+    assert (
+        finetune(tmp_path / "none", *words, *valid, *flags, "--eval-iters", "0").ok().evaluations
+        == []
+    )
+
+
 def test_nothing_is_evaluated_where_no_split_is_given(straight):
     """Reference's fault: validation and test are the training data."""
     assert straight.evaluations == []

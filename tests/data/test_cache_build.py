@@ -1,6 +1,5 @@
 import contextlib
 import json
-import multiprocessing
 import os
 import random
 import sys
@@ -19,9 +18,7 @@ from data.prepare import prepare_documents
 from data.token_cache import open_documents
 from data.worker_messages import Shard
 from tests.data.conftest import make_rows
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload([__name__])
+from tests.helpers.launch import forkserver
 
 
 def shard(number, documents=3):
@@ -166,7 +163,7 @@ def test_folder_that_somebody_else_wrote_into_is_not_published(tmp_path):
 
 
 def start(source, cache, workers=0, name=None, locks=True, chunk_bytes=3000):
-    process = SERVER.Process(
+    process = forkserver().Process(
         target=_build_here, args=(*source, cache, workers, name, locks, chunk_bytes)
     )
     process.start()

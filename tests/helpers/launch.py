@@ -38,7 +38,8 @@ NO_PROCESS_GROUP = "TEST_NO_PROCESS_GROUP"
 _server: Any = None
 
 
-def _forkserver() -> Any:
+def forkserver() -> Any:
+    """The one server a test process can have; what it forks has imported `finetune` already."""
     global _server
     if _server is None:
         os.environ.update(ENVIRONMENT)
@@ -221,7 +222,7 @@ def start_finetune(
         environment: further variables.
         inject: a module-level function that each rank calls first, such as a fault to be found.
     """
-    context = _forkserver()
+    context = forkserver()
     folder.parent.mkdir(parents=True, exist_ok=True)
     port = free_port()
     argv = [*flags, "--output-dir", str(folder)]
@@ -288,6 +289,8 @@ def _call_rank(
     _become_rank(rank, world, port, {})
     _redirect(os.devnull, os.devnull)
     try:
+        import finetune  # noqa: F401 - imported already, unless the server could not
+
         result = (True, function(*pickle.loads(pickled_args)))
     except BaseException:  # noqa: BLE001 - told to the test, whatever it is
         result = (False, traceback.format_exc())
@@ -315,7 +318,7 @@ def run_ranks(
     Raises:
         AssertionError: a rank raised; with its traceback.
     """
-    context = _forkserver()
+    context = forkserver()
     port = free_port()
     pairs = [context.Pipe(duplex=False) for _ in range(world)]
     processes = []

@@ -65,6 +65,13 @@ def test_a_long_pack_is_no_reason_for_megatron_to_refuse(words):
             ["--transformer-impl", "Transformer Engine"],
         ),
         (["--fp32", "--bf16"], ["--fp32", "--bf16"]),
+        # Megatron would average evaluations otherwise, or write what it cannot read again.
+        (["--sft"], ["--sft", "leave it out"]),
+        (["--ckpt-format", "torch"], ["--ckpt-format torch", "torch_dist"]),
+        (
+            ["--use-torch-fsdp2", "--expert-tensor-parallel-size", "2"],
+            ["--expert-tensor-parallel-size 2", "FSDP2"],
+        ),
         (["--tensor-model-parallel-size", "2"], ["1 processes", "tensor 2"]),
     ],
 )
@@ -73,6 +80,13 @@ def test_contradictions_are_refused(words, flags, expected):
         parse_arguments([*words, *flags])
     for text in expected:
         assert text in str(caught.value)
+
+
+def test_a_loss_that_is_not_by_token_is_refused(words, tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("calculate_per_token_loss: false\n")
+    with pytest.raises(SetupError, match="calculate_per_token_loss"):
+        parse_arguments([*words, "--config", str(file)])
 
 
 def test_missing_flags_are_named(words):

@@ -50,9 +50,11 @@ def test_data_parallel_ranks_together_read_each_pack_once(documents):
 
 
 def test_evaluation_begins_again_and_training_ends(documents):
-    again = MicroBatchIterator(dataset(documents, 4), 2, repeat=True)
+    again = MicroBatchIterator(dataset(documents, 4), 2, repeat=4)
     first = [next(again)["input_ids"] for _ in range(4)]
     assert torch.equal(first[0], first[2]) and torch.equal(first[1], first[3])
+    part = MicroBatchIterator(dataset(documents, 4), 2, repeat=2)
+    assert all(torch.equal(next(part)["input_ids"], first[0]) for _ in range(3))
     once = MicroBatchIterator(dataset(documents, 4), 2)
     assert len(list(once)) == 2
 
