@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from data.conversation import Conversation
@@ -259,11 +261,28 @@ def converter(name: str, options: FormatOptions) -> Converter:
         )
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the module does when it is imported
         raise DataError(
-            f"--conversation-format {name}: {error}. The module must be importable from here."
+            f"--conversation-format {name}: {error or type(error).__name__}. The module must be "
+            "importable from here."
         ) from error
+    if not callable(function):
+        kind = type(function).__name__
+        raise DataError(f"--conversation-format {name}: is a {kind}, expected a function of a row.")
     return _UserConverter(name, function)
+
+
+def converter_source(name: str) -> bytes:
+    """The file of the module that a user's converter is in; empty for one of FORMATS.
+
+    Raises:
+        DataError: there is no such function.
+    """
+    if name in FORMATS:
+        return b""
+    converter(name, FormatOptions())
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return Path(file).read_bytes() if file else b""
 
 
 @dataclass(frozen=True)

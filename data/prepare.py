@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from data.cache_build import FolderSink, MemorySink, feed
 from data.cache_folder import build_once
 from data.errors import DataError
 from data.file_digest import digest_files
-from data.formats import NAMED_DATASETS, converter, detect_format
+from data.formats import NAMED_DATASETS, converter, converter_source, detect_format
 from data.prepare_options import PrepareOptions, tokenize_options
 from data.row_tokenizer import RowTokenizer
 from data.sources import Chunk, dataset_chunks, file_chunks, read_chunk, resolve_files
@@ -252,11 +251,8 @@ class _Preparation:
             json.dumps([importlib.metadata.version(name) for name in ("tokenizers", "jinja2")]),
             _code_hash(),
         ]
-        module = (self.settings.conversation_format or "").partition(":")
-        if module[2]:
-            spec = importlib.util.find_spec(module[0])
-            if spec is not None and spec.origin is not None:
-                parts.append(Path(spec.origin).read_text(encoding="utf-8"))
+        if self.options.format:
+            parts.append(hashlib.sha256(converter_source(self.options.format)).hexdigest())
         return text_hash(*parts)
 
 

@@ -13,7 +13,7 @@ import gzip
 import io
 import json
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import batched
@@ -134,7 +134,7 @@ def dataset_chunks(dataset: Any, name: str, source: int = 0) -> Iterator[Chunk]:
         return
     first = 0
     for rows in batched(dataset, CHUNK_ROWS):
-        yield Chunk(source, name, first, "rows", pickle.dumps(list(rows)))
+        yield Chunk(source, name, first, "rows", _pickled(rows))
         first += len(rows)
 
 
@@ -149,7 +149,7 @@ def read_chunk(chunk: Chunk) -> Iterator[RawRow]:
         import pyarrow
 
         with pyarrow.ipc.open_stream(chunk.payload) as stream:
-            rows = stream.read_all().to_pylist()
+            rows = _arrow_rows(stream.read_all())
     for offset, row in enumerate(rows):
         number = chunk.first + offset
         place = f"{chunk.name}, row {number + 1}"
@@ -198,7 +198,22 @@ def _line_chunks(path: Path, source: int) -> Iterator[Chunk]:
 
 def _json_chunks(path: Path, source: int) -> Iterator[Chunk]:
     for first, rows in enumerate(batched(_json_values(path), CHUNK_ROWS)):
-        yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickle.dumps(list(rows)))
+        yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", _pickled(rows))
+
+
+def _pickled(rows: Iterable[Any]) -> bytes:
+    """Rows on their way to a worker; one that is nested too deeply to be sent becomes its error."""
+    rows = list(rows)
+    try:
+        return pickle.dumps(rows)
+    except RecursionError:
+        for index, row in enumerate(rows):
+            try:
+                pickle.dumps(row)
+            except RecursionError:
+                detail = "the row's values are nested too deeply"
+                rows[index] = RowError("nested too deeply", detail)
+        return pickle.dumps(rows)
 
 
 def _json_values(path: Path) -> Iterator[Any]:
@@ -269,7 +284,7 @@ def _csv_chunks(path: Path, source: int) -> Iterator[Chunk]:
                         rows.append(RowError("bad CSV", detail))
                     else:
                         rows.append(RowError("bad CSV", "empty line"))
-                yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickle.dumps(rows))
+                yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", _pickled(rows))
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from error
 
@@ -287,6 +302,34 @@ def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
                 first += len(batch)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
+
+
+def _arrow_rows(table: Any) -> list[Any]:
+    """The rows of an Arrow table; a row with a value that Python cannot hold becomes its error."""
+    import pyarrow
+
+    # Text that is not UTF-8, a day after the year 9999, a time zone that nobody knows.
+    faults = (ValueError, OverflowError, LookupError, pyarrow.ArrowException)
+    try:
+        rows: list[Any] = table.to_pylist()
+        return rows
+    except faults:
+        return [_arrow_row(table, index, faults) for index in range(len(table))]
+
+
+def _arrow_row(table: Any, index: int, faults: tuple[type[Exception], ...]) -> Any:
+    import pyarrow
+
+    row = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        try:
+            row[name] = column[index].as_py()
+        except faults as error:
+            # No format reads a date or a time, so the row is good without it.
+            if pyarrow.types.is_temporal(column.type):
+                continue
+            return RowError("bad value", f"column {name!r} cannot be read ({str(error)[:150]})")
+    return row
 
 
 def _arrow_bytes(table: Any) -> bytes:

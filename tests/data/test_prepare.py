@@ -336,3 +336,26 @@ def test_every_module_that_rows_pass_through_is_part_of_the_key():
     no_content = {"data.errors", "data.worker_messages"}
     assert {*output.split()} - no_content <= {f"data.{name}" for name in _CODE}
     assert "torch" not in output and "transformers" not in output
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("nopkg.mod:fn", "No module named 'nopkg'"), ("sys:foo", "no attribute 'foo'"),
+     ("sys:maxsize", "is a int, expected a function"), (":fn", "Empty module name"),
+     ("broken_format:fn", "division")],
+)  # fmt: skip
+def test_converter_that_is_not_there_is_refused_before_the_cache(
+    tokenizer, tmp_path, monkeypatch, name, found
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "q", "answer": "a"}\n')
+    (tmp_path / "broken_format.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(DataError, match=f"--conversation-format {name}: .*{found}"):
+        prepare_documents(
+            files=[str(path)],
+            tokenizer=tokenizer,
+            seq_length=64,
+            cache_dir=tmp_path / "cache",
+            conversation_format=name,
+        )

@@ -135,6 +135,50 @@ def test_truncated_parquet_is_one_clear_error(tmp_path):
         read(path)
 
 
+def odd_parquet(path, **columns):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"q": ["a", "b", "c"], **columns}), path)
+    return path
+
+
+def test_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path):
+    import pyarrow
+
+    ends = pyarrow.py_buffer(b"".join(i.to_bytes(4, "little") for i in (0, 1, 3, 4)))
+    text = pyarrow.StringArray.from_buffers(3, ends, pyarrow.py_buffer(b"x\xff\xfey"))
+    first, bad, last = read(odd_parquet(tmp_path / "a.parquet", t=text))
+    assert (first.row, last.row) == ({"q": "a", "t": "x"}, {"q": "c", "t": "y"})
+    assert bad.place == f"{tmp_path / 'a.parquet'}, row 2"
+    assert bad.error.reason == "bad value"
+    assert "column 't'" in bad.error.detail
+
+
+def test_dates_that_python_cannot_hold_are_left_out_of_their_rows(tmp_path):
+    import pyarrow
+
+    dates = pyarrow.array([0, 2**30, 1], pyarrow.date32())
+    rows = [raw.row for raw in read(odd_parquet(tmp_path / "a.parquet", t=dates))]
+    assert [row["q"] for row in rows] == ["a", "b", "c"]
+    assert ["t" in row for row in rows] == [True, False, True]
+    zoned = pyarrow.array([0, 1, 2], pyarrow.timestamp("us", tz="Nowhere/Foo"))
+    rows = [raw.row for raw in read(odd_parquet(tmp_path / "b.parquet", t=zoned))]
+    assert rows == [{"q": "a"}, {"q": "b"}, {"q": "c"}]
+
+
+@pytest.mark.parametrize("depth", [100, 600, 900, 940, 990])
+def test_row_of_an_array_that_is_too_deep_to_send_is_a_bad_row(tmp_path, depth):
+    path = tmp_path / "a.json"
+    deep = "[" * depth + "]" * depth
+    path.write_text(f'[{{"a": 1}}, {{"a": {deep}}}, {{"a": 2}}]')
+    first, bad, last = read(path)
+    assert (first.row, last.row) == ({"a": 1}, {"a": 2})
+    assert bad.place == f"{path}, row 2"
+    assert bad.error is None or bad.error.reason == "nested too deeply"
+    assert depth < 900 or bad.error is not None
+
+
 def test_csv_record_of_another_length_is_a_bad_row(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("a,b\n1,2\n3\n4,5\n")
