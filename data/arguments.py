@@ -144,8 +144,27 @@ def _prepare(
     if len(weighted) != len(parsed):
         plain = next(path for path, weight in parsed if weight is None)
         raise DataError(f"{flag} {plain}: give every source a weight (PATH=WEIGHT), or none.")
+    if hf_dataset:
+        raise DataError(
+            f"{flag} with weights mixes files only (found --finetune-hf-dataset {hf_dataset} too). "
+            "Leave one of them out, or save the dataset as files and give them a weight."
+        )
+    _require_distinct([path for path, _ in parsed], flag)
     parts = [_prepare_one(args, [path], None, tokenizer, flag) for path, _ in parsed]
     return mix_documents(parts, weighted, [path for path, _ in parsed], _seed(args))
+
+
+def _require_distinct(sources: Sequence[str], flag: str) -> None:
+    """Refuse a file that is in two sources of a mixture: its rows would be repeated."""
+    seen: dict[Path, int] = {}
+    for number, source in enumerate(sources):
+        for path in resolve_files([source], flag):
+            other = seen.setdefault(path.resolve(), number)
+            if other != number:
+                raise DataError(
+                    f"{flag} {source}: {path} is in {sources[other]} as well, and a mixture repeats "
+                    "no row. Give each file to one source."
+                )
 
 
 def _prepare_one(

@@ -95,7 +95,10 @@ def resolve_files(files: Sequence[str], flag: str = "--finetune-data-files") -> 
             raise DataError(f"{flag} {path}: unknown file type; known are {known}.")
         if path.stat().st_size == 0:
             raise DataError(f"{flag} {path}: the file is empty. Remove it or give another.")
-    return list(dict.fromkeys(found))
+    once: dict[Path, Path] = {}
+    for path in found:
+        once.setdefault(path.resolve(), path)
+    return list(once.values())
 
 
 def file_chunks(path: Path, source: int) -> Iterator[Chunk]:

@@ -89,12 +89,17 @@ def test_equals_sign_in_an_existing_name_is_no_weight(tmp_path):
         (["--finetune-data-files", "{0}", "--split-ratio", "-1,2"], "--split-ratio"),
         (["--finetune-data-files", "{0}=1", "{1}"], "give every source a weight"),
         (["--finetune-data-files", "{0}=0", "{1}=1"], "greater than 0"),
+        (["--finetune-data-files", "{0}=1", "{0}=1"], "0.jsonl is in .*0.jsonl as well"),
+        (["--finetune-data-files", "{0}=1", "{folder}/*.jsonl=1"], "0.jsonl is in .*0.jsonl as well"),
+        (["--finetune-data-files", "{folder}=1", "{folder}/../{folder.name}/2.jsonl=1"], "as well"),
+        (["--finetune-hf-dataset", "some/name", "--finetune-data-files", "{0}=1", "{1}=1"],
+         "mixes files only \\(found --finetune-hf-dataset some/name"),
         (["--finetune-data-files", "{0}", "--valid-data-files", "gone"], "--valid-data-files gone"),
         (["--finetune-data-files", "{0}", "--chat-template-variables", "7"], "JSON object"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_refused_by_name(tokenizer, tmp_path, files, flags, message):
-    flags = [flag.format(*files) for flag in flags]
+    flags = [flag.format(*files, folder=tmp_path) for flag in flags]
     if "-1,2" in flags:
         flags[-2:] = ["--split-ratio=-1,2"]
     with pytest.raises(DataError, match=message):

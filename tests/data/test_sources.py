@@ -194,6 +194,15 @@ def test_folders_and_globs_are_expanded_in_a_stable_order(tmp_path):
     assert [p.name for p in resolve_files([f"{tmp_path}/*.jsonl"])] == ["a.jsonl", "b.jsonl"]
 
 
+def test_one_file_under_several_names_is_read_once(tmp_path, monkeypatch):
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    monkeypatch.chdir(tmp_path)
+    files = [str(tmp_path / "b.jsonl"), "*.jsonl", "b.jsonl", f"{tmp_path}/b.jsonl"]
+    assert [str(p) for p in resolve_files(files)] == [str(tmp_path / "b.jsonl"), "a.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("gone.jsonl", "no such file"), ("*.jsonl", "no such"), ("x.txt", "unknown file type"),
