@@ -141,6 +141,7 @@ class AnswerFinder:
             role = row.messages[message - 1]["role"] if message else None
             header = self.markup.header_in(text[before:first], role)
             start = _skip_empty_think(text, before + len(header), first)
+            self.markup.check_start(text, start, first)
             stop = self.markup.stop_pattern.search(text, last, limit)
             if stop is None and here[-1][0].kind == "tool":
                 # Where the call's closing markup ends cannot be told.
@@ -184,6 +185,7 @@ class AnswerFinder:
                     raise RowError(
                         "answer dropped", f"the template leaves out content {said[:60]!r}"
                     )
+                self.markup.check_start(text, turn.start, text.index(said, turn.start))
             return turns
         return self._checked_by_marks(row, turns, one_each)
 
@@ -228,6 +230,7 @@ class AnswerFinder:
                         raise RowError(
                             "answer dropped", f"the template leaves out {piece.text!r}"
                         ) from error
+                self.markup.check_start(row.text, turn.start, _first_said(row, turn, pieces))
             return turns
         named: list[Turn] = []
         unplaced = list(zip(marked.pieces, marked.spans, strict=True))
@@ -236,6 +239,7 @@ class AnswerFinder:
             unplaced = [pair for pair in unplaced if pair not in inside]
             if not inside:
                 raise RowError("no answer in a block", "a generation block holds no assistant text")
+            self.markup.check_start(row.text, turn.start, inside[0][1][0])
             reasoning_end = _end_of_reasoning(row.text, inside)
             message = inside[-1][0].message
             if named and (named[-1].message, named[-1].end) == (message, turn.start):
@@ -287,6 +291,11 @@ def _end_of_reasoning(text: str, found: list[tuple[Piece, Span]]) -> int | None:
     if closing >= 0:
         return _skip_space(text, closing + len("</think>"), limit)
     return limit if rest else after
+
+
+def _first_said(row: _Row, turn: Turn, pieces: Sequence[Piece]) -> int:
+    own = [piece.text for piece in pieces if piece.message == turn.message and piece.text]
+    return min((row.text.index(said, turn.start) for said in own), default=turn.start)
 
 
 def _skip_space(text: str, begin: int, end: int) -> int:

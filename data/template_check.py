@@ -7,6 +7,7 @@ basic only means that rows of that kind will be refused one by one, with the sam
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -222,7 +223,7 @@ def _try(finder: AnswerFinder, probe: Probe, report: TemplateReport) -> tuple[Ve
         rendering = finder.find(conversation)
     except RowError as error:
         return "refused", str(error)
-    wrong = _contradiction(rendering, conversation)
+    wrong = _contradiction(rendering, conversation, finder.markup.tokens)
     if wrong:
         return "wrong", wrong
     if finder.method == "generation":
@@ -241,13 +242,21 @@ def _try(finder: AnswerFinder, probe: Probe, report: TemplateReport) -> tuple[Ve
     return "exact", " | ".join(rendering.text[t.start : t.end] for t in rendering.turns)
 
 
-def _contradiction(rendering: Rendering, conversation: Conversation) -> str | None:
+def _contradiction(
+    rendering: Rendering, conversation: Conversation, tokens: re.Pattern[str]
+) -> str | None:
     """What is wrong with the turns, told from the messages alone; None when nothing is."""
     _, pieces = mark_conversation(conversation.messages)
     texts: dict[int, str] = {}  # a template may write one message in several stretches
     for turn in rendering.turns:
         text = rendering.text[turn.start : turn.end]
         texts[turn.message] = texts.get(turn.message, "") + text
+        for token in tokens.finditer(rendering.text):
+            if token.start() < turn.start < token.end():
+                return f"turn {turn.message + 1} begins inside {token.group()!r}"
+    # The token that follows a finished turn opens the next message.
+    after = [tokens.match(rendering.text[t.end :].lstrip()) for t in rendering.turns[:-1]]
+    openers = {token.group() for token in after if token}
     messages = {piece.message for piece in pieces}
     if set(texts) != messages:
         return f"answers {sorted(messages)} were given, answers {sorted(texts)} would be trained"
@@ -259,6 +268,8 @@ def _contradiction(rendering: Rendering, conversation: Conversation) -> str | No
             found = text.find(piece.text, at)
             if found < 0:
                 return f"turn {index + 1} trains {text!r}, which lacks {piece.text!r}"
+            if any(opener in text[:found] for opener in openers) and not at:
+                return f"turn {index + 1} trains {text!r}, which opens with another message"
             at = found + len(piece.text)
         for message in conversation.messages:
             said = str(message["content"]).strip()

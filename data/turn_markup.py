@@ -3,7 +3,7 @@
 Both are learned from the template itself with tiny conversations, never from a list of models.
 
 - The *header* is what inference puts before the answer: the template's own generation prompt, cut
-  where an answered conversation departs from it.
+  at a token's edge where an answered conversation departs from it.
 - A *stop* is the run of special tokens that first follows an answer, both in the last turn and in
   an earlier one; where the two differ, each has its own.
 """
@@ -29,6 +29,7 @@ from data.errors import RowError
 
 _ANY_MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 _OPENING_THINK = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
+_THINK_TAGS = {"<think>", "</think>"}
 _ASK: Message = {"role": "user", "content": "q q"}
 _ANSWER: Message = {"role": "assistant", "content": "a a"}
 _CALL: Message = {
@@ -70,6 +71,7 @@ class TurnMarkup:
         self._template = template
         self._forms = forms
         self.tokens = _any_of([*special_tokens, *added_tokens])
+        self._longest = max(map(len, [*special_tokens, *added_tokens]), default=0)
         self._tiers = [_any_of(special_tokens), self.tokens]
         self._headers: dict[str | None, str | None] = {}
         self.stops: list[str] = []
@@ -113,6 +115,28 @@ class TurnMarkup:
             f"expected {header!r}",
         )
 
+    def check_start(self, text: str, start: int, said: int) -> None:
+        """See that a turn begins with what the assistant writes, not with a rest of its header.
+
+        Args:
+            text: The rendered conversation.
+            start: Where the turn begins.
+            said: Where the first thing that the assistant says in it does.
+
+        Raises:
+            RowError: the turn begins inside a token, or a message is ended or opened before ``said``.
+        """
+        window = (max(0, start - self._longest), start + self._longest)
+        if any(m.start() < start < m.end() for m in self.tokens.finditer(text, *window)):
+            around = text[max(0, start - 30) : start + 30]
+            raise RowError("header in answer", f"the turn would begin inside a token of {around!r}")
+        header = self.header("user") or ""
+        foreign = {*self.tokens.findall(header), *self.stops} - _THINK_TAGS
+        before = text[start:said]
+        found = sorted(token for token in foreign if token in before)
+        if found:
+            raise RowError("header in answer", f"{before[-90:]!r} before the answer holds {found}")
+
     def _core(self, header: str | None) -> str:
         found = [match.start() for match in self.tokens.finditer(header or "")]
         return (header or "")[found[-1] :] if found else ""
@@ -142,12 +166,35 @@ class TurnMarkup:
                 return gap[: gap.rindex(core) + len(core)]
             return gap
         offered = prompt[prompt.rfind(closing) + 1 :]
-        header = _common_prefix(gap, offered)
+        header = self._common_header(gap, offered)
         if gap[len(header) :].strip() and "add_generation_prompt" not in self._template.source:
             # No generation prompt to learn from: all that precedes the answer is header.
             header = gap
         # A think tag that the template opens by itself varies from turn to turn.
         return _OPENING_THINK.sub("", header)
+
+    def _common_header(self, gap: str, offered: str) -> str:
+        """How much of the text before an answer the generation prompt offers.
+
+        Raises:
+            RowError: they differ in what opens the assistant's turn.
+        """
+        length = len(_common_prefix(gap, offered))
+        for text in (gap, offered):
+            for token in self.tokens.finditer(text):
+                if token.start() < length < token.end():
+                    length = token.start()
+        header = gap[:length]
+        if not (gap[length:].strip() and offered[length:].strip()):
+            return header
+        # They differ before the assistant's name, but end with the same tokens.
+        same = len(_common_prefix(gap[::-1], offered[::-1]))
+        if self.tokens.search(gap, len(gap) - same):
+            return gap
+        raise RowError(
+            "header not found",
+            f"before an answer stands {gap[-60:]!r}, but the generation prompt is {offered[-60:]!r}",
+        )
 
     # -- stops -----------------------------------------------------------------------------------
 
