@@ -9,40 +9,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data import SFTDataset
+from post_training.checkpoint_origin import check_origin, origin
 from post_training.checkpoints import (
     checkpoint_path,
     chosen_checkpoint,
     iteration_of,
+    latest_checkpoint,
     point_at,
     read_manifest,
     tracked_iteration,
 )
 from post_training.datasets import SplitDocuments, packs_of
 from post_training.errors import SetupError
-from post_training.fsdp_checkpoint import check_format
 from post_training.hf_config import local_model_folder
 from post_training.platform.random_states import layout_of
-
-# What makes a checkpoint's tensors fit a model.
-ARCHITECTURE_KEYS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-    "untie_embeddings_and_output_weights",
-    "qk_layernorm",
-    "add_qkv_bias",
-    "rotary_base",
-    "layernorm_epsilon",
-    "num_experts",
-    "moe_ffn_hidden_size",
-)
 
 # What a position in the data, a number of packs, depends on; the data comes last: its packs depend on
 # the others.
@@ -58,7 +39,9 @@ def choose_checkpoint(args: argparse.Namespace) -> Path | None:
     Raises:
         SetupError: `--load` holds no complete checkpoint, or the checkpoint is another model's.
     """
-    foreign = args.load if args.load and Path(args.load) != Path(args.save) else None
+    foreign = args.load
+    if foreign and Path(foreign).resolve() == Path(args.save).resolve():
+        foreign = None
     checkpoint, complaint = None, None
     if not (args.eval_only and foreign):  # what --eval-only is to evaluate may be named outright
         checkpoint, complaint = chosen_checkpoint(args.save, None if foreign else args.ckpt_step)
@@ -73,7 +56,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Path | None:
         if checkpoint is None:
             raise SetupError(
                 f"--load {foreign}: holds no complete checkpoint "
-                f"(no latest_checkpointed_iteration.txt)"
+                f"(no latest_checkpointed_iteration.txt){_meant(Path(foreign))}"
             )
     else:
         args.load = None
@@ -87,8 +70,17 @@ def choose_checkpoint(args: argparse.Namespace) -> Path | None:
             _mend_tracker(args, iteration)
     if complaint is not None and args.rank == 0:
         print(f"warning: {complaint}; continuing from {checkpoint}", file=sys.stderr)
-    _check_same_model(args, checkpoint)
+    check_origin(args, checkpoint)
     return checkpoint
+
+
+def _meant(load: Path) -> str:
+    """What somebody may have meant who gave an output folder, or one checkpoint, to `--load`."""
+    iteration = iteration_of(load)
+    if iteration is not None and load.is_dir():
+        return f": did you mean --load {load.parent} --ckpt-step {iteration}?"
+    inside = load / "checkpoints"
+    return f": did you mean --load {inside}?" if latest_checkpoint(inside) is not None else ""
 
 
 def _mend_tracker(args: argparse.Namespace, iteration: int) -> None:
@@ -98,27 +90,6 @@ def _mend_tracker(args: argparse.Namespace, iteration: int) -> None:
         point_at(args.save, iteration)
     except OSError as error:
         raise SetupError(f"{args.save}: cannot be written ({error.strerror})") from error
-
-
-def _check_same_model(args: argparse.Namespace, checkpoint: Path) -> None:
-    config_file = checkpoint.parent.parent / "config.yaml"
-    written: dict[str, Any] = {}
-    if config_file.is_file():
-        written = yaml.safe_load(config_file.read_text()) or {}
-    check_format(args, checkpoint, written)
-    if written.get("no_save_optim") and not (
-        args.no_load_optim or args.finetune or args.skip_train
-    ):
-        raise SetupError(
-            f"{checkpoint} holds no optimizer state (it was saved with --no-save-optim): add "
-            f"--no-load-optim to go on with a new optimizer, or choose another --output-dir"
-        )
-    for key in ARCHITECTURE_KEYS:
-        if key in written and written[key] != getattr(args, key):
-            raise SetupError(
-                f"{checkpoint} is another model's checkpoint: its {key} is {written[key]}, this run's "
-                f"is {getattr(args, key)}; choose another --output-dir or --load"
-            )
 
 
 class DataPosition:
@@ -137,6 +108,7 @@ class DataPosition:
         self._facts: dict[str, Any] = {key: getattr(args, key) for key in PLAN_KEYS}
         self._facts |= {"documents": plan.documents.fingerprint, "plan_hash": plan.plan_hash}
         self._base_weights = _weights_digest(args)
+        self._origin = origin(args)
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint's manifest says of the run as it is now."""
@@ -147,6 +119,7 @@ class DataPosition:
             "consumed_samples": consumed,
             "layout": layout_of(self.args),
             "base_weights": self._base_weights,
+            "origin": self._origin,
             "data": {
                 **self._facts,
                 "begins_at": self.args.data_begins_at,

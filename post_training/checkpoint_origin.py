@@ -1,0 +1,122 @@
+"""What a checkpoint was written by, kept in its manifest: a copied checkpoint takes it along."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from post_training.checkpoints import read_manifest
+from post_training.errors import SetupError
+from post_training.fsdp_checkpoint import check_format
+from post_training.hf_config import rope_parameters, sliding_window
+
+# What makes a checkpoint's tensors fit a model, and what the model computes with them.
+ARCHITECTURE_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "group_query_attention",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "untie_embeddings_and_output_weights",
+    "normalization",
+    "layernorm_epsilon",
+    "qk_layernorm",
+    "swiglu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "position_embedding_type",
+    "rotary_base",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "moe_layer_freq",
+    "moe_router_topk",
+    "moe_router_pre_softmax",
+)
+# What the inverse frequencies of the supported rotary embeddings are computed from.
+ROPE_KEYS = (
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def origin(args: argparse.Namespace) -> dict[str, Any]:
+    """What the manifest says of the model and the optimizer, in the types of JSON.
+
+    Args:
+        args: resolved arguments, before Megatron's validation fills in more, as they are also when a
+            checkpoint is chosen.
+
+    Returns:
+        The architecture, and what decides whether optimizer and weights can be read.
+    """
+    architecture = {key: getattr(args, key) for key in ARCHITECTURE_KEYS}
+    if args.hf_config is not None:
+        rope = rope_parameters(args.hf_config)
+        architecture["rope_parameters"] = {k: rope[k] for k in ROPE_KEYS if rope.get(k) is not None}
+        architecture["sliding_window"] = sliding_window(args.hf_config)
+    found = {
+        "architecture": architecture,
+        "optimizer": args.optimizer,
+        "no_save_optim": args.no_save_optim,
+        "transformer_impl": args.transformer_impl,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def _origin_of(checkpoint: Path) -> dict[str, Any]:
+    """What is known of who wrote a checkpoint: from its manifest, or `config.yaml` two folders up."""
+    manifest = read_manifest(checkpoint) or {}
+    if "origin" in manifest:
+        written: dict[str, Any] = manifest["origin"]
+        return written
+    config_file = checkpoint.parent.parent / "config.yaml"
+    if not config_file.is_file():
+        return {}
+    config: dict[str, Any] = yaml.safe_load(config_file.read_text()) or {}
+    return config | {"architecture": {k: config[k] for k in ARCHITECTURE_KEYS if k in config}}
+
+
+def check_origin(args: argparse.Namespace, checkpoint: Path) -> None:
+    """Refuse a checkpoint that this run cannot go on with.
+
+    Args:
+        args: resolved arguments.
+        checkpoint: the folder to be loaded.
+
+    Raises:
+        SetupError: it is another model's, of another format, or holds no state of this run's optimizer.
+    """
+    written = _origin_of(checkpoint)
+    check_format(args, checkpoint, written)
+    here = origin(args)
+    for key, before in written.get("architecture", {}).items():
+        if key in here["architecture"] and before != here["architecture"][key]:
+            raise SetupError(
+                f"{checkpoint} is another model's checkpoint: its {key} is {before}, this run's "
+                f"is {here['architecture'][key]}; choose another --output-dir or --load"
+            )
+    if args.no_load_optim or args.finetune or args.skip_train:
+        return
+    if written.get("no_save_optim"):
+        raise SetupError(
+            f"{checkpoint} holds no optimizer state (it was saved with --no-save-optim): add "
+            f"--no-load-optim to go on with a new optimizer, or choose another --output-dir"
+        )
+    before = written.get("optimizer", args.optimizer)
+    if before != args.optimizer:
+        raise SetupError(
+            f"{checkpoint} holds the state of --optimizer {before}, this run's is {args.optimizer}: give "
+            f"the same, or --no-load-optim to go on with a new optimizer"
+        )
