@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data.document_set import DocumentSet, mix_documents, split_documents
 from data.errors import DataError
+from data.file_digest import file_digests
 from data.formats import FORMATS, FormatOptions
 from data.packing import PACKING_MODES
 from data.prepare import prepare_documents
@@ -91,7 +92,7 @@ def prepare_documents_from_args(
         tokenizer: The HuggingFace tokenizer.
 
     Returns:
-        The documents; None for a validation or test split that was not given.
+        The documents; None for a validation or test split that was not asked for.
 
     Raises:
         DataError: the flags or the data have to be put right.
@@ -108,10 +109,22 @@ def prepare_documents_from_args(
             return documents
         if not isinstance(documents, Documents):
             raise DataError("--split-ratio cannot cut a weighted mixture; give separate files.")
-        part = split_documents(documents, _ratios(args.split_ratio))[_SPLITS.index(split)]
-        return part if len(part) or split == "train" else None
+        ratios = _ratios(args.split_ratio)
+        parts = split_documents(documents, ratios)
+        for name, ratio, part in zip(_SPLITS, ratios, parts, strict=True):
+            if ratio and not len(part):
+                raise DataError(
+                    f"--split-ratio {args.split_ratio}: no row of {len(documents)} fell into the "
+                    f"{name} split. Give it a larger share, or files of its own."
+                )
+        index = _SPLITS.index(split)
+        return parts[index] if ratios[index] or split == "train" else None
     files = getattr(args, f"{split}_data_files") or ()
     return _prepare(args, files, None, tokenizer, split) if files else None
+
+
+def _files_flag(split: DataSplit) -> str:
+    return "--finetune-data-files" if split == "train" else f"--{split}-data-files"
 
 
 def parse_weighted(entries: Sequence[str]) -> list[tuple[str, float | None]]:
@@ -136,7 +149,7 @@ def _prepare(
     tokenizer: PreTrainedTokenizerBase,
     split: DataSplit,
 ) -> Documents | DocumentSet:
-    flag = "--finetune-data-files" if split == "train" else f"--{split}-data-files"
+    flag = _files_flag(split)
     parsed = parse_weighted(files)
     weighted = [weight for _, weight in parsed if weight is not None]
     if not weighted:
@@ -180,7 +193,7 @@ def _prepare_one(
         split=args.finetune_data_split,
         tokenizer=tokenizer,
         seq_length=args.seq_length,
-        cache_dir=args.data_cache_dir or default_cache_dir(),
+        cache_dir=_cache_dir(args),
         files_flag=flag,
         **option_fields(args),
     )
@@ -214,23 +227,38 @@ def default_cache_dir() -> Path:
     return Path(base) / "sft-data"
 
 
+def _cache_dir(args: argparse.Namespace) -> Path:
+    return Path(args.data_cache_dir or default_cache_dir()).expanduser()
+
+
 def _check_splits(args: argparse.Namespace) -> None:
     """Refuse splits that overlap, or that are given twice."""
     if args.split_ratio is not None and (args.valid_data_files or args.test_data_files):
         raise DataError("give either --split-ratio or --valid-data-files and --test-data-files.")
-    seen: dict[Path, str] = {}
-    flags = ("--finetune-data-files", "--valid-data-files", "--test-data-files")
-    for flag, name in zip(
-        flags, ("finetune_data_files", "valid_data_files", "test_data_files"), strict=True
-    ):
+    flags: dict[Path, str] = {}
+    for split in _SPLITS:
+        flag, name = _files_flag(split), _files_flag(split)[2:].replace("-", "_")
         files = [path for path, _ in parse_weighted(getattr(args, name) or ())]
         for path in resolve_files(files, flag):
-            other = seen.setdefault(path.resolve(), flag)
+            other = flags.setdefault(path.resolve(), flag)
             if other != flag:
                 raise DataError(
                     f"{flag} {path}: this file is also in {other}. Splits must not overlap; "
                     "give other files, or cut one file with --split-ratio."
                 )
+    # Only files of one size can be copies of each other.
+    sizes: dict[int, list[Path]] = {}
+    for path in flags:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    alike = [path for same in sizes.values() if len({flags[p] for p in same}) > 1 for path in same]
+    seen: dict[str, Path] = {}
+    for path, digest in zip(alike, file_digests(alike, _cache_dir(args)), strict=True):
+        first = seen.setdefault(digest, path)
+        if flags[first] != flags[path]:
+            raise DataError(
+                f"{flags[path]} {path}: a copy of {first}, which is in {flags[first]}. Splits must "
+                "not overlap; give other files, or cut one file with --split-ratio."
+            )
 
 
 def _ratios(text: str) -> list[float]:

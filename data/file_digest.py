@@ -32,6 +32,11 @@ def digest_files(paths: Sequence[Path], memory_dir: Path | None) -> str:
     Raises:
         DataError: a file cannot be read.
     """
+    return hashlib.sha256("\n".join(file_digests(paths, memory_dir)).encode()).hexdigest()
+
+
+def file_digests(paths: Sequence[Path], memory_dir: Path | None) -> list[str]:
+    """The hash of the contents of each file; arguments and errors of ``digest_files``."""
     memory = _load(memory_dir)
     changed = False
     digests = []
@@ -53,7 +58,7 @@ def digest_files(paths: Sequence[Path], memory_dir: Path | None) -> str:
             changed = True
     if changed and memory_dir is not None:
         _store(memory_dir, memory)
-    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return digests
 
 
 def _load(memory_dir: Path | None) -> dict[str, Any]:

@@ -56,6 +56,32 @@ def test_split_ratio_cuts_disjoint_splits_that_cover_all(tokenizer, tmp_path, fi
     assert len({part.fingerprint for part in parts}) == 3
 
 
+def test_split_that_gets_no_row_is_refused(tokenizer, tmp_path, files):
+    flags = ("--finetune-data-files", files[2], "--split-ratio")
+    for split in ("train", "valid", "test"):
+        with pytest.raises(
+            DataError, match=r"--split-ratio 0.9999,0.0001: no row of 30 .* valid split"
+        ):
+            prepare(tokenizer, tmp_path, split, *flags, "0.9999,0.0001")
+    assert prepare(tokenizer, tmp_path, "test", *flags, "0.5,0.5") is None
+    assert len(prepare(tokenizer, tmp_path, "train", *flags, "1,0,0")) == 30
+    assert prepare(tokenizer, tmp_path, "valid", *flags, "1,0,0") is None
+
+
+def test_copy_of_a_file_is_in_no_other_split(tokenizer, tmp_path, files):
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(files[0].read_bytes())
+    flags = ("--finetune-data-files", files[0], "--valid-data-files", copy)
+    for split in ("train", "valid"):
+        with pytest.raises(DataError, match=f"--valid-data-files {copy}: a copy of {files[0]}"):
+            prepare(tokenizer, tmp_path, split, *flags)
+    copy.write_bytes(files[0].read_bytes().replace(b"why", b"who"))  # of the same size
+    assert len(prepare(tokenizer, tmp_path, "valid", *flags)) == 300
+    copy.write_bytes(files[1].read_bytes())  # within a split it is the user's own affair
+    within = ("--finetune-data-files", files[1], copy, "--valid-data-files", files[0])
+    assert len(prepare(tokenizer, tmp_path, "train", *within)) == 120
+
+
 def test_weighted_sources_get_their_share_of_tokens(tokenizer, tmp_path, files):
     flags = ("--finetune-data-files", f"{files[0]}=3", f"{files[1]}=1")
     mixture = prepare(tokenizer, tmp_path, "train", *flags)
