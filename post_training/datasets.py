@@ -6,12 +6,19 @@ import argparse
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data import Documents, DocumentSet, SFTDataset
-from data.arguments import DataSplit, parse_weighted, prepare_documents_from_args
+from data.arguments import (
+    DataSplit,
+    default_cache_dir,
+    parse_weighted,
+    prepare_documents_from_args,
+)
+from data.cache_build import BAD_ROWS
 from data.provenance import source_names, source_of
 from post_training.errors import SetupError
 from post_training.tokenizer import load_tokenizer
@@ -152,25 +159,59 @@ def check_same_documents(documents: dict[str, SplitDocuments], device: torch.dev
 
 
 def describe(documents: dict[str, SplitDocuments], tokenizer: Any, args: argparse.Namespace) -> str:
-    """What became of the rows, a line for each split: nothing is lost without being counted."""
+    """What a run uses of its data, a line for each split and one for each source of it.
+
+    Nothing is lost without being counted: rows read, kept and dropped by reason, and where the dropped
+    ones are listed.
+    """
     lines = []
     for split in SPLITS:
         if split not in documents:
             continue
-        report = documents[split].report
-        plan = packs_of(
-            documents[split], tokenizer, args, split, **({} if split != "train" else {"epochs": 1})
-        )
-        share = report.get("trained_tokens", 0) / max(1, report.get("tokens", 0))
-        dropped = {k: v for k, v in (report.get("dropped") or {}).items() if v}
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+        used = documents[split]
+        plan = packs_of(used, tokenizer, args, split, **({} if split != "train" else {"epochs": 1}))
         packs = plan.packs_per_epoch(0)
         lines.append(
-            f"{split}: {report.get('read', 0):,} rows read, {report.get('kept', 0):,} kept"
-            + (f", dropped: {reasons}" if reasons else "")
-            + (f", {report['trimmed']:,} trimmed" if report.get("trimmed") else "")
-            + f"; {report.get('tokens', 0):,} tokens, {share:.0%} trained; {packs:,} packs of "
+            f"{split}: {len(used):,} documents, {int(used.lengths.sum()):,} tokens; {packs:,} packs of "
             f"{args.seq_length}, {plan.fill:.1%} full = {packs / args.global_batch_size:,.1f} steps"
         )
-        lines += [f"{split}: {warning}" for warning in report.get("warnings") or ()]
+        parts = used.parts if isinstance(used, DocumentSet) else [used]
+        lines += [
+            f"{split}: {_describe_part(part, _use_of(used, number), args)}"
+            for number, part in enumerate(parts)
+        ]
+        lines += [f"{split}: {warning}" for warning in used.report.get("warnings") or ()]
     return "\n".join(lines)
+
+
+def _describe_part(part: Documents, use: str, args: argparse.Namespace) -> str:
+    """What became of the rows of one source."""
+    report = part.report
+    names = report.get("sources") or ["rows"]
+    name = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    dropped = {k: v for k, v in (report.get("dropped") or {}).items() if v}
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
+    listed = (
+        Path(args.data_cache_dir or default_cache_dir()).expanduser() / part.fingerprint / BAD_ROWS
+    )
+    trained = report.get("trained_tokens", 0) / max(1, report.get("tokens", 0))
+    return (
+        f"{name}: format {report.get('format')}, masks by {report.get('mask_method')}; "
+        f"{report.get('read', 0):,} rows read, {report.get('kept', 0):,} kept"
+        + (f", dropped: {reasons} (listed in {listed})" if reasons else "")
+        + (f", {report['trimmed']:,} trimmed" if report.get("trimmed") else "")
+        + f"; {report.get('tokens', 0):,} tokens, {trained:.0%} trained{use}"
+    )
+
+
+def _use_of(used: SplitDocuments, number: int) -> str:
+    """How much of source `number` is used, where that is not all of it."""
+    if not isinstance(used, DocumentSet):
+        return ""
+    chosen = used.part_of == number
+    count = f"; {int(chosen.sum()):,} documents used"
+    mixture = list(used.report.get("mixture", {}).values())
+    if len(mixture) != len(used.parts):
+        return count
+    wanted, achieved = mixture[number]["weight"], mixture[number]["achieved"]
+    return f"{count}, {achieved:.2%} of the tokens ({wanted:.2%} wanted)"

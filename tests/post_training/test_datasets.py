@@ -1,0 +1,74 @@
+import argparse
+import json
+
+import pytest
+
+from data.arguments import add_data_arguments
+from post_training.datasets import describe, prepare_data
+from tests.helpers.models import make_tokenizer
+
+SEQ = 256
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """A function from data flags to (what is printed, documents, cache folder)."""
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for name, column, count in (("a", "answer", 60), ("b", "output", 40)):
+        rows = [
+            json.dumps(
+                {"instruction" if name == "b" else "question": f"Why {i}?", column: "so " * 9}
+            )
+            for i in range(count)
+        ]
+        if name == "a":
+            rows[3] = "broken"
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
+
+    def prepare(*flags):
+        parser = add_data_arguments(argparse.ArgumentParser())
+        args = parser.parse_args(
+            [flag.replace("DIR", str(tmp_path)) for flag in flags]
+            + ["--data-cache-dir", str(tmp_path / "cache"), "--on-bad-row", "skip"]
+        )
+        settings = {
+            "seq_length": SEQ, "seed": 1, "global_batch_size": 2, "eval_global_batch_size": 2,
+            "skip_train": False, "vocab_size": None, "hf_tokenizer": str(tmp_path / "tokenizer"),
+            "hf_model": None, "trust_remote_code": False,
+        }  # fmt: skip
+        vars(args).update(settings)
+        loaded, documents = prepare_data(args)
+        return describe(documents, loaded, args), documents, tmp_path
+
+    return prepare
+
+
+def test_a_mixture_shows_what_is_used_of_each_source(prepared):
+    text, documents, folder = prepared(
+        "--finetune-data-files", "DIR/a.jsonl=0.75", "DIR/b.jsonl=0.25"
+    )
+    used = documents["train"]
+    mixture = used.report["mixture"]
+    total, first, second = text.splitlines()
+    tokens = sum(entry["tokens"] for entry in mixture.values())
+    assert tokens < used.report["tokens"]  # a part of b.jsonl is left out
+    assert f"{len(used)} documents, {tokens:,} tokens" in total
+    listed = folder / "cache" / used.parts[0].fingerprint / "bad_rows.jsonl"
+    assert first.startswith(f"train: {folder}/a.jsonl: format question, masks by marks; ")
+    assert f"60 rows read, 59 kept, dropped: 1 bad JSON (listed in {listed})" in first
+    assert "a.jsonl:4" in listed.read_text()
+    assert "format alpaca" in second
+    assert "dropped" not in second
+    for line, entry in zip((first, second), mixture.values(), strict=True):
+        share = f"{entry['achieved']:.2%} of the tokens ({entry['weight']:.2%} wanted)"
+        assert line.endswith(f"; {entry['documents']} documents used, {share}")
+
+
+def test_a_split_shows_what_is_its_own(prepared):
+    text, documents, _ = prepared(
+        "--finetune-data-files", "DIR/a.jsonl", "--split-ratio", "0.5,0.5"
+    )
+    for split in ("train", "valid"):
+        tokens = int(documents[split].lengths.sum())
+        assert f"{split}: {len(documents[split])} documents, {tokens:,} tokens" in text
+    assert 0 < len(documents["valid"]) < 59
