@@ -212,6 +212,18 @@ FORMATS: dict[str, Callable[[Row, FormatOptions], Conversation]] = {
 }
 
 
+_PAIR_KEYS = ("system_key", "prompt_key", "query_key", "response_key")
+# The fields of FormatOptions that each format reads; a converter of the user's reads none.
+_KEYS = {
+    "messages": ("system_key", "messages_key"),
+    "sharegpt": ("system_key", "messages_key"),
+    "alpaca": _PAIR_KEYS,
+    "question": _PAIR_KEYS,
+    "preference": ("system_key", "prompt_key"),
+    "fields": _PAIR_KEYS,
+}
+
+
 def detect_format(row: Any, options: FormatOptions) -> str:
     """The name of the format that a row is in.
 
@@ -248,8 +260,9 @@ def converter(name: str, options: FormatOptions) -> Converter:
     """The function of a format, by its name in FORMATS or as ``package.module:function``.
 
     Raises:
-        DataError: there is no such format or function.
+        DataError: there is no such format or function, or it has no use for an option.
     """
+    _require_keys_of_use(name, options)
     if name in FORMATS:
         convert = FORMATS[name]
         return lambda row: convert(row, options)
@@ -270,6 +283,21 @@ def converter(name: str, options: FormatOptions) -> Converter:
         kind = type(function).__name__
         raise DataError(f"--conversation-format {name}: is a {kind}, expected a function of a row.")
     return _UserConverter(name, function)
+
+
+def _require_keys_of_use(name: str, options: FormatOptions) -> None:
+    read = _KEYS.get(name, ())
+    for key, column in vars(options).items():
+        if column is not None and key not in read:
+            flags = ", ".join(_flag(other) for other in read) or "no column flag"
+            raise DataError(
+                f"{_flag(key)} {column}: rows of the format {name} are read without it "
+                f"(that format takes {flags}). Leave it out, or give another --conversation-format."
+            )
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
 
 
 def converter_source(name: str) -> bytes:

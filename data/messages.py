@@ -243,15 +243,18 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 
 def _train_flag(item: Mapping[str, Any], number: int) -> bool:
-    """The per-message ``loss`` or ``weight`` field; True without one."""
+    """The per-message ``loss`` and ``weight`` fields: False where one says so."""
+    train = True
     for key in ("loss", "weight"):
         value = item.get(key)
         if value is None:
             continue
-        if value in (True, False) and isinstance(value, (bool, int, float)):
-            return bool(value)
-        raise RowError("bad loss field", f"{key} of message {number} is {value!r}, expected 0 or 1")
-    return True
+        if value not in (True, False) or not isinstance(value, (bool, int, float)):
+            raise RowError(
+                "bad loss field", f"{key} of message {number} is {value!r}, expected 0 or 1"
+            )
+        train = train and bool(value)
+    return train
 
 
 def _from_json(text: str, reason: str, what: str) -> Any:

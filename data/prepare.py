@@ -18,7 +18,7 @@ from data.cache_build import FolderSink, MemorySink, feed
 from data.cache_folder import build_once
 from data.errors import DataError
 from data.file_digest import digest_files
-from data.formats import NAMED_DATASETS, converter, converter_source, detect_format
+from data.formats import NAMED_DATASETS, FormatOptions, converter, converter_source, detect_format
 from data.prepare_options import PrepareOptions, tokenize_options
 from data.row_tokenizer import RowTokenizer
 from data.sources import Chunk, dataset_chunks, file_chunks, read_chunk, resolve_files
@@ -78,11 +78,13 @@ def prepare_documents(
     folder = None if cache_dir is None else Path(cache_dir).expanduser()
     if hf_dataset is not None:
         named = NAMED_DATASETS.get(hf_dataset)
-        if named is not None and settings.conversation_format is None:
+        own = settings.conversation_format is not None or settings.format_options != FormatOptions()
+        if named is not None and not own:
             settings = replace(
                 settings, conversation_format=named.format, format_options=named.options
             )
-            split = named.split if split == "train" else split
+        if named is not None and split == "train":
+            split = named.split
         dataset = load_dataset(hf_dataset, split)
         source = _Source(
             name=hf_dataset,
@@ -134,14 +136,35 @@ def load_dataset(name: str, split: str) -> Any:
         folder = Path(name)
         if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
             loaded = datasets.load_from_disk(name)
-            return loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
+            return _saved_split(loaded, name, split)
         return datasets.load_dataset(name, split=split)
+    except DataError:
+        raise
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0][:300]
         raise DataError(
             f"--finetune-hf-dataset {name}: cannot be loaded ({detail}). Check the name, the "
             f"network, and --finetune-data-split {split}."
         ) from error
+
+
+def _saved_split(loaded: Any, name: str, split: str) -> Any:
+    """The split of a folder that save_to_disk wrote: a DatasetDict, or one Dataset."""
+    if isinstance(loaded, dict):
+        if split not in loaded:
+            raise DataError(
+                f"--finetune-data-split {split}: --finetune-hf-dataset {name} has the splits "
+                f"{', '.join(loaded)}."
+            )
+        return loaded[split]
+    # A single Dataset is what was asked for under the default name, whatever its own.
+    own = None if loaded.split is None else str(loaded.split)
+    if split not in ("train", own):
+        raise DataError(
+            f"--finetune-data-split {split}: --finetune-hf-dataset {name} holds one dataset, "
+            + (f"the split {own}." if own else "without a split name; leave the flag out.")
+        )
+    return loaded
 
 
 @dataclass(frozen=True)

@@ -130,6 +130,22 @@ def test_wrong_column_is_named_with_the_columns_there_are(keys, flag):
         convert({"q": "Hi", "a": "Hello."}, **keys)
 
 
+@pytest.mark.parametrize(
+    ("row", "name", "keys", "flag"),
+    [
+        ({"messages": PLAIN}, "messages", {"prompt_key": "x"}, "--prompt-key x"),
+        ({"m": PLAIN}, None, {"messages_key": "m", "response_key": "x"}, "--response-key x"),
+        ({"conversations": PLAIN}, "sharegpt", {"query_key": "x"}, "--query-key x"),
+        ({"question": "q", "answer": "a"}, "question", {"messages_key": "x"}, "--messages-key x"),
+        ({"prompt": "q", "chosen": "a"}, "preference", {"response_key": "x"}, "--response-key x"),
+        ({}, f"{__name__}:own_converter", {"system_key": "x"}, "--system-key x"),
+    ],
+)
+def test_column_that_the_format_does_not_read_is_refused(row, name, keys, flag):
+    with pytest.raises(DataError, match=f"{flag}: rows of the format .* takes (--|no column)"):
+        convert(row, name, **keys)
+
+
 def test_unknown_columns_are_listed():
     with pytest.raises(DataError, match="columns foo, bar.*--prompt-key"):
         detect_format({"foo": 1, "bar": 2}, FormatOptions())
@@ -218,7 +234,11 @@ def test_value_is_read_where_there_is_no_content():
     assert thought["reasoning_content"] == "sum"
 
 
-@pytest.mark.parametrize("field", [{"loss": False}, {"weight": 0}, {"weight": 0.0}])
+@pytest.mark.parametrize(
+    "field",
+    [{"loss": False}, {"weight": 0}, {"weight": 0.0}, {"loss": True, "weight": 0},
+     {"loss": False, "weight": 1}],
+)  # fmt: skip
 def test_messages_can_be_left_untrained(field):
     row = {"messages": [USER, {**ASSISTANT, **field}, USER, {**ASSISTANT, "weight": 1}]}
     assert convert(row).trained == [False, False, False, True]

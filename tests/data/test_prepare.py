@@ -359,3 +359,47 @@ def test_converter_that_is_not_there_is_refused_before_the_cache(
             cache_dir=tmp_path / "cache",
             conversation_format=name,
         )
+
+
+def test_split_that_a_saved_dataset_lacks_is_refused(tokenizer, tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list(make_rows(5))
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train_sft": rows, "test_sft": rows}).save_to_disk(tmp_path / "two")
+
+    def load(name, split):
+        return prepare_documents(
+            hf_dataset=str(tmp_path / name),
+            split=split,
+            tokenizer=tokenizer,
+            seq_length=256,
+            cache_dir=None,
+        )
+
+    assert len(load("one", "train")) == len(load("two", "test_sft")) == 5
+    with pytest.raises(DataError, match="--finetune-data-split nosuch: .*one holds one dataset"):
+        load("one", "nosuch")
+    with pytest.raises(DataError, match="-split train: .*two has the splits train_sft, test_sft"):
+        load("two", "train")
+
+
+def test_columns_given_for_a_named_dataset_win(tokenizer, tmp_path, monkeypatch):
+    import datasets
+
+    from data import prepare as prepare_module
+    from data.formats import FormatOptions
+
+    rows = [{"q": row["question"], "a": row["answer"]} for row in make_rows(5)]
+    monkeypatch.setattr(
+        prepare_module, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows)
+    )
+    documents = prepare_documents(
+        hf_dataset="Open-Orca/OpenOrca",
+        tokenizer=tokenizer,
+        seq_length=256,
+        cache_dir=None,
+        format_options=FormatOptions(prompt_key="q", response_key="a"),
+    )
+    assert len(documents) == 5
+    assert documents.report["format"] == "fields"
