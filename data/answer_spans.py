@@ -15,8 +15,9 @@ lies between them is known in one of two ways:
   must have survived in order; then the marks' places are exact. If not, the row is refused. (For
   further rows of the same shape ``data.outline`` gives the same proof from one rendering.)
 
-Both ways give the same turns. An empty think block that the template adds by itself is part of the
-header; white space and end-of-text tokens that it writes after the stop are not trained.
+Both ways give the same turns. A think tag or an empty think block that the template adds by itself
+is part of the header, and empty blocks that the data has are left out of what is trained; white
+space and end-of-text tokens that the template writes after the stop are not trained.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from data.conversation import Conversation, Piece, mark_conversation
 from data.errors import RowError
 from data.marked_rendering import MarkedRendering, render_marked
 from data.outline import Outline, Turn, is_plain, outline_key
+from data.reasoning import without_empty_blocks
 from data.template_forms import MessageForms
 from data.turn_markup import TurnMarkup
 
@@ -48,6 +50,8 @@ LossOn = Literal["all", "last"]
 
 # Templates end the block with at most two line breaks; more white space is the answer's own.
 _EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
+# A block that the template opens, as in its generation prompt, before an answer without reasoning.
+_OPENED_THINK = re.compile(r"\s*<think>\n?(?!\s*</think>)")
 _MAX_OUTLINES = 1024
 
 
@@ -140,7 +144,12 @@ class AnswerFinder:
             limit = speech[at][0] if at < len(speech) else len(text)
             role = row.messages[message - 1]["role"] if message else None
             header = self.markup.header_in(text[before:first], role)
-            start = _skip_empty_think(text, before + len(header), first)
+            start = before + len(header)
+            before_it = text[start:first]
+            unclosed = before_it.count("<think>") > before_it.count("</think>")
+            if unclosed and here[0][0].kind != "reasoning":
+                start = _skip(_OPENED_THINK, text, start, first)
+            start = _skip(_EMPTY_THINK, text, start, first)
             self.markup.check_start(text, start, first)
             stop = self.markup.stop_pattern.search(text, last, limit)
             if stop is None and here[-1][0].kind == "tool":
@@ -195,7 +204,7 @@ class AnswerFinder:
         stops = self.markup.stop_pattern
         header = self.markup.header(roles[message - 1] if message > 0 else None)
         start = begin + _overlap(header, text, begin, end)
-        start = _skip_empty_think(text, start, end)
+        start = _skip(_EMPTY_THINK, text, start, end)
         found = list(stops.finditer(text, start, end))
         stopped = (
             bool(found) and not self.markup.tokens.sub("", text[found[-1].end() : end]).strip()
@@ -276,7 +285,7 @@ def trained_spans(
         if masked and turn.reasoning_end is not None:
             start = turn.reasoning_end
         if start < turn.end:
-            spans.append((start, turn.end))
+            spans += without_empty_blocks(rendering.text, (start, turn.end))
     return spans
 
 
@@ -303,9 +312,9 @@ def _skip_space(text: str, begin: int, end: int) -> int:
     return begin + len(inside) - len(inside.lstrip())
 
 
-def _skip_empty_think(text: str, start: int, limit: int) -> int:
-    empty = _EMPTY_THINK.match(text, start, limit)
-    return empty.end() if empty else start
+def _skip(pattern: re.Pattern[str], text: str, start: int, limit: int) -> int:
+    found = pattern.match(text, start, limit)
+    return found.end() if found else start
 
 
 def _overlap(header: str | None, text: str, begin: int, end: int) -> int:

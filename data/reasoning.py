@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from data.chat_template import ChatTemplate, Message
+from data.chat_template import ChatTemplate, Message, Span
 from data.errors import RowError
 
 # DeepSeek: cuts everything up to the closing think tag from the content of every turn.
@@ -23,6 +23,12 @@ REMOVE_THINK_CHAT_TEMPLATE = re.compile(
 # Qwen3, GLM and others: writes reasoning only after the last question.
 ONLY_AFTER_LAST_QUESTION = re.compile(
     r"loop\.index0\s*>\s*(?:\w+\.)?last_(?:query|user)\w*(?:\.value)?"
+)
+# Blocks with nothing in them, as templates and data write them. Templates end one with at most two
+# line breaks; more white space is the answer's own.
+_EMPTY_BLOCK = re.compile(
+    r"(?:<think>\s*</think>|<\|START_THINKING\|>\s*<\|END_THINKING\|>|\[THINK\]\s*\[/THINK\]"
+    r"|<\|channel>thought\s*<channel\|>)\n{0,2}"
 )
 _OR_REASONING = r"(\g<0> or reasoning_content)"
 _PLAIN: list[list[Message]] = [
@@ -51,6 +57,25 @@ def keep_reasoning(source: str) -> tuple[str, int]:
         if changes and all(_same(source, part, messages) for messages in _PLAIN):
             return part, changes
     return source, 0
+
+
+def without_empty_blocks(text: str, span: Span) -> list[Span]:
+    """What is left of a trained span without its empty think blocks.
+
+    Args:
+        text: The rendered text.
+        span: Characters [begin, end) in it.
+    """
+    begin, end = span
+    left: list[Span] = []
+    for block in _EMPTY_BLOCK.finditer(text, begin, end):
+        # White space alone between a turn's beginning and a block goes with the block.
+        if text[begin : block.start()].strip():
+            left.append((begin, block.start()))
+        begin = block.end()
+    if begin < end:
+        left.append((begin, end))
+    return left
 
 
 def _one_by_one(source: str) -> list[tuple[str, int]]:

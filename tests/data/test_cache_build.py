@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 import data.sources
 from data import cache_folder
-from data.cache_build import FolderSink, feed
+from data.cache_build import JOURNAL, FolderSink, feed
 from data.errors import DataError
 from data.prepare import prepare_documents
 from data.token_cache import open_documents
@@ -157,6 +157,16 @@ def test_folder_that_somebody_else_wrote_into_is_not_published(tmp_path):
         with pytest.raises(DataError, match="written by two processes at once"):
             sink.publish(tmp_path / "a", "key", {})
     assert not (tmp_path / "a").exists()
+
+
+def test_a_journal_that_two_processes_wrote_is_good_up_to_where_they_met(tmp_path, reference):
+    folder = tmp_path / "x.building"
+    build(folder, tmp_path / "x", 9, stop_after=4)
+    lines = (folder / JOURNAL).read_text().splitlines(keepends=True)
+    (folder / JOURNAL).write_text("".join([*lines[:3], lines[0], lines[3]]))
+    assert FolderSink(folder).finished.done == 3
+    build(folder, tmp_path / "x", 9)
+    assert contents(tmp_path / "x") == reference
 
 
 # Builds in processes of their own, which are forked from one that has everything imported.
