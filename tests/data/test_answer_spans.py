@@ -66,6 +66,39 @@ def test_empty_think_block_that_the_template_adds_is_not_trained():
     assert trained(THINKING, chat("Hi", "Hello.")) == ["Hello.<|im_end|>"]
 
 
+EMPTY = "<think>\n\n</think>\n\n"
+
+
+@pytest.mark.parametrize("policy", ["keep", "last", "mask"])
+@pytest.mark.parametrize("before", ["", "<think></think>", "<|channel|>final"])
+@pytest.mark.parametrize("method", ["marks", "generation"])
+def test_empty_think_blocks_of_the_data_are_not_trained(before, method, policy):
+    source = GENERATION.replace("message.content +", f"'{before}' + message.content +")
+    if method == "marks":
+        source = source.replace("{%- generation %}", "{%- if 1 %}").replace(
+            "endgeneration", "endif"
+        )
+    conversation = chat("Hi", EMPTY + "Hello.", "And?", EMPTY + "Bye.")
+    spans = trained(source, conversation, reasoning=policy)
+    # What the template writes before the block may be trained.
+    assert [span for span in spans if span != before] == ["Hello.<|im_end|>", "Bye.<|im_end|>"]
+
+
+def test_empty_think_block_between_two_texts_is_left_out():
+    conversation = chat("Hi", "Hello.\n" + EMPTY + "Bye.")
+    assert trained(CHATML, conversation) == ["Hello.\n", "Bye.<|im_end|>"]
+
+
+@pytest.mark.parametrize("empty", ["", EMPTY])
+def test_think_tag_that_the_template_opens_and_nobody_closes_is_not_trained(empty):
+    source = CHATML.replace(
+        "message.content", "('<think>\\n' if message.role == 'assistant' else '') + message.content"
+    )
+    assert "assistant\n<think>\n" in finder(source).find(chat("Hi", "Hello.")).text
+    conversation = chat("Hi", empty + "Hello.")
+    assert trained(source, conversation) == ["Hello.<|im_end|>"]
+
+
 @pytest.mark.parametrize(
     "answer",
     [

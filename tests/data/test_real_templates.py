@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from data.answer_spans import AnswerFinder
+from data.answer_spans import AnswerFinder, trained_spans
 from data.chat_template import ChatTemplate
 from data.conversation import Conversation
+from data.errors import RowError
 from data.reasoning import keep_reasoning
 from data.template_survey import _SPECIAL, load_tokenizers, survey
 from data.token_mask import token_mask
@@ -34,6 +35,32 @@ def test_every_template_is_exact_or_refused_with_a_reason(test_data):
     assert sum(result.verdict == "exact" for result in verdicts) >= 850
     # A template is usable with each tokenizer that it fits.
     assert all(row.usable_with == row.fitting for row in rows if not row.problem)
+
+
+def test_no_template_trains_an_empty_think_block(test_data):
+    empty = "<think>\n\n</think>\n\n"
+    rows = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": said}] * turns
+        for said in (empty + "Hello.", "Hello.")
+        for turns in (1, 2)
+    ]
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    trained = 0
+    for path in sorted(test_data.glob("chat_templates/*/*.jinja")):
+        source = keep_reasoning(path.read_text())[0]
+        own = sorted({*_SPECIAL.findall(source), "<s>", "</s>"})
+        finder = AnswerFinder(ChatTemplate(source, names), own)
+        for messages in rows:
+            conversation = Conversation(messages)
+            for method in {finder.method, "marks"}:
+                try:
+                    rendering = finder.find(conversation, method)
+                except RowError:
+                    continue
+                trained += 1
+                for begin, end in trained_spans(rendering, conversation):
+                    assert "think" not in rendering.text[begin:end].lower(), path.name
+    assert trained > 400
 
 
 def generation_templates(test_data):
