@@ -298,6 +298,9 @@ def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            if len(set(names)) != len(names):
+                raise DataError(f"{path}: two columns have the same name: {', '.join(names)}.")
             first = 0
             for batch in file.iter_batches(CHUNK_ROWS):
                 table = pyarrow.Table.from_batches([batch])

@@ -155,6 +155,17 @@ def test_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path):
     assert "column 't'" in bad.error.detail
 
 
+def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table([pyarrow.array(["x"])] * 2, names=["q", "q"])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match="a.parquet: two columns have the same name: q, q"):
+        read(path)
+
+
 def test_dates_that_python_cannot_hold_are_left_out_of_their_rows(tmp_path):
     import pyarrow
 
