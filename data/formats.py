@@ -272,6 +272,9 @@ def converter(name: str, options: FormatOptions) -> Converter:
             f"--conversation-format {name}: unknown; known are {', '.join(FORMATS)}, or "
             "package.module:function for a function of your own."
         )
+    if str(Path.cwd()) not in sys.path:
+        # A script has its own folder there; workers are given all of it.
+        sys.path.append(str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # whatever the module does when it is imported

@@ -77,14 +77,7 @@ def prepare_documents(
     settings = PrepareOptions(seq_length=seq_length, **options)
     folder = None if cache_dir is None else Path(cache_dir).expanduser()
     if hf_dataset is not None:
-        named = NAMED_DATASETS.get(hf_dataset)
-        own = settings.conversation_format is not None or settings.format_options != FormatOptions()
-        if named is not None and not own:
-            settings = replace(
-                settings, conversation_format=named.format, format_options=named.options
-            )
-        if named is not None and split == "train":
-            split = named.split
+        settings, split = named_settings(hf_dataset, settings, split)
         dataset = load_dataset(hf_dataset, split)
         source = _Source(
             name=hf_dataset,
@@ -103,6 +96,18 @@ def prepare_documents(
             names=[str(path) for path in paths],
         )
     return _Preparation(source, tokenizer, settings).documents(folder)
+
+
+def named_settings(
+    hf_dataset: str, settings: PrepareOptions, split: str
+) -> tuple[PrepareOptions, str]:
+    """Settings and split for a dataset, which a well-known one has entries for."""
+    named = NAMED_DATASETS.get(hf_dataset)
+    if named is None:
+        return settings, split
+    if settings.conversation_format is None and settings.format_options == FormatOptions():
+        settings = replace(settings, conversation_format=named.format, format_options=named.options)
+    return settings, named.split if split == "train" else split
 
 
 def prepare_rows(

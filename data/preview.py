@@ -17,7 +17,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.formats import detect_format
-from data.pack_filling import fill_packs
+from data.packing import PackingMode, plan_epoch
 from data.row_tokenizer import PreviewRow, RowTokenizer
 from data.sources import Chunk, RawRow, read_chunk
 from data.worker_messages import TokenizeOptions
@@ -50,15 +50,19 @@ class SourceSummary:
     trained: int = 0
     stop_trained: int = 0
 
-    def as_dict(self, seq_length: int, global_batch_size: int | None) -> dict[str, Any]:
-        """The totals, with pack fill, steps per epoch and a histogram of lengths."""
+    def as_dict(
+        self, seq_length: int, global_batch_size: int | None, packing: PackingMode, seed: int
+    ) -> dict[str, Any]:
+        """The totals, with a histogram of lengths, and the first epoch of this source alone."""
         dropped = {
             name.removeprefix("dropped: "): count
             for name, count in sorted(self.counts.items())
             if name.startswith("dropped: ")
         }
         tokens = sum(self.lengths)
-        packs = fill_packs(np.array(self.lengths), seq_length)[1] if self.lengths else 0
+        lengths = np.array(self.lengths, np.int64)
+        plan = plan_epoch(lengths, seq_length, seed=seed, epoch=0, mode=packing)
+        packs = len(plan)
         return {
             "source": self.name,
             "format": self.format,

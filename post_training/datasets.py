@@ -171,9 +171,11 @@ def describe(documents: dict[str, SplitDocuments], tokenizer: Any, args: argpars
         used = documents[split]
         plan = packs_of(used, tokenizer, args, split, **({} if split != "train" else {"epochs": 1}))
         packs = plan.packs_per_epoch(0)
+        batch = args.global_batch_size
         lines.append(
             f"{split}: {len(used):,} documents, {int(used.lengths.sum()):,} tokens; {packs:,} packs of "
-            f"{args.seq_length}, {plan.fill:.1%} full = {packs / args.global_batch_size:,.1f} steps"
+            f"{args.seq_length}, {plan.fill:.1%} full"
+            + (f" = {packs / batch:,.1f} steps" if batch else "")
         )
         parts = used.parts if isinstance(used, DocumentSet) else [used]
         lines += [

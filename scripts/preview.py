@@ -3,7 +3,8 @@
     python scripts/preview.py --tokenizer DIR --data train.jsonl --rows 3
     python scripts/preview.py --tokenizer DIR --data train.jsonl --json rows.jsonl --html page.html
 
-Green tokens are trained. All data flags of finetune.py are understood.
+Green tokens are trained. All data flags of finetune.py are understood: the totals at the end, or the
+error, are those of the run, which then finds the data in the cache.
 """
 
 from __future__ import annotations
@@ -12,12 +13,17 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from typing import IO
 
-from data.arguments import add_data_arguments, option_fields, parse_weighted
+from data.arguments import (
+    add_data_arguments,
+    option_fields,
+    parse_weighted,
+    prepare_documents_from_args,
+)
 from data.errors import DataError
-from data.prepare import load_dataset
+from data.prepare import load_dataset, named_settings
 from data.prepare_options import PrepareOptions, tokenize_options
 from data.preview import (
     coloured,
@@ -28,6 +34,7 @@ from data.preview import (
     write_json_row,
 )
 from data.sources import Chunk, dataset_chunks, file_chunks, resolve_files
+from post_training.datasets import SPLITS, SplitDocuments, describe
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", nargs="+", metavar="PATH", help="Files, folders or globs.")
     parser.add_argument("--seq-length", type=int, default=4096, help="Tokens in a pack.")
     parser.add_argument("--global-batch-size", type=int, default=None, help="For steps per epoch.")
+    parser.add_argument("--seed", type=int, default=1234, help="The run's seed.")
     parser.add_argument("--rows", type=int, default=3, help="Rows to show of each source.")
     parser.add_argument("--json", metavar="OUT", help="Write one JSON object a row.")
     parser.add_argument("--html", metavar="OUT", help="Write a coloured page.")
@@ -60,7 +68,14 @@ def _preview(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise DataError(f"--tokenizer {args.tokenizer}: cannot be loaded ({first}).") from error
+    if args.data and args.finetune_data_files:
+        raise DataError("give either --data or --finetune-data-files, which mean the same.")
+    flag = "--data" if args.data else "--finetune-data-files"
+    args.finetune_data_files = args.data or args.finetune_data_files
     settings = PrepareOptions(seq_length=args.seq_length, **option_fields(args))
+    hf_split = args.finetune_data_split
+    if args.finetune_hf_dataset:
+        settings, hf_split = named_settings(args.finetune_hf_dataset, settings, hf_split)
     options, facts = tokenize_options(tokenizer, settings)
     print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}")
     for warning in facts["warnings"]:
@@ -71,9 +86,12 @@ def _preview(args: argparse.Namespace) -> None:
         rows_out: IO[str] | None = None
         if args.json:
             rows_out = stack.enter_context(open_output(args.json))
-        for name, chunks in _sources(args):
+        formats: dict[int, str] = {}
+        for source, name, chunks in _sources(args, flag, hf_split):
             shown, summary = 0, None
-            for row, totals in preview_source(chunks, name, options):
+            # The files of one source are in one format, that of its first good row.
+            known = replace(options, format=formats.get(source) or options.format)
+            for row, totals in preview_source(chunks, name, known):
                 summary = totals
                 if rows_out is not None:
                     write_json_row(row, rows_out)
@@ -84,26 +102,41 @@ def _preview(args: argparse.Namespace) -> None:
                     pages.append((row, special))
             if summary is None:
                 raise DataError(f"{name}: there are no rows.")
-            summaries.append(summary.as_dict(args.seq_length, args.global_batch_size))
+            formats[source] = summary.format
+            summaries.append(
+                summary.as_dict(args.seq_length, args.global_batch_size, args.packing, args.seed)
+            )
             print("\n" + summary_text(summaries[-1]))
     if args.html:
         with open_output(args.html) as page:
             page.write(html_page(pages, summaries))
+    print("\nthe run")
+    documents: dict[str, SplitDocuments] = {}
+    for split in SPLITS:
+        prepared = prepare_documents_from_args(args, split, tokenizer)
+        if prepared is not None:
+            documents[split] = prepared
+    args.eval_global_batch_size = args.global_batch_size or 1
+    print(describe(documents, tokenizer, args))
 
 
-def _sources(args: argparse.Namespace) -> Iterator[tuple[str, Iterator[Chunk]]]:
-    files = [
-        *(args.data or ()),
-        *(path for path, _ in parse_weighted(args.finetune_data_files or ())),
-    ]
-    if not files and not args.finetune_hf_dataset:
+def _sources(
+    args: argparse.Namespace, flag: str, hf_split: str
+) -> Iterator[tuple[int, str, Iterator[Chunk]]]:
+    """The number of the source, the name and the rows of everything that is trained on."""
+    parsed = parse_weighted(args.finetune_data_files or ())
+    if not parsed and not args.finetune_hf_dataset:
         raise DataError("there is no data: give --data FILES or --finetune-hf-dataset.")
-    flag = "--data" if args.data else "--finetune-data-files"
-    for number, path in enumerate(resolve_files(files, flag)):
-        yield str(Path(path)), file_chunks(path, number)
+    # With weights each entry is a source of its own, otherwise all files together are one.
+    mixed = any(weight is not None for _, weight in parsed)
+    entries = [[path] for path, _ in parsed] if mixed else [[path for path, _ in parsed]]
+    for source, paths in enumerate(entries):
+        for number, path in enumerate(resolve_files(paths, flag)):
+            yield source, str(path), file_chunks(path, number)
     if args.finetune_hf_dataset:
-        dataset = load_dataset(args.finetune_hf_dataset, args.finetune_data_split)
-        yield args.finetune_hf_dataset, dataset_chunks(dataset, args.finetune_hf_dataset)
+        dataset = load_dataset(args.finetune_hf_dataset, hf_split)
+        chunks = dataset_chunks(dataset, args.finetune_hf_dataset)
+        yield len(entries), args.finetune_hf_dataset, chunks
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 
@@ -16,7 +17,8 @@ def run(tokenizer, tmp_path_factory):
     (folder / "a.jsonl").write_text("\n".join(rows) + "\n")
 
     def call(*flags):
-        return main(["--tokenizer", str(folder / "tokenizer"), *map(str, flags)])
+        settings = ["--tokenizer", folder / "tokenizer", "--data-cache-dir", folder / "cache"]
+        return main([str(flag) for flag in (*settings, *flags)])
 
     return folder, call
 
@@ -26,7 +28,7 @@ def test_preview_reports_every_row(run, capsys):
     out, page = folder / "rows.jsonl", folder / "page.html"
     status = call(
         "--data", folder / "a.jsonl", "--seq-length", 256, "--json", out, "--html", page,
-        "--rows", 6, "--global-batch-size", 2,
+        "--rows", 6, "--global-batch-size", 2, "--on-bad-row", "skip",
     )  # fmt: skip
     assert status == 0
     shown = capsys.readouterr().out
@@ -58,3 +60,76 @@ def test_preview_refuses_bad_input_in_one_line(run, capsys):
     ):
         assert call(*flags) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def files(run, monkeypatch):
+    """Question and message rows, and a converter, in the current folder."""
+    folder, _ = run
+    monkeypatch.chdir(folder)
+    (folder / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(40)))
+    message = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]
+    }
+    (folder / "m.jsonl").write_text((json.dumps(message) + "\n") * 30)
+    (folder / "preview_converter.py").write_text(
+        "def convert(row):\n"
+        "    return [{'role': 'user', 'content': row['question']},\n"
+        "            {'role': 'assistant', 'content': 'converted'}]\n"
+    )
+
+
+def test_preview_ends_with_what_the_run_uses(run, files, capsys):
+    _, call = run
+    flags = ("--seq-length", 256, "--rows", 0, "--global-batch-size", 2)
+    assert call("--data", "q.jsonl=0.5", "m.jsonl=0.5", "--packing", "none", *flags) == 0
+    shown = capsys.readouterr().out
+    assert "packs     40, fill" in shown
+    assert "q.jsonl  (format: question)" in shown
+    assert "m.jsonl  (format: messages)" in shown
+    assert "of the tokens (50.00% wanted)" in shown
+    total = next(line for line in shown.splitlines() if line.startswith("train: "))
+    documents = int(total.split()[1])
+    assert documents < 70
+    assert f"{documents} packs of 256" in total
+    assert call("--data", "q.jsonl", "--valid-data-files", "m.jsonl", *flags) == 0
+    assert "valid: 30 documents" in capsys.readouterr().out
+
+
+def test_preview_stops_where_the_run_does(run, files, capsys):
+    _, call = run
+    for flags, message in (
+        (["q.jsonl", "--valid-data-files", "gone.jsonl"], "--valid-data-files gone.jsonl: no such"),
+        (["q.jsonl", "m.jsonl"], "error: m.jsonl:1: "),  # one source has one format
+        (["a.jsonl"], "a.jsonl:4: bad JSON"),
+        (["q.jsonl=1", "m.jsonl"], "give every source a weight"),
+        (["q.jsonl", "--finetune-data-files", "m.jsonl"], "give either --data or"),
+    ):
+        assert call("--rows", 0, "--data", *flags) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_preview_finds_a_converter_in_the_current_folder(run, files, capsys, monkeypatch):
+    folder, call = run
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(folder))])
+    assert call("--data", "q.jsonl", "--conversation-format", "preview_converter:convert") == 0
+    assert (
+        "preview_converter:convert, masks by marks; 40 rows read, 40 kept"
+        in capsys.readouterr().out
+    )
+
+
+def test_preview_reads_a_well_known_dataset_as_the_run_does(run, capsys, monkeypatch):
+    from datasets import Dataset, DatasetDict
+
+    folder, call = run
+    rows = [
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}]}
+    ]
+    name = "HuggingFaceH4/ultrachat_200k"  # a local folder of that name comes before the hub
+    DatasetDict({"train_sft": Dataset.from_list(rows * 5)}).save_to_disk(folder / name)
+    monkeypatch.chdir(folder)
+    assert call("--finetune-hf-dataset", name) == 0
+    shown = capsys.readouterr().out
+    assert "5 read, 5 kept" in shown
+    assert "train: 5 documents" in shown
