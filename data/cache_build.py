@@ -236,20 +236,22 @@ def read_journal(folder: Path) -> Finished:
 
 
 def _is_whole(entry: dict[str, Any], files: Mapping[str, IO[bytes]], finished: Finished) -> bool:
-    checksum, bad_rows = 0, []
+    checksum, rows = 0, b""
     for name in ALL_FILES:
         size = entry["sizes"][name] - finished.sizes[name]
+        if size < 0:  # two processes wrote here: the lock did not hold
+            return False
         files[name].seek(finished.sizes[name])
         data = files[name].read(size)
         if len(data) != size:
             return False
         checksum = zlib.crc32(data, checksum)
         if name == BAD_ROWS:
-            bad_rows = [json.loads(row) for row in data.splitlines()]
+            rows = data
     if checksum != entry["crc32"]:
         return False
     finished.sizes = dict(entry["sizes"])
-    finished.add(entry["counts"], bad_rows)
+    finished.add(entry["counts"], [json.loads(row) for row in rows.splitlines()])
     return True
 
 
