@@ -79,6 +79,8 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
     """
     if tools is None or tools == "" or tools == []:
         return None
+    # Arrow adds nulls to objects; those in JSON text are the data's own.
+    from_text = isinstance(tools, str)
     if isinstance(tools, str):
         tools = _from_json(tools, "bad tools", "'tools'")
     if isinstance(tools, Mapping):
@@ -89,9 +91,10 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
     for number, tool in enumerate(tools, 1):
         if isinstance(tool, str):
             tool = _from_json(tool, "bad tools", f"tool {number}")
+        elif not from_text:
+            tool = without_nulls(tool)
         if not isinstance(tool, Mapping):
             raise RowError("bad tools", f"tool {number} is {_kind(tool)}, expected an object")
-        tool = without_nulls(tool)
         schemas.append(tool if "function" in tool else {"type": "function", "function": tool})
     return schemas or None
 
@@ -212,6 +215,8 @@ def _set_assistant(message: Message, item: Mapping[str, Any], number: int) -> No
 
 def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
     """Calls as ``{"type", "id", "function": {"name", "arguments": object}}``."""
+    # Arrow adds nulls to objects; those in JSON text are the data's own.
+    from_text = isinstance(value, str)
     if isinstance(value, str):
         value = _from_json(value, "bad tool call", f"the call in message {number}")
     if isinstance(value, Mapping):
@@ -229,6 +234,8 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
             raise RowError("bad tool call", f"a call in message {number} has no function name")
         if isinstance(arguments, str):
             arguments = _from_json(arguments, "bad tool call", f"arguments in message {number}")
+        elif not from_text:
+            arguments = without_nulls(arguments)
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, Mapping):
@@ -236,7 +243,7 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
         entry: dict[str, Any] = {"type": "function"}
         if isinstance(call.get("id"), str):
             entry["id"] = call["id"]
-        calls.append({**entry, "function": {"name": name, "arguments": without_nulls(arguments)}})
+        calls.append({**entry, "function": {"name": name, "arguments": arguments}})
     if not calls:
         raise RowError("bad tool call", f"message {number} has an empty list of calls")
     return calls

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -350,3 +352,27 @@ def test_any_row_is_a_conversation_or_a_reason(row, name):
         assert message["role"] in ("system", "user", "assistant", "tool")
         assert isinstance(message["content"], str)
     assert len(conversation.trained) == len(conversation.messages)
+
+
+def test_nulls_in_json_text_are_the_data_s_own_and_nulls_of_objects_are_not():
+    said = {"unit": None, "city": "Rome"}
+    schema = {"name": "look", "parameters": {"default": None, "type": "object"}}
+
+    def kept(arguments, tools):
+        call = {"function": {"name": "look", "arguments": arguments}}
+        asked = {"role": "user", "content": "Hi"}
+        answer = {"role": "assistant", "content": "", "tool_calls": call}
+        found = convert({"messages": [asked, answer], "tools": tools})
+        return (
+            found.messages[1]["tool_calls"][0]["function"]["arguments"],
+            found.tools[0]["function"]["parameters"],
+        )
+
+    own = (said, schema["parameters"])
+    assert kept(json.dumps(said), json.dumps([schema])) == own
+    assert kept(json.dumps(said), [json.dumps(schema)]) == own
+    assert kept(said, [schema]) == ({"city": "Rome"}, {"type": "object"})
+    whole = json.dumps({"name": "look", "arguments": said})
+    rows = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": whole}]
+    found = convert({"conversations": rows})
+    assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == said
