@@ -95,7 +95,8 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
             tool = without_nulls(tool)
         if not isinstance(tool, Mapping):
             raise RowError("bad tools", f"tool {number} is {_kind(tool)}, expected an object")
-        schemas.append(tool if "function" in tool else {"type": "function", "function": tool})
+        schema = dict(tool)
+        schemas.append(schema if "function" in schema else {"type": "function", "function": schema})
     return schemas or None
 
 
