@@ -68,6 +68,7 @@ def _report_progress(args: argparse.Namespace) -> None:
     )
     hooks.on_save_end.append(next_step)
     hooks.on_evaluation_start.append(
-        lambda split: watchdog.beat(f"evaluating on {split}", patient=True)
+        # Its first batch compiles kernels too; with the second batch's beat that is over.
+        lambda split: watchdog.beat(f"evaluating on {split}", patient=True, patient_beats=2)
     )
     hooks.on_evaluation_end.append(lambda evaluation: next_step(evaluation.iteration))

@@ -14,6 +14,7 @@ where the others wait in a collective without an end; gloo raises an error that 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
@@ -31,13 +32,17 @@ from typing import Any, TextIO
 
 import torch
 
+from post_training.processes import is_running, this_host
 from post_training.stack_places import place_of
 
-# Set-up, the first step and saving may take this many times as long as an ordinary step.
+# Set-up, the first step, an evaluation's first batch and saving may take this many times as long as an
+# ordinary step.
 PATIENCE = 6
 # Seconds that the main thread is given to end by itself, once it is known that the job ends.
 LAST_SECONDS = 5.0
 FOLDER = ".watchdog-"
+# Of `--eval-only`, which may look at a run while that trains.
+EVALUATION_FOLDER = ".watchdog-eval-"
 
 _COMMUNICATION = re.compile(
     r"gloo|nccl|connection (was )?(closed|reset|refused)|broken pipe|timed out|socket|TCPStore",
@@ -55,26 +60,6 @@ class Peer:
     pid: int
 
 
-def _this_host() -> str:
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return f"{os.uname().nodename} {namespace}".strip()
-
-
-def _is_running(pid: int) -> bool:
-    """Whether a process of this machine runs; one that only waits for its parent does not."""
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except (OSError, IndexError):
-        return True  # another user's, or no /proc
-    return state not in ("Z", "X")
-
-
 class Watchdog:
     """Watches this rank and its peers; the one instance is `watchdog`."""
 
@@ -86,11 +71,13 @@ class Watchdog:
         self._hint = ""
         self._phase = "not started"
         self._patient = True
+        self._patient_beats: int | None = None
         self._beats = 0
         self._last = time.monotonic()
         self._file = -1
         self._peers: list[Peer] = []
         self._output = Path()
+        self._prefix = FOLDER
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._main = threading.main_thread().ident
@@ -113,6 +100,7 @@ class Watchdog:
         args.distributed_timeout_minutes = max(args.distributed_timeout_minutes, longest)
         self.rank, self._console = args.rank, console
         self._output = Path(args.output_dir)
+        self._prefix = EVALUATION_FOLDER if args.eval_only else FOLDER
         self._hint = (
             f"to continue from the newest checkpoint in {args.save}, give the same command again"
         )
@@ -127,12 +115,13 @@ class Watchdog:
             return
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(
-            everyone, (Peer(self.rank, _this_host(), os.getpid()), uuid.uuid4().hex[:12])
+            everyone, (Peer(self.rank, this_host(), os.getpid()), uuid.uuid4().hex[:12])
         )
-        folder = self._output / f"{FOLDER}{everyone[0][1]}"
+        folder = self._output / f"{self._prefix}{everyone[0][1]}"
         if self.rank == 0:
             for old in self._output.glob(f"{FOLDER}*"):
-                shutil.rmtree(old, ignore_errors=True)
+                if _is_left_over(old):
+                    shutil.rmtree(old, ignore_errors=True)
             folder.mkdir()
         torch.distributed.barrier()
         self._file = os.open(folder / str(self.rank), os.O_RDWR | os.O_CREAT, 0o644)
@@ -141,18 +130,25 @@ class Watchdog:
         self._peers = [peer for peer, _ in everyone]
         self.folder = folder
 
-    def beat(self, phase: str | None = None, *, patient: bool = False) -> None:
+    def beat(
+        self, phase: str | None = None, *, patient: bool = False, patient_beats: int | None = None
+    ) -> None:
         """Say that there is progress.
 
         Args:
             phase: what comes next, such as `at step 5`; None where it is more of the same.
             patient: it may take long.
+            patient_beats: how many beats within the phase it takes until nothing may take long any
+                more; None for not before the next phase.
         """
         self._last = time.monotonic()
         self._beats += 1
         if phase is None:
+            if self._patient_beats is not None:
+                self._patient_beats -= 1
+                self._patient = self._patient and self._patient_beats > 0
             return
-        self._phase, self._patient = phase, patient
+        self._phase, self._patient, self._patient_beats = phase, patient, patient_beats
         self._note()
 
     def stop(self) -> None:
@@ -163,12 +159,24 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._phase = "ended"
         self._note()
+        if self._file >= 0:
+            os.close(self._file)  # over NFS others may see it only now
+            self._file = -1
         self._thread = None
 
     def clean(self) -> None:
-        """Remove what the ranks wrote, after a run that ended well; rank 0 does."""
-        if self.folder is not None and self.rank == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what the ranks wrote, after a run that ended well; rank 0 does.
+
+        It waits for the others: to one that still watches, a missing file is a rank that died.
+        """
+        if self.folder is None or self.rank != 0:
+            return
+        deadline = time.monotonic() + LAST_SECONDS
+        while any(self._read(peer.rank).get("phase") != "ended" for peer in self._peers):
+            if time.monotonic() > deadline:
+                return  # the next run removes it
+            time.sleep(0.01)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def explains(self, error: BaseException) -> bool:
         """Whether another rank is why this one failed; then the reason has been told once.
@@ -191,14 +199,14 @@ class Watchdog:
 
     def dead_peers(self) -> list[Peer]:
         """Ranks of this machine whose processes are gone without having said so."""
-        here = _this_host()
+        here = this_host()
         return [
             peer
             for peer in self._peers
             if peer.host == here
             and peer.rank != self.rank
-            and not _is_running(peer.pid)
-            and self._read(peer.rank).get("phase", "ended") != "ended"
+            and not is_running(peer.pid)
+            and self._read(peer.rank).get("phase") != "ended"
         ]
 
     # --- called by the thread --------------------------------------------------------------------
@@ -215,39 +223,47 @@ class Watchdog:
                 self._alarm()
             if self.folder is None:
                 continue
-            dead = self.dead_peers()
-            if dead and not (self.folder / "ended").exists():
-                self._tell(self._died(dead))
-            if dead or now - looked >= look_at_files:
-                looked = now
-                if (self.folder / "ended").exists():
-                    self._leave(LAST_SECONDS)
-                if (self.folder / "alarm").exists():
-                    self._alarm()
+            try:
+                dead = self.dead_peers()
+                if dead and not (self.folder / "ended").exists():
+                    self._tell(self._died(dead))
+                if dead or now - looked >= look_at_files:
+                    looked = now
+                    if (self.folder / "ended").exists():
+                        self._leave(LAST_SECONDS)
+                    if (self.folder / "alarm").exists():
+                        self._alarm()
+            except OSError:
+                continue  # what the disk does is no reason to stop watching
 
     def _stale(self, now: float) -> bool:
         return now - self._last > self.limit * (PATIENCE if self._patient else 1)
 
     def _alarm(self) -> None:
         """Tell where this rank stands; the first to do so then tells about all. Does not return."""
+        try:
+            self._tell_where()
+        finally:
+            os._exit(1)  # whatever the disk, the log or the folder does
+
+    def _tell_where(self) -> None:
         idle = time.monotonic() - self._last
-        frame = sys._current_frames().get(self._main or 0)
-        place = place_of(frame)
-        print(f"rank {self.rank} {self._phase}: no progress for {idle:.0f} s", file=sys.stderr)
-        faulthandler.dump_traceback(all_threads=True)
-        if self.folder is None:
-            print(
-                f"error: rank {self.rank} {self._phase}: no progress for {idle:.0f} s, at {place.text}",
-                file=self._console,
-                flush=True,
-            )
-            os._exit(1)
-        (self.folder / "alarm").touch()
+        place = place_of(sys._current_frames().get(self._main or 0))
+        what = f"rank {self.rank} {self._phase}: no progress for {idle:.0f} s"
+        with contextlib.suppress(OSError):  # a full disk
+            print(what, file=sys.stderr)
+            faulthandler.dump_traceback(all_threads=True)
+        try:
+            if self.folder is None:
+                raise FileNotFoundError
+            (self.folder / "alarm").touch()
+        except OSError:  # nothing to be heard of the others, nor to be told to them
+            print(f"error: {what}, at {place.text}", file=self._console, flush=True)
+            return
         self._note(place=place.text, waits=place.waits, idle=idle, beats=self._beats)
         # The others look every now and then.
         time.sleep(1.0 + 2 * min(10.0, self.limit / 30))
         self._tell(f"no progress for {idle:.0f} s, so the job ends. {self._who_hangs()}")
-        self._leave(0.0)
 
     def _who_hangs(self) -> str:
         states = {peer.rank: self._read(peer.rank) for peer in self._peers}
@@ -281,7 +297,7 @@ class Watchdog:
         for peer in dead:
             phase = self._read(peer.rank).get("phase", "")
             host = peer.host.split()[0]
-            texts.append(f"rank {peer.rank} (process {peer.pid} on {host}) died {phase}")
+            texts.append(f"rank {peer.rank} (process {peer.pid} on {host}) died {phase}".rstrip())
         return (
             f"{'; '.join(texts)}: it was killed from outside, most often for want of memory (the "
             f"kernel's log, `dmesg`, tells), or crashed, of which its log tells"
@@ -292,7 +308,7 @@ class Watchdog:
     def _note(self, **more: Any) -> None:
         if self._file < 0:
             return
-        text = json.dumps({"phase": self._phase, **more})
+        text = json.dumps({"phase": self._phase, "host": this_host(), "pid": os.getpid()} | more)
         try:
             os.pwrite(self._file, f"{text}\n".encode(), 0)
             os.ftruncate(self._file, len(text.encode()) + 1)
@@ -301,12 +317,7 @@ class Watchdog:
 
     def _read(self, rank: int) -> dict[str, Any]:
         assert self.folder is not None
-        try:
-            lines = (self.folder / str(rank)).read_text().splitlines()
-            found: dict[str, Any] = json.loads(lines[0])
-        except (OSError, ValueError, IndexError):
-            return {}
-        return found
+        return _read_state(self.folder / str(rank))
 
     def _claim(self, text: str) -> bool:
         """Whether this rank is the one that says why the job ends."""
@@ -329,6 +340,25 @@ class Watchdog:
         if not self._stop.wait(seconds):
             sys.stderr.flush()
             os._exit(1)
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    """What a rank wrote; nothing where it cannot be read."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text().splitlines()[0])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return found
+
+
+def _is_left_over(folder: Path) -> bool:
+    """Whether a folder is one of a job that is gone, as far as this machine can know.
+
+    A job ends when one of its ranks is gone; one that has no process here may run elsewhere.
+    """
+    states = [_read_state(file) for file in folder.iterdir() if file.name.isdigit()]
+    here = [state["pid"] for state in states if state.get("host") == this_host()]
+    return bool(here) and not any(is_running(pid) for pid in here)
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -157,6 +158,25 @@ def sleep_for_ever() -> None:
     """Where the hung rank is found."""
     while True:
         time.sleep(1)
+
+
+def hang_after_an_evaluation() -> None:
+    """At step 3 all ranks are alive until `--eval-only` is done in their folder; then rank 1 hangs."""
+    from megatron.training import get_args
+
+    finetune = _finetune()
+
+    def wait_then_hang() -> None:
+        done = Path(get_args().output_dir) / "evaluations.jsonl"
+        deadline = time.monotonic() + 60
+        while not done.exists() and time.monotonic() < deadline:
+            finetune.watchdog.beat()
+            time.sleep(0.05)
+        if get_args().rank == 1:
+            sleep_for_ever()
+
+    for rank in range(2):
+        _at_step(3, rank, wait_then_hang)
 
 
 def stop_at_step_3() -> None:

@@ -1,5 +1,6 @@
 """A hung or dead rank ends every rank within the set time, with one message that names it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,10 +9,18 @@ import time
 
 import pytest
 
+from post_training.processes import this_host
 from post_training.stack_places import place_of
-from post_training.watchdog import PATIENCE, Peer, Watchdog, _is_running, _this_host
+from post_training.watchdog import (
+    EVALUATION_FOLDER,
+    FOLDER,
+    PATIENCE,
+    Peer,
+    Watchdog,
+    _is_left_over,
+)
 from tests.helpers import faults
-from tests.helpers.launch import ROOT, run_script, start_finetune
+from tests.helpers.launch import ROOT, finetune, run_script, start_finetune
 from tests.helpers.reference import Recipe
 
 RECIPE = Recipe(steps=4)
@@ -181,19 +190,6 @@ def test_under_a_launcher(words, tmp_path, launcher, fault, text):
 # --- its parts -----------------------------------------------------------------------------------
 
 
-def test_running_processes():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    assert _is_running(child.pid)
-    child.kill()
-    while _is_running(child.pid):
-        time.sleep(0.01)
-    child.poll()
-    # A zombie until here, which must not pass for running.
-    child.wait()
-    assert not _is_running(child.pid)
-    assert _is_running(os.getpid())
-
-
 @pytest.fixture
 def met(tmp_path):
     """A watchdog of rank 0 that knows rank 1, which is gone, and has no thread."""
@@ -201,13 +197,14 @@ def met(tmp_path):
     child.wait()
     dog = Watchdog()
     dog.folder = tmp_path
-    dog._peers = [Peer(0, _this_host(), os.getpid()), Peer(1, _this_host(), child.pid)]
+    dog._peers = [Peer(0, this_host(), os.getpid()), Peer(1, this_host(), child.pid)]
     dog._console = (tmp_path / "console").open("w")
     return dog
 
 
 def test_a_rank_that_ended_by_itself_is_not_dead(met):
-    assert met.dead_peers() == []
+    # A missing file is no word of an end: somebody removed it.
+    assert [peer.rank for peer in met.dead_peers()] == [1]
     (met.folder / "1").write_text('{"phase": "at step 2"}\n')
     assert [peer.rank for peer in met.dead_peers()] == [1]
     (met.folder / "1").write_text('{"phase": "ended"}\n')
@@ -234,6 +231,71 @@ def test_what_another_machine_has_told_is_not_told_again(met):
     assert met.explains(ConnectionResetError("Connection reset by peer"))
     met._console.flush()
     assert (met.folder / "console").read_text() == ""
+
+
+def test_only_folders_of_jobs_that_are_gone_are_removed(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    states = {
+        "gone": {"0": (this_host(), gone.pid), "1": ("elsewhere", 1)},
+        "runs": {"0": (this_host(), gone.pid), "1": (this_host(), os.getpid())},
+        "elsewhere": {"0": ("elsewhere", gone.pid)},
+        "just made": {},
+    }
+    for name, ranks in states.items():
+        (tmp_path / name).mkdir()
+        for rank, (host, pid) in ranks.items():
+            (tmp_path / name / rank).write_text(json.dumps({"host": host, "pid": pid}))
+    assert [name for name in states if _is_left_over(tmp_path / name)] == ["gone"]
+
+
+def test_an_alarm_ends_the_job_though_its_folder_is_gone(tmp_path):
+    script = (
+        "import sys, threading\n"
+        "from pathlib import Path\n"
+        "from post_training.watchdog import Watchdog\n"
+        "dog = Watchdog()\n"
+        "dog._console, dog.limit, dog.folder = sys.stderr, 0.2, Path('/nowhere/at/all')\n"
+        "dog.beat('at step 3')\n"
+        "threading.Thread(target=dog._watch, daemon=True).start()\n"
+        "threading.Event().wait(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 1
+    assert "error: rank 0 at step 3: no progress" in done.stderr
+
+
+def test_an_evaluation_is_patient_with_its_first_batch_only():
+    dog = Watchdog()
+    dog.limit = 10.0
+    dog.beat("evaluating on valid", patient=True, patient_beats=2)
+    later = time.monotonic() + 2 * dog.limit
+    dog.beat()  # the first batch begins
+    assert not dog._stale(later)
+    dog.beat()  # and is over
+    assert dog._stale(later)
+    dog.beat("saving after step 2", patient=True)
+    dog.beat()
+    dog.beat()
+    assert not dog._stale(later)
+
+
+@pytest.mark.slow
+def test_an_evaluation_beside_a_run_leaves_its_watchdog_alone(words, chat_data, tmp_path):
+    out = tmp_path / "out"
+    running = start_finetune(out, *words, world=2, inject=faults.hang_after_an_evaluation)
+    running.wait_for_step(2)
+    files = ("--valid-data-files", str(chat_data.file))
+    evaluation = finetune(out, *words[:2], *files, *RECIPE.flags()[:4], "--eval-only")
+    assert evaluation.status == 0, evaluation.console
+    assert [path.name for path in out.glob(f"{FOLDER}*")]
+    assert not list(out.glob(f"{EVALUATION_FOLDER}*"))
+    ended = running.wait(60)
+    assert ended.statuses == [1, 1]
+    console = "".join(path.read_text() for path in running.consoles)
+    assert "rank 1 hangs at step 3" in console, console
 
 
 def test_places():
