@@ -43,6 +43,7 @@ from post_training.datasets import (
 )
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.finish import report_end
+from post_training.full_disk import no_room, tell_no_room
 from post_training.layer_spec import uses_packed_attention
 from post_training.loss import loss_func, trained_token_loss
 from post_training.platform import checkpoint_queue
@@ -203,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console: TextIO = sys.stderr
     rank = int(os.environ.get("RANK", "0"))
     started = False
+    args: argparse.Namespace | None = None
     start_up.mark("imports")
     try:
         args = parse_arguments(argv)
@@ -227,6 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        full = no_room(error)
+        if full is not None and not watchdog.explains(error):
+            return tell_no_room(full, args.output_dir if args else None, rank, console)
         tell_failure(error, rank, console)
         raise
     return 0

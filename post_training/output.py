@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from post_training.config_file import resolved_config, write_config
 from post_training.errors import SetupError
+from post_training.full_disk import log_stream
 from post_training.hf_config import local_model_folder
 
 # In the output folder: configuration, tokenizer and chat template of the model, kept with its weights.
@@ -89,7 +90,7 @@ def redirect_logs(args: argparse.Namespace) -> TextIO:
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    console = os.fdopen(os.dup(2), "w", buffering=1)
+    console = log_stream(os.dup(2), owned=True)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     node = args.rank // local_world
     # One file a node: appends of one machine do not mix inside a line, those of several may.
@@ -102,6 +103,7 @@ def redirect_logs(args: argparse.Namespace) -> TextIO:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(line_buffering=True)
+    sys.stdout, sys.stderr = log_stream(1), log_stream(2)
     logging.captureWarnings(True)
     return console
 

@@ -134,8 +134,8 @@ class CheckpointSaver:
             return save_hooks.problems[0] if save_hooks.problems else None
         failures = getattr(error, "failures", {})
         for rank, (failure, _) in sorted(failures.items()):
-            return f"rank {rank}: {reason_of(failure)}"
-        return reason_of(error)
+            return f"rank {rank}: {reason_of(failure, self.args.save)}"
+        return reason_of(error, self.args.save)
 
     def _lack_of_room(self) -> str | None:
         """The size of the newest checkpoint is the size of the next; of the first, what is expected."""

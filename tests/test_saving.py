@@ -1,5 +1,6 @@
 """Saving for real: a disk that is full, old checkpoints, and asynchronous saves."""
 
+import errno
 import os
 import resource
 import shutil
@@ -166,20 +167,57 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(words, straight, small
         assert numbers(run) == numbers(straight)
 
 
+def _fill(disk):
+    """Leave no byte of it."""
+    file = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
+    try:
+        while True:
+            os.write(file, b"x" * 4096)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+    finally:
+        os.close(file)
+
+
 @pytest.mark.slow
-def test_a_disk_that_fills_up_while_a_checkpoint_is_written(words, straight, small_disk):
+@pytest.mark.parametrize("layout", [(), ("--use-torch-fsdp2",)], ids=["dp2", "fsdp2"])
+def test_a_disk_that_fills_up_while_a_checkpoint_is_written(words, straight, small_disk, layout):
     """Something else takes the space between the look at the disk and the last byte."""
-    running = start_finetune(small_disk / "out", *words, *SAVES, world=2)
+    running = start_finetune(small_disk / "out", *words, *SAVES, *layout, world=2)
     running.wait_for_step(1)
     folder, deadline = small_disk / "out/checkpoints", time.monotonic() + 60
     while not list(folder.glob("*.saving")) and time.monotonic() < deadline:
         time.sleep(0.001)
-    (small_disk / "filler").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 1_000_000))
+    _fill(small_disk)
     run = running.wait()
     assert run.statuses == [1, 1]
     (message,) = [line for line in run.console.splitlines() if line.startswith("error")]
     assert "No space left on device" in message and "there is none before it" in message
     assert iterations(run) == []
     (small_disk / "filler").unlink()
-    again = finetune(small_disk / "out", *words, "--save-interval", "7", world=2).ok()
+    flags = [*words, *layout, "--save-interval", "7"]
+    again = finetune(small_disk / "out", *flags, world=2).ok()
     assert [step["iteration"] for step in again.steps] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_between_saves(words, small_disk):
+    """The last rank, which writes Megatron's log lines, goes on without them; rank 0 tells and ends."""
+    flags = [*words, "--train-iters", "400", "--lr-decay-iters", "8"]
+    running = start_finetune(small_disk / "out", *flags, "--save-interval", "3", world=2)
+    running.wait_for_step(4)
+    _fill(small_disk)
+    run = running.wait()
+    assert run.statuses == [1, 1]
+    told = "".join(console.read_text() for console in running.consoles)
+    (message,) = [line for line in told.splitlines() if line.startswith("error")]
+    assert "No space left on device" in message and "make room" in message
+    assert "Traceback" not in told
+    last = max(iterations(run))
+    assert tracked(run) == last
+    (small_disk / "filler").unlink()
+    again = finetune(small_disk / "out", *flags, "--exit-interval", str(last + 2), world=2).ok()
+    assert f"continuing after step {last}" in again.console
+    assert [step["iteration"] for step in again.steps] == list(
+        range(1, again.steps[-1]["iteration"] + 1)
+    )

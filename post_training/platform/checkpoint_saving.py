@@ -14,12 +14,15 @@ Upstream: megatron-core 0.19.2.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
+
+from post_training.full_disk import room_reason
 
 
 @dataclass
@@ -39,14 +42,24 @@ class SaveHooks:
 save_hooks = SaveHooks()
 
 
-def reason_of(error: BaseException) -> str:
-    """Why a write failed: torch's writer hides the system's error behind its own."""
+# torch's zip writer, when it finds less written than it meant to; the system's error is lost in C++.
+_CUT_OFF = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos")
+
+
+def reason_of(error: BaseException, folder: str | None = None) -> str:
+    """Why a write failed: torch's writer hides the system's error behind its own.
+
+    Args:
+        error: what was raised.
+        folder: what was written to; its disk is asked where the error itself does not tell.
+    """
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, OSError) and current.strerror:
             return current.strerror
         current = current.__cause__ or current.__context__
-    return str(error) or type(error).__name__
+    text = str(error) or type(error).__name__
+    return room_reason(folder) if folder is not None and _CUT_OFF.search(text) else text
 
 
 def _noting_problems(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,6 +2,8 @@
 
 import errno
 import inspect
+import shutil
+from collections import namedtuple
 
 import pytest
 from megatron.core.dist_checkpointing import serialization
@@ -40,6 +42,15 @@ def test_the_systems_reason_is_found_behind_the_writers_own():
     except RuntimeError as error:
         assert reason_of(error) == "No space left on device"
     assert reason_of(ValueError("other")) == "other" and reason_of(ValueError()) == "ValueError"
+
+
+def test_a_cut_off_file_whose_reason_torch_lost_is_looked_for_on_the_disk(tmp_path, monkeypatch):
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+    assert "a limit on the size of files" in reason_of(error, str(tmp_path))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(9, 9, 0))
+    assert reason_of(error, str(tmp_path)) == "No space left on device"
+    assert reason_of(ValueError("other"), str(tmp_path)) == "other"
 
 
 def test_what_one_rank_cannot_write_is_noted_where_somebody_listens(monkeypatch):
