@@ -36,7 +36,7 @@ from data.chat_template import (
     has_marks,
     split_marks,
 )
-from data.conversation import Conversation, Piece, mark_conversation
+from data.conversation import Conversation, Piece, begin_of_last_turn, mark_conversation
 from data.errors import RowError
 from data.marked_rendering import MarkedRendering, render_marked
 from data.outline import Outline, Turn, is_plain, outline_key
@@ -275,9 +275,9 @@ def trained_spans(
 ) -> list[Span]:
     """The characters to train: turns that the row trains, with the reasoning policy applied."""
     spans: list[Span] = []
-    last = max((turn.message for turn in rendering.turns), default=0)
+    last = begin_of_last_turn(conversation.messages)
     for turn in rendering.turns:
-        is_last = turn.message == last
+        is_last = turn.message >= last
         if (loss_on == "last" and not is_last) or not conversation.trained[turn.message]:
             continue
         start = turn.start

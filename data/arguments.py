@@ -62,7 +62,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--reasoning", choices=("keep", "last", "mask"), default="keep",
         help="Train all reasoning, only the last turn's, or none; all of it stays in.")  # fmt: skip
     add("--loss-on", choices=("all", "last"), default="all",
-        help="Train all assistant turns, or the last of each conversation.")  # fmt: skip
+        help="Train all assistant turns, or the last: all that the assistant says after the last "
+        "question.")  # fmt: skip
     add("--separator", default="auto", metavar="TOKEN",
         help="Token after each document, never trained: auto, none, or a special token.")  # fmt: skip
     add("--chat-template-variables", default=None, metavar="JSON",

@@ -36,6 +36,15 @@ class Conversation:
             self.trained = [message["role"] == "assistant" for message in self.messages]
 
 
+def begin_of_last_turn(messages: Sequence[Message]) -> int:
+    """Index of the first message of the last turn: all after the last question that was answered.
+
+    Calls of tools and their results belong to the turn of the answer that they lead to.
+    """
+    last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
+    return max((i + 1 for i in range(last) if messages[i]["role"] == "user"), default=0)
+
+
 @dataclass(frozen=True)
 class Piece:
     """A stretch of text that the assistant wrote, as it was marked.

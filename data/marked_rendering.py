@@ -24,7 +24,7 @@ from data.chat_template import (
     Span,
     split_marks,
 )
-from data.conversation import Piece, mark_conversation
+from data.conversation import Piece, begin_of_last_turn, mark_conversation
 from data.errors import RowError
 
 _MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
@@ -59,7 +59,7 @@ def render_marked(
         messages: The messages, in the forms that it wants.
         tools: The tools on offer.
         text: The rendering without marks.
-        may_drop_reasoning: Whether reasoning of messages before the last answer may be left out.
+        may_drop_reasoning: Whether reasoning of turns before the last may be left out.
 
     Raises:
         RowError: the template treats marked text differently, or leaves some of it out.
@@ -79,7 +79,7 @@ def render_marked(
         if plain != text:
             problem = RowError("marks change the text", _first_difference(plain, text))
             continue
-        last = max((piece.message for piece in pieces), default=0)
+        last = begin_of_last_turn(messages)
         try:
             pieces = _match(
                 pieces, [text[a:b] for a, b in spans], last if may_drop_reasoning else 0

@@ -53,6 +53,28 @@ def test_loss_on_last_trains_one_turn():
     assert trained(CHATML, conversation, loss_on="last") == ["Bye.<|im_end|>"]
 
 
+def test_the_last_turn_is_all_that_the_assistant_says_after_the_last_question():
+    thought = "<think>\nsum\n</think>\n\n"
+    conversation = chat("Hi", thought + "Hello.", "And?", thought + "I look.")
+    more = [{"role": "tool", "content": "found"}, {"role": "assistant", "content": thought + "So."}]
+    conversation = Conversation([*conversation.messages, *more])
+    source, _ = keep_reasoning(THINKING)
+    calls = [thought + "I look.<|im_end|>", thought + "So.<|im_end|>"]
+    assert trained(source, conversation, loss_on="last") == calls
+    assert trained(source, conversation, reasoning="last") == ["Hello.<|im_end|>", *calls]
+    # A question without an answer is no turn.
+    asked = Conversation([*conversation.messages, {"role": "user", "content": "More?"}])
+    assert trained(source, asked, loss_on="last") == calls
+    # A template may leave out what is not trained, and nothing of the last turn.
+    source = (
+        "{%- for m in messages %}{{- '<|im_start|>' + m.role + '\\n' + (m.content if loop.last or "
+        "m.role != 'assistant' else m.content.split('</think>')[-1].lstrip('\\n')) + '<|im_end|>\\n' }}"
+        "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+    )
+    with pytest.raises(RowError, match="reasoning of message 4"):
+        trained(source, conversation, reasoning="last")
+
+
 def test_messages_that_the_row_does_not_train_are_left_out():
     conversation = chat("Hi", "Hello.", "And?", "Bye.")
     conversation.trained = [False, False, False, True]
