@@ -102,6 +102,8 @@ class AnswerFinder:
         Raises:
             RowError: the template refuses the messages, or the turns cannot be told exactly.
         """
+        if self.reasoning != "keep":
+            _refuse_unopened(conversation.messages)
         messages = self.forms.apply(conversation.messages)
         marked_text = self.template.render(messages, conversation.tools)
         text, blocks = split_marks(marked_text, BLOCK_OPEN, BLOCK_CLOSE)
@@ -300,6 +302,19 @@ def _end_of_reasoning(text: str, found: list[tuple[Piece, Span]]) -> int | None:
     if closing >= 0:
         return _skip_space(text, closing + len("</think>"), limit)
     return limit if rest else after
+
+
+def _refuse_unopened(messages: Sequence[Message]) -> None:
+    """Text before a closing tag that nothing opened may be reasoning, or talk about the tag."""
+    for number, message in enumerate(messages, 1):
+        said = message["content"] if message["role"] == "assistant" else ""
+        before, closing, _ = said.partition("</think>") if isinstance(said, str) else ("", "", "")
+        if closing and before.strip() and not before.lstrip().startswith("<think>"):
+            raise RowError(
+                "stray think tag",
+                f"message {number} has </think> without <think> at its beginning: whether "
+                f"{before[-60:]!r} is reasoning cannot be told",
+            )
 
 
 def _first_said(row: _Row, turn: Turn, pieces: Sequence[Piece]) -> int:

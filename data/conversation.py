@@ -132,7 +132,8 @@ def _mark_content(text: str, message: int, pieces: list[Piece], silent: bool) ->
         return ANSWER_OPEN + ANSWER_CLOSE + text
     # Closing tags alone part nothing.
     only_closing = "<think>" not in text and not _THINK_TAG.sub("", text).strip()
-    if "</think>" not in text or only_closing:
+    # A tag that is only talked about closes nothing: templates that cut there are found out.
+    if "</think>" not in text or only_closing or not text.lstrip().startswith("<think>"):
         return _mark(text, message, "content", pieces)
     marked: list[str] = []
     parts = _THINK_TAG.split(text)

@@ -123,7 +123,8 @@ def _place_reasoning(message: Message, form: ReasoningForm) -> Message:
             return message
         rest = {key: value for key, value in message.items() if key != "reasoning_content"}
         return {**rest, "content": f"<think>\n{reasoning}\n</think>\n\n{content or ''}"}
-    if not reasoning and isinstance(content, str) and "</think>" in content:
+    opened = isinstance(content, str) and content.lstrip().startswith("<think>")
+    if not reasoning and opened and "</think>" in content:
         reasoning, content = split_thinking(content)
     if not reasoning:
         return message

@@ -213,3 +213,17 @@ def test_any_text_gives_exactly_the_answers(turns, generation):
     for span, (_, answer) in zip(spans, turns, strict=True):
         if "<think>" not in answer:
             assert span.strip() == (answer + "<|im_end|>").strip()
+
+
+@pytest.mark.parametrize(
+    "said", ["Use the </think> tag to close it.", "Write <think> and </think> tags."]
+)
+def test_text_before_a_stray_closing_tag_never_becomes_reasoning(said):
+    conversation = chat("How?", said)
+    assert trained(CHATML, conversation) == [said + "<|im_end|>"]
+    with pytest.raises(RowError, match="marks lost"):  # this template cuts at the tag
+        trained(THINKING, conversation)
+    for source in (CHATML, THINKING):
+        for policy in ("mask", "last"):
+            with pytest.raises(RowError, match="stray think tag"):
+                trained(source, conversation, reasoning=policy)
