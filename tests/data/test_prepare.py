@@ -67,6 +67,8 @@ def test_cache_memory_and_workers_give_the_same_documents(tokenizer, rows, tmp_p
 
 
 def test_another_key_for_anything_that_changes_the_documents(tokenizer, rows, tmp_path):
+    # A closing think tag that nothing opened is refused where reasoning is masked.
+    rows = [row for row in rows if "think>" not in row["answer"]]
     path = write_rows(tmp_path / "a.jsonl", rows)
     variants: list[dict] = [
         {},
