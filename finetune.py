@@ -29,7 +29,7 @@ from megatron.training.global_vars import set_global_variables
 
 from data import DataError
 from model_provider import check_weights, model_config
-from post_training import output, resume
+from post_training import output, resume, run_lock
 from post_training.arguments import parse_arguments, validate
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.data_iterators import MicroBatchIterator, split_iterators
@@ -208,6 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_up.mark("imports")
     try:
         args = parse_arguments(argv)
+        run_lock.hold(args)
         checkpoint = resume.choose_checkpoint(args)
         check_weights(args)
         output.prepare_output(args)

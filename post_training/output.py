@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from post_training import run_lock
 from post_training.config_file import resolved_config, write_config
 from post_training.errors import SetupError
 from post_training.full_disk import log_stream
@@ -55,7 +56,7 @@ def prepare_output(args: argparse.Namespace) -> None:
     """Make the output folder and check that it can be written and has room for a checkpoint.
 
     Raises:
-        SetupError: the folder cannot be made or written, or its disk is too full.
+        SetupError: the folder cannot be made or written, its disk is too full, or another run trains in it.
     """
     folder = Path(args.output_dir)
     try:
@@ -65,6 +66,7 @@ def prepare_output(args: argparse.Namespace) -> None:
         raise SetupError(f"--output-dir {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise SetupError(f"--output-dir {folder}: cannot be written")
+    run_lock.hold(args, wait=0.0)  # a folder that was there before is held already
     free = shutil.disk_usage(args.save).free
     needed = 0 if args.skip_train else checkpoint_bytes(args)
     if free < needed:
