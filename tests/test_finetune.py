@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers import models, reference
+from tests.helpers import faults, models, reference
 from tests.helpers.launch import NO_PROCESS_GROUP, Finished, finetune, run_script, start_finetune
 from tests.helpers.models import edit_json, load_model, make_tokenizer
 from tests.helpers.reference import Recipe
@@ -202,6 +202,11 @@ def test_evaluation_is_token_weighted_over_the_whole_split(
         for record in records:
             assert record["loss"] == pytest.approx(loss, rel=1e-6)
             assert record["tokens"] == tokens
+
+
+def test_a_load_that_ends_without_a_word_is_no_success(words, tmp_path):
+    run = finetune(tmp_path / "out", *words, inject=faults.load_that_exits)
+    assert run.status == 1 and "to continue" not in run.console
 
 
 def test_eval_iters_reads_the_same_packs_every_time(words, held_out, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -121,6 +122,16 @@ def infinite_loss() -> None:
 def nan_gradient() -> None:
     """The named label's loss is right, and its gradient not a number."""
     _befall(lambda losses, hit: torch.where(hit, _Poison.apply(losses), losses))
+
+
+def load_that_exits() -> None:
+    """Megatron leaves with status 0 where it cannot read a checkpoint or build what it needs."""
+    from megatron.training import training
+
+    def leave(*args: Any, **kwargs: Any) -> None:
+        sys.exit()
+
+    setattr(training, "setup_model_and_optimizer", leave)  # noqa: B010
 
 
 def no_optimizer() -> None:
