@@ -92,6 +92,7 @@ class AnswerFinder:
         self.template = template
         self.method: Method = method or ("generation" if template.has_generation else "marks")
         self.reasoning: Reasoning = reasoning
+        self.special_tokens, self.added_tokens = special_tokens, added_tokens
         self.forms = MessageForms(template)
         self._outlines: dict[tuple[str, ...], Outline] = {}
         self.markup = TurnMarkup(template, special_tokens, added_tokens, self.forms.apply)
@@ -102,15 +103,20 @@ class AnswerFinder:
         Raises:
             RowError: the template refuses the messages, or the turns cannot be told exactly.
         """
+        said = self.forms.open_thinking(conversation.messages)
         if self.reasoning != "keep":
-            _refuse_unopened(conversation.messages)
-        messages = self.forms.apply(conversation.messages)
-        marked_text = self.template.render(messages, conversation.tools)
+            _refuse_unopened(said)
+        messages = self.forms.apply(said)
+        try:
+            marked_text = self.template.render(messages, conversation.tools)
+        except RowError as error:
+            raise RowError(error.reason, error.detail + _what_it_lacks(messages)) from error
         text, blocks = split_marks(marked_text, BLOCK_OPEN, BLOCK_CLOSE)
         if has_marks(text):
             raise RowError("reserved character", "the text holds one of U+FDD0 to U+FDD5")
         row = _Row(conversation, messages, text)
         if (method or self.method) == "generation":
+            _require_questions(conversation.messages, text)
             return Rendering(text, self._turns_from_blocks(row, blocks))
         return Rendering(text, self._turns_from_marks(row))
 
@@ -121,6 +127,7 @@ class AnswerFinder:
         known = self._outlines.get(outline) if outline else None
         turns = known.turns(row.messages, row.text) if known else None
         if turns is None:
+            _require_questions(row.conversation.messages, row.text)
             marked = self._marked(row)
             turns = self._turns_of(row, marked)
             if outline and (known or len(self._outlines) < _MAX_OUTLINES):
@@ -144,8 +151,8 @@ class AnswerFinder:
             before = speech[at - 1][1] if at else 0
             at += len(here)
             limit = speech[at][0] if at < len(speech) else len(text)
-            role = row.messages[message - 1]["role"] if message else None
-            header = self.markup.header_in(text[before:first], role)
+            previous = row.messages[message - 1] if message else None
+            header = self.markup.header_in(text[before:first], previous)
             start = before + len(header)
             before_it = text[start:first]
             unclosed = before_it.count("<think>") > before_it.count("</think>")
@@ -158,7 +165,9 @@ class AnswerFinder:
                 # Where the call's closing markup ends cannot be told.
                 where = text[last : min(limit, last + 60)]
                 raise RowError(
-                    "no stop", f"after the tool call of message {message + 1} comes {where!r}"
+                    "no stop",
+                    f"after the tool call of message {message + 1} comes {where!r}; give a "
+                    "template that ends the call with a stop token (--chat-template FILE)",
                 )
             # Without a stop an answer ends where its last piece does.
             end = stop.end() if stop else last
@@ -315,6 +324,34 @@ def _refuse_unopened(messages: Sequence[Message]) -> None:
                 f"message {number} has </think> without <think> at its beginning: whether "
                 f"{before[-60:]!r} is reasoning cannot be told",
             )
+
+
+def _what_it_lacks(messages: Sequence[Message]) -> str:
+    """What of a row that a template refuses the template may not know, and what to do."""
+    if any(message["role"] == "tool" or message.get("tool_calls") for message in messages):
+        found = "calls tools"
+    elif any(message["role"] == "system" for message in messages):
+        found = "has a system prompt"
+    else:
+        return ""
+    return f" (the row {found}; --chat-template FILE gives a template that renders this)"
+
+
+def _require_questions(messages: Sequence[Message], text: str) -> None:
+    """See that what users and system prompts say comes out; results of tools may be rewritten.
+
+    Raises:
+        RowError: an answer would be trained without its question.
+    """
+    for number, message in enumerate(messages, 1):
+        said = message["content"]
+        if message["role"] in ("user", "system") and isinstance(said, str):
+            if said.strip() not in text:
+                raise RowError(
+                    "question dropped",
+                    f"the template leaves out or changes what message {number} ({message['role']}) "
+                    f"says: {said.strip()[:60]!r}; --chat-template FILE gives another",
+                )
 
 
 def _first_said(row: _Row, turn: Turn, pieces: Sequence[Piece]) -> int:

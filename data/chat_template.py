@@ -8,7 +8,6 @@ same time, the character spans between them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -24,6 +23,7 @@ from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
 from data.errors import DataError, RowError
+from data.spelled_json import to_json
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -68,7 +68,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML, which is not what models were trained on.
-    return json.dumps(
+    return to_json(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 

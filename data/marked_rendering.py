@@ -143,10 +143,11 @@ def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[
     dropped += rest
     for piece in dropped:
         if piece.kind != "reasoning":
+            what = "a tool call" if piece.kind == "tool" else piece.kind
             raise RowError(
                 "answer dropped",
-                f"the template leaves out {piece.kind} of message {piece.message + 1}: "
-                f"{(piece.text or '')[:60]!r}",
+                f"the template leaves out {what} of message {piece.message + 1}: "
+                f"{(piece.text or '')[:60]!r}; --chat-template FILE gives one that writes it",
             )
     for piece in dropped:
         if piece.message >= may_drop_before:

@@ -8,12 +8,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from data.chat_template import Message
 from data.conversation import REASONING_FIELDS, Conversation
 from data.errors import RowError
+from data.spelled_json import parse_spelled
 
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {
@@ -219,7 +220,8 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
     # Arrow adds nulls to objects; those in JSON text are the data's own.
     from_text = isinstance(value, str)
     if isinstance(value, str):
-        value = _from_json(value, "bad tool call", f"the call in message {number}")
+        where = f"the call in message {number}"
+        value = _from_json(value, "bad tool call", where, parse_spelled)
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
@@ -234,7 +236,8 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
         if not isinstance(name, str) or not name:
             raise RowError("bad tool call", f"a call in message {number} has no function name")
         if isinstance(arguments, str):
-            arguments = _from_json(arguments, "bad tool call", f"arguments in message {number}")
+            where = f"arguments in message {number}"
+            arguments = _from_json(arguments, "bad tool call", where, parse_spelled)
         elif not from_text:
             arguments = without_nulls(arguments)
         if arguments is None:
@@ -265,9 +268,9 @@ def _train_flag(item: Mapping[str, Any], number: int) -> bool:
     return train
 
 
-def _from_json(text: str, reason: str, what: str) -> Any:
+def _from_json(text: str, reason: str, what: str, parse: Callable[[str], Any] = json.loads) -> Any:
     try:
-        return json.loads(text)
+        return parse(text)
     except (ValueError, RecursionError) as error:
         raise RowError(reason, f"{what} is not valid JSON ({str(error)[:80]})") from error
 

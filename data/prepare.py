@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -37,8 +38,8 @@ _MAX_WORKERS = 32
 _CODE = (
     "answer_spans", "cache_build", "chat_template", "conversation", "formats",
     "marked_rendering", "masked_tokenizer", "messages", "outline",
-    "reasoning", "row_tokenizer", "sources", "template_forms", "token_mask", "turn_markup",
-    "word_tokenizer",
+    "reasoning", "row_tokenizer", "sources", "spelled_json", "template_forms", "token_mask",
+    "tool_call_ids", "turn_markup", "word_tokenizer",
 )  # fmt: skip
 
 
@@ -201,7 +202,7 @@ class _Preparation:
             chunks = islice(self.source.chunks(), sink.finished.done, None)
             feed(sink, self._shards(chunks, self._with_format()))
             counts = sink.finished.counts
-            self._require_documents(counts["read"], counts["kept"], dict(counts))
+            self._require_documents(counts)
             sink.publish(target, target.name, self.facts | {"sources": self.source.names})
         finally:
             sink.close()
@@ -210,7 +211,7 @@ class _Preparation:
         sink = MemorySink()
         feed(sink, self._shards(self.source.chunks(), self._with_format()))
         counts = sink.counts
-        self._require_documents(counts["read"], counts["kept"], dict(counts))
+        self._require_documents(counts)
         documents = sink.documents("")
         contents = hashlib.sha256(documents.input_ids.tobytes())
         contents.update(documents.loss_mask.tobytes())
@@ -257,7 +258,13 @@ class _Preparation:
                     raise DataError(f"{raw.place}: {error}") from error
         return "messages"
 
-    def _require_documents(self, read: int, kept: int, counts: dict[str, int]) -> None:
+    def _require_documents(self, counts: Counter[str]) -> None:
+        """Refuse data without documents, and warn of what the template leaves out of them.
+
+        Raises:
+            DataError: there is nothing to train on.
+        """
+        read, kept = counts["read"], counts["kept"]
         if not read:
             raise DataError(f"{self.source.name}: there are no rows. Give data with at least one.")
         if not kept:
@@ -265,6 +272,16 @@ class _Preparation:
             raise DataError(
                 f"{self.source.name}: no row can be trained; {read} read, {dropped}. "
                 "Check the rows, --seq-length, --loss-on, --reasoning and the chat template."
+            )
+        if crossing := counts["boundary tokens"]:
+            self.facts["warnings"].append(
+                f"{crossing:,} tokens of {self.source.name} hold the end of a header and the "
+                "beginning of an answer (or its end and what follows): they are not trained"
+            )
+        if untold := counts["tools not shown"]:
+            self.facts["warnings"].append(
+                f"{untold:,} rows of {self.source.name} have tools on offer that the chat template "
+                "does not show to the model; --chat-template FILE gives one that does"
             )
 
     def _key(self) -> str:

@@ -206,6 +206,8 @@ class RowTokenizer:
             counts["turns"] += pending.turns
             counts["stopped turns"] += pending.stopped
             counts["boundary tokens"] += crossed
+            if pending.conversation.tools and not self.finder.forms.shows_tools:
+                counts["tools not shown"] += 1
             yield pending, ids, mask
 
     def _document(

@@ -8,15 +8,18 @@ for a template, by rendering a tiny conversation and looking whether everything 
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from data.chat_template import ANSWER_OPEN, ChatTemplate, Message
-from data.conversation import mark_conversation, split_thinking
+from data.conversation import REASONING_FIELDS, mark_conversation, split_thinking
 from data.errors import RowError
+from data.spelled_json import to_json
+from data.tool_call_ids import CallIds, with_call_ids
 
 ReasoningForm = Literal["as is", "reasoning_content", "thinking", "reasoning", "inline"]
+_OPENED = re.compile(r"<think>\s*\Z")
 _NO_CONTENT: tuple[Any, ...] = ("", None)
 
 
@@ -25,6 +28,9 @@ class MessageForms:
 
     Args:
         template: The compiled template.
+
+    Attributes:
+        shows_tools: Whether the template tells the model which tools are on offer.
     """
 
     def __init__(self, template: ChatTemplate) -> None:
@@ -33,6 +39,7 @@ class MessageForms:
         self.reasoning: ReasoningForm = "as is"
         self.arguments_as_text = False
         self.no_content: Any = ""
+        self.call_ids: CallIds = "as is"
         ask: Message = {"role": "user", "content": "q q"}
         plain = [ask, {"role": "assistant", "content": "a a"}]
         if not self._survives(plain):
@@ -45,10 +52,33 @@ class MessageForms:
                 self.parts = self._survives(plain)
         self.reasoning = self._learn_reasoning(ask)
         self._learn_tool_calls(ask)
+        self.shows_tools = self._learn_tools(plain)
+        self._think_opening = self._learn_opening(ask)
 
     def apply(self, messages: Sequence[Message]) -> list[Message]:
         """Messages in this template's forms; the same objects where nothing changes."""
+        messages = with_call_ids(messages, self.call_ids)
         return [self._message(message) for message in messages]
+
+    def open_thinking(self, messages: Sequence[Message]) -> list[Message]:
+        """Messages with the think tag that the generation prompt opens put before raw completions.
+
+        Where the prompt ends with an open tag, as DeepSeek-R1's does, a model's raw answer is
+        ``reasoning</think>answer``; the prompt and it together are what was said.
+        """
+        if not self._think_opening:
+            return list(messages)
+        return [self._opened(message) for message in messages]
+
+    def _opened(self, message: Message) -> Message:
+        said = message["content"]
+        if message["role"] != "assistant" or not isinstance(said, str) or "<think>" in said:
+            return message
+        if any(message.get(name) for name in REASONING_FIELDS):
+            return message
+        if said.count("</think>") != 1 or not said.partition("</think>")[0].strip():
+            return message
+        return {**message, "content": self._think_opening + said}
 
     def _message(self, message: Message) -> Message:
         if message["role"] == "assistant":
@@ -65,7 +95,7 @@ class MessageForms:
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         if self.arguments_as_text and not isinstance(function["arguments"], str):
-            text = json.dumps(function["arguments"], ensure_ascii=False)
+            text = to_json(function["arguments"], ensure_ascii=False)
             return {**call, "function": {**function, "arguments": text}}
         return call
 
@@ -110,8 +140,48 @@ class MessageForms:
             for no_content in _NO_CONTENT:
                 self.arguments_as_text, self.no_content = as_text, no_content
                 if self._survives(messages):
+                    self.call_ids = self._learn_call_ids(messages)
                     return
         self.arguments_as_text, self.no_content = False, ""
+
+    def _learn_opening(self, ask: Message) -> str:
+        """The think tag at the end of the generation prompt, or nothing."""
+        try:
+            prompt = self.template.render(self.apply([ask]), add_generation_prompt=True)
+        except RowError:
+            return ""
+        found = _OPENED.search(prompt)
+        return found.group() if found else ""
+
+    def _learn_tools(self, messages: list[Message]) -> bool:
+        parameters = {"type": "object", "properties": {}, "required": []}
+        function = {"name": "look_up_word", "description": "d d", "parameters": parameters}
+        try:
+            text = self.template.render(
+                self.apply(messages), [{"type": "function", "function": function}]
+            )
+        except RowError:
+            return True  # told when a row is refused
+        return "look_up_word" in text
+
+    def _learn_call_ids(self, messages: list[Message]) -> CallIds:
+        """What ids of calls the template takes, told from a conversation that it renders."""
+        without = self._survives([_with_id(message, None) for message in messages])
+        if self._survives([_with_id(message, "call_0123456789abcdef") for message in messages]):
+            return "as is" if without else "needed"
+        return "nine"
+
+
+def _with_id(message: Message, call_id: str | None) -> Message:
+    """A message of the self-test with another id, or with none."""
+    given = {} if call_id is None else {"id": call_id}
+    if message.get("tool_calls"):
+        calls = [{key: call[key] for key in ("type", "function")} for call in message["tool_calls"]]
+        return {**message, "tool_calls": [{**call, **given} for call in calls]}
+    if message["role"] == "tool":
+        rest = {key: value for key, value in message.items() if key != "tool_call_id"}
+        return rest if call_id is None else {**rest, "tool_call_id": call_id}
+    return message
 
 
 def _place_reasoning(message: Message, form: ReasoningForm) -> Message:

@@ -30,6 +30,7 @@ from data.errors import RowError
 _ANY_MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 _OPENING_THINK = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 _THINK_TAGS = {"<think>", "</think>"}
+_CALL_ID = "call12345"
 _ASK: Message = {"role": "user", "content": "q q"}
 _ANSWER: Message = {"role": "assistant", "content": "a a"}
 _CALL: Message = {
@@ -38,7 +39,7 @@ _CALL: Message = {
     "tool_calls": [
         {
             "type": "function",
-            "id": "call12345",
+            "id": _CALL_ID,
             "function": {"name": "look", "arguments": {"a": "b"}},
         }
     ],
@@ -47,7 +48,7 @@ _RESULT: Message = {
     "role": "tool",
     "content": "r r",
     "name": "look",
-    "tool_call_id": "call12345",
+    "tool_call_id": _CALL_ID,
 }
 
 
@@ -92,16 +93,26 @@ class TurnMarkup:
                 self._headers[role] = None
         return self._headers[role]
 
-    def header_in(self, gap: str, role: str | None) -> str:
+    def header_in(self, gap: str, previous: Message | None) -> str:
         """The header at the end of ``gap``, the text between the last speaker and the answer.
+
+        Args:
+            gap: That text.
+            previous: The message before the answer.
 
         Raises:
             RowError: the gap is not what the template writes in the self-test.
         """
+        role = previous["role"] if previous else None
         header = self.header(role)
         if header is not None:
-            if gap.startswith(header):
-                return header
+            if previous and previous.get("tool_call_id"):
+                # A few templates write the call's id after its result.
+                header = header.replace(_CALL_ID, previous["tool_call_id"])
+            # White space after what was said is the message's own, if the template keeps it.
+            for begin in (_white_space_after(previous), ""):
+                if gap.startswith(begin + header):
+                    return begin + header
             if header.startswith(gap):
                 return gap
         # After another ending the same words may name the assistant.
@@ -209,17 +220,23 @@ class TurnMarkup:
             run = tier.search(shared)
             if run:
                 self._add_stop(_run_of(tier, shared, run.start(), openers))
-            for tail in (last, middle, called, open_call):
-                # A stop that is known already may stand behind the closing tags of a tool call.
-                if tail and not any(stop in tail for stop in self.stops):
-                    found = tier.search(tail)
-                    # GLM has no other stop than the next speaker's opening; others do.
-                    if found and not (self.stops and found.group() in openers):
-                        self._add_stop(found.group())
-            if self.stops:
+            self._add_stops_of((last, middle), tier, openers)
+            if self.stops:  # else what ends a call, such as </tool_call>, is not what ends turns
+                self._add_stops_of((called, open_call), tier, openers)
                 return
         if shared.strip():
             self._add_stop(shared.rstrip())
+
+    def _add_stops_of(
+        self, tails: Sequence[str | None], tier: re.Pattern[str], openers: set[str]
+    ) -> None:
+        for tail in tails:
+            # A stop that is known already may stand behind the closing tags of a tool call.
+            if tail and not any(stop in tail for stop in self.stops):
+                found = tier.search(tail)
+                # GLM has no other stop than the next speaker's opening; others do.
+                if found and not (self.stops and found.group() in openers):
+                    self._add_stop(found.group())
 
     def _openers(self, tier: re.Pattern[str]) -> set[str]:
         """Tokens that open a message: a few templates write the next one's after the last turn."""
@@ -258,6 +275,13 @@ class TurnMarkup:
         marked, _ = mark_conversation(self._forms(messages))
         text = self._template.render(marked, add_generation_prompt=add_generation_prompt)
         return split_marks(text, BLOCK_OPEN, BLOCK_CLOSE)[0]
+
+
+def _white_space_after(message: Message | None) -> str:
+    content = message["content"] if message else ""
+    if isinstance(content, list) and content:
+        content = content[-1].get("text")
+    return content[len(content.rstrip()) :] if isinstance(content, str) else ""
 
 
 def _run_of(pattern: re.Pattern[str], text: str, begin: int, openers: set[str]) -> str:

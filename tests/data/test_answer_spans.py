@@ -177,8 +177,26 @@ def test_tool_calls_are_trained_and_results_are_not():
 def test_answer_that_the_template_leaves_out_is_refused(source):
     conversation = chat("Look.", "Wait.", tool_calls=[
         {"type": "function", "function": {"name": "look", "arguments": {}}}])  # fmt: skip
-    with pytest.raises(RowError, match="leaves out tool of message 2"):
+    with pytest.raises(RowError, match="leaves out a tool call of message 2.*--chat-template FILE"):
         trained(source, conversation)
+
+
+@pytest.mark.parametrize("source", [CHATML, GENERATION])
+@pytest.mark.parametrize("role", ["system", "user"])
+def test_question_or_system_prompt_that_the_template_leaves_out_is_refused(source, role):
+    # As Mistral's templates do, which write the system prompt before a last question only.
+    source = source.replace("in messages %}", "in messages if message.role != role_to_drop %}")
+    source = f"{{%- set role_to_drop = '{role}' %}}" + source
+    conversation = Conversation(
+        [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hi there"},
+            {"role": "assistant", "content": "Hello."},
+        ]
+    )
+    found = finder(source)
+    with pytest.raises(RowError, match=rf"question dropped: .*\({role}\) says"):
+        found.find(conversation)
 
 
 def test_template_that_counts_characters_is_refused():
@@ -227,3 +245,26 @@ def test_text_before_a_stray_closing_tag_never_becomes_reasoning(said):
         for policy in ("mask", "last"):
             with pytest.raises(RowError, match="stray think tag"):
                 trained(source, conversation, reasoning=policy)
+
+
+@pytest.mark.parametrize("policy", ["keep", "last", "mask"])
+def test_raw_answers_to_a_prompt_that_opens_the_tag_are_reasoning_and_answer(policy):
+    prompt = "'<|im_start|>assistant\\n'"
+    source = CHATML.replace(prompt, prompt.replace("\\n'", "\\n<think>\\n'"))
+    assert source != CHATML
+    found = finder(source, reasoning=policy)
+    raw, whole = "Sum.\n</think>\n\nFour.", "<think>\nSum.\n</think>\n\nFour."
+    texts = []
+    for said in (raw, whole):
+        conversation = chat("2 + 2?", said)
+        rendering = found.find(conversation)
+        # What inference would have shown and heard: the prompt, then the raw answer.
+        shown = found.template.render(conversation.messages[:1], add_generation_prompt=True)
+        assert rendering.text == shown + raw + "<|im_end|>\n"
+        spans = trained_spans(rendering, conversation, policy)
+        texts.append([rendering.text[a:b] for a, b in spans])
+    expected = "Four.<|im_end|>" if policy == "mask" else whole + "<|im_end|>"
+    assert texts == [[expected]] * 2
+    # Tags that are talked about are left alone where there are both, or two.
+    talk = chat("How?", "Write <think> and </think>.")
+    assert "<think>\nWrite" not in finder(source).find(talk).text

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.prepare import _CODE, prepare_documents, prepare_rows
-from tests.data.conftest import make_rows
+from tests.data.conftest import CHATML, make_rows
 from tests.data.templates import GENERATION, THINKING
 
 
@@ -50,6 +50,27 @@ def test_documents_hold_the_promised_arrays(tokenizer, rows, tmp_path):
     for index in (0, 7, -1):
         expected = rows[index]["answer"] + "<|im_end|>"
         assert trained_text(tokenizer, documents, index) == expected
+
+
+def test_what_the_template_and_the_tokenizer_leave_out_is_counted_and_told(
+    tokenizer, rows, tmp_path
+):
+    tool = {"name": "look", "parameters": {"type": "object", "properties": {}}}
+    rows = [{**rows[0], "answer": "    return"}, {**rows[1], "tools": [tool]}, rows[2]]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    for cache in (None, tmp_path / "cache"):
+        # A line break and three spaces are one token: half header, half answer.
+        documents = prepare(tokenizer, [file], cache)
+        report = documents.report
+        assert report["tools_not_shown"] == 1
+        untold = f"1 rows of {file} have tools on offer that the chat template does not show"
+        assert any(untold in warning for warning in report["warnings"])
+        assert report["boundary_tokens"] == 1
+        told = f"1 tokens of {file} hold the end of a header"
+        assert any(told in warning for warning in report["warnings"])
+    shown = CHATML.replace("{%- for", "{{- tools|tojson if tools else '' }}{%- for", 1)
+    documents = prepare(tokenizer, [file], chat_template=shown)
+    assert documents.report["tools_not_shown"] == 0
 
 
 def test_cache_memory_and_workers_give_the_same_documents(tokenizer, rows, tmp_path):

@@ -2,14 +2,15 @@
 
 import pytest
 
-from data.answer_spans import trained_spans
+from data.answer_spans import AnswerFinder, trained_spans
+from data.chat_template import ChatTemplate
 from data.conversation import Conversation
 from data.errors import DataError, RowError
 from data.template_check import _contradiction, check_template
-from data.template_survey import _SPECIAL
+from data.template_survey import tokens_named_in
 from data.turn_markup import TurnMarkup
 from tests.data.conftest import CHATML
-from tests.data.templates import chat, finder
+from tests.data.templates import THINKING, chat, finder
 
 CALL = {"type": "function", "id": "c", "function": {"name": "look", "arguments": {"q": "x"}}}
 TOOLS = Conversation(
@@ -83,7 +84,7 @@ def test_a_header_cut_short_refuses_rows_and_is_wrong_in_the_self_test(
     assert len(found.find(conversation).turns) == 2
     whole = found.markup.header("user")
     found = finder(source)
-    monkeypatch.setattr(TurnMarkup, "header_in", lambda self, gap, role: cut)
+    monkeypatch.setattr(TurnMarkup, "header_in", lambda self, gap, previous: cut)
     monkeypatch.setattr(TurnMarkup, "header", lambda self, role: whole)
     monkeypatch.setattr("data.answer_spans._overlap", lambda *_: len(cut) - len("<|im_end|>\n"))
     with pytest.raises(RowError, match=problem):
@@ -107,8 +108,31 @@ def test_plain_answers_of_command_r_tool_use_train_no_header(test_data):
     name = "llama.cpp/CohereForAI-c4ai-command-r-plus-tool_use"
     source = (test_data / f"chat_templates/{name}.jinja").read_text()
     found = finder(source)
-    found = type(found)(found.template, sorted(set(_SPECIAL.findall(source))))
+    found = type(found)(found.template, tokens_named_in(source))
     conversation = chat("Hi", "Hello.", "And?", "Bye.")
     rendering = found.find(conversation)
     spans = [rendering.text[a:b] for a, b in trained_spans(rendering, conversation)]
     assert spans == ["Hello.<|END_OF_TURN_TOKEN|>", "Bye.<|END_OF_TURN_TOKEN|>"]
+
+
+@pytest.mark.parametrize("asked", ["Hi", "Hi \n", "Hi\n\n [/INST]\n"])
+@pytest.mark.parametrize("before", ["[/INST]", " [/INST]", "\n"])
+def test_white_space_at_the_end_of_a_question_is_not_header(asked, before):
+    # Tags that are no tokens, as Mistral's with its older tokenizer.
+    source = (
+        "{%- for m in messages %}{{ '[INST]' + m.content + before if m.role == 'user' "
+        "else m.content + '</s>' }}{%- endfor %}"
+    )
+    source = "{%- set before = " + repr(before) + " %}" + source
+    conversation = chat(asked, "  Hello.", asked, "Bye.")
+    assert trained(source, conversation) == ["  Hello.</s>", "Bye.</s>"]
+
+
+def test_what_ends_a_call_does_not_end_turns():
+    # A tokenizer that has no <|im_end|>, but </tool_call>: the stop is text, and told as such.
+    template = ChatTemplate(THINKING, {})
+    found = AnswerFinder(template, [], ["<tool_call>", "</tool_call>"])
+    assert found.markup.stops == ["<|im_end|>"]
+    assert not found.markup.stop_is_token
+    rendering = found.find(chat("Hi", "Hello."))
+    assert [rendering.text[t.start : t.end] for t in rendering.turns] == ["Hello.<|im_end|>"]
