@@ -99,6 +99,7 @@ def test_same_command_again_continues_bit_for_bit(words, straight, tmp_path):
     assert numbers(over) == numbers(straight)
 
 
+@pytest.mark.slow
 def test_continues_in_another_layout(words, straight, tmp_path):
     flags = [*words, "--exit-interval", "3"]
     finetune(tmp_path / "out", *flags, "--tensor-model-parallel-size", "2", world=2).ok()

@@ -108,6 +108,7 @@ def _dropout_on_ranks() -> tuple[list[torch.Tensor], bool]:
     return passes, torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_dropout_only_while_training_and_apart_on_each_tensor_parallel_rank():
     (first, still), (second, also_still) = run_ranks(_dropout_on_ranks, 2)
     assert torch.equal(first[2], first[3]) and torch.equal(first[2], second[2])

@@ -1,6 +1,7 @@
 import copy
 from argparse import Namespace
 
+import pytest
 import torch
 
 from post_training import modelopt_state
@@ -46,6 +47,7 @@ def _restore(argv):
     return _facts(megatron_model.unwrapped(built).eval())
 
 
+@pytest.mark.slow
 def test_modelopt_state_survives_save_and_load(hf_model, tmp_path):
     folder, out = str(hf_model("qwen3")), str(tmp_path / "out")
     plain, (logits, scales) = run_rank(_quantise_and_save, megatron_model.flags(folder, out))

@@ -15,6 +15,11 @@ from tests.helpers.reference import Recipe
 RECIPE = Recipe(steps=3)
 
 
+def slow(*values):
+    """A case that starts an interpreter of its own."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def run(hf_model, chat_data, tmp_path_factory):
     """A finished run at tensor parallel size 2."""
@@ -51,6 +56,7 @@ def test_export_reloads_and_continues_the_base_model(exported, hf_model):
     assert (exported / "generation_config.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_same_answer_both_ways(run, exported):
     prompt = ["--prompt", "What colour is the sky?", "--max-new-tokens", "6"]
     ours = run_script("scripts/generate.py", "--output-dir", str(run.folder), *prompt)
@@ -61,6 +67,7 @@ def test_the_same_answer_both_ways(run, exported):
     assert ours.stdout == theirs.stdout
 
 
+@pytest.mark.slow
 def test_evaluate_counts_every_row(run, chat_data, tmp_path):
     out = tmp_path / "scores.json"
     done = run_script(
@@ -73,6 +80,7 @@ def test_evaluate_counts_every_row(run, chat_data, tmp_path):
     assert "all" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_copied_run_reads_its_own_checkpoints(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run.folder, copy)
@@ -88,8 +96,10 @@ def test_a_copied_run_reads_its_own_checkpoints(run, tmp_path):
     [
         ("scripts/export_hf.py", ["--output-dir", "nowhere"], "holds no run"),
         ("scripts/generate.py", ["--prompt", "a"], "--output-dir"),
-        ("scripts/generate.py", ["--hf-model", "x", "--prompt", "a", "--top-k", "-1"], "--top-k"),
-        ("scripts/evaluate.py", ["--hf-model", "x", "--data", "no.jsonl"], "no such file"),
+        slow(
+            "scripts/generate.py", ["--hf-model", "x", "--prompt", "a", "--top-k", "-1"], "--top-k"
+        ),
+        slow("scripts/evaluate.py", ["--hf-model", "x", "--data", "no.jsonl"], "no such file"),
     ],
 )
 def test_wrong_flags_get_one_line(script, flags, expected):

@@ -13,3 +13,10 @@ def upstream():
     done = run_script("tests/helpers/upstream_probe.py")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that ask upstream are slow: they start an interpreter."""
+    for item in items:
+        if "upstream" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)

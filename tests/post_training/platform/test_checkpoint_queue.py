@@ -6,6 +6,7 @@ import signal
 import time
 from argparse import Namespace
 
+import pytest
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from post_training.platform import checkpoint_queue
@@ -26,6 +27,7 @@ def _queue_of_asynchronous_saves():
     return results.get(timeout=10), args.use_persistent_ckpt_worker
 
 
+@pytest.mark.slow
 def test_asynchronous_saves_on_a_cpu_have_a_writer_for_each_save():
     assert run_rank(_queue_of_asynchronous_saves) == ("a result", False)
 
@@ -52,6 +54,7 @@ def _writer_dies_with_its_parent(file):
     return False
 
 
+@pytest.mark.slow
 def test_a_writer_does_not_outlive_a_killed_run(tmp_path):
     assert run_rank(_writer_dies_with_its_parent, str(tmp_path / "pid"))
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 
+import pytest
 from megatron.training import checkpointing, training
 
 from tests.helpers.launch import ROOT
@@ -17,6 +18,7 @@ def test_megatron_finds_what_it_looks_for():
     assert training.has_nvidia_modelopt and checkpointing.has_nvidia_modelopt
 
 
+@pytest.mark.slow
 def test_modelopt_is_not_imported_before_it_is_needed():
     code = (
         "from post_training import platform; platform.apply(); import sys;"

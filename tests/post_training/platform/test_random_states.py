@@ -5,6 +5,7 @@ import os
 import random
 import sys
 
+import pytest
 import torch
 from megatron.training import checkpointing, training
 
@@ -40,6 +41,7 @@ def test_every_rank_gets_its_own_state_back(hf_model, tmp_path):
     assert run_ranks(_states_after_loading, 2, argv, True) == [True, True]
 
 
+@pytest.mark.slow
 def test_still_needed_upstream_keeps_the_state_of_data_parallel_rank_0(hf_model, tmp_path):
     argv = megatron_model.flags(str(hf_model("qwen3")), str(tmp_path / "out"))
     assert run_ranks(_states_after_loading, 2, argv, False) == [True, False]
