@@ -27,7 +27,9 @@ from data.token_cache import CACHE_FORMAT, MANIFEST, Documents
 from data.worker_messages import Shard
 
 BAD_ROWS = "bad_rows.jsonl"
-ALL_FILES = ("input_ids.bin", "loss_mask.bin", "lengths.bin", "provenance.bin", BAD_ROWS)
+ALL_FILES = (
+    "input_ids.bin", "loss_mask.bin", "lengths.bin", "provenance.bin", "hashes.bin", BAD_ROWS,
+)  # fmt: skip
 JOURNAL = "journal.jsonl"
 _COPY_BYTES = 1 << 22
 _BAD_ROWS_IN_REPORT = 20
@@ -96,6 +98,7 @@ class MemorySink:
             loss_mask=np.concatenate([shard.loss_mask for shard in shards]),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             provenance=np.concatenate([shard.provenance for shard in shards]),
+            hashes=np.concatenate([shard.hashes for shard in shards]),
             fingerprint=fingerprint,
             report=report_of(self.counts, self.bad_rows),
         )
@@ -126,6 +129,7 @@ class FolderSink:
             "loss_mask.bin": shard.loss_mask.tobytes(),
             "lengths.bin": shard.lengths.tobytes(),
             "provenance.bin": shard.provenance.tobytes(),
+            "hashes.bin": shard.hashes.tobytes(),
             BAD_ROWS: lines.encode(),
         }
         checksum = 0

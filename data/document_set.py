@@ -57,13 +57,18 @@ class DocumentSet:
         return self._gather([np.asarray(part.provenance) for part in self.parts])
 
     @property
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """Hash of each document's tokens, uint64 ``[num_documents]``."""
+        return self._gather([np.asarray(part.hashes) for part in self.parts])
+
+    @property
     def max_token_id(self) -> int:
         """The largest token id that occurs in the parts; -1 when they are empty."""
         return max((part.max_token_id for part in self.parts), default=-1)
 
-    def _gather(self, values: list[IntArray]) -> IntArray:
+    def _gather[T: np.generic](self, values: list[npt.NDArray[T]]) -> npt.NDArray[T]:
         starts = np.cumsum([0, *(len(part) for part in values[:-1])])
-        gathered: IntArray = np.concatenate(values)[starts[self.part_of] + self.index_of]
+        gathered: npt.NDArray[T] = np.concatenate(values)[starts[self.part_of] + self.index_of]
         return gathered
 
 
@@ -149,10 +154,7 @@ def split_documents(documents: Documents, ratios: Sequence[float]) -> list[Docum
             "train, validation and test, such as 0.98,0.01,0.01."
         )
     bounds = np.cumsum(shares / shares.sum()) * _BUCKETS
-    hashes = np.empty(len(documents), np.int64)
-    for index in range(len(documents)):
-        ids, _ = documents[index]
-        hashes[index] = int.from_bytes(hashlib.blake2b(ids, digest_size=4).digest())
+    hashes = np.asarray(documents.hashes) >> np.uint64(32)
     part = np.searchsorted(bounds[:-1], hashes, side="right")
     sets = []
     for number in range(len(shares)):
@@ -170,6 +172,28 @@ def split_documents(documents: Documents, ratios: Sequence[float]) -> list[Docum
             )
         )
     return sets
+
+
+def shared_documents(
+    held_out: Documents | DocumentSet, train: Documents | DocumentSet
+) -> tuple[IntArray, IntArray]:
+    """Documents of one split that another has too, with the same tokens.
+
+    Args:
+        held_out: The smaller of the two, such as validation data.
+        train: The other.
+
+    Returns:
+        int64 indices in ``held_out``, and of each the index of one like it in ``train``.
+    """
+    theirs = np.asarray(train.hashes)
+    known = np.sort(held_out.hashes)
+    places = np.minimum(np.searchsorted(known, theirs), max(len(known) - 1, 0))
+    hits = np.flatnonzero(known[places] == theirs) if len(known) else places[:0]
+    found, first = np.unique(theirs[hits], return_index=True)
+    shared = np.flatnonzero(np.isin(held_out.hashes, found))
+    order = np.searchsorted(found, held_out.hashes[shared])
+    return shared, hits[first[order]]
 
 
 def sum_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:

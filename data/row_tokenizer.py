@@ -9,6 +9,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
@@ -105,6 +106,9 @@ class RowTokenizer:
             loss_mask=np.concatenate(masks) if masks else np.empty(0, np.uint8),
             lengths=lengths,
             provenance=np.array(provenance, np.int64).reshape(-1, 2),
+            hashes=np.frombuffer(
+                b"".join(blake2b(document, digest_size=8).digest() for document in ids), np.uint64
+            ),
             counts=dict(counts),
             bad_rows=bad,
             error=error,

@@ -5,6 +5,7 @@
     <cache_dir>/<key>/loss_mask.bin    uint8  [total_tokens]
     <cache_dir>/<key>/offsets.bin      int64  [num_documents + 1]
     <cache_dir>/<key>/provenance.bin   int64  [num_documents, 2]   (source, row in that source)
+    <cache_dir>/<key>/hashes.bin       uint64 [num_documents]
 
 A folder appears under its final name by one atomic rename, after its files are complete: whoever
 sees it can use it.
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from data.errors import DataError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 MANIFEST = "manifest.json"
 
 
@@ -38,6 +39,7 @@ class Documents:
             1]]``.
         provenance: int64 ``[num_documents, 2]``: number of the source, row number in it (both from
             0).
+        hashes: uint64 ``[num_documents]``: hash of each document's tokens.
         fingerprint: Hash of everything that the contents depend on.
         report: Counts: rows read, rows kept, rows dropped by reason, tokens, trained tokens, and
             what was detected.
@@ -47,6 +49,7 @@ class Documents:
     loss_mask: npt.NDArray[np.uint8]
     offsets: npt.NDArray[np.int64]
     provenance: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
     fingerprint: str
     report: dict[str, Any] = field(default_factory=dict)
 
@@ -96,6 +99,7 @@ def open_documents(folder: Path) -> Documents:
         loss_mask=_map(folder / "loss_mask.bin", np.uint8, (tokens,)),
         offsets=_map(folder / "offsets.bin", np.int64, (documents + 1,)),
         provenance=_map(folder / "provenance.bin", np.int64, (documents, 2)),
+        hashes=_map(folder / "hashes.bin", np.uint64, (documents,)),
         fingerprint=manifest["fingerprint"],
         report=manifest["report"],
     )

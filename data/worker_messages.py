@@ -61,6 +61,7 @@ class Shard:
         loss_mask: uint8 ``[tokens]``.
         lengths: int64 ``[documents]``.
         provenance: int64 ``[documents, 2]``: source and row number.
+        hashes: uint64 ``[documents]``: hash of each document's tokens.
         counts: Rows read, kept and dropped by reason, turns, tokens.
         bad_rows: (place, reason, detail) of rows that were skipped.
         error: The message of a row that stops the run.
@@ -70,6 +71,7 @@ class Shard:
     loss_mask: npt.NDArray[np.uint8]
     lengths: npt.NDArray[np.int64]
     provenance: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
     counts: dict[str, int]
     bad_rows: list[tuple[str, str, str]]
     error: str | None = None

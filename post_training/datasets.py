@@ -19,7 +19,8 @@ from data.arguments import (
     prepare_documents_from_args,
 )
 from data.cache_build import BAD_ROWS
-from data.provenance import source_names, source_of
+from data.document_set import shared_documents
+from data.provenance import document_place, source_names, source_of
 from post_training.errors import SetupError
 from post_training.tokenizer import load_tokenizer
 
@@ -183,7 +184,21 @@ def describe(documents: dict[str, SplitDocuments], tokenizer: Any, args: argpars
             for number, part in enumerate(parts)
         ]
         lines += [f"{split}: {warning}" for warning in used.report.get("warnings") or ()]
+        if split != "train" and "train" in documents:
+            lines += _describe_overlap(split, used, documents["train"])
     return "\n".join(lines)
+
+
+def _describe_overlap(split: str, used: SplitDocuments, train: SplitDocuments) -> list[str]:
+    """A warning of documents that are in the training data as well."""
+    shared, like = shared_documents(used, train)
+    if not len(shared):
+        return []
+    first, other = document_place(used, int(shared[0])), document_place(train, int(like[0]))
+    return [
+        f"{split}: warning: {len(shared):,} of {len(used):,} documents are in the training data too, "
+        f"the first at {first} (and {other}); the loss on them is not that on unseen data"
+    ]
 
 
 def _describe_part(part: Documents, use: str, args: argparse.Namespace) -> str:

@@ -29,6 +29,7 @@ def shard(number, documents=3):
         loss_mask=np.full(total, number % 2, np.uint8),
         lengths=lengths,
         provenance=np.array([[0, 10 * number + i] for i in range(documents)], np.int64),
+        hashes=np.arange(documents, dtype=np.uint64) + np.uint64(number),
         counts={"read": documents + 1, "kept": documents, "dropped: x": 1, "max token id": number},
         bad_rows=[(f"f:{number}", "x", "y")],
     )

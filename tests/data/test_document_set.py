@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.dataset import SFTDataset
-from data.document_set import mix_documents, split_documents, sum_reports
+from data.document_set import mix_documents, shared_documents, split_documents, sum_reports
 from data.errors import DataError
 from data.prepare import prepare_rows
 from tests.data.conftest import make_rows
@@ -55,6 +55,28 @@ def test_split_does_not_move_documents_when_data_is_added(tokenizer):
         for d in (few, more)
     )
     assert all(old <= new for old, new in zip(first, second, strict=True))
+
+
+def test_shared_documents_are_found_in_mixtures_with_their_likes(parts, tokenizer):
+    rows = make_rows(40, 0) + make_rows(9, 5)  # the first 40 of parts[0], and none of theirs
+    held_out = prepare_rows(rows, tokenizer=tokenizer, seq_length=256)
+    mixture = mix_documents(parts, [1, 2, 1], ["a", "b", "c"], 0)
+    expected = {
+        (i, mixture[j][0].tobytes())
+        for i in range(len(held_out))
+        for j in range(len(mixture))
+        if np.array_equal(held_out[i][0], mixture[j][0])
+    }
+    assert 0 < len(expected) < 40
+    shared, like = shared_documents(held_out, mixture)
+    assert {(i, mixture[j][0].tobytes()) for i, j in zip(shared, like, strict=True)} == expected
+    shared, like = shared_documents(parts[1], mixture)
+    assert shared.tolist() == list(range(len(parts[1])))
+    for i, j in zip(shared, like, strict=True):
+        assert np.array_equal(parts[1][i][0], mixture[j][0])
+    train, valid, _ = split_documents(parts[0], [8, 1, 1])
+    assert not len(shared_documents(valid, train)[0])
+    assert not len(shared_documents(split_documents(parts[0], [1, 0])[1], train)[0])
 
 
 @pytest.mark.parametrize("ratios", [[], [0, 0], [-1, 2]])

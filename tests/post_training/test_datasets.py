@@ -72,3 +72,14 @@ def test_a_split_shows_what_is_its_own(prepared):
         tokens = int(documents[split].lengths.sum())
         assert f"{split}: {len(documents[split])} documents, {tokens:,} tokens" in text
     assert 0 < len(documents["valid"]) < 59
+
+
+def test_documents_that_are_held_out_and_trained_are_counted_and_shown(prepared):
+    files = ["--finetune-data-files", "DIR/a.jsonl", "--valid-data-files", "DIR/b.jsonl"]
+    text, _, folder = prepared(*files)  # the same questions and answers, in other columns
+    warning = next(line for line in text.splitlines() if "warning" in line)
+    assert "valid: warning: 39 of 40 documents are in the training data too" in warning
+    assert f"the first at {folder}/b.jsonl:1 (and {folder}/a.jsonl:1)" in warning
+    rows = [json.dumps({"question": f"How {i}?", "answer": "yes"}) for i in range(9)]
+    (folder / "b.jsonl").write_text("\n".join(rows) + "\n")
+    assert "warning" not in prepared(*files)[0]
