@@ -36,7 +36,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Training data: json, jsonl, parquet or csv files (also .gz, .zst), folders or globs; "
         "PATH=WEIGHT mixes sources by their share of tokens.")  # fmt: skip
     add("--finetune-hf-dataset", default=None, metavar="NAME",
-        help="Training data: a dataset of the HuggingFace hub, or a local folder.")  # fmt: skip
+        help="Training data: a dataset of the HuggingFace hub, or a local folder; NAME=WEIGHT mixes it "
+        "with files.")  # fmt: skip
     add("--finetune-data-split", default="train", metavar="SPLIT",
         help="Split of --finetune-hf-dataset to train on.")  # fmt: skip
     add("--valid-data-files", nargs="+", default=None, metavar="PATH",
@@ -143,6 +144,12 @@ def parse_weighted(entries: Sequence[str]) -> list[tuple[str, float | None]]:
     return parsed
 
 
+def training_sources(args: argparse.Namespace) -> list[str]:
+    """What training data was given, without weights: files, folders and globs, then the dataset."""
+    hub = [args.finetune_hf_dataset] if args.finetune_hf_dataset else []
+    return [name for name, _ in parse_weighted([*(args.finetune_data_files or ()), *hub])]
+
+
 def _prepare(
     args: argparse.Namespace,
     files: Sequence[str],
@@ -152,20 +159,21 @@ def _prepare(
 ) -> Documents | DocumentSet:
     flag = _files_flag(split)
     parsed = parse_weighted(files)
-    weighted = [weight for _, weight in parsed if weight is not None]
+    hub = parse_weighted([hf_dataset] if hf_dataset else [])
+    sources = [*parsed, *hub]
+    weighted = [weight for _, weight in sources if weight is not None]
     if not weighted:
         return _prepare_one(args, files, hf_dataset, tokenizer, flag)
-    if len(weighted) != len(parsed):
-        plain = next(path for path, weight in parsed if weight is None)
-        raise DataError(f"{flag} {plain}: give every source a weight (PATH=WEIGHT), or none.")
-    if hf_dataset:
+    if len(weighted) != len(sources):
+        plain = next(number for number, (_, weight) in enumerate(sources) if weight is None)
         raise DataError(
-            f"{flag} with weights mixes files only (found --finetune-hf-dataset {hf_dataset} too). "
-            "Leave one of them out, or save the dataset as files and give them a weight."
+            f"{flag if plain < len(parsed) else '--finetune-hf-dataset'} {sources[plain][0]}: give "
+            "every source a weight (PATH=WEIGHT), or none."
         )
     _require_distinct([path for path, _ in parsed], flag)
     parts = [_prepare_one(args, [path], None, tokenizer, flag) for path, _ in parsed]
-    return mix_documents(parts, weighted, [path for path, _ in parsed], _seed(args))
+    parts += [_prepare_one(args, (), name, tokenizer, flag) for name, _ in hub]
+    return mix_documents(parts, weighted, [name for name, _ in sources], _seed(args))
 
 
 def _require_distinct(sources: Sequence[str], flag: str) -> None:

@@ -17,6 +17,7 @@ from data.arguments import (
     default_cache_dir,
     parse_weighted,
     prepare_documents_from_args,
+    training_sources,
 )
 from data.cache_build import BAD_ROWS
 from data.document_set import shared_documents
@@ -44,10 +45,13 @@ class Sources:
 
 
 def sources_of(args: argparse.Namespace, split: str, documents: SplitDocuments) -> Sources:
-    """The sources of a split: one for each file, folder or glob that was given."""
+    """The sources of a split: one for each file, folder, glob or dataset that was given."""
     from_train = split == "train" or args.split_ratio is not None
-    files = args.finetune_data_files if from_train else getattr(args, f"{split}_data_files")
-    entries = [path for path, _ in parse_weighted(files or ())]
+    entries = (
+        training_sources(args)
+        if from_train
+        else [path for path, _ in parse_weighted(getattr(args, f"{split}_data_files") or ())]
+    )
     of = source_of(documents, entries)
     if of is None or len(entries) > MOST_SOURCES:
         return Sources([], None)

@@ -14,7 +14,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import IO
+from typing import IO, Any
 
 from data.arguments import (
     add_data_arguments,
@@ -73,9 +73,6 @@ def _preview(args: argparse.Namespace) -> None:
     flag = "--data" if args.data else "--finetune-data-files"
     args.finetune_data_files = args.data or args.finetune_data_files
     settings = PrepareOptions(seq_length=args.seq_length, **option_fields(args))
-    hf_split = args.finetune_data_split
-    if args.finetune_hf_dataset:
-        settings, hf_split = named_settings(args.finetune_hf_dataset, settings, hf_split)
     options, facts = tokenize_options(tokenizer, settings)
     print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}")
     for warning in facts["warnings"]:
@@ -87,10 +84,11 @@ def _preview(args: argparse.Namespace) -> None:
         if args.json:
             rows_out = stack.enter_context(open_output(args.json))
         formats: dict[int, str] = {}
-        for source, name, chunks in _sources(args, flag, hf_split):
+        for source, name, chunks, columns in _sources(args, flag, settings):
             shown, summary = 0, None
             # The files of one source are in one format, that of its first good row.
-            known = replace(options, format=formats.get(source) or options.format)
+            known = replace(options, **columns)
+            known = replace(known, format=formats.get(source) or known.format)
             for row, totals in preview_source(chunks, name, known):
                 summary = totals
                 if rows_out is not None:
@@ -121,9 +119,9 @@ def _preview(args: argparse.Namespace) -> None:
 
 
 def _sources(
-    args: argparse.Namespace, flag: str, hf_split: str
-) -> Iterator[tuple[int, str, Iterator[Chunk]]]:
-    """The number of the source, the name and the rows of everything that is trained on."""
+    args: argparse.Namespace, flag: str, settings: PrepareOptions
+) -> Iterator[tuple[int, str, Iterator[Chunk], dict[str, Any]]]:
+    """Everything that is trained on: the number of the source, the name, the rows, and how to read them."""
     parsed = parse_weighted(args.finetune_data_files or ())
     if not parsed and not args.finetune_hf_dataset:
         raise DataError("there is no data: give --data FILES or --finetune-hf-dataset.")
@@ -132,11 +130,13 @@ def _sources(
     entries = [[path] for path, _ in parsed] if mixed else [[path for path, _ in parsed]]
     for source, paths in enumerate(entries):
         for number, path in enumerate(resolve_files(paths, flag)):
-            yield source, str(path), file_chunks(path, number)
+            yield source, str(path), file_chunks(path, number), {}
     if args.finetune_hf_dataset:
-        dataset = load_dataset(args.finetune_hf_dataset, hf_split)
-        chunks = dataset_chunks(dataset, args.finetune_hf_dataset)
-        yield len(entries), args.finetune_hf_dataset, chunks
+        ((hub_name, _),) = parse_weighted([args.finetune_hf_dataset])
+        settings, split = named_settings(hub_name, settings, args.finetune_data_split)
+        columns = {"format": settings.conversation_format or "", "mapping": settings.format_options}
+        chunks = dataset_chunks(load_dataset(hub_name, split), hub_name)
+        yield len(entries), hub_name, chunks, columns
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@ import json
 
 import pytest
 
-from data.arguments import add_data_arguments, parse_weighted, prepare_documents_from_args
+from data.arguments import (
+    add_data_arguments,
+    parse_weighted,
+    prepare_documents_from_args,
+    training_sources,
+)
 from data.document_set import DocumentSet
 from data.errors import DataError
 from tests.data.conftest import make_rows
@@ -82,6 +87,19 @@ def test_copy_of_a_file_is_in_no_other_split(tokenizer, tmp_path, files):
     assert len(prepare(tokenizer, tmp_path, "train", *within)) == 120
 
 
+def test_a_dataset_and_files_are_mixed_by_weight(tokenizer, tmp_path, files):
+    import datasets
+
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "hub")
+    flags = ["--finetune-data-files", f"{files[0]}=3", "--finetune-hf-dataset", f"{tmp_path}/hub=1"]
+    assert training_sources(parse(tmp_path, *flags)) == [str(files[0]), f"{tmp_path}/hub"]
+    mixture = prepare(tokenizer, tmp_path, "train", *flags)
+    shares = mixture.report["mixture"]
+    assert shares[f"{tmp_path}/hub"]["achieved"] == pytest.approx(0.25, abs=0.01)
+    assert shares[str(files[0])]["documents"] == int((mixture.part_of == 0).sum())
+
+
 def test_weighted_sources_get_their_share_of_tokens(tokenizer, tmp_path, files):
     flags = ("--finetune-data-files", f"{files[0]}=3", f"{files[1]}=1")
     mixture = prepare(tokenizer, tmp_path, "train", *flags)
@@ -119,7 +137,10 @@ def test_equals_sign_in_an_existing_name_is_no_weight(tmp_path):
         (["--finetune-data-files", "{0}=1", "{folder}/*.jsonl=1"], "0.jsonl is in .*0.jsonl as well"),
         (["--finetune-data-files", "{folder}=1", "{folder}/../{folder.name}/2.jsonl=1"], "as well"),
         (["--finetune-hf-dataset", "some/name", "--finetune-data-files", "{0}=1", "{1}=1"],
-         "mixes files only \\(found --finetune-hf-dataset some/name"),
+         "--finetune-hf-dataset some/name: give every source a weight"),
+        (["--finetune-hf-dataset", "some/name=1", "--finetune-data-files", "{0}"],
+         "--finetune-data-files .*0.jsonl: give every source a weight"),
+        (["--finetune-hf-dataset", "some/name", "--finetune-data-files", "{0}"], "give either"),
         (["--finetune-data-files", "{0}", "--valid-data-files", "gone"], "--valid-data-files gone"),
         (["--finetune-data-files", "{0}", "--chat-template-variables", "7"], "JSON object"),
     ],

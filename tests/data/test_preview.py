@@ -133,3 +133,10 @@ def test_preview_reads_a_well_known_dataset_as_the_run_does(run, capsys, monkeyp
     shown = capsys.readouterr().out
     assert "5 read, 5 kept" in shown
     assert "train: 5 documents" in shown
+    # Mixed with files, whose columns are others.
+    assert call("--finetune-hf-dataset", f"{name}=1", "--data", "q.jsonl=2") == 0
+    shown = capsys.readouterr().out
+    assert "5 read, 5 kept" in shown
+    assert "40 read, 40 kept" in shown
+    assert f"train: {name}[train_sft]: format messages, masks by marks; 5 rows read" in shown
+    assert "(33.33% wanted)" in shown
