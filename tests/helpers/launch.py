@@ -264,13 +264,16 @@ def command(*words: str, world: int | None = None) -> list[str]:
 
 
 def run_script(
-    *words: str, world: int | None = None, timeout: float = 240.0
+    *words: str,
+    world: int | None = None,
+    timeout: float = 240.0,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in a new interpreter, as a user does."""
     return subprocess.run(
         command(*words, world=world),
         cwd=ROOT,
-        env=os.environ | ENVIRONMENT,
+        env=os.environ | ENVIRONMENT | dict(environment or {}),
         capture_output=True,
         text=True,
         timeout=timeout,
