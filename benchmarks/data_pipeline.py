@@ -123,9 +123,10 @@ def _ours(tokenizer: Any, path: Path, cache: Path, seq_length: int) -> tuple[flo
 
 
 def _rendered(tokenizer: Any, path: Path) -> list[str]:
+    from data.chunks import read_chunk
     from data.prepare_options import PrepareOptions, tokenize_options
     from data.row_tokenizer import RowTokenizer
-    from data.sources import file_chunks, read_chunk
+    from data.sources import file_chunks
 
     settings = PrepareOptions(seq_length=1 << 20, conversation_format="question")
     rows = RowTokenizer(tokenize_options(tokenizer, settings)[0])

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from data.document_set import DocumentSet, mix_documents, split_documents
 from data.errors import DataError
 from data.file_digest import file_digests
-from data.formats import FORMATS, FormatOptions
+from data.formats import FORMATS
 from data.packing import PACKING_MODES
 from data.prepare import prepare_documents
+from data.row_formats import FormatOptions
 from data.sources import resolve_files
 from data.token_cache import Documents
 

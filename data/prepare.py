@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from data.cache_build import FolderSink, MemorySink, feed
 from data.cache_folder import build_once
+from data.chunks import Chunk, read_chunk
 from data.errors import DataError
 from data.file_digest import digest_files
-from data.formats import NAMED_DATASETS, FormatOptions, converter, converter_source, detect_format
+from data.formats import NAMED_DATASETS, converter, converter_source, detect_format
 from data.prepare_options import PrepareOptions, tokenize_options
+from data.row_formats import FormatOptions
 from data.row_tokenizer import RowTokenizer
-from data.sources import Chunk, dataset_chunks, file_chunks, read_chunk, resolve_files
+from data.sources import dataset_chunks, file_chunks, resolve_files
 from data.token_cache import Documents, open_documents
 from data.tokenizer_facts import text_hash
 from data.worker import WorkerPool
@@ -36,10 +38,10 @@ _WORKER_BYTES = 6 << 20
 _MAX_WORKERS = 32
 # Modules that ids, masks and shards depend on: their text is part of every cache key.
 _CODE = (
-    "answer_spans", "cache_build", "chat_template", "conversation", "formats",
-    "marked_rendering", "masked_tokenizer", "messages", "outline",
-    "reasoning", "row_tokenizer", "sources", "spelled_json", "template_forms", "token_mask",
-    "tool_call_ids", "turn_markup", "word_tokenizer",
+    "answer_spans", "block_spans", "cache_build", "chat_template", "chunks", "conversation", "formats",
+    "marked_rendering", "masked_tokenizer", "messages", "outline", "reasoning", "row_checks",
+    "row_formats", "row_tokenizer", "sources", "spelled_json", "template_forms", "token_mask",
+    "tool_call_ids", "turn_edges", "turn_markup", "user_converter", "word_tokenizer",
 )  # fmt: skip
 
 

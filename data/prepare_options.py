@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from data.answer_spans import AnswerFinder, LossOn, Reasoning
 from data.chat_template import ChatTemplate
 from data.errors import DataError
-from data.formats import FORMATS, FormatOptions
+from data.formats import FORMATS
 from data.reasoning import keep_reasoning
+from data.row_formats import FormatOptions
 from data.separator import choose_separator
 from data.template_check import TemplateReport, check_template, probes
 from data.tokenizer_facts import added_tokens, backend_json, special_tokens, template_source

@@ -15,11 +15,11 @@ from typing import IO, Any
 
 import numpy as np
 
+from data.chunks import Chunk, RawRow, read_chunk
 from data.errors import DataError
 from data.formats import detect_format
 from data.packing import PackingMode, plan_epoch
 from data.row_tokenizer import PreviewRow, RowTokenizer
-from data.sources import Chunk, RawRow, read_chunk
 from data.worker_messages import TokenizeOptions
 
 _TRAINED, _SPECIAL, _PLAIN, _RESET = "\033[32m", "\033[35m", "\033[2m", "\033[0m"

@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from data.answer_spans import AnswerFinder, trained_spans
 from data.chat_template import ChatTemplate, Span
+from data.chunks import Chunk, RawRow, read_chunk
 from data.conversation import Conversation
 from data.errors import DataError, RowError
 from data.formats import converter
 from data.masked_tokenizer import MaskedTokenizer, TokenizedText
-from data.sources import Chunk, RawRow, read_chunk
 from data.worker_messages import Shard, TokenizeOptions
 
 OVERLONG = "longer than --seq-length"

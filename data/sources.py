@@ -12,60 +12,19 @@ import glob
 import gzip
 import io
 import json
-import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import batched
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any
 
+from data.chunks import Chunk, arrow_bytes, pickled_rows
 from data.errors import DataError, RowError
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 19
 CHUNK_ROWS = 1024
-
-Kind = Literal["lines", "rows", "arrow"]
-
-
-@dataclass(frozen=True)
-class RawRow:
-    """A row as it was read, or why it could not be.
-
-    Attributes:
-        source: Number of its source.
-        number: Row number in the source, from 0.
-        place: ``file:line`` or ``file, row n``, for messages.
-        row: The row; None when ``error`` says why there is none.
-        error: What is wrong with it.
-    """
-
-    source: int
-    number: int
-    place: str
-    row: Any
-    error: RowError | None = None
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Some consecutive rows of one source, not parsed yet.
-
-    Attributes:
-        source: Number of the source.
-        name: Its name, for messages.
-        first: Number of the first row (of the first line, for ``lines``), from 0.
-        kind: ``lines`` of JSON, pickled ``rows``, or an ``arrow`` stream.
-        payload: The bytes.
-    """
-
-    source: int
-    name: str
-    first: int
-    kind: Kind
-    payload: bytes
 
 
 def resolve_files(files: Sequence[str], flag: str = "--finetune-data-files") -> list[Path]:
@@ -133,52 +92,12 @@ def dataset_chunks(dataset: Any, name: str, source: int = 0) -> Iterator[Chunk]:
         arrow = dataset.with_format("arrow")
         for first in range(0, len(dataset), CHUNK_ROWS):
             table = arrow[first : first + CHUNK_ROWS]
-            yield Chunk(source, name, first, "arrow", _arrow_bytes(table))
+            yield Chunk(source, name, first, "arrow", arrow_bytes(table))
         return
     first = 0
     for rows in batched(dataset, CHUNK_ROWS):
-        yield Chunk(source, name, first, "rows", _pickled(rows))
+        yield Chunk(source, name, first, "rows", pickled_rows(rows))
         first += len(rows)
-
-
-def read_chunk(chunk: Chunk) -> Iterator[RawRow]:
-    """Parse the rows of a chunk; a row that cannot be parsed carries its error."""
-    if chunk.kind == "lines":
-        yield from _parse_lines(chunk)
-        return
-    if chunk.kind == "rows":
-        rows = pickle.loads(chunk.payload)  # noqa: S301 - made by dataset_chunks in this run
-    else:
-        import pyarrow
-
-        with pyarrow.ipc.open_stream(chunk.payload) as stream:
-            rows = _arrow_rows(stream.read_all())
-    for offset, row in enumerate(rows):
-        number = chunk.first + offset
-        place = f"{chunk.name}, row {number + 1}"
-        error = row if isinstance(row, RowError) else None
-        yield RawRow(chunk.source, number, place, None if error else row, error)
-
-
-def _parse_lines(chunk: Chunk) -> Iterator[RawRow]:
-    for offset, line in enumerate(chunk.payload.split(b"\n")):
-        if not line or line.isspace():
-            continue
-        number = chunk.first + offset
-        place = f"{chunk.name}:{number + 1}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            if isinstance(error, RecursionError):
-                detail = "nested too deeply"
-            elif isinstance(error, UnicodeDecodeError):
-                detail = f"not UTF-8 ({error.reason} at byte {error.start})"
-            else:
-                detail = str(error)[:200]
-            problem = RowError("bad JSON", detail)
-            yield RawRow(chunk.source, number, place, None, problem)
-            continue
-        yield RawRow(chunk.source, number, place, row)
 
 
 def _line_chunks(path: Path, source: int) -> Iterator[Chunk]:
@@ -201,22 +120,7 @@ def _line_chunks(path: Path, source: int) -> Iterator[Chunk]:
 
 def _json_chunks(path: Path, source: int) -> Iterator[Chunk]:
     for first, rows in enumerate(batched(_json_values(path), CHUNK_ROWS)):
-        yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", _pickled(rows))
-
-
-def _pickled(rows: Iterable[Any]) -> bytes:
-    """Rows on their way to a worker; one that is nested too deeply to be sent becomes its error."""
-    rows = list(rows)
-    try:
-        return pickle.dumps(rows)
-    except RecursionError:
-        for index, row in enumerate(rows):
-            try:
-                pickle.dumps(row)
-            except RecursionError:
-                detail = "the row's values are nested too deeply"
-                rows[index] = RowError("nested too deeply", detail)
-        return pickle.dumps(rows)
+        yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickled_rows(rows))
 
 
 def _json_values(path: Path) -> Iterator[Any]:
@@ -287,7 +191,7 @@ def _csv_chunks(path: Path, source: int) -> Iterator[Chunk]:
                         rows.append(RowError("bad CSV", detail))
                     else:
                         rows.append(RowError("bad CSV", "empty line"))
-                yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", _pickled(rows))
+                yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickled_rows(rows))
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from error
 
@@ -304,48 +208,10 @@ def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
             first = 0
             for batch in file.iter_batches(CHUNK_ROWS):
                 table = pyarrow.Table.from_batches([batch])
-                yield Chunk(source, str(path), first, "arrow", _arrow_bytes(table))
+                yield Chunk(source, str(path), first, "arrow", arrow_bytes(table))
                 first += len(batch)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
-
-
-def _arrow_rows(table: Any) -> list[Any]:
-    """The rows of an Arrow table; a row with a value that Python cannot hold becomes its error."""
-    import pyarrow
-
-    # Text that is not UTF-8, a day after the year 9999, a time zone that nobody knows.
-    faults = (ValueError, OverflowError, LookupError, pyarrow.ArrowException)
-    try:
-        rows: list[Any] = table.to_pylist()
-        return rows
-    except faults:
-        return [_arrow_row(table, index, faults) for index in range(len(table))]
-
-
-def _arrow_row(table: Any, index: int, faults: tuple[type[Exception], ...]) -> Any:
-    import pyarrow
-
-    row = {}
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        try:
-            row[name] = column[index].as_py()
-        except faults as error:
-            # No format reads a date or a time, so the row is good without it.
-            if pyarrow.types.is_temporal(column.type):
-                continue
-            return RowError("bad value", f"column {name!r} cannot be read ({str(error)[:150]})")
-    return row
-
-
-def _arrow_bytes(table: Any) -> bytes:
-    import pyarrow
-
-    sink = pyarrow.BufferOutputStream()
-    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    payload: bytes = sink.getvalue().to_pybytes()
-    return payload
 
 
 def _format(path: Path) -> str:

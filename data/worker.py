@@ -21,9 +21,9 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
+from data.chunks import Chunk
 from data.errors import DataError
 from data.row_tokenizer import RowTokenizer
-from data.sources import Chunk
 from data.worker_messages import Shard, TokenizeOptions
 
 _COLLECT_EVERY = 100

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.answer_spans import LossOn, Reasoning
-from data.formats import FormatOptions
+from data.row_formats import FormatOptions
 
 OnBadRow = Literal["error", "skip"]
 Overlong = Literal["drop", "error", "trim-turns"]

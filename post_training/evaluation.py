@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data.chunks import read_chunk
 from data.errors import DataError, RowError
-from data.formats import FormatOptions, converter, detect_format
-from data.sources import file_chunks, read_chunk, resolve_files
+from data.formats import converter, detect_format
+from data.row_formats import FormatOptions
+from data.sources import file_chunks, resolve_files
 from post_training.backends import Backend
 from post_training.errors import SetupError
 from post_training.generation import encode_prompt

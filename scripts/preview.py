@@ -22,6 +22,7 @@ from data.arguments import (
     parse_weighted,
     prepare_documents_from_args,
 )
+from data.chunks import Chunk
 from data.errors import DataError
 from data.prepare import load_dataset, named_settings
 from data.prepare_options import PrepareOptions, tokenize_options
@@ -33,7 +34,7 @@ from data.preview import (
     summary_text,
     write_json_row,
 )
-from data.sources import Chunk, dataset_chunks, file_chunks, resolve_files
+from data.sources import dataset_chunks, file_chunks, resolve_files
 from post_training.datasets import SPLITS, SplitDocuments, describe
 
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from data.conversation import Conversation
 from data.errors import DataError, RowError
-from data.formats import FORMATS, NAMED_DATASETS, FormatOptions, converter, detect_format
+from data.formats import FORMATS, NAMED_DATASETS, converter, detect_format
+from data.row_formats import FormatOptions
 
 USER, ASSISTANT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"q": "x"}}}

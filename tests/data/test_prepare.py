@@ -411,7 +411,7 @@ def test_columns_given_for_a_named_dataset_win(tokenizer, tmp_path, monkeypatch)
     import datasets
 
     from data import prepare as prepare_module
-    from data.formats import FormatOptions
+    from data.row_formats import FormatOptions
 
     rows = [{"q": row["question"], "a": row["answer"]} for row in make_rows(5)]
     monkeypatch.setattr(

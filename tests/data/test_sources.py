@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data.sources
+from data.chunks import read_chunk
 from data.errors import DataError
-from data.sources import dataset_chunks, file_chunks, read_chunk, resolve_files
+from data.sources import dataset_chunks, file_chunks, resolve_files
 
 ROWS = [{"question": f"q{i} é", "answer": "a" * i} for i in range(50)]
 

@@ -86,7 +86,7 @@ def test_a_header_cut_short_refuses_rows_and_is_wrong_in_the_self_test(
     found = finder(source)
     monkeypatch.setattr(TurnMarkup, "header_in", lambda self, gap, previous: cut)
     monkeypatch.setattr(TurnMarkup, "header", lambda self, role: whole)
-    monkeypatch.setattr("data.answer_spans._overlap", lambda *_: len(cut) - len("<|im_end|>\n"))
+    monkeypatch.setattr("data.block_spans._overlap", lambda *_: len(cut) - len("<|im_end|>\n"))
     with pytest.raises(RowError, match=problem):
         found.find(conversation)
     monkeypatch.setattr(TurnMarkup, "check_start", lambda *_: None)

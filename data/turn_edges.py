@@ -1,0 +1,45 @@
+"""Where inside a rendered turn think blocks and reasoning end."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from data.chat_template import Span
+from data.conversation import Piece
+
+# Templates end the block with at most two line breaks; more white space is the answer's own.
+EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
+# A block that the template opens, as in its generation prompt, before an answer without reasoning.
+OPENED_THINK = re.compile(r"\s*<think>\n?(?!\s*</think>)")
+
+
+def end_of_reasoning(text: str, found: Sequence[tuple[Piece, Span]]) -> int | None:
+    """One past a turn's reasoning and its closing tag; None without reasoning.
+
+    Args:
+        text: The rendered text.
+        found: The turn's pieces, and where they stand.
+    """
+    reasoning = [span for piece, span in found if piece.kind == "reasoning"]
+    if not reasoning:
+        return None
+    after = reasoning[-1][1]
+    rest = [span[0] for piece, span in found if piece.kind != "reasoning" and span[0] >= after]
+    limit = min(rest, default=len(text))
+    closing = text.find("</think>", after, limit)
+    if closing >= 0:
+        return skip_space(text, closing + len("</think>"), limit)
+    return limit if rest else after
+
+
+def skip(pattern: re.Pattern[str], text: str, start: int, limit: int) -> int:
+    """One past what the pattern matches at ``start``; ``start`` where it does not match."""
+    found = pattern.match(text, start, limit)
+    return found.end() if found else start
+
+
+def skip_space(text: str, begin: int, end: int) -> int:
+    """The first character from ``begin`` on that is no white space; ``end`` without one."""
+    inside = text[begin:end]
+    return begin + len(inside) - len(inside.lstrip())
