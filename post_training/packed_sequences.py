@@ -29,7 +29,7 @@ class RoutedDocuments:
 
         Args:
             position_ids: int64 [tokens], 0 where a document begins.
-            label_mask: 1 where the label is trained: [tokens].
+            label_mask: 1, or 1 + the number of its source, where the label is trained: [tokens].
             documents: how many there are (given, so that the device is not waited for).
         """
         of_token = (position_ids == 0).cumsum(0) - 1
@@ -38,7 +38,7 @@ class RoutedDocuments:
             sums = torch.zeros(documents, dtype=torch.float32, device=values.device)
             return sums.index_add_(0, of_token, values.float())
 
-        return cls(of_token, total(torch.ones_like(label_mask)), total(label_mask))
+        return cls(of_token, total(torch.ones_like(label_mask)), total(label_mask > 0))
 
     def part(self, local_indices: Tensor) -> RoutedDocuments:
         """The same for the tokens that a context parallel rank holds (int64 [local tokens])."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,3 +103,61 @@ def follow_documents(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
                 # On the layer, whose arguments are kept where activations are recomputed.
                 module.register_forward_pre_hook(remember, with_kwargs=True)
     return chunks
+
+
+class _SameExperts:
+    """Lets every second pass of a router choose the experts that the pass before it chose.
+
+    The interface is that of `megatron.core.transformer.moe.router_replay.RouterReplay`, whose objects
+    have to be told each time what to do.
+    """
+
+    def __init__(self) -> None:
+        self._chosen: Tensor | None = None
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        choose: Callable[..., tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, Tensor]:
+        """Scores and numbers of the experts of each token, both [local tokens, topk]."""
+        if self._chosen is None:
+            values, self._chosen = choose(
+                scores, topk, num_groups=num_groups, group_topk=group_topk
+            )
+            return values, self._chosen
+        chosen, self._chosen = self._chosen, None
+        return scores.gather(1, chosen), chosen
+
+
+@contextmanager
+def same_experts(chunks: list[torch.nn.Module]) -> Iterator[None]:
+    """Make two passes over rows of the same shape comparable bit for bit.
+
+    An expert multiplies all its tokens in one matrix, and how that is rounded depends on its height. Inside
+    this context the first pass of each pair routes freely and the second repeats it: every expert gets as
+    many tokens, in the same order. Only the choice is repeated; scores and weights are the pass's own.
+
+    Args:
+        chunks: of this rank's model, wrapped or not.
+    """
+    routers = [
+        module for chunk in chunks for module in chunk.modules() if isinstance(module, TopKRouter)
+    ]
+    replays = [router.router_replay for router in routers]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warn = torch.is_deterministic_algorithms_warn_only_enabled()
+    if routers:
+        # On CUDA the outputs of a token's experts are added up by atomic operations otherwise.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    for router in routers:
+        router.router_replay = _SameExperts()
+    try:
+        yield
+    finally:
+        for router, replay in zip(routers, replays, strict=True):
+            router.router_replay = replay
+        torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)

@@ -36,16 +36,31 @@ def leaky_attention() -> None:
     PackedAttention.forward = leak  # type: ignore[method-assign]
 
 
-def unlike_documents() -> None:
-    """A first document that sees the row's last token: a leak backwards in time only."""
+def _leak(weight: float) -> None:
+    """Every value grows by `weight` of the mean of all values of the row."""
     from post_training.attention import PackedAttention
 
     right = PackedAttention.forward
 
     def leak(self: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kw: Any) -> Tensor:
-        return right(self, query, key, value + 1e-3 * value.mean(0, keepdim=True), *args, **kw)
+        return right(self, query, key, value + weight * value.mean(0, keepdim=True), *args, **kw)
 
     PackedAttention.forward = leak  # type: ignore[method-assign]
+
+
+def unlike_documents() -> None:
+    """A first document that sees the row's last token: a leak backwards in time only."""
+    _leak(1e-3)
+
+
+def weak_leak() -> None:
+    """Attention that leaks a millionth."""
+    _leak(1e-6)
+
+
+def weak_leak_in_bf16() -> None:
+    """Attention that leaks as little as bf16 does not round away."""
+    _leak(1e-2)
 
 
 def blind_model() -> None:

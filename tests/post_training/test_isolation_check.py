@@ -13,7 +13,6 @@ from post_training.isolation_check import (
     Verdict,
     perturbed,
     reason_not_to_check,
-    tolerance,
 )
 from tests.helpers import faults
 from tests.helpers.launch import finetune
@@ -75,19 +74,12 @@ def test_a_vocabulary_of_two_still_changes():
         ([1, 0, 5], [1e-9, 0.0, 0.1], "see each other"),
         ([0, 1, 5], [0.0, 1e-9, 0.1], "not causal"),
         ([0, 0, 0], [0.0, 0.0, 0.0], "sees nothing"),
-        ([1, 0, 5], [float("nan"), 0.0, 0.1], "see each other"),
+        ([1, 0, 5], [float("inf"), 0.0, 0.1], "see each other"),
     ],
 )
 def test_verdict(moved, change, words):
-    complaint = Verdict([10, 10, 10], moved, change).complaint(0.0)
+    complaint = Verdict([10, 10, 10], moved, change).complaint()
     assert complaint is None if words is None else words in (complaint or "")
-
-
-def test_experts_may_round():
-    run = Namespace(num_experts=4, bf16=False, fp16=False)
-    verdict = Verdict([10, 10, 10], [3, 0, 5], [1e-6, 0.0, 0.1])
-    assert verdict.complaint(tolerance(run)) is None
-    assert Verdict([10, 10, 10], [3, 0, 5], [1e-3, 0.0, 0.1]).complaint(tolerance(run))
 
 
 @pytest.mark.parametrize(
@@ -96,6 +88,7 @@ def test_experts_may_round():
         ("moe_expert_capacity_factor", 1.0),
         ("moe_router_load_balancing_type", "sinkhorn"),
         ("moe_input_jitter_eps", 0.1),
+        ("moe_router_fusion", True),
         ("fp8", "e4m3"),
         ("cuda_graph_impl", "local"),
     ],
@@ -105,6 +98,7 @@ def test_where_documents_may_depend_on_each_other_it_says_so(flag, value):
         "moe_expert_capacity_factor": None,
         "moe_router_load_balancing_type": "aux_loss",
         "moe_input_jitter_eps": None,
+        "moe_router_fusion": False,
         "fp8": None,
         "fp4": None,
         "cuda_graph_impl": "none",
@@ -128,6 +122,7 @@ def words(hf_model, chat_data):
 TP2 = ["--tensor-model-parallel-size", "2"]
 CP2 = ["--context-parallel-size", "2"]
 PP2 = ["--pipeline-model-parallel-size", "2"]
+EP2 = ["--expert-model-parallel-size", "2"]
 LAYOUTS = {
     "one": ([], 1),
     "mbs2": (["--micro-batch-size", "2"], 1),
@@ -140,6 +135,8 @@ LAYOUTS = {
     "pp2": (PP2, 2),
     "pp2-mbs2": ([*PP2, "--micro-batch-size", "2"], 2),
     "vpp2": ([*PP2, "--num-virtual-stages-per-pipeline-rank", "2"], 2),
+    "ep2": (EP2, 2),
+    "ep2-bf16": ([*EP2, "--bf16"], 2),
 }
 slow = {name: pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS}
 
@@ -175,13 +172,24 @@ def test_other_faults_are_seen(words, tmp_path, fault, text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
-def test_the_check_changes_nothing(words, tmp_path, layout, family):
+@pytest.mark.parametrize("layout", ["one", "ep2", "ep2-bf16"])
+def test_with_experts_a_weak_leak_is_seen_too(words, tmp_path, layout):
+    """A millionth of the pack's mean value (in bf16 a hundredth, which rounding leaves over)."""
+    flags, world = LAYOUTS[layout]
+    fault = faults.weak_leak_in_bf16 if "bf16" in layout else faults.weak_leak
+    run = finetune(tmp_path / "out", *words("qwen3_moe"), *flags, world=world, inject=fault)
+    assert run.statuses == [1] * world and "documents of a pack see each other" in run.console
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("qwen3", layout) for layout in LAYOUTS if "ep2" not in layout]
+    + [("qwen3_moe", name) for name in "one tp2-sp cp2 fsdp2 pp2 vpp2 ep2 ep2-bf16".split()],
+)
+def test_the_check_changes_nothing(words, tmp_path, family, layout):
     """Bit for bit, with dropout on, in a run that evaluates and in one that resumes."""
     flags, world = LAYOUTS[layout]
-    if family == "qwen3_moe" and layout in ("tp2", "vpp2"):
-        pytest.skip("one of a kind is enough")
     all_flags = [
         *words(family, num_hidden_layers=4 if layout == "vpp2" else 2),
         *("--hidden-dropout", "0.1", "--split-ratio", "0.8,0.2", "--eval-interval", "2"),

@@ -88,7 +88,8 @@ def test_each_token_is_counted_once(case, tmp_path, layout, world):
 
 def test_documents_of_a_row():
     positions = torch.tensor([0, 1, 2, 0, 0, 1])
-    routed = RoutedDocuments.from_row(positions, torch.tensor([0, 1, 1, 0, 1, 0]), documents=3)
+    # In a mixture the mask tells the source, too: here the second and the third.
+    routed = RoutedDocuments.from_row(positions, torch.tensor([0, 2, 2, 0, 3, 0]), documents=3)
     assert routed.of_token.tolist() == [0, 0, 0, 1, 2, 2]
     assert routed.lengths.tolist() == [3, 1, 2]
     assert routed.trained.tolist() == [2, 0, 1]
