@@ -54,7 +54,6 @@ from post_training.saving import CheckpointSaver
 from post_training.signals import GracefulExit
 from post_training.speculative import report_acceptance
 from post_training.start_up import start_up
-from post_training.step_counters import counters
 from post_training.watchdog import tell_failure, watchdog
 
 
@@ -93,15 +92,13 @@ def train_valid_test_sft_datasets_provider(
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, *, training: bool) -> Batch:
     """The next micro batch: broadcast over tensor parallel ranks, labels shifted, documents found."""
     args = get_args()
-    batch = read_batch(
+    return read_batch(
         data_iterator,
         micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         qkv_format="sbhd" if uses_packed_attention(args) else "thd",
         experts=bool(args.num_experts) and training,
     )
-    counters.add_trained(batch.trained.weights.sum())
-    return batch
 
 
 def forward_step(

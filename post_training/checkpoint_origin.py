@@ -58,7 +58,7 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
             checkpoint is chosen.
 
     Returns:
-        The architecture, and what decides whether optimizer and weights can be read.
+        The architecture, the format, and what else decides whether optimizer and weights can be read.
     """
     architecture = {key: getattr(args, key) for key in ARCHITECTURE_KEYS}
     if args.hf_config is not None:
@@ -67,6 +67,7 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         architecture["sliding_window"] = sliding_window(args.hf_config)
     found = {
         "architecture": architecture,
+        "ckpt_format": args.ckpt_format,
         "optimizer": args.optimizer,
         "no_save_optim": args.no_save_optim,
         "transformer_impl": args.transformer_impl,

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as read
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from post_training.checkpoints import read_manifest
 from post_training.errors import SetupError
 from post_training.hf_weights import parameter_source
 
@@ -18,7 +19,13 @@ MODEL_PREFIX = "model."
 
 
 def checkpoint_format(checkpoint: Path) -> str:
-    """`torch_dcp` for the checkpoint of an FSDP2 run, `torch_dist` for one of any other layout."""
+    """`torch_dcp` for the checkpoint of an FSDP2 run, `torch_dist` for one of any other layout.
+
+    Its manifest says so; of one without, or of an older version, the files tell.
+    """
+    origin = (read_manifest(checkpoint) or {}).get("origin", {})
+    if "ckpt_format" in origin:
+        return str(origin["ckpt_format"])
     is_dcp = (checkpoint / ".metadata").is_file() and not (checkpoint / "metadata.json").is_file()
     return "torch_dcp" if is_dcp else "torch_dist"
 

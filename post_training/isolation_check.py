@@ -60,7 +60,7 @@ def reason_not_to_check(args: argparse.Namespace) -> str | None:
     if args.moe_input_jitter_eps:
         return "--moe-input-jitter-eps makes every pass another one"
     if args.moe_router_fusion:
-        return "--moe-router-fusion chooses experts in a kernel that cannot be told to choose the same"
+        return "--moe-router-fusion chooses experts in a kernel that cannot be told to repeat it"
     if args.fp8 or args.fp4:
         return "fp8 and fp4 share scaling factors between documents, and remember them"
     if args.cuda_graph_impl != "none":

@@ -27,6 +27,7 @@ from post_training.checkpoints import latest_checkpoint
 from post_training.context_parallel import ContextParallelCut
 from post_training.errors import RunStopped
 from post_training.packed_sequences import document_bounds
+from post_training.saving import finish_pending_save
 
 # Documents that a message names.
 NAMED = 8
@@ -98,7 +99,10 @@ class NonFiniteGuard:
         ]
         gathered: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(gathered, found)
-        raise RunStopped(self._message(norm, [bad for rank in gathered for bad in rank]))
+        # The newest checkpoint may still be on its way to the disk.
+        failed = finish_pending_save()
+        message = self._message(norm, [bad for rank in gathered for bad in rank])
+        raise RunStopped(message if failed is None else f"{message}\n{failed}")
 
     def _positions(self, micro_batch: int, indices: Tensor) -> Tensor:
         """Positions in the micro batch's whole row, of which context parallel ranks hold parts."""

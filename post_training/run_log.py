@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,11 +81,12 @@ class RunLog:
         self.last_iteration = 0
         self.begun = False
         """Whether the model and its checkpoint are loaded."""
-        self._losses: list[torch.Tensor] = []
+        self._unrecorded: Step | None = None
         self.draft_acceptance_length: float | None = None
         if args.num_experts:
             counters.watch_experts(args.num_layers, args.num_experts)
         hooks.on_step.append(self.on_step)
+        hooks.on_save_start.append(lambda iteration: self._record())
         hooks.on_evaluation_start.append(self.on_evaluation_start)
         hooks.on_evaluation_end.append(self.on_evaluation_end)
 
@@ -133,14 +135,23 @@ class RunLog:
     def on_step(self, step: Step) -> None:
         """Write one record every `--log-interval` steps, of all of them; all ranks take part."""
         self.last_iteration = step.iteration
+        self._unrecorded = step
         took = start_up.first_step()
         if took and self.is_writer:
             print(took, flush=True)
-        if "lm loss" in step.losses:
-            self._losses.append(step.losses["lm loss"].detach())
-        if step.iteration % self.args.log_interval and step.iteration != self.args.train_iters:
+        if step.iteration % self.args.log_interval == 0 or step.iteration == self.args.train_iters:
+            self._record()
+
+    def _record(self) -> None:
+        """Write down the steps since the last record, if there are any; all ranks take part.
+
+        Also before a save, so that a run that goes on from there has lost no step's tokens, and before
+        an evaluation, which counts from zero.
+        """
+        step, self._unrecorded = self._unrecorded, None
+        if step is None:
             return
-        totals = counters.reduce(self._mean_loss(), current_device())
+        totals = counters.reduce(current_device())
         self._write_sources(totals, "lm loss", step.iteration)
         now = time.perf_counter()
         seconds = now - (self.last_step_end if self.last_step_end is not None else now)
@@ -176,11 +187,6 @@ class RunLog:
             )
         self._write(record)
         self.progress.step(record)
-
-    def _mean_loss(self) -> torch.Tensor | None:
-        """Mean over the steps since the last record, as Megatron logs it; on the last pipeline stage."""
-        losses, self._losses = self._losses, []
-        return torch.stack(losses).double().mean() if losses else None
 
     def _routing(self, experts: ExpertTotals | None) -> dict[str, float]:
         """What became of the tokens in layers with experts, for the log."""
@@ -221,13 +227,14 @@ class RunLog:
 
     def on_evaluation_start(self, split: str) -> None:
         """Count the evaluation's tokens apart from training's."""
+        self._record()
         self.evaluation_begin = time.perf_counter()
         self._tell_apart(split)
         self.progress.note(f"evaluating on {split}")
 
     def on_evaluation_end(self, evaluation: Evaluation) -> None:
         """Write one evaluation down; all ranks take part."""
-        totals = counters.reduce(evaluation.losses.get("lm loss"), current_device())
+        totals = counters.reduce(current_device())
         self._tell_apart("train")
         self._write_sources(totals, f"lm loss {evaluation.split}", evaluation.iteration)
         pause = time.perf_counter() - self.evaluation_begin
@@ -272,6 +279,7 @@ class RunLog:
 
     def finish(self) -> None:
         """Close the progress bar and draw `loss.png`."""
+        ending = sys.exception()
         self.progress.close()
         if self.is_writer and self.metrics_file.is_file() and not self.args.eval_only:
             from post_training.plots import plot_loss
@@ -279,5 +287,6 @@ class RunLog:
             try:
                 plot_loss(self.metrics_file, self.folder / "loss.png")
             except OSError as error:
-                # A full disk, which ends the run, is told of where it was met.
-                self.progress.message(f"loss.png is not drawn: {error.strerror}")
+                # An error that ends the run, such as a full disk, is told by itself.
+                if ending is None:
+                    self.progress.message(f"loss.png is not drawn: {error.strerror}")

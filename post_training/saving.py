@@ -16,6 +16,7 @@ from post_training.errors import RunStopped, SetupError
 from post_training.output import checkpoint_bytes
 from post_training.platform import device_type
 from post_training.platform.checkpoint_saving import reason_of, save_hooks
+from post_training.watchdog import watchdog
 
 
 def complete_save_flags(args: argparse.Namespace) -> None:
@@ -184,6 +185,22 @@ class CheckpointSaver:
                 f"warning: an old checkpoint in {self.args.save} cannot be removed: {error.strerror}",
                 file=self.console,
             )
+
+
+def finish_pending_save() -> str | None:
+    """Wait for the asynchronous save that is being written, if one is; on all ranks, before they end.
+
+    Returns:
+        Why that checkpoint could not be written, or None.
+    """
+    from megatron.training.async_utils import maybe_finalize_async_save
+
+    watchdog.beat("waiting for a checkpoint to be written", patient=True)
+    try:
+        maybe_finalize_async_save(blocking=True, terminate=True)
+    except RunStopped as error:
+        return str(error)
+    return None
 
 
 def written_wrongly(checkpoint: Path) -> str | None:

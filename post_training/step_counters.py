@@ -23,7 +23,7 @@ class StepTotals:
     data_seconds: float
     """Mean over the ranks that read data of the seconds they waited for it."""
     loss: float
-    """The `lm loss` handed to `reduce` on the last pipeline stage."""
+    """Mean loss of a trained token, in nats; not a number where none was trained."""
     sources: dict[str, tuple[float, float]]
     """Sum of the losses and number of trained tokens of each source, where several are told apart."""
     experts: ExpertTotals | None = None
@@ -78,8 +78,7 @@ class StepCounters:
         self.squared_lengths = 0.0
         self.data_seconds = 0.0
         self.readers = 0.0
-        self._trained: Tensor | float = 0.0
-        self._by_source: Tensor | float = 0.0
+        self._losses: Tensor | float = 0.0
         self._experts: dict[int, Tensor] = {}
 
     def add_documents(self, lengths: Sequence[int]) -> None:
@@ -88,24 +87,22 @@ class StepCounters:
         self.real_tokens += sum(lengths)
         self.squared_lengths += sum(length * length for length in lengths)
 
-    def add_trained(self, count: Tensor) -> None:
-        """Count trained tokens of a micro batch (a scalar on the device; it is not waited for)."""
-        self._trained = self._trained + count.double()
-
     def add_losses(self, losses: Tensor, weights: Tensor, sources: Tensor) -> None:
-        """Count the losses of a micro batch by source, on the last pipeline stage.
+        """Count the losses of a micro batch, on the last pipeline stage; the device is not waited for.
 
         Args:
             losses: float32 [trained], times their weights.
             weights: float32 [trained].
             sources: the number of each token's source: int64 [trained].
         """
-        # Every rank of a tensor parallel group has the same losses.
-        if len(self.source_names) < 2 or parallel_state.get_tensor_model_parallel_rank() != 0:
-            return
+        # float64: neither sums nor counts of many steps lose a digit that a step's have.
         both = torch.stack([losses, weights]).double()
-        sums = both.new_zeros(2, len(self.source_names)).index_add_(1, sources, both)
-        self._by_source = self._by_source + sums
+        columns = len(self.source_names)
+        if columns > 1:
+            sums = both.new_zeros(2, columns).index_add_(1, sources, both)
+        else:
+            sums = both.sum(1, keepdim=True)
+        self._losses = self._losses + sums
 
     def add_expert_tokens(self, layer: int, tokens: Tensor, balance: Tensor | None) -> None:
         """Count what a router did with a micro batch; the device is not waited for.
@@ -120,25 +117,20 @@ class StepCounters:
         before = self._experts.get(layer)
         self._experts[layer] = row if before is None else before + row
 
-    def reduce(self, loss: Tensor | None, device: torch.device | str) -> StepTotals:
+    def reduce(self, device: torch.device | str) -> StepTotals:
         """Add up over all ranks and start again from zero; every rank must call it.
 
         Args:
-            loss: on the last pipeline stage the step's mean loss, the same on all its ranks.
             device: where collectives run.
         """
-        # float64: token counts of a step stay exact far beyond 2**24.
         names = self.source_names
-        values = torch.zeros(7 + 2 * len(names), dtype=torch.float64, device=device)
+        columns = max(1, len(names))
+        values = torch.zeros(4 + 2 * columns, dtype=torch.float64, device=device)
         host = (self.real_tokens, self.squared_lengths, self.data_seconds, self.readers)
         values[:4] = torch.tensor(host, dtype=torch.float64)
-        if self.readers:
-            values[4] = self._trained
-        if loss is not None:
-            values[5] = loss.double()
-            values[6] = 1.0
-        if isinstance(self._by_source, Tensor):
-            values[7:] = self._by_source.flatten()
+        first_of_group, copies = _copies()
+        if isinstance(self._losses, Tensor) and first_of_group:
+            values[4:] = self._losses.flatten()
         layers, experts = self._expert_shape
         rows = values.new_zeros(layers, experts + 1)
         for layer, row in self._experts.items():
@@ -149,43 +141,37 @@ class StepCounters:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
         values = values.cpu()
-        real, squared, seconds, readers, trained, loss_sum, losses, *by_source = values[
-            :lone
-        ].tolist()
+        real, squared, seconds, readers = values[:4].tolist()
+        losses = values[4:lone].view(2, columns)
+        loss, trained = losses.sum(1).tolist()
         # Each token is routed once: by one rank of its layer's stage and tensor parallel group.
         rows = values[lone:].view(layers, experts + 1)
         rows = rows[rows[:, :-1].sum(1) > 0]
-        stages, parts = self._stages_and_parts()
-        copies = stages * parts
         return StepTotals(
-            trained_tokens=trained / stages,
+            trained_tokens=trained,
             real_tokens=real / copies,
             squared_lengths=squared / copies,
             data_seconds=seconds / max(readers, 1.0),
-            loss=loss_sum / losses if losses else float("nan"),
-            sources=dict(
-                zip(
-                    names,
-                    zip(by_source[: len(names)], by_source[len(names) :], strict=True),
-                    strict=True,
-                )
-            ),
-            experts=ExpertTotals(rows[:, :-1], float(rows[:, -1].mean() / (trained / stages)))
+            loss=loss / trained if trained else float("nan"),
+            sources=dict(zip(names, map(tuple, losses.T.tolist()), strict=True)) if names else {},
+            experts=ExpertTotals(rows[:, :-1], float(rows[:, -1].mean() / trained))
             if len(rows) and trained
             else None,
         )
 
-    @staticmethod
-    def _stages_and_parts() -> tuple[int, int]:
-        """Pipeline stages and context parallel ranks, each of which reads the same packs.
 
-        A stage counts all their trained tokens, a context parallel rank those of its own part.
-        """
-        if not parallel_state.model_parallel_is_initialized():
-            return 1, 1
-        stages = parallel_state.get_pipeline_model_parallel_world_size()
-        stages *= parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
-        return stages, parallel_state.get_context_parallel_world_size()
+def _copies() -> tuple[bool, int]:
+    """Whether this rank's losses count, and how many ranks read each pack.
+
+    All of a tensor parallel group have the same losses. Every pipeline stage and context parallel rank
+    reads the same packs.
+    """
+    if not parallel_state.model_parallel_is_initialized():
+        return True, 1
+    copies = parallel_state.get_pipeline_model_parallel_world_size()
+    copies *= parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1
+    copies *= parallel_state.get_context_parallel_world_size()
+    return parallel_state.get_tensor_model_parallel_rank() == 0, copies
 
 
 counters = StepCounters()

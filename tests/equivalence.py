@@ -49,6 +49,15 @@ ETP1 = ("--expert-tensor-parallel-size", "1")
 ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
 SP = ("--sequence-parallel",)
 FSDP2 = ("--use-torch-fsdp2",)
+FIRST1 = ("--decoder-first-pipeline-num-layers", "1")
+LAST1 = ("--decoder-last-pipeline-num-layers", "1")
+ONE_THEN_TWO = ("--pipeline-model-parallel-layout", "Et|ttL")
+RECOMPUTE = (
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+)
+SELECTIVE = ("--recompute-granularity", "selective")
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 MBS2 = ("--micro-batch-size", "2")
 MBS4 = ("--micro-batch-size", "4")
 
@@ -102,6 +111,16 @@ CASES = (
     Case("cp2-dp2", CP2, 4),
     Case("tp2-pp2-dp2", TP2 + PP2, 8),
     Case("tp2-pp2-cp2", TP2 + PP2 + CP2, 8),
+    # Stages of unlike size.
+    Case("pp2-first1", PP2 + FIRST1, 2, layers=3),
+    Case("pp3-first1-last1-mbs2", PP3 + FIRST1 + LAST1 + MBS2, 3, layers=4),
+    Case("pp2-layout", PP2 + ONE_THEN_TWO, 2, layers=3),
+    # Activations computed twice, and messages during computation.
+    Case("pp2-recompute", PP2 + RECOMPUTE, 2),
+    Case("cp2-recompute-attention", CP2 + SELECTIVE, 2),
+    Case("fsdp2x2-recompute", FSDP2 + RECOMPUTE, 2),
+    Case("dp2-overlap", OVERLAP, 2),
+    Case("pp2-vpp2-dp2-overlap", PP2 + VPP2 + OVERLAP, 4, layers=4),
     # Without packing, and with another optimizer, under which the update itself is as close as a loss.
     Case("one", recipe=UNPACKED),
     Case("tp2-cp2", TP2 + CP2, 4, recipe=UNPACKED),

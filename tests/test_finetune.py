@@ -143,14 +143,19 @@ def test_signal_saves_and_the_same_command_continues(words, straight, tmp_path, 
     assert numbers(run)[:shared] == numbers(straight)[:shared]
 
 
-def test_a_record_is_on_all_steps_since_the_last_one(words, straight, tmp_path):
-    run = finetune(tmp_path / "out", *words, "--log-interval", "3", "--no-save-optim").ok()
-    assert [step["iteration"] for step in run.steps] == [3, 6, 8]
-    parts = [straight.steps[0:3], straight.steps[3:6], straight.steps[6:8]]
-    for step, part in zip(run.steps, parts, strict=True):
-        mean = sum(each["lm_loss"] for each in part) / len(part)
-        assert step["lm_loss"] == pytest.approx(mean, rel=1e-6)
-        assert step["trained_tokens"] == sum(each["trained_tokens"] for each in part)
+def test_a_record_is_on_all_steps_since_the_last_one(words, straight, held_out, tmp_path):
+    """A save and an evaluation in between cut it short, so that no step is lost with them."""
+    flags = ["--log-interval", "3", "--save-interval", "5", "--no-save-optim"]
+    valid = ["--valid-data-files", str(held_out[0][1]), "--eval-interval", "4"]
+    run = finetune(tmp_path / "out", *words, *flags, *valid).ok()
+    ends = [3, 4, 5, 6, 8]
+    assert [step["iteration"] for step in run.steps] == ends
+    for step, begin in zip(run.steps, [0, *ends], strict=False):
+        part = straight.steps[begin : step["iteration"]]
+        tokens = sum(each["trained_tokens"] for each in part)
+        loss = sum(each["lm_loss"] * each["trained_tokens"] for each in part) / tokens
+        assert step["lm_loss"] == pytest.approx(loss, rel=1e-12)
+        assert step["trained_tokens"] == tokens
         assert step["grad_norm"] == part[-1]["grad_norm"]
     assert run.steps[-1]["total_trained_tokens"] == straight.steps[-1]["total_trained_tokens"]
 

@@ -158,6 +158,9 @@ def test_a_checkpoint_of_the_other_format_is_refused(words, straight, tmp_path):
     finetune(tmp_path / "dp", *without, "--exit-interval", "2", world=2).ok()
     message = refused(tmp_path / "dp", *words)
     assert "written without --use-torch-fsdp2" in message and "leave it out" in message
+    for run, last, name in (("fsdp2", 6, "torch_dcp"), ("dp", 2, "torch_dist")):
+        manifest = tmp_path / run / f"checkpoints/iter_{last:07d}/manifest.json"
+        assert json.loads(manifest.read_text())["origin"]["ckpt_format"] == name
 
 
 def test_config_file_asks_for_fsdp2(words, tmp_path):

@@ -9,10 +9,10 @@ from tests.equivalence import STEP_BOUND
 from tests.helpers.checkpoint import same_tensors
 from tests.helpers.launch import finetune, run_rank
 from tests.helpers.rows import make_rows, write_rows
-from tests.resume import DROPOUT, LAYOUTS, Layout, Resumes, difference, numbers
+from tests.resume import DROPOUT, LAYOUTS, TABLES, Layout, Resumes, difference, numbers
 
 pytestmark = pytest.mark.slow
-BY_NAME = {layout.name: layout for layout in LAYOUTS}
+BY_NAME = {layout.name: layout for layout in TABLES["dense"]}
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,23 @@ def test_stopped_anywhere_goes_on_bit_for_bit_with_dropout(resumes, tmp_path, la
     assert run_rank(same_tensors, *ends), "weights and optimizer too"
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [layout for layout in LAYOUTS if layout.name in ("vpp2", "ep2", "x2-cp2")],
+    ids=lambda layout: layout.name,
+)
+def test_bit_for_bit_with_dropout(resumes, layout):
+    """The same once, where the table has more: virtual stages, experts, FSDP2 with context parallelism."""
+    assert resumes.compare(layout, layout) == (0.0, True)
+
+
 def test_dropout_is_on_and_random_states_matter(resumes, tmp_path):
     """Without the states of all ranks the test above would fail: this run has fresh ones."""
     dp2 = BY_NAME["dp2"]
     straight = resumes.straight(dp2, *DROPOUT)
     stopped = resumes.stopped(dp2, *DROPOUT)
-    run = finetune(
-        tmp_path / "out",
-        *(*resumes.words, *DROPOUT, "--load", str(stopped.folder / "checkpoints"), "--no-load-rng"),
-        world=2,
-    ).ok()
+    load = ["--load", str(stopped.folder / "checkpoints"), "--no-load-rng"]
+    run = resumes.run(tmp_path / "out", dp2, *DROPOUT, *load)
     assert run.steps[0]["iteration"] == 4
     assert run.losses[0] != straight.losses[3]
     assert numbers(straight) != numbers(resumes.straight(dp2))
@@ -66,20 +73,21 @@ def test_other_data_in_a_copied_checkpoint(resumes, tmp_path):
     stopped = resumes.stopped(Layout("one"))
     data = write_rows(tmp_path / "other.jsonl", make_rows(60, seed=1))
     words = ["--finetune-data-files", str(data), "--load", str(stopped.folder / "checkpoints")]
-    refused = finetune(tmp_path / "refused", *resumes.words, *words)
+    one = ["--hf-model", str(resumes.folder / "dense"), *resumes.words]
+    refused = finetune(tmp_path / "refused", *one, *words)
     assert refused.statuses == [2] and "the training data differs" in refused.console
     assert "--restart-data" in refused.console
     words += ["--restart-data", "--train-iters", "0", "--num-epochs", "1"]
-    run = finetune(tmp_path / "out", *resumes.words, *words).ok()
+    run = finetune(tmp_path / "out", *one, *words).ok()
     assert run.steps[0]["iteration"] == 4, "the step count goes on"
     fresh = [*words[:2], "--train-iters", "0", "--num-epochs", "1"]
-    epoch = finetune(tmp_path / "epoch", *resumes.words, *fresh).ok()
+    epoch = finetune(tmp_path / "epoch", *one, *fresh).ok()
     tokens = [step["trained_tokens"] for step in run.steps]
     assert tokens == [step["trained_tokens"] for step in epoch.steps], (
         "the whole data, from its start"
     )
     # Stopped in between and given again, the flag does not restart it once more.
-    parts = finetune(tmp_path / "parts", *resumes.words, *words, "--exit-interval", "6").ok()
+    parts = finetune(tmp_path / "parts", *one, *words, "--exit-interval", "6").ok()
     assert [step["iteration"] for step in parts.steps] == [4, 5, 6]
-    parts = finetune(tmp_path / "parts", *resumes.words, *words).ok()
+    parts = finetune(tmp_path / "parts", *one, *words).ok()
     assert numbers(parts) == numbers(run)

@@ -33,8 +33,6 @@ class Step:
     """One optimizer step as Megatron reports it, on every rank."""
 
     iteration: int
-    losses: dict[str, torch.Tensor]
-    """Means over the global batch by name; empty except on the last pipeline stage."""
     learning_rate: float | None
     grad_norm: float | None
     skipped: bool
@@ -48,8 +46,6 @@ class Evaluation:
     split: str
     """`valid` or `test`."""
     iteration: int
-    losses: dict[str, torch.Tensor]
-    """Token-weighted means over the split; empty except on the last pipeline stage."""
 
 
 @dataclass
@@ -174,7 +170,7 @@ def apply() -> None:
             *args,
             **kwargs,
         )
-        step = Step(iteration, loss_dict, learning_rate, grad_norm, bool(skipped_iter))
+        step = Step(iteration, learning_rate, grad_norm, bool(skipped_iter))
         for tell in hooks.on_step:
             tell(step)
         return result
@@ -182,12 +178,7 @@ def apply() -> None:
     @functools.wraps(evaluate)
     def evaluate_whole_split(*args: Any, **kwargs: Any) -> Any:
         kwargs["eval_iters"] = hooks.evaluation_iterations[current_split]
-        result = evaluate(*args, **kwargs)
-        if result[0] is not None:
-            losses_of_split.append(result[0])
-        return result
-
-    losses_of_split: list[dict[str, torch.Tensor]] = []
+        return evaluate(*args, **kwargs)
 
     @functools.wraps(evaluate_and_print_results)
     def evaluate_and_tell(prefix: str, *args: Any, **kwargs: Any) -> Any:
@@ -202,13 +193,10 @@ def apply() -> None:
         ):
             return None
         evaluated.add((current_split, iteration))
-        losses_of_split.clear()
         for tell_start in hooks.on_evaluation_start:
             tell_start(current_split)
         result = evaluate_and_print_results(prefix, *args, **kwargs)
-        evaluation = Evaluation(
-            current_split, iteration, losses_of_split[0] if losses_of_split else {}
-        )
+        evaluation = Evaluation(current_split, iteration)
         for tell_end in hooks.on_evaluation_end:
             tell_end(evaluation)
         return result

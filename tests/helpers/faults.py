@@ -129,6 +129,20 @@ def nan_loss() -> None:
     _befall(lambda losses, hit: torch.where(hit, losses * float("nan"), losses))
 
 
+def nan_loss_while_saving() -> None:
+    """The same, before the background has written the checkpoint of the step before."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    right = FileSystemWriterAsync.write_preloaded_data
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(2.0)
+        return right(*args, **kwargs)
+
+    setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(slow))  # noqa: B010
+    nan_loss()
+
+
 def infinite_loss() -> None:
     """The named label's loss is infinite, and its gradient finite."""
     _befall(lambda losses, hit: losses + torch.where(hit, float("inf"), 0.0))

@@ -204,8 +204,6 @@ def expert_totals(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> Any:
     for chunk in built[0]:
         chunk.train()
     reads = parallel_state.get_tensor_model_parallel_rank() == 0
-    if reads:
-        counters.add_documents([])  # as the iterator does: this rank counts trained tokens
     iterators = [iter(batches) if reads else None for _ in built[0]]
     get_forward_backward_func()(
         forward_step_func=finetune.forward_step,
@@ -217,4 +215,4 @@ def expert_totals(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> Any:
         decoder_seq_length=args.seq_length,
         forward_only=False,
     )
-    return counters.reduce(None, "cpu").experts
+    return counters.reduce("cpu").experts

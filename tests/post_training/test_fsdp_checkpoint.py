@@ -1,3 +1,4 @@
+import json
 from argparse import Namespace
 from typing import Any
 
@@ -73,6 +74,10 @@ def test_formats_are_told_apart(checkpoint, tmp_path):
     (other / ".metadata").write_bytes(b"")
     (other / "metadata.json").write_text("{}")
     assert checkpoint_format(other) == "torch_dist"
+    # The manifest comes first.
+    manifest = {"files": {}, "origin": {"ckpt_format": "torch_dcp"}}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    assert checkpoint_format(other) == "torch_dcp"
 
 
 def test_another_implementation_of_the_layers_is_refused(checkpoint):

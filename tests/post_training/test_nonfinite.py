@@ -9,6 +9,7 @@ import torch
 
 from post_training.nonfinite import NonFiniteGuard
 from tests.helpers import faults
+from tests.helpers.checkpoint import newest_whole
 from tests.helpers.launch import finetune
 from tests.helpers.models import make_tokenizer
 from tests.helpers.reference import Recipe
@@ -150,6 +151,19 @@ def test_a_gradient_without_a_bad_loss(spoilt, tmp_path, layout):
     _, lines = stopped_at(run, taken)
     assert "the gradient norm is nan, while all losses are finite" in lines[0]
     assert "one of packs" in lines[1]
+
+
+@pytest.mark.slow
+def test_a_save_in_the_background_is_waited_for(spoilt, tmp_path):
+    """The row stands in step 4, and it takes two seconds to write the checkpoint of step 3."""
+    words = [*spoilt[0], "--save-interval", "3", "--async-save"]
+    fault = faults.nan_loss_while_saving
+    run, taken = run_with(fault, (words, spoilt[1]), tmp_path / "out", "dp2")
+    step, lines = stopped_at(run, taken)
+    folder = run.folder / "checkpoints"
+    assert (step, newest_whole(folder)) == (4, 3)
+    assert f"the newest checkpoint is {folder}/iter_0000003" in lines[0]
+    assert not list(folder.glob("*.saving"))
 
 
 @pytest.mark.slow
