@@ -125,9 +125,7 @@ PP2 = ["--pipeline-model-parallel-size", "2"]
 EP2 = ["--expert-model-parallel-size", "2"]
 LAYOUTS = {
     "one": ([], 1),
-    "mbs2": (["--micro-batch-size", "2"], 1),
     "dp2": ([], 2),
-    "tp2": (TP2, 2),
     "tp2-sp": ([*TP2, "--sequence-parallel"], 2),
     "cp2": (CP2, 2),
     "cp2-mbs2": ([*CP2, "--micro-batch-size", "2"], 2),
@@ -184,14 +182,18 @@ def test_with_experts_a_weak_leak_is_seen_too(words, tmp_path, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [("qwen3", layout) for layout in LAYOUTS if "ep2" not in layout]
-    + [("qwen3_moe", name) for name in "one tp2-sp cp2 fsdp2 pp2 vpp2 ep2 ep2-bf16".split()],
+    [("qwen3", name) for name in ("one", "tp2-sp", "cp2-mbs2", "fsdp2", "pp2-mbs2", "vpp2")]
+    + [("qwen3_moe", name) for name in ("fsdp2", "vpp2", "ep2", "ep2-bf16")],
 )
 def test_the_check_changes_nothing(words, tmp_path, family, layout):
     """Bit for bit, with dropout on, in a run that evaluates and in one that resumes."""
     flags, world = LAYOUTS[layout]
+    options = {"num_hidden_layers": 4 if layout == "vpp2" else 2}
+    if layout == "ep2":
+        # So few tokens for each that one more rounds otherwise: routed freely, others' losses would move.
+        options |= {"num_experts": 32, "num_experts_per_tok": 4}
     all_flags = [
-        *words(family, num_hidden_layers=4 if layout == "vpp2" else 2),
+        *words(family, **options),
         *("--hidden-dropout", "0.1", "--split-ratio", "0.8,0.2", "--eval-interval", "2"),
         *("--exit-interval", "2", *flags),
     ]
