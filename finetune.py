@@ -144,8 +144,7 @@ def finetune(
     documents: dict[str, SplitDocuments],
     position: resume.DataPosition | None,
 ) -> None:
-    """Run `pretrain()` with everything wired together; needs resolved arguments and prepared data."""
-    validate(args)
+    """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
     checkpoint_queue.apply(args)
     watchdog.start(args, console)
@@ -219,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not args.eval_only:
             output.save_config(args)
             output.save_model_folder(args, tokenizer)
+        validate(args)
         start_up.mark("output folder")
         started = True
         finetune(args, console, tokenizer, documents, position)

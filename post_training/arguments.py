@@ -26,6 +26,7 @@ from post_training.fsdp_layout import fsdp2_defaults
 from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
 from post_training.platform import device_type
 from post_training.saving import complete_save_flags
+from post_training.schedule_flags import check_schedule_flags
 from post_training.wandb_login import check_wandb
 
 
@@ -276,6 +277,7 @@ def validate(args: argparse.Namespace) -> None:
     Raises:
         SetupError: Megatron refuses them.
     """
+    from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.arguments import validate_args
 
     from post_training.fsdp import keep_fp32_shards
@@ -285,6 +287,7 @@ def validate(args: argparse.Namespace) -> None:
     args.untie_embeddings_and_output_weights = untied or args.use_torch_fsdp2
     try:
         validate_args(args)
+        gpt_config_from_args(args)  # the model's own checks
     except (AssertionError, ValueError, RuntimeError) as error:
         raise SetupError(f"Megatron refuses these flags: {error}") from error
     args.untie_embeddings_and_output_weights = untied
@@ -365,6 +368,7 @@ def _complete(args: argparse.Namespace) -> None:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
     elif args.vocab_size and not args.padded_vocab_size:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
+    check_schedule_flags(args)
     complete_expert_flags(args)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         # Megatron trains experts with tensor parallelism only this way.

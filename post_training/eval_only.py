@@ -21,3 +21,6 @@ def prepare_evaluation(args: argparse.Namespace) -> None:
     args.num_epochs = None
     # Megatron asks for a number; 0 leaves the learning rate schedule out.
     args.no_load_optim = args.no_load_rng = True
+    # Messages of gradients and of an optimizer that there is not, which overlap with nothing.
+    args.overlap_grad_reduce = args.overlap_param_gather = False
+    args.overlap_param_gather_with_optimizer_step = False

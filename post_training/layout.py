@@ -67,7 +67,10 @@ def virtual_stages(args: argparse.Namespace) -> int:
 def _stages_of(layout: str) -> int:
     from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-    return int(PipelineParallelLayerLayout.get_num_stages_from_str(layout))
+    try:
+        return int(PipelineParallelLayerLayout.get_num_stages_from_str(layout))
+    except AssertionError as error:
+        raise SetupError(f"--pipeline-model-parallel-layout {layout}: {error}") from error
 
 
 def batch_multiple(args: argparse.Namespace) -> int:
