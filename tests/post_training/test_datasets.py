@@ -64,6 +64,18 @@ def test_a_mixture_shows_what_is_used_of_each_source(prepared):
         assert line.endswith(f"; {entry['documents']} documents used, {share}")
 
 
+def test_rows_too_long_to_be_evaluated_are_counted(prepared, tmp_path):
+    """By default they are dropped from every split; nothing is left out of an evaluation in silence."""
+    for split, long in (("valid", 2), ("test", 1)):
+        rows = [{"question": "Why?", "answer": "so " * (300 if i < long else 9)} for i in range(5)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--valid-data-files", "DIR/valid.jsonl", "--test-data-files", "DIR/test.jsonl"]
+    text, *_ = prepared("--finetune-data-files", "DIR/b.jsonl", *files)
+    for split, long in (("valid", 2), ("test", 1)):
+        (line,) = [each for each in text.splitlines() if each.startswith(f"{split}: {tmp_path}")]
+        assert f"5 rows read, {5 - long} kept, dropped: {long} longer than --seq-length" in line
+
+
 def test_a_split_shows_what_is_its_own(prepared):
     text, documents, _ = prepared(
         "--finetune-data-files", "DIR/a.jsonl", "--split-ratio", "0.5,0.5"
