@@ -140,14 +140,18 @@ def print_tables(only: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
         resumes = Resumes(Path(folder))
         for name, layouts in TABLES.items():
-            if not any(only in f"{a.name} {b.name}" for a in layouts for b in layouts):
+            wanted = [
+                [only in f"{name} {before.name} {after.name}" for after in layouts]
+                for before in layouts
+            ]
+            if not any(map(any, wanted)):
                 continue
             head = "".join(f"{layout.name:>9}" for layout in layouts)
             print(f"{name + ' from / to':19}{head}", flush=True)
-            for before in layouts:
+            for before, row in zip(layouts, wanted, strict=True):
                 cells = []
-                for after in layouts:
-                    if only not in f"{before.name} {after.name}":
+                for after, is_wanted in zip(layouts, row, strict=True):
+                    if not is_wanted:
                         cells.append("-")
                         continue
                     found, holds = resumes.compare(before, after)
@@ -169,7 +173,9 @@ def main() -> int:
     parser.add_argument(
         "--table", action="store_true", required=True, help="run and print all pairs"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="pairs with TEXT in 'FROM TO'")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="pairs with TEXT in 'TABLE FROM TO'"
+    )
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
     return 0 if print_tables(options.only) else 1
