@@ -60,6 +60,12 @@ def check_flags(args: argparse.Namespace) -> None:
             "--use-torch-fsdp2 with --use-distributed-optimizer: FSDP2 shards the optimizer itself; leave "
             "--use-distributed-optimizer out"
         )
+    for flag in ("overlap_grad_reduce", "overlap_param_gather"):
+        if getattr(args, flag):
+            raise SetupError(
+                f"--use-torch-fsdp2 with --{flag.replace('_', '-')}: FSDP2 overlaps its messages by "
+                f"itself; leave it out"
+            )
     if args.fp16:
         raise SetupError("--use-torch-fsdp2 with --fp16: use --bf16 or --fp32")
     if args.ckpt_format != "torch_dcp":

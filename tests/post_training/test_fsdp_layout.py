@@ -19,6 +19,8 @@ BAD = [
     ),
     ({"expert_model_parallel_size": 2, "num_experts": 4}, ["--expert-model-parallel-size 2"]),
     ({"use_distributed_optimizer": True}, ["--use-distributed-optimizer out"]),
+    ({"overlap_grad_reduce": True}, ["--overlap-grad-reduce", "leave it out"]),
+    ({"overlap_param_gather": True}, ["--overlap-param-gather", "leave it out"]),
     ({"fp16": True}, ["--fp16", "--bf16"]),
     ({"ckpt_format": "torch_dist"}, ["--ckpt-format torch_dist", "torch_dcp"]),
 ]

@@ -45,6 +45,8 @@ def arguments(**changes):
         "use_torch_fsdp2": False,
         "use_distributed_optimizer": False,
         "fp16": False,
+        "overlap_grad_reduce": False,
+        "overlap_param_gather": False,
         "ckpt_format": "torch_dcp",
     }
     assert changes.keys() <= values.keys()
