@@ -15,7 +15,7 @@ from post_training import checkpoints
 from post_training.errors import RunStopped, SetupError
 from post_training.output import checkpoint_bytes
 from post_training.platform import device_type
-from post_training.platform.checkpoint_saving import reason_of, save_hooks
+from post_training.platform.checkpoint_saving import WRITER_KILLED, reason_of, save_hooks
 from post_training.watchdog import watchdog
 
 
@@ -154,10 +154,11 @@ class CheckpointSaver:
         if problem is not None:
             free = shutil.disk_usage(self.args.save).free
             checkpoints.abandon_save(self.args.save, iteration)
+            room = "" if WRITER_KILLED in problem else "make room and "
             told[0] = (
                 f"the checkpoint of step {iteration} cannot be written to {self.args.save}: {problem} "
-                f"({_size(free)} free); what was written of it is removed, {self._what_is_left()}; make "
-                f"room and give the same command again"
+                f"({_size(free)} free); what was written of it is removed, {self._what_is_left()}; {room}"
+                f"give the same command again"
             )
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(told, src=0)

@@ -32,6 +32,7 @@ from typing import Any, TextIO
 
 import torch
 
+from post_training import arrivals
 from post_training.processes import is_running, this_host
 from post_training.stack_places import place_of
 
@@ -75,6 +76,7 @@ class Watchdog:
         self._beats = 0
         self._last = time.monotonic()
         self._file = -1
+        self._world = 1
         self._peers: list[Peer] = []
         self._output = Path()
         self._prefix = FOLDER
@@ -98,13 +100,14 @@ class Watchdog:
             return
         longest = (PATIENCE * self.limit + 120.0) / 60.0
         args.distributed_timeout_minutes = max(args.distributed_timeout_minutes, longest)
-        self.rank, self._console = args.rank, console
+        self.rank, self._world, self._console = args.rank, args.world_size, console
         self._output = Path(args.output_dir)
         self._prefix = EVALUATION_FOLDER if args.eval_only else FOLDER
         self._hint = (
             f"to continue from the newest checkpoint in {args.save}, give the same command again"
         )
         self.beat("in set-up", patient=True)
+        arrivals.arrive(self._output, self.rank)
         faulthandler.enable(all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -117,6 +120,7 @@ class Watchdog:
         torch.distributed.all_gather_object(
             everyone, (Peer(self.rank, this_host(), os.getpid()), uuid.uuid4().hex[:12])
         )
+        arrivals.leave(self._output, self.rank)
         folder = self._output / f"{self._prefix}{everyone[0][1]}"
         if self.rank == 0:
             for old in self._output.glob(f"{FOLDER}*"):
@@ -258,7 +262,15 @@ class Watchdog:
                 raise FileNotFoundError
             (self.folder / "alarm").touch()
         except OSError:  # nothing to be heard of the others, nor to be told to them
-            print(f"error: {what}, at {place.text}", file=self._console, flush=True)
+            absent = arrivals.missing(self._output, self._world) if place.waits else []
+            text = f"{what}, at {place.text}"
+            if absent:
+                have, still = ("has", "hangs") if len(absent) == 1 else ("have", "hang")
+                text = (
+                    f"{_ranks(absent)} {have} not come to the process group: {still} in the imports or the "
+                    f"data, or is not there. {text}"
+                )
+            print(f"error: {text}", file=self._console, flush=True)
             return
         self._note(place=place.text, waits=place.waits, idle=idle, beats=self._beats)
         # The others look every now and then.

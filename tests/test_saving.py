@@ -11,6 +11,7 @@ import time
 import pytest
 
 from tests.equivalence import PP2, TP2
+from tests.helpers import faults
 from tests.helpers.checkpoint import same_tensors
 from tests.helpers.launch import Running, finetune, run_rank, start_finetune
 from tests.resume import DROPOUT, RECIPE, numbers
@@ -125,6 +126,17 @@ def test_a_write_that_fails_ends_the_run_and_keeps_the_checkpoint_before(
     assert iterations(run) == list(range(2, failed, 2))
     again = finetune(tmp_path / "out", *flags, world=2).ok()
     assert [step["iteration"] for step in again.steps] == list(range(1, 9))
+
+
+@pytest.mark.slow
+def test_a_killed_writer_is_no_full_disk(words, tmp_path):
+    run = finetune(
+        tmp_path / "out", *words, *SAVES, "--async-save", world=2, inject=faults.killed_writer
+    )
+    (message,) = [line for line in run.console.splitlines() if line.startswith("error")]
+    assert run.statuses == [1, 1] and "rank 1: the process that wrote it was killed" in message
+    assert "make room" not in message and "give the same command again" in message
+    assert iterations(run) == []
 
 
 @pytest.fixture

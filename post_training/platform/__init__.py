@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
 
 import torch
@@ -91,15 +90,12 @@ def _stand_alone() -> None:
             "error: srun started several tasks, but RANK and WORLD_SIZE are not set: start torchrun in "
             "one task a node, or export them from SLURM_PROCID and SLURM_NTASKS"
         )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     for name, value in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),
         ("WORLD_SIZE", "1"),
         ("LOCAL_WORLD_SIZE", "1"),
         ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", str(port)),
+        ("MASTER_PORT", "0"),  # nobody else has to know it: the store takes one that is free
     ):
         os.environ.setdefault(name, value)

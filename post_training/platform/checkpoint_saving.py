@@ -44,6 +44,12 @@ save_hooks = SaveHooks()
 
 # torch's zip writer, when it finds less written than it meant to; the system's error is lost in C++.
 _CUT_OFF = re.compile(r"inline_container|PytorchStreamWriter|unexpected pos")
+# Megatron finds no answer of the background process that wrote.
+_KILLED = "results_queue should not be empty"
+WRITER_KILLED = (
+    "the process that wrote it was killed, most often for want of memory (the kernel's log, `dmesg`, "
+    "tells)"
+)
 
 
 def reason_of(error: BaseException, folder: str | None = None) -> str:
@@ -59,6 +65,8 @@ def reason_of(error: BaseException, folder: str | None = None) -> str:
             return current.strerror
         current = current.__cause__ or current.__context__
     text = str(error) or type(error).__name__
+    if _KILLED in text:
+        return WRITER_KILLED
     return room_reason(folder) if folder is not None and _CUT_OFF.search(text) else text
 
 

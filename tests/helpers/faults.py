@@ -143,6 +143,21 @@ def nan_loss_while_saving() -> None:
     nan_loss()
 
 
+def killed_writer() -> None:
+    """The background process that writes rank 1's part of a checkpoint is killed."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+    right, here = FileSystemWriterAsync.write_preloaded_data_multithread, os.getpid()
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        if os.getpid() != here and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right(*args, **kwargs)
+
+    name = "write_preloaded_data_multithread"
+    setattr(FileSystemWriterAsync, name, staticmethod(dies))
+
+
 def infinite_loss() -> None:
     """The named label's loss is infinite, and its gradient finite."""
     _befall(lambda losses, hit: losses + torch.where(hit, float("inf"), 0.0))
@@ -256,6 +271,13 @@ def hang_in_set_up() -> None:
     finetune = _finetune()
     if int(os.environ["RANK"]) == 1:
         finetune.model_config = lambda args: sleep_for_ever()
+
+
+def hang_in_data() -> None:
+    """Rank 1 hangs before it watches itself."""
+    finetune = _finetune()
+    if int(os.environ["RANK"]) == 1:
+        finetune.prepare_data = lambda args: sleep_for_ever()
 
 
 def slow_save() -> None:

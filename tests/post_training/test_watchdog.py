@@ -48,7 +48,10 @@ def run_until_it_ends(words, folder, *flags, fault, world=2, environment=None, s
     deadline = since + 120
     processes = running.processes
     while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
-        if fault is faults.stop_at_step_3 and processes[0].exitcode is not None:
+        if (
+            fault in (faults.stop_at_step_3, faults.hang_in_data)
+            and processes[0].exitcode is not None
+        ):
             os.kill(processes[1].pid, signal.SIGKILL)  # what a launcher does
         time.sleep(0.05)
     seconds = time.monotonic() - since
@@ -133,6 +136,18 @@ def test_a_failed_rank_alone_shows_its_traceback(words, tmp_path):
     assert console.count("Traceback") == 1
     assert "rank 1 failed" in console and "ZeroDivisionError: of its own making" in console
     assert "rank 0" not in console
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_before_it_is_watched_is_named_by_the_others(words, tmp_path):
+    statuses, console, _ = run_until_it_ends(
+        words, tmp_path / "out", "--hang-timeout", "1", fault=faults.hang_in_data, step=0
+    )
+    assert statuses == [1, -signal.SIGKILL]
+    (error,) = [line for line in console.splitlines() if line.startswith("error")]
+    assert (
+        error.startswith("error: rank 1 has not come to the process group") and "rank 0 in" in error
+    )
 
 
 @pytest.mark.slow
