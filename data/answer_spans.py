@@ -33,7 +33,7 @@ from data.errors import RowError
 from data.marked_rendering import MarkedRendering, render_marked
 from data.outline import Outline, Turn, outline_key
 from data.reasoning import without_empty_blocks
-from data.row_checks import refuse_unopened, require_questions, what_it_lacks
+from data.row_checks import refuse_stray_tags, require_questions, what_it_lacks
 from data.template_forms import MessageForms
 from data.turn_edges import EMPTY_THINK, OPENED_THINK, end_of_reasoning, skip
 from data.turn_markup import TurnMarkup
@@ -88,7 +88,7 @@ class AnswerFinder:
         """
         said = self.forms.open_thinking(conversation.messages)
         if self.reasoning != "keep":
-            refuse_unopened(said)
+            refuse_stray_tags(said)
         messages = self.forms.apply(said)
         try:
             marked_text = self.template.render(messages, conversation.tools)

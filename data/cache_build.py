@@ -56,8 +56,9 @@ def report_of(counts: Counter[str], bad_rows: list[list[str]]) -> dict[str, Any]
     Returns:
         ``read``, ``kept``, ``trimmed``, ``dropped`` (rows by reason), ``turns``,
         ``stopped_turns``, ``tokens``, ``trained_tokens``, ``boundary_tokens``,
-        ``tools_not_shown`` (rows with tools that the template leaves out), ``max_token_id`` and the
-        first ``bad_rows`` as [place, reason, detail].
+        ``tools_not_shown`` (rows with tools that the template leaves out), ``unclosed_thoughts``
+        (rows with an answer that ends inside its think block), ``max_token_id`` and the first
+        ``bad_rows`` as [place, reason, detail].
     """
     dropped = {
         name.removeprefix("dropped: "): value
@@ -68,6 +69,7 @@ def report_of(counts: Counter[str], bad_rows: list[list[str]]) -> dict[str, Any]
     report: dict[str, Any] = {name.replace(" ", "_"): counts[name] for name in names}
     report["boundary_tokens"] = counts["boundary tokens"]
     report["tools_not_shown"] = counts["tools not shown"]
+    report["unclosed_thoughts"] = counts["unclosed thoughts"]
     report["max_token_id"] = counts.get("max token id", -1)
     report["dropped"] = dropped
     report["bad_rows"] = bad_rows[:_BAD_ROWS_IN_REPORT]

@@ -280,6 +280,11 @@ class _Preparation:
                 f"{crossing:,} tokens of {self.source.name} hold the end of a header and the "
                 "beginning of an answer (or its end and what follows): they are not trained"
             )
+        if unclosed := counts["unclosed thoughts"]:
+            self.facts["warnings"].append(
+                f"{unclosed:,} rows of {self.source.name} have an answer that ends inside its "
+                "<think> block: the model learns to stop there (--reasoning last or mask refuses it)"
+            )
         if untold := counts["tools not shown"]:
             self.facts["warnings"].append(
                 f"{untold:,} rows of {self.source.name} have tools on offer that the chat template "

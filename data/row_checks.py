@@ -8,21 +8,46 @@ from data.chat_template import Message
 from data.errors import RowError
 
 
-def refuse_unopened(messages: Sequence[Message]) -> None:
-    """Refuse text before a closing think tag that nothing opened: it may be about the tag.
+def refuse_stray_tags(messages: Sequence[Message]) -> None:
+    """Refuse think tags without their other half: the text beside one may be about the tag.
 
     Raises:
         RowError: there is such a text, and a policy has to know whether it is reasoning.
     """
     for number, message in enumerate(messages, 1):
         said = message["content"] if message["role"] == "assistant" else ""
-        before, closing, _ = said.partition("</think>") if isinstance(said, str) else ("", "", "")
+        if not isinstance(said, str) or "think>" not in said:
+            continue
+        before, closing, _ = said.partition("</think>")
         if closing and before.strip() and not before.lstrip().startswith("<think>"):
             raise RowError(
                 "stray think tag",
                 f"message {number} has </think> without <think> at its beginning: whether "
                 f"{before[-60:]!r} is reasoning cannot be told",
             )
+        if leaves_thinking_open(said):
+            rest = said[said.rindex("<think>") :]
+            raise RowError(
+                "stray think tag",
+                f"message {number} has <think> without </think> after it (an answer that was cut "
+                f"off?): whether {rest[:60]!r} is reasoning cannot be told",
+            )
+
+
+def leaves_thinking_open(said: str) -> bool:
+    """Whether the last think tag of an answer opens a block."""
+    return said.rfind("<think>") > said.rfind("</think>")
+
+
+def ends_in_thought(messages: Sequence[Message]) -> bool:
+    """Whether an answer begins with a think block that it never closes, as cut off ones do."""
+    return any(
+        message["role"] == "assistant"
+        and isinstance(message["content"], str)
+        and message["content"].lstrip().startswith("<think>")
+        and leaves_thinking_open(message["content"])
+        for message in messages
+    )
 
 
 def require_questions(messages: Sequence[Message], text: str) -> None:

@@ -21,6 +21,7 @@ from data.conversation import Conversation
 from data.errors import DataError, RowError
 from data.formats import converter
 from data.masked_tokenizer import MaskedTokenizer, TokenizedText
+from data.row_checks import ends_in_thought
 from data.worker_messages import Shard, TokenizeOptions
 
 OVERLONG = "longer than --seq-length"
@@ -212,6 +213,8 @@ class RowTokenizer:
             counts["boundary tokens"] += crossed
             if pending.conversation.tools and not self.finder.forms.shows_tools:
                 counts["tools not shown"] += 1
+            if "<think>" in pending.text and ends_in_thought(pending.conversation.messages):
+                counts["unclosed thoughts"] += 1
             yield pending, ids, mask
 
     def _document(

@@ -234,13 +234,16 @@ def test_any_text_gives_exactly_the_answers(turns, generation):
 
 
 @pytest.mark.parametrize(
-    "said", ["Use the </think> tag to close it.", "Write <think> and </think> tags."]
-)
-def test_text_before_a_stray_closing_tag_never_becomes_reasoning(said):
+    "said",
+    ["Use the </think> tag to close it.", "Write <think> and </think> tags.",
+     "<think>\nstill thinking", "<think>\nsum\n</think>\n\nSo <think>\nagain"],
+)  # fmt: skip
+def test_text_beside_a_tag_without_its_other_half_is_no_matter_for_a_policy(said):
     conversation = chat("How?", said)
     assert trained(CHATML, conversation) == [said + "<|im_end|>"]
-    with pytest.raises(RowError, match="marks lost"):  # this template cuts at the tag
-        trained(THINKING, conversation)
+    if not said.startswith("<think>"):
+        with pytest.raises(RowError, match="marks lost"):  # this template cuts at the tag
+            trained(THINKING, conversation)
     for source in (CHATML, THINKING):
         for policy in ("mask", "last"):
             with pytest.raises(RowError, match="stray think tag"):

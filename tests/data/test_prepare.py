@@ -56,7 +56,8 @@ def test_what_the_template_and_the_tokenizer_leave_out_is_counted_and_told(
     tokenizer, rows, tmp_path
 ):
     tool = {"name": "look", "parameters": {"type": "object", "properties": {}}}
-    rows = [{**rows[0], "answer": "    return"}, {**rows[1], "tools": [tool]}, rows[2]]
+    cut = {**rows[2], "answer": "<think>\nLet me"}
+    rows = [{**rows[0], "answer": "    return"}, {**rows[1], "tools": [tool]}, cut]
     file = write_rows(tmp_path / "a.jsonl", rows)
     for cache in (None, tmp_path / "cache"):
         # A line break and three spaces are one token: half header, half answer.
@@ -65,6 +66,9 @@ def test_what_the_template_and_the_tokenizer_leave_out_is_counted_and_told(
         assert report["tools_not_shown"] == 1
         untold = f"1 rows of {file} have tools on offer that the chat template does not show"
         assert any(untold in warning for warning in report["warnings"])
+        assert report["unclosed_thoughts"] == 1
+        cut_off = f"1 rows of {file} have an answer that ends inside its <think> block"
+        assert any(cut_off in warning for warning in report["warnings"])
         assert report["boundary_tokens"] == 1
         told = f"1 tokens of {file} hold the end of a header"
         assert any(told in warning for warning in report["warnings"])
