@@ -46,7 +46,8 @@ def conversation_from_messages(
     Args:
         raw: The list, or its JSON text.
         tools: Tool schemas: a list, its JSON text, or nothing.
-        system: A system prompt that stands beside the list, or nothing.
+        system: A system prompt that stands beside the list (and may be its first message too), or
+            nothing.
         column: Where the list came from, for messages.
 
     Raises:
@@ -65,8 +66,14 @@ def conversation_from_messages(
     if system is not None and system != "":
         if not isinstance(system, str):
             raise RowError("bad system", f"the system prompt is {_kind(system)}, expected text")
-        messages.insert(0, {"role": "system", "content": system})
-        trained.insert(0, False)
+        if not messages or messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+            trained.insert(0, False)
+        elif messages[0]["content"].strip() != system.strip():
+            raise RowError(
+                "two system prompts",
+                f"{messages[0]['content'][:60]!r} in {column!r} and {system[:60]!r} beside it",
+            )
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no assistant turn", "nothing in this conversation can be trained")
     return Conversation(messages, normalise_tools(tools), trained)

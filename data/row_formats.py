@@ -176,17 +176,21 @@ def _pair(
 ) -> Conversation:
     question = _text(row, prompt, "--prompt-key", missing_is_empty=False)
     answer = _text(row, response, "--response-key", missing_is_empty=False)
-    if isinstance(question, list) and isinstance(answer, list):
-        return conversation_from_messages([*question, *answer], row.get("tools"))
-    if not isinstance(question, str) or not isinstance(answer, str):
-        raise RowError("bad content", f"{prompt!r} and {response!r} are not both text")
+    tools, system, more = row.get("tools"), _system(row, options), ""
     if query is not None:
         more = _text(row, query, "--query-key", missing_is_empty=options.query_key is None)
         if not isinstance(more, str):
             raise RowError("bad content", f"column {query!r} is not text")
-        question = "\n".join(part for part in (question, more) if part)
+    if isinstance(question, list) and isinstance(answer, list):
+        extra = repr(query) if more else "'history'" if history else ""
+        if extra:
+            what = f"{prompt!r} holds messages, which leave no place for column {extra}"
+            raise RowError("bad content", f"{what}: put it into them")
+        return conversation_from_messages([*question, *answer], tools, system, prompt)
+    if not isinstance(question, str) or not isinstance(answer, str):
+        raise RowError("bad content", f"{prompt!r} and {response!r} are not both text")
+    question = "\n".join(part for part in (question, more) if part)
     pair = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    tools, system = row.get("tools"), _system(row, options)
     if not history and not tools and not system:
         return Conversation(pair, None, [False, True])
     return conversation_from_messages([*history, *pair], tools, system, "row")

@@ -110,6 +110,42 @@ def test_query_and_history_of_alpaca_rows():
     ]  # fmt: skip
 
 
+MESSAGE_PAIR = {"prompt": [USER], "completion": [ASSISTANT]}
+ALPACA_PAIR = {"instruction": [USER], "output": [ASSISTANT]}
+
+
+@pytest.mark.parametrize(
+    ("row", "keys"),
+    [
+        ({**MESSAGE_PAIR, "system": "Be brief."}, {}),
+        ({"p": [USER], "c": [ASSISTANT], "s": "Be brief.", "more": ""},
+         {"prompt_key": "p", "response_key": "c", "query_key": "more", "system_key": "s"}),
+        ({"messages": [SYSTEM, *PLAIN], "system": "Be brief. "}, {}),
+        ({**MESSAGE_PAIR, "prompt": [SYSTEM, USER], "system": "Be brief."}, {}),
+        ({"prompt": [SYSTEM, USER], "chosen": [ASSISTANT], "system": "Be brief."}, {}),
+    ],
+)  # fmt: skip
+def test_system_prompt_of_a_column_stands_before_messages_once(row, keys):
+    assert convert(row, **keys).messages == [SYSTEM, *PLAIN]
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "found"),
+    [
+        ({**ALPACA_PAIR, "input": "2 2"}, {}, "bad content: .*no place for column 'input'"),
+        ({**ALPACA_PAIR, "history": [["a", "b"]]}, {}, "bad content: .*for column 'history'"),
+        ({**MESSAGE_PAIR, "output": [ASSISTANT], "c": "ctx"},
+         {"prompt_key": "prompt", "query_key": "c"}, "bad content: .*for column 'c'"),
+        ({"messages": [SYSTEM, *PLAIN], "system": "Be long."}, {}, "two system prompts: .*Be long"),
+        ({"prompt": [SYSTEM, USER], "chosen": [ASSISTANT], "system": "Be long."}, {},
+         "two system prompts: .*Be long"),
+    ],
+)  # fmt: skip
+def test_column_without_a_place_among_the_messages_is_refused(row, keys, found):
+    with pytest.raises(RowError, match=found):
+        convert(row, **keys)
+
+
 def test_columns_can_be_named():
     row = {"sys": "S", "q": "Hi", "more": "there", "a": "Hello."}
     keys = {"system_key": "sys", "prompt_key": "q", "query_key": "more", "response_key": "a"}
