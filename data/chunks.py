@@ -125,9 +125,22 @@ def _arrow_rows(table: Any) -> list[Any]:
     faults = (ValueError, OverflowError, LookupError, pyarrow.ArrowException)
     try:
         rows: list[Any] = table.to_pylist()
-        return rows
     except faults:
-        return [_arrow_row(table, index, faults) for index in range(len(table))]
+        rows = [_arrow_row(table, index, faults) for index in range(len(table))]
+    nested = [field.name for field in table.schema if pyarrow.types.is_nested(field.type)]
+    for row in rows if nested else ():
+        if not isinstance(row, RowError):
+            row.update({name: _without_nulls(row[name]) for name in nested})
+    return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    """A copy without keys whose value is null: Arrow adds them to make all objects alike."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
 
 
 def _arrow_row(table: Any, index: int, faults: tuple[type[Exception], ...]) -> Any:

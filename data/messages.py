@@ -87,8 +87,6 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
     """
     if tools is None or tools == "" or tools == []:
         return None
-    # Arrow adds nulls to objects; those in JSON text are the data's own.
-    from_text = isinstance(tools, str)
     if isinstance(tools, str):
         tools = _from_json(tools, "bad tools", "'tools'")
     if isinstance(tools, Mapping):
@@ -99,22 +97,11 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
     for number, tool in enumerate(tools, 1):
         if isinstance(tool, str):
             tool = _from_json(tool, "bad tools", f"tool {number}")
-        elif not from_text:
-            tool = without_nulls(tool)
         if not isinstance(tool, Mapping):
             raise RowError("bad tools", f"tool {number} is {_kind(tool)}, expected an object")
         schema = dict(tool)
         schemas.append(schema if "function" in schema else {"type": "function", "function": schema})
     return schemas or None
-
-
-def without_nulls(value: Any) -> Any:
-    """A copy without keys whose value is null, which Arrow adds to make rows alike."""
-    if isinstance(value, Mapping):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
 
 
 def _message(item: Any, number: int) -> tuple[Message, bool]:
@@ -224,8 +211,6 @@ def _set_assistant(message: Message, item: Mapping[str, Any], number: int) -> No
 
 def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
     """Calls as ``{"type", "id", "function": {"name", "arguments": object}}``."""
-    # Arrow adds nulls to objects; those in JSON text are the data's own.
-    from_text = isinstance(value, str)
     if isinstance(value, str):
         where = f"the call in message {number}"
         value = _from_json(value, "bad tool call", where, parse_spelled)
@@ -245,8 +230,6 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             where = f"arguments in message {number}"
             arguments = _from_json(arguments, "bad tool call", where, parse_spelled)
-        elif not from_text:
-            arguments = without_nulls(arguments)
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, Mapping):
