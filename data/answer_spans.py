@@ -154,7 +154,8 @@ class AnswerFinder:
                 )
             # Without a stop an answer ends where its last piece does.
             end = stop.end() if stop else last
-            turns.append(Turn(message, start, end, end_of_reasoning(text, here), bool(stop)))
+            reasoning_end = end_of_reasoning(text, here, self.markup.tokens)
+            turns.append(Turn(message, start, end, reasoning_end, bool(stop)))
         return turns
 
     def _marked(self, row: RenderedRow) -> MarkedRendering:

@@ -132,7 +132,7 @@ def _checked_by_marks(
         if not inside:
             raise RowError("no answer in a block", "a generation block holds no assistant text")
         markup.check_start(row.text, turn.start, inside[0][1][0])
-        reasoning_end = end_of_reasoning(row.text, inside)
+        reasoning_end = end_of_reasoning(row.text, inside, markup.tokens)
         message = inside[-1][0].message
         if named and (named[-1].message, named[-1].end) == (message, turn.start):
             # One message in two adjoining blocks, reasoning and answer.

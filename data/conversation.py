@@ -159,10 +159,18 @@ def _mark_call(
 ) -> dict[str, Any]:
     nested = isinstance(call.get("function"), dict)
     function = dict(call["function"] if nested else call)
+    arguments = function.get("arguments")
     if mark_name:
         function["name"] = _mark(function["name"], message, "tool", pieces)
     # Strings in the arguments are escaped on their way into the text, so only their place counts.
-    function["arguments"] = _mark_leaves(function.get("arguments"), message, pieces)
+    before = len(pieces)
+    function["arguments"] = _mark_leaves(arguments, message, pieces)
+    if not mark_name and len(pieces) == before and isinstance(arguments, dict) and arguments:
+        # Numbers cannot be marked, but their names can.
+        pieces += [Piece(message, "tool", None)] * len(arguments)
+        function["arguments"] = {
+            _wrap(key, ANSWER_OPEN, ANSWER_CLOSE): value for key, value in arguments.items()
+        }
     return {**call, "function": function} if nested else function
 
 

@@ -84,6 +84,8 @@ def render_marked(
             pieces = _match(
                 pieces, [text[a:b] for a, b in spans], last if may_drop_reasoning else 0
             )
+            if not mark_names:
+                _require_marked_calls(messages)
         except RowError as error:
             if error.reason != "marks lost":
                 raise
@@ -122,6 +124,22 @@ def split_two_kinds(marked: str) -> tuple[list[Span], list[Span]]:
         else:
             raise RowError("marks lost", "the template cuts or nests a message's text")
     return answers, others
+
+
+def _require_marked_calls(messages: Sequence[Message]) -> None:
+    """See that the last call of each message has a mark although names have none.
+
+    Raises:
+        RowError: one has no arguments, so nothing tells where it ends.
+    """
+    for number, message in enumerate(messages, 1):
+        last = message["tool_calls"][-1]["function"] if message.get("tool_calls") else None
+        if last is not None and not last["arguments"]:
+            raise RowError(
+                "marks lost",
+                f"the call of {last['name']!r} in message {number} has no arguments, and the "
+                "template repeats its name: where the call ends cannot be told",
+            )
 
 
 def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[Piece]:

@@ -100,8 +100,16 @@ class MessageForms:
         return call
 
     def _survives(self, messages: list[Message], tools: list[dict[str, Any]] | None = None) -> bool:
-        """Whether each thing that the assistant says comes out exactly once."""
-        marked, pieces = mark_conversation(self.apply(messages))
+        """Whether each thing that the assistant says comes out exactly once.
+
+        A template may repeat the name of a called tool before its result.
+        """
+        return any(self._survives_with(messages, tools, names) for names in (True, False))
+
+    def _survives_with(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, mark_names: bool
+    ) -> bool:
+        marked, pieces = mark_conversation(self.apply(messages), mark_names=mark_names)
         try:
             text = self.template.render(marked, tools)
         except RowError:

@@ -14,12 +14,18 @@ EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 OPENED_THINK = re.compile(r"\s*<think>\n?(?!\s*</think>)")
 
 
-def end_of_reasoning(text: str, found: Sequence[tuple[Piece, Span]]) -> int | None:
+def end_of_reasoning(
+    text: str, found: Sequence[tuple[Piece, Span]], tokens: re.Pattern[str]
+) -> int | None:
     """One past a turn's reasoning and its closing tag; None without reasoning.
+
+    The closing tag is ``</think>``, or the first token that the template writes before the rest of the
+    turn. What follows it, such as the recipient of a call, is the model's to write.
 
     Args:
         text: The rendered text.
         found: The turn's pieces, and where they stand.
+        tokens: The tokenizer's added tokens.
     """
     reasoning = [span for piece, span in found if piece.kind == "reasoning"]
     if not reasoning:
@@ -30,7 +36,10 @@ def end_of_reasoning(text: str, found: Sequence[tuple[Piece, Span]]) -> int | No
     closing = text.find("</think>", after, limit)
     if closing >= 0:
         return skip_space(text, closing + len("</think>"), limit)
-    return limit if rest else after
+    if not rest:
+        return after
+    token = tokens.search(text, after, limit)
+    return skip_space(text, token.end(), limit) if token else limit
 
 
 def skip(pattern: re.Pattern[str], text: str, start: int, limit: int) -> int:

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.answer_spans import trained_spans
-from data.chat_template import MARKS
+from data.answer_spans import AnswerFinder, trained_spans
+from data.chat_template import MARKS, ChatTemplate
 from data.conversation import Conversation
 from data.errors import RowError
 from data.reasoning import keep_reasoning
@@ -271,3 +271,81 @@ def test_raw_answers_to_a_prompt_that_opens_the_tag_are_reasoning_and_answer(pol
     # Tags that are talked about are left alone where there are both, or two.
     talk = chat("How?", "Write <think> and </think>.")
     assert "<think>\nWrite" not in finder(source).find(talk).text
+
+
+# As gpt-oss writes: reasoning and answer in messages of their own, the callee's name before its result.
+CHANNELS = """\
+{%- set ns = namespace(callee='') %}
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}
+        {%- if m.reasoning %}{{ '<|start|>assistant/think ' + m.reasoning + '<|end|>' }}{% endif %}
+        {%- for call in m.tool_calls or [] %}
+            {{- '<|start|>assistant to=' + call.function.name + ' ' }}
+            {{- call.function.arguments|tojson + '<|call|>' }}
+            {%- set ns.callee = call.function.name %}
+        {%- endfor %}
+        {%- if m.content %}{{ '<|start|>assistant/final ' + m.content + '<|end|>' }}{% endif %}
+    {%- elif m.role == 'tool' %}{{ '<|start|>' + ns.callee + ' ' + m.content + '<|end|>' }}
+    {%- else %}{{ '<|start|>' + m.role + ' ' + m.content + '<|end|>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}
+"""
+
+
+def channels(source=CHANNELS, **options):
+    tokens = ["<|start|>", "<|end|>", "<|call|>"]
+    return AnswerFinder(ChatTemplate(source, {}), tokens, **options)
+
+
+def sums(arguments, **first):
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    return Conversation(
+        [
+            {"role": "user", "content": "2 + 2?"},
+            {"role": "assistant", "content": "", "tool_calls": [call], **first},
+            {"role": "tool", "content": "4", "name": "add"},
+            {"role": "assistant", "content": "Four.", "reasoning_content": "It says 4."},
+        ]
+    )
+
+
+@pytest.mark.parametrize("policy", ["keep", "mask"])
+def test_calls_with_numbers_alone_are_told_where_the_template_repeats_their_name(policy):
+    found = channels(reasoning=policy)
+    conversation = sums({"a": 2, "b": 2}, reasoning_content="Add them.")
+    rendering = found.find(conversation)
+    spans = trained_spans(rendering, conversation, policy)
+    call, final = '<|start|>assistant to=add {"a": 2, "b": 2}<|call|>', "/final Four.<|end|>"
+    expected = {
+        # Whom it calls and where it answers is the model's to write, whatever comes of reasoning.
+        "keep": [
+            "/think Add them.<|end|>" + call,
+            "/think It says 4.<|end|><|start|>assistant" + final,
+        ],
+        "mask": [call, "<|start|>assistant" + final],
+    }
+    assert [rendering.text[a:b] for a, b in spans] == expected[policy]
+
+
+@pytest.mark.parametrize("thought", [{}, {"reasoning_content": "Now."}])
+def test_calls_without_arguments_are_refused_where_the_template_repeats_their_name(thought):
+    with pytest.raises(RowError, match="marks lost: .*repeats"):
+        channels().find(sums({}, **thought))
+    once = CHANNELS.replace("ns.callee + ' '", "'tool '")
+    conversation = sums({}, **thought)
+    rendering = channels(once).find(conversation)
+    assert rendering.text[rendering.turns[0].start : rendering.turns[0].end].endswith(
+        "add {}<|call|>"
+    )
+
+
+@pytest.mark.parametrize("arguments", [{"a": 2}, {"a": "two"}, {"a": ""}])
+def test_calls_that_the_template_writes_before_the_reasoning_are_refused(arguments):
+    thought = CHANNELS[CHANNELS.index("        {%- if m.reasoning") :]
+    thought = thought[: thought.index("\n") + 1]
+    late = CHANNELS.replace(thought, "").replace(
+        "        {%- if m.content", thought + "        {%- if m.content"
+    )
+    with pytest.raises(RowError, match="marks lost"):
+        channels(late).find(sums(arguments, reasoning_content="Add them."))
+    assert len(channels().find(sums(arguments, reasoning_content="Add them.")).turns) == 2

@@ -87,6 +87,12 @@ def test_a_template_that_wants_nine_characters_renders_any_calls(ids):
     # The second result's id stands in the header before the last answer.
     assert texts == [f'CALL a {{"q": "a"}} {calls[0]};b {{"q": "b"}} {calls[1]};</s>', "Done.</s>"]
     assert finder(MISTRAL.replace("length != 9", "length == 0")).forms.call_ids == "needed"
+    # One that repeats the callee's name before the result.
+    named = MISTRAL.replace(
+        "{{- call.function.name", "{%- set ns.n = call.function.name %}{{- ns.n"
+    )
+    named = "{%- set ns = namespace(n='') %}" + named.replace("'[RESULT]'", "'[RESULT]' + ns.n")
+    assert finder(named).forms.call_ids == "nine"
 
 
 def test_a_result_without_a_call_is_refused_by_the_template_with_advice():
