@@ -3,8 +3,10 @@ import torch
 
 from post_training.packed_sequences import RoutedDocuments
 from tests.helpers import megatron_model, reference
-from tests.helpers.launch import run_ranks
+from tests.helpers.launch import finetune, run_ranks
 from tests.helpers.models import VOCABULARY, load_model
+from tests.helpers.reference import Recipe
+from tests.helpers.rows import make_rows, write_rows
 
 LENGTHS = (40, 12)
 
@@ -84,6 +86,25 @@ def test_each_token_is_counted_once(case, tmp_path, layout, world):
         assert totals.auxiliary_loss == pytest.approx(balance, rel=1e-6)
         worst = float((tokens.amax(1) / tokens.mean(1)).max())
         assert float(totals.imbalance.max()) == pytest.approx(worst)
+
+
+@pytest.mark.slow
+def test_a_document_weighs_the_same_from_whatever_source(hf_model, tmp_path):
+    """Rows in two files, which the loss mask tells apart, or the same rows in one."""
+    rows = make_rows(40)
+    files = [write_rows(tmp_path / f"{i}.jsonl", rows[20 * i : 20 * i + 20]) for i in range(2)]
+    whole = write_rows(tmp_path / "all.jsonl", rows)
+    flags = ["--hf-model", str(hf_model("qwen3_moe")), *Recipe(steps=3, balance=0.1).flags()]
+    two, one = (
+        finetune(tmp_path / name, *flags, "--no-save-optim", "--finetune-data-files", *map(str, of))
+        .ok()
+        .steps
+        for name, of in (("two", files), ("one", [whole]))
+    )
+    assert "sources" in two[0] and "sources" not in one[0]
+    for key in ("lm_loss", "grad_norm", "moe_aux_loss", "trained_tokens"):
+        values = [[step[key] for step in steps] for steps in (two, one)]
+        assert values[0] == pytest.approx(values[1], rel=1e-12), key
 
 
 def test_documents_of_a_row():
