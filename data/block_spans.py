@@ -126,19 +126,20 @@ def _checked_by_marks(
         return turns
     named: list[Turn] = []
     unplaced = list(zip(marked.pieces, marked.spans, strict=True))
+    own: list[tuple[Piece, Span]] = []
     for turn in turns:
         inside = [(p, s) for p, s in unplaced if turn.start <= s[0] and s[1] <= turn.end]
         unplaced = [pair for pair in unplaced if pair not in inside]
         if not inside:
             raise RowError("no answer in a block", "a generation block holds no assistant text")
         markup.check_start(row.text, turn.start, inside[0][1][0])
-        reasoning_end = end_of_reasoning(row.text, inside, markup.tokens)
         message = inside[-1][0].message
         if named and (named[-1].message, named[-1].end) == (message, turn.start):
             # One message in two adjoining blocks, reasoning and answer.
-            before = named.pop()
-            turn = replace(turn, start=before.start)
-            reasoning_end = before.reasoning_end or reasoning_end
+            turn = replace(turn, start=named.pop().start)
+            inside = own + inside
+        own = inside
+        reasoning_end = end_of_reasoning(row.text, own, markup.tokens)
         named.append(replace(turn, message=message, reasoning_end=reasoning_end))
     if unplaced:
         piece = unplaced[0][0]

@@ -349,3 +349,24 @@ def test_calls_that_the_template_writes_before_the_reasoning_are_refused(argumen
     with pytest.raises(RowError, match="marks lost"):
         channels(late).find(sums(arguments, reasoning_content="Add them."))
     assert len(channels().find(sums(arguments, reasoning_content="Add them.")).turns) == 2
+
+
+def test_reasoning_and_answer_in_adjoining_blocks_are_masked_as_marks_do():
+    source = """\
+{%- for m in messages %}
+    {%- if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}
+        {%- if m.reasoning_content %}
+            {%- generation %}{{ '<|think|>' + m.reasoning_content + '<|/think|>' }}{% endgeneration %}
+        {%- endif %}
+        {%- generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+    {%- else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+    tokens = ["<|im_start|>", "<|im_end|>", "<|think|>", "<|/think|>"]
+    found = AnswerFinder(ChatTemplate(source, {}), tokens, reasoning="mask")
+    conversation = chat("2 + 2?", "Four.", reasoning_content="Sum.")
+    for method in ("generation", "marks"):
+        rendering = found.find(conversation, method)
+        spans = trained_spans(rendering, conversation, "mask")
+        assert [rendering.text[a:b] for a, b in spans] == ["Four.<|im_end|>"], method
