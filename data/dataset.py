@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,8 +45,9 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
     Args:
         num_packed_samples: Packs that this run uses over all shards, taken from the endless plan
             (epoch after epoch); None for exactly one epoch (or ``epochs`` of them).
-        hf_dataset: Prepared ``Documents``; or a ``datasets.Dataset`` or a sequence of rows, which
-            are prepared here in memory with default options.
+        hf_dataset: Prepared ``Documents``; or the name of a dataset of the hub, the path of a local
+            one, a ``datasets.Dataset`` or a sequence of rows, which are prepared here in memory with
+            default options.
         tokenizer: HuggingFace tokenizer; its pad (else end-of-sequence) token fills the tail of
             packs.
         seq_length: Tokens in a pack.
@@ -68,7 +70,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
     def __init__(
         self,
         num_packed_samples: int | None,
-        hf_dataset: Documents | DocumentSet | Sequence[Mapping[str, Any]] | Any,
+        hf_dataset: Documents | DocumentSet | str | Path | Sequence[Mapping[str, Any]] | Any,
         tokenizer: PreTrainedTokenizerBase,
         seq_length: int,
         num_shards: int = 1,
@@ -251,10 +253,13 @@ def _as_documents(
 ) -> Documents | DocumentSet:
     if isinstance(rows, Documents | DocumentSet):
         return rows
-    from data.prepare import (
-        prepare_rows,
-    )  # here, because preparing needs far more than reading packs does
+    # Here, because preparing needs far more than reading packs does.
+    from data.prepare import prepare_documents, prepare_rows
 
+    if isinstance(rows, str | Path):
+        return prepare_documents(
+            hf_dataset=str(rows), tokenizer=tokenizer, seq_length=seq_length, cache_dir=None
+        )
     return prepare_rows(rows, tokenizer=tokenizer, seq_length=seq_length)
 
 

@@ -104,8 +104,11 @@ def prepare_documents(
 def named_settings(
     hf_dataset: str, settings: PrepareOptions, split: str
 ) -> tuple[PrepareOptions, str]:
-    """Settings and split for a dataset, which a well-known one has entries for."""
+    """Settings and split for a dataset, which a well-known one, or a local copy, has entries for."""
     named = NAMED_DATASETS.get(hf_dataset)
+    if named is None and Path(hf_dataset).is_dir():
+        folder = Path(hf_dataset).resolve().name
+        named = next((v for k, v in NAMED_DATASETS.items() if k.endswith(f"/{folder}")), None)
     if named is None:
         return settings, split
     if settings.conversation_format is None and settings.format_options == FormatOptions():

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AUTO, NONE = "auto", "none"
-# Tokens that model families keep for filling: Qwen, Llama 3, DeepSeek, Gemma, Llama 2 and Mistral.
+# Tokens that model families keep for filling: Qwen, Llama 3 (and, of its base models and Llama 4, the
+# text's end), DeepSeek, Gemma, Llama 2 and Mistral.
 PLACEHOLDERS = (
     "<|endoftext|>",
     "<|finetune_right_pad_id|>",
+    "<|end_of_text|>",
     "<｜▁pad▁｜>",
     "<pad>",
     "[PAD]",

@@ -75,7 +75,8 @@ def _preview(args: argparse.Namespace) -> None:
     args.finetune_data_files = args.data or args.finetune_data_files
     settings = PrepareOptions(seq_length=args.seq_length, **option_fields(args))
     options, facts = tokenize_options(tokenizer, settings)
-    print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}")
+    separator = options.added.get(options.separator, "none")
+    print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}; separator {separator}")
     for warning in facts["warnings"]:
         print(f"warning: {warning}")
     special = set(options.added)

@@ -155,13 +155,22 @@ def test_fill_is_the_share_of_real_tokens(documents, tokenizer):
     assert dataset.fill == pytest.approx(documents.lengths.mean() / SEQ)
 
 
-def test_rows_and_datasets_are_accepted_as_they_are(tokenizer, rows):
+def test_rows_datasets_and_their_names_are_accepted_as_they_are(tokenizer, rows, tmp_path):
     import datasets
 
     from_rows = SFTDataset(None, rows, tokenizer, SEQ)
     from_dataset = SFTDataset(None, datasets.Dataset.from_list(rows), tokenizer, SEQ)
     assert from_rows.documents.fingerprint == from_dataset.documents.fingerprint
     assert from_rows.plan_hash == from_dataset.plan_hash
+    # A local copy of a well-known dataset, whose training split has another name.
+    folder = tmp_path / "ultrachat_200k"
+    said = [("user", "question"), ("assistant", "answer")]
+    chats = [
+        {"messages": [{"role": role, "content": row[name]} for role, name in said]} for row in rows
+    ]
+    datasets.DatasetDict({"train_sft": datasets.Dataset.from_list(chats)}).save_to_disk(folder)
+    for name in (folder, str(folder)):
+        assert SFTDataset(4, name, tokenizer, SEQ, 1, 0).plan_hash == from_rows.plan_hash
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ def test_preview_reports_every_row(run, capsys):
     assert len(kept["input_ids"]) == len(kept["loss_mask"])
     assert sum(kept["loss_mask"]) > 3
     assert kept["text"].startswith("<|im_start|>user\nQuestion 0")
+    assert "turns end with ['<|im_end|>']; separator <|endoftext|>" in shown
     for expected in ("20 read, 18 kept", "1 dropped: bad JSON", "trained in 100.0%", "per epoch"):
         assert expected in shown
     # Data can send neither escape codes to the terminal nor markup to the page.

@@ -1,7 +1,8 @@
 import copy
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from data.errors import DataError
 from data.separator import choose_separator
@@ -22,9 +23,19 @@ def test_pad_token_of_its_own_is_chosen(tokenizer):
 def test_token_that_conversations_contain_is_never_chosen(tokenizer):
     assert choose(tokenizer, rendered="... <|endoftext|>") is None
     assert choose(tokenizer, template=CHATML + "<|endoftext|>") is None
-    ended = copy.copy(tokenizer)
+    ended = copy.deepcopy(tokenizer)  # a shallow copy shares the map of special tokens
     ended.eos_token = "<|endoftext|>"
     assert choose(ended) is None
+
+
+@pytest.mark.parametrize("more", [[], ["<|reserved_special_token_0|>"]])
+def test_end_of_text_is_the_placeholder_of_llama_3_where_it_has_no_other(tokenizer, more):
+    llama = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE()),
+        eos_token="<|eot_id|>",
+        extra_special_tokens=["<|begin_of_text|>", "<|end_of_text|>", *more],
+    )
+    assert choose(llama, template="<|begin_of_text|><|eot_id|>") == "<|end_of_text|>"
 
 
 @pytest.mark.parametrize("choice", ["<|im_end|>", "word"])
