@@ -75,7 +75,7 @@ def _preview(args: argparse.Namespace) -> None:
     args.finetune_data_files = args.data or args.finetune_data_files
     settings = PrepareOptions(seq_length=args.seq_length, **option_fields(args))
     options, facts = tokenize_options(tokenizer, settings)
-    separator = options.added.get(options.separator, "none")
+    separator = "none" if options.separator is None else options.added[options.separator]
     print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}; separator {separator}")
     for warning in facts["warnings"]:
         print(f"warning: {warning}")
