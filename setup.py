@@ -19,7 +19,7 @@ DEPENDENCIES = [
     "jinja2>=3.1",
     "numpy",
     "filelock",
-    "zstandard",
+    "pyarrow",
     # Megatron's checkpoint writer and ModelOpt import these without depending on them.
     "psutil",
     "requests",

@@ -12,9 +12,12 @@ import glob
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import batched
+from itertools import batched, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,6 +28,8 @@ FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 19
 CHUNK_ROWS = 1024
+# What the surrogateescape handler makes of bytes that are not UTF-8.
+_ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
 
 def resolve_files(files: Sequence[str], flag: str = "--finetune-data-files") -> list[Path]:
@@ -71,9 +76,9 @@ def file_chunks(path: Path, source: int) -> Iterator[Chunk]:
         if kind == ".parquet":
             yield from _parquet_chunks(path, source)
         elif kind == ".csv":
-            yield from _csv_chunks(path, source)
+            yield from _row_chunks(path, source, _csv_rows)
         elif kind == ".json" and not _is_json_lines(path):
-            yield from _json_chunks(path, source)
+            yield from _row_chunks(path, source, _json_rows)
         else:
             yield from _line_chunks(path, source)
     except (OSError, EOFError, ValueError) as error:
@@ -118,15 +123,38 @@ def _line_chunks(path: Path, source: int) -> Iterator[Chunk]:
             yield Chunk(source, str(path), line, "lines", rest)
 
 
-def _json_chunks(path: Path, source: int) -> Iterator[Chunk]:
-    for first, rows in enumerate(batched(_json_values(path), CHUNK_ROWS)):
-        yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickled_rows(rows))
+def _row_chunks(
+    path: Path, source: int, read: Callable[[Path, bool], Iterator[Any]]
+) -> Iterator[Chunk]:
+    """Chunks of a file whose rows are parsed here.
+
+    A file with a record that is not UTF-8 or not valid CSV is read once more, now looking at each
+    record for itself; it is rare, and the look would cost all others time.
+    """
+    done = 0
+    try:
+        for chunk in _numbered_chunks(path, source, read(path, False)):
+            yield chunk
+            done += 1
+    except (UnicodeDecodeError, csv.Error):
+        yield from islice(_numbered_chunks(path, source, read(path, True)), done, None)
 
 
-def _json_values(path: Path) -> Iterator[Any]:
+def _numbered_chunks(path: Path, source: int, rows: Iterator[Any]) -> Iterator[Chunk]:
+    for first, batch in enumerate(batched(rows, CHUNK_ROWS)):
+        yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickled_rows(batch))
+
+
+def _text(raw: IO[bytes], careful: bool, newline: str | None = None) -> io.TextIOWrapper:
+    """The text of a file; bytes that are not UTF-8 are an error, or lone surrogates if careful."""
+    errors = "surrogateescape" if careful else "strict"
+    return io.TextIOWrapper(raw, encoding="utf-8-sig", errors=errors, newline=newline)
+
+
+def _json_rows(path: Path, careful: bool) -> Iterator[Any]:
     """Elements of a top-level array, read piece by piece."""
-    decoder = json.JSONDecoder()
-    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as stream:
+    decode, digits = json.JSONDecoder().raw_decode, None
+    with _open(path) as raw, _text(raw, careful) as stream:
         buffer, at, line, wanted = "", 0, 1, 1 << 16
         opened = False
 
@@ -155,15 +183,24 @@ def _json_values(path: Path) -> Iterator[Any]:
                         raise fail("something follows the closing ']'")
                     return
                 try:
-                    value, end = decoder.raw_decode(buffer, at)
+                    value, end = decode(buffer, at)
                 except json.JSONDecodeError as error:
                     if block:
                         break  # the element may go on in the next block
                     raise fail(error.msg, buffer.count("\n", at, error.pos)) from error
                 except RecursionError:
                     raise fail("nested too deeply") from None
+                except ValueError as error:  # a number with more digits than Python reads
+                    digits = RowError("bad JSON", str(error)[:200])
+                    decode = json.JSONDecoder(parse_int=str).raw_decode  # finds the element's end
+                    continue
                 if end == len(buffer) and block:
                     break
+                if digits is not None:
+                    value, digits = digits, None
+                    decode = json.JSONDecoder().raw_decode
+                if careful and _ESCAPED_BYTE.search(buffer, at, end):
+                    value = RowError("bad JSON", "not UTF-8")
                 line += buffer.count("\n", at, end)
                 yield value
                 at = end
@@ -173,27 +210,46 @@ def _json_values(path: Path) -> Iterator[Any]:
             wanted = max(1 << 16, len(buffer) - at)
 
 
-def _csv_chunks(path: Path, source: int) -> Iterator[Chunk]:
+def _csv_rows(path: Path, careful: bool) -> Iterator[Any]:
     csv.field_size_limit(1 << 30)
-    with _open(path) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
+    with _open(path) as raw, _text(raw, careful, newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
-            if len(set(header)) != len(header):
-                raise DataError(f"{path}:1: two columns have the same name: {', '.join(header)}.")
-            for first, records in enumerate(batched(reader, CHUNK_ROWS)):
-                rows: list[Any] = []
-                for record in records:
+        except csv.Error as error:
+            raise DataError(f"{path}:1: not valid CSV ({error}).") from error
+        if any(map(_ESCAPED_BYTE.search, header)):
+            raise DataError(f"{path}:1: the header is not UTF-8. Write the file as UTF-8.")
+        if len(set(header)) != len(header):
+            raise DataError(f"{path}:1: two columns have the same name: {', '.join(header)}.")
+        line = reader.line_num
+        while True:
+            try:
+                for record in reader:
+                    if careful:
+                        line = reader.line_num
+                        if any(map(_ESCAPED_BYTE.search, record)):
+                            yield RowError("bad CSV", f"not UTF-8, line {line}")
+                            continue
                     if len(record) == len(header):
-                        rows.append(dict(zip(header, record, strict=True)))
+                        yield dict(zip(header, record, strict=True))
                     elif record:
                         detail = f"{len(record)} fields, the header has {len(header)}"
-                        rows.append(RowError("bad CSV", detail))
+                        yield RowError("bad CSV", detail)
                     else:
-                        rows.append(RowError("bad CSV", "empty line"))
-                yield Chunk(source, str(path), first * CHUNK_ROWS, "rows", pickled_rows(rows))
-        except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num}: not valid CSV ({error}).") from error
+                        yield RowError("bad CSV", "empty line")
+                return
+            except csv.Error as error:
+                if not careful:
+                    raise
+                if str(error) == "unexpected end of data":
+                    # The quote has swallowed all rows after it, so this is no matter of one row.
+                    raise DataError(
+                        f"{path}:{line + 1}: not valid CSV (a quote that is opened in this record "
+                        "is never closed). Fix the file."
+                    ) from error
+                line = reader.line_num  # the reader goes on with the line after this one
+                yield RowError("bad CSV", f"{error}, line {line}")
 
 
 def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
@@ -201,7 +257,7 @@ def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with _seekable(path) as whole, pyarrow.parquet.ParquetFile(whole) as file:
             names = file.schema_arrow.names
             if len(set(names)) != len(names):
                 raise DataError(f"{path}: two columns have the same name: {', '.join(names)}.")
@@ -229,16 +285,26 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         except gzip.zlib.error as error:  # type: ignore[attr-defined]
             raise ValueError(str(error)) from error
     elif suffix == ".zst":
-        import zstandard
+        import pyarrow
 
-        try:
-            with path.open("rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as out:
-                yield io.BufferedReader(out, 1 << 17)
-        except zstandard.ZstdError as error:
-            raise ValueError(str(error)) from error
+        # Arrow's reader goes on from frame to frame, and fails where the file ends inside of one.
+        with pyarrow.input_stream(str(path), compression="zstd") as stream:
+            yield stream
     else:
         with path.open("rb") as stream:
             yield stream
+
+
+@contextmanager
+def _seekable(path: Path) -> Iterator[Path | IO[bytes]]:
+    """A file that can be read from any place: itself, or its contents where it is compressed."""
+    if path.suffix.lower() not in COMPRESSIONS:
+        yield path
+        return
+    with tempfile.TemporaryFile() as whole:
+        with _open(path) as stream:
+            shutil.copyfileobj(stream, whole, 1 << 20)
+        yield whole
 
 
 def _is_json_lines(path: Path) -> bool:

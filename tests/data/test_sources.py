@@ -1,8 +1,9 @@
 import gzip
 import json
+import re
 
+import pyarrow
 import pytest
-import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +11,11 @@ import data.sources
 from data.chunks import read_chunk
 from data.errors import DataError
 from data.sources import dataset_chunks, file_chunks, resolve_files
+
+
+def zst(data):
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
 
 ROWS = [{"question": f"q{i} é", "answer": "a" * i} for i in range(50)]
 
@@ -25,7 +31,7 @@ def write(path, kind, rows=ROWS):
     elif kind == ".jsonl.gz":
         path.write_bytes(gzip.compress(lines))
     elif kind == ".jsonl.zst":
-        path.write_bytes(zstandard.compress(lines))
+        path.write_bytes(zst(lines))
     elif kind == ".json":
         path.write_text(json.dumps(rows, indent=2))
     elif kind == ".csv":
@@ -36,14 +42,19 @@ def write(path, kind, rows=ROWS):
             writer.writeheader()
             writer.writerows(rows)
     else:
-        import pyarrow
         import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
+        if kind != ".parquet":
+            path.write_bytes((gzip.compress if kind.endswith(".gz") else zst)(path.read_bytes()))
     return path
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet"])
+KINDS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".csv", ".parquet", ".parquet.gz",
+         ".parquet.zst")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("small", [False, True])
 def test_every_file_type_gives_the_rows_in_order(tmp_path, kind, small, monkeypatch):
     if small:  # rows across chunk borders
@@ -112,14 +123,18 @@ def test_bad_line_is_named_and_the_others_are_read(tmp_path, line, detail):
         ("a.json", b'[{"a": 1},\n {"a": }]', ":2: not valid JSON"),
         ("a.json", b'[{"a": 1},\n {"a": 2}', ":2: not valid JSON .*ends before"),
         ("a.json", b'[{"a": 1}] trailing', "follows the closing"),
+        ("a.json", b'[{"a": ' + b"1" * 5000, ":1: not valid JSON"),
         ("a.json", b"[" * 200_000, "nested too deeply"),
         ("a.parquet", b"PAR1 not really", "cannot be read as parquet"),
         ("a.jsonl.gz", b"not gzip", "cannot be read as jsonl"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:40], "cannot be read as jsonl"),
         ("a.jsonl.zst", b"not zstd", "cannot be read as jsonl"),
+        ("a.jsonl.zst", zst(b'{"a": 1}\n') + b"junk", "cannot be read as jsonl"),
+        ("a.parquet.zst", zst(b"PAR1 not really"), "cannot be read as parquet"),
         ("a.csv", b"a,a\n1,2\n", "same name"),
-        ("a.csv", b'a,b\n"unclosed', "not valid CSV"),
-        ("a.csv", b"a,b\n\xff\xfe,1\n", "cannot be read as csv"),
+        ("a.csv", b'a,b\n1,2\n"unclosed', ":3: not valid CSV .*never closed"),
+        ("a.csv", b'a,"b"b\n1,2\n', ":1: not valid CSV"),
+        ("a.csv", b"a,\xff\xfe\n1,1\n", ":1: the header is not UTF-8"),
     ],
 )
 def test_broken_file_is_one_clear_error(tmp_path, name, content, message):
@@ -127,6 +142,55 @@ def test_broken_file_is_one_clear_error(tmp_path, name, content, message):
     path.write_bytes(content)
     with pytest.raises(DataError, match=f"{path.name}.*{message}"):
         read(path)
+
+
+def test_zst_that_is_cut_anywhere_is_an_error(tmp_path):
+    lines = [json.dumps(row).encode() + b"\n" for row in ROWS[:12]]
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(sink, "zstd") as out:
+        out.write(b"".join(lines[:6]))
+        out.flush()  # ends a block, at the end of a row
+        first = sink.tell()
+        out.write(b"".join(lines[6:]))
+    whole = sink.getvalue().to_pybytes()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(whole * 2)  # two frames
+    assert [raw.row for raw in read(path)] == ROWS[:12] * 2
+    assert first < len(whole)  # a cut between two blocks is one of these
+    for end in (*range(1, len(whole)), len(whole) + 1, 2 * len(whole) - 1):
+        path.write_bytes((whole * 2)[:end])
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst: cannot be read as jsonl"):
+            read(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "detail"),
+    [
+        ("a.json", b'[{"a": "1"}, {"a": ' + b"1" * 5000 + b'}, {"a": "2"}]', "digits"),
+        ("a.json", b'[{"a": "1"}, {"a": "\xff"}, {"a": "2"}]', "not UTF-8"),
+        ("a.csv", b"a\n1\n\xff\n2\n", "not UTF-8, line 3"),
+        ("a.csv", b'a\n1\n"x"y\n2\n', "line 3"),
+        ("a.csv", b'a\n1\n"x\ny"z\n2\n', "line 4"),
+    ],
+)
+@pytest.mark.parametrize("chunk_rows", [1, 1024])
+def test_bad_record_is_named_and_the_others_are_read(
+    tmp_path, name, content, detail, chunk_rows, monkeypatch
+):
+    monkeypatch.setattr(data.sources, "CHUNK_ROWS", chunk_rows)
+    path = tmp_path / name
+    path.write_bytes(content)
+    first, bad, last = read(path)
+    assert (first.row, last.row) == ({"a": "1"}, {"a": "2"})
+    assert bad.place == f"{path}, row 2"
+    assert bad.error.reason == f"bad {path.suffix[1:].upper()}"
+    assert detail in bad.error.detail
+
+
+def test_number_of_too_many_digits_may_cross_a_block(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('[{"a": "' + "x" * 62_000 + '"}, {"a": ' + "1" * 9000 + '}, {"a": 2}]')
+    assert [raw.error is None for raw in read(path)] == [True, False, True]
 
 
 def test_truncated_parquet_is_one_clear_error(tmp_path):
@@ -145,7 +209,6 @@ def odd_parquet(path, **columns):
 
 
 def test_parquet_text_that_is_not_utf8_is_a_bad_row(tmp_path):
-    import pyarrow
 
     ends = pyarrow.py_buffer(b"".join(i.to_bytes(4, "little") for i in (0, 1, 3, 4)))
     text = pyarrow.StringArray.from_buffers(3, ends, pyarrow.py_buffer(b"x\xff\xfey"))
@@ -168,7 +231,6 @@ def test_parquet_with_two_columns_of_one_name_is_refused(tmp_path):
 
 
 def test_dates_that_python_cannot_hold_are_left_out_of_their_rows(tmp_path):
-    import pyarrow
 
     dates = pyarrow.array([0, 2**30, 1], pyarrow.date32())
     rows = [raw.row for raw in read(odd_parquet(tmp_path / "a.parquet", t=dates))]
@@ -239,7 +301,8 @@ def test_binary_junk_never_ends_in_a_traceback(tmp_path_factory, junk):
             for raw in read(path):
                 assert (raw.error is None) or raw.place.startswith(str(path))
         except DataError as error:
-            assert path.name in str(error)
+            assert suffix != ".jsonl"  # of lines each is a row
+            assert re.match(rf"{path}:\d+: ", str(error))
 
 
 elements = st.recursive(
