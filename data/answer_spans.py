@@ -33,7 +33,12 @@ from data.errors import RowError
 from data.marked_rendering import MarkedRendering, render_marked
 from data.outline import Outline, Turn, outline_key
 from data.reasoning import without_empty_blocks
-from data.row_checks import refuse_stray_tags, require_questions, what_it_lacks
+from data.row_checks import (
+    refuse_stops_inside,
+    refuse_stray_tags,
+    require_questions,
+    what_it_lacks,
+)
 from data.template_forms import MessageForms
 from data.turn_edges import EMPTY_THINK, OPENED_THINK, end_of_reasoning, skip
 from data.turn_markup import TurnMarkup
@@ -100,8 +105,11 @@ class AnswerFinder:
         row = RenderedRow(conversation, messages, text)
         if (method or self.method) == "generation":
             require_questions(conversation.messages, text)
-            return Rendering(text, turns_from_blocks(row, blocks, self.markup, self._marked))
-        return Rendering(text, self._turns_from_marks(row))
+            turns = turns_from_blocks(row, blocks, self.markup, self._marked)
+        else:
+            turns = self._turns_from_marks(row)
+        refuse_stops_inside(conversation, text, turns, self.markup.stops)
+        return Rendering(text, turns)
 
     # -- the answer lies between marks ---------------------------------------------------------
 

@@ -205,6 +205,8 @@ def _set_assistant(message: Message, item: Mapping[str, Any], number: int) -> No
     calls = item.get("tool_calls")
     if calls is None and item.get("function_call") is not None:
         calls = [item["function_call"]]
+    if isinstance(calls, str) and calls:
+        calls = _from_json(calls, "bad tool call", f"the call in message {number}", parse_spelled)
     if calls:
         message["tool_calls"] = _tool_calls(calls, number)
 

@@ -81,12 +81,16 @@ def tokenize_options(
     backend = backend_json(tokenizer)
     report, rendered = _self_test(source, names, special, added, settings)
     report.require_usable()
+    if report.stops and not report.stop_is_token:
+        raise DataError(
+            f"the chat template ends answers with {report.stops[0]!r}, which holds no token of the "
+            f"tokenizer {tokenizer.name_or_path!r}: as ordinary text it joins with what follows and "
+            "is half trained. Use the template's own tokenizer, or pass --chat-template FILE."
+        )
     separator = choose_separator(tokenizer, settings.separator, source, rendered)
     warnings = []
     if not report.stops_last:
         warnings.append("the template writes no stop token after the last assistant turn")
-    if report.stops and not report.stop_is_token:
-        warnings.append(f"the stop {report.stops[0]!r} is not a token of this tokenizer")
     options = TokenizeOptions(
         tokenizer=backend,
         special_tokens=names,

@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 
@@ -229,10 +230,13 @@ def _stop_ids(tokenizer: RowTokenizer) -> set[int]:
 
 def _pieces(row: PreviewRow, special: set[int]) -> Iterator[tuple[str, bool, bool]]:
     """(text, trained, special) of consecutive tokens that are alike."""
+    tokens = zip(row.input_ids, row.loss_mask, row.offsets, strict=False)
+    alike = groupby(tokens, lambda token: (bool(token[1]), token[0] in special))
     shown = 0
-    for token, trained, (_, end) in zip(row.input_ids, row.loss_mask, row.offsets, strict=False):
+    for (trained, is_special), group in alike:
+        end = max(end for _, _, (_, end) in group)
         if end > shown:
-            yield row.text[shown:end], bool(trained), token in special
+            yield row.text[shown:end], trained, is_special
             shown = end
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from data.chat_template import Message
+from data.conversation import REASONING_FIELDS, Conversation
 from data.errors import RowError
+from data.outline import Turn
+from data.spelled_json import to_json
 
 
 def refuse_stray_tags(messages: Sequence[Message]) -> None:
@@ -48,6 +51,39 @@ def ends_in_thought(messages: Sequence[Message]) -> bool:
         and leaves_thinking_open(message["content"])
         for message in messages
     )
+
+
+def refuse_stops_inside(
+    conversation: Conversation, text: str, turns: Sequence[Turn], stops: Sequence[str]
+) -> None:
+    """Refuse a stop token in the middle of what is trained: it would teach to stop there.
+
+    Args:
+        conversation: The row.
+        text: Its rendered text.
+        turns: The assistant's turns in it.
+        stops: Texts of the tokens that end turns.
+
+    Raises:
+        RowError: an answer itself holds one; a template may write some between an answer's parts.
+    """
+    for turn in turns:
+        for stop in stops if conversation.trained[turn.message] else ():
+            at = text.find(stop, turn.start, turn.end)
+            if at >= 0 and not (turn.stopped and at + len(stop) == turn.end):
+                _refuse_said(stop, conversation)
+
+
+def _refuse_said(stop: str, conversation: Conversation) -> None:
+    for number, message in enumerate(conversation.messages, 1):
+        said = [message.get(name) for name in ("content", *REASONING_FIELDS)]
+        said.append(to_json(message.get("tool_calls") or [], ensure_ascii=False))
+        if message["role"] == "assistant" and any(stop in str(part) for part in said):
+            raise RowError(
+                "stop token in text",
+                f"message {number} itself holds {stop!r}, with which the template ends answers: the "
+                "model would learn to stop there; take it out",
+            )
 
 
 def require_questions(messages: Sequence[Message], text: str) -> None:

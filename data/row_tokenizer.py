@@ -234,6 +234,7 @@ class RowTokenizer:
                 shorter = self._trim(pending, room)
                 if shorter is not None:
                     pending.text, pending.spans = shorter.text, shorter.spans
+                    pending.turns, pending.stopped = shorter.turns, shorter.stopped
                     (tokens,) = self.tokenizer.tokenize([shorter.text], [shorter.spans])
                     trimmed = True
             if not trimmed:

@@ -199,6 +199,28 @@ def test_question_or_system_prompt_that_the_template_leaves_out_is_refused(sourc
         found.find(conversation)
 
 
+@pytest.mark.parametrize("source", [CHATML, GENERATION])
+@pytest.mark.parametrize("said", ["Say <|im_end|> now.", "Hello.<|im_end|>"])
+def test_stop_token_inside_an_answer_is_refused(source, said):
+    for first in ("", "Hello."):  # by marks, and by the outline that they give
+        found = finder(source)
+        found.find(chat("Hi", first))
+        with pytest.raises(RowError, match=r"stop token in text: message 4 .*<\|im_end\|>"):
+            found.find(chat("Hi", "Hello.", "And?", said))
+    # Neither what a user says nor an answer that is not trained teaches it.
+    assert trained(source, chat(said, "Hello.")) == ["Hello.<|im_end|>"]
+    untrained = chat("Hi", said, "And?", "Bye.")
+    untrained.trained = [False, False, False, True]
+    assert trained(source, untrained) == ["Bye.<|im_end|>"]
+
+
+def test_stop_token_inside_reasoning_or_a_tool_call_is_refused():
+    call = {"type": "function", "function": {"name": "look", "arguments": {"q": "<|im_end|>"}}}
+    for more in ({"tool_calls": [call]}, {"reasoning_content": "a <|im_end|> b"}):
+        with pytest.raises(RowError, match="stop token in text: message 2"):
+            trained(THINKING, chat("Hi", "Hello.", **more))
+
+
 def test_template_that_counts_characters_is_refused():
     source = CHATML.replace(
         "message.content +", "message.content + message.content|length|string +"

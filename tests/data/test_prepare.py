@@ -136,6 +136,13 @@ def long_rows():
     return [{"messages": messages}, {"messages": short}]
 
 
+def test_template_that_ends_answers_with_no_token_of_the_tokenizer_is_refused(tokenizer, rows):
+    other = CHATML.replace("<|im_", "<SPECIAL_")
+    found = r"'<SPECIAL_end\|>', which holds no token .*--chat-template FILE"
+    with pytest.raises(DataError, match=found):
+        prepare_rows(rows, tokenizer=tokenizer, seq_length=256, chat_template=other)
+
+
 def test_overlong_documents_are_dropped_counted_refused_or_trimmed(tokenizer):
     rows = long_rows()
     whole = prepare_rows(rows, tokenizer=tokenizer, seq_length=400)
@@ -147,6 +154,7 @@ def test_overlong_documents_are_dropped_counted_refused_or_trimmed(tokenizer):
         prepare_rows(rows, tokenizer=tokenizer, seq_length=length - 1, overlong="error")
     trimmed = prepare_rows(rows, tokenizer=tokenizer, seq_length=length - 1, overlong="trim-turns")
     assert trimmed.report["trimmed"] == 1
+    assert trimmed.report["turns"] == trimmed.report["stopped_turns"] == 3
     text = tokenizer.decode(trimmed[0][0])
     assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nsecond")
     assert trained_text(tokenizer, trimmed) == "two.<|im_end|>three.<|im_end|>"

@@ -49,6 +49,8 @@ def test_preview_reports_every_row(run, capsys):
     # Data can send neither escape codes to the terminal nor markup to the page.
     assert "\x1b[31m" not in shown
     assert "<b>" not in page.read_text()
+    # Neighbours that are alike are one span: header, question, answer, stop, and the separator.
+    assert page.read_text().partition("<pre>")[2].partition("</pre>")[0].count("<span") < 12
     assert "<span class=t>" in page.read_text()
 
 
