@@ -269,7 +269,7 @@ def test_value_is_read_where_there_is_no_content():
     only = {"role": "assistant", "content": None}
     called = convert({"messages": [USER, {**only, "tool_calls": [CALL]}]}).messages[1]
     assert (called["content"], called["tool_calls"]) == ("", [CALL])
-    for none in ("[]", "null", [], None):
+    for none in ("[]", "[ ]", "null", None):
         assert convert({"messages": [USER, {**ASSISTANT, "tool_calls": none}]}).messages == PLAIN
     thought = convert({"messages": [USER, {**only, "reasoning_content": "sum"}]}).messages[1]
     assert thought["reasoning_content"] == "sum"
