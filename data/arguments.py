@@ -115,7 +115,7 @@ def prepare_documents_from_args(
         ratios = _ratios(args.split_ratio)
         parts = split_documents(documents, ratios)
         for name, ratio, part in zip(_SPLITS, ratios, parts, strict=True):
-            if ratio and not len(part):
+            if (ratio or name == "train") and not len(part):
                 raise DataError(
                     f"--split-ratio {args.split_ratio}: no row of {len(documents)} fell into the "
                     f"{name} split. Give it a larger share, or files of its own."
@@ -242,7 +242,12 @@ def _cache_dir(args: argparse.Namespace) -> Path:
 
 
 def _check_splits(args: argparse.Namespace) -> None:
-    """Refuse splits that overlap, or that are given twice."""
+    """Refuse splits and files that overlap, or that are given twice."""
+    if args.finetune_data_split != "train" and not args.finetune_hf_dataset:
+        raise DataError(
+            f"--finetune-data-split {args.finetune_data_split}: only --finetune-hf-dataset has "
+            "splits. Leave it out."
+        )
     if args.split_ratio is not None and (args.valid_data_files or args.test_data_files):
         raise DataError("give either --split-ratio or --valid-data-files and --test-data-files.")
     flags: dict[Path, str] = {}
@@ -260,7 +265,7 @@ def _check_splits(args: argparse.Namespace) -> None:
     sizes: dict[int, list[Path]] = {}
     for path in flags:
         sizes.setdefault(path.stat().st_size, []).append(path)
-    alike = [path for same in sizes.values() if len({flags[p] for p in same}) > 1 for path in same]
+    alike = [path for same in sizes.values() if len(same) > 1 for path in same]
     seen: dict[str, Path] = {}
     for path, digest in zip(alike, file_digests(alike, _cache_dir(args)), strict=True):
         first = seen.setdefault(digest, path)
@@ -268,6 +273,11 @@ def _check_splits(args: argparse.Namespace) -> None:
             raise DataError(
                 f"{flags[path]} {path}: a copy of {first}, which is in {flags[first]}. Splits must "
                 "not overlap; give other files, or cut one file with --split-ratio."
+            )
+        if first != path:
+            raise DataError(
+                f"{flags[path]} {path}: a copy of {first}, whose rows would be trained twice. Leave "
+                "one of them out."
             )
 
 

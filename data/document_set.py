@@ -145,10 +145,10 @@ def split_documents(documents: Documents, ratios: Sequence[float]) -> list[Docum
         ratios: Share of each part; they are scaled to sum to 1.
 
     Raises:
-        DataError: ratios that are negative or all zero.
+        DataError: ratios that are no numbers, negative or all zero.
     """
     shares = np.array(ratios, np.float64)
-    if len(shares) == 0 or (shares < 0).any() or not shares.sum() > 0:
+    if not len(shares) or not np.isfinite(shares).all() or shares.min() < 0 or shares.sum() == 0:
         raise DataError(
             f"--split-ratio {','.join(map(str, ratios))}: expected shares of 0 or more for "
             "train, validation and test, such as 0.98,0.01,0.01."

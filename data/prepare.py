@@ -153,10 +153,28 @@ def load_dataset(name: str, split: str) -> Any:
         raise
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0][:300]
+        failed = isinstance(error, datasets.exceptions.DatasetGenerationError)
+        if broken := failed and _first_bad_row(folder):
+            raise DataError(
+                f"--finetune-hf-dataset {name}: cannot be loaded; {broken}. Mend the row, or read the "
+                "folder with --finetune-data-files and --on-bad-row skip."
+            ) from error
         raise DataError(
             f"--finetune-hf-dataset {name}: cannot be loaded ({detail}). Check the name, the "
             f"network, and --finetune-data-split {split}."
         ) from error
+
+
+def _first_bad_row(folder: Path) -> str:
+    """What is wrong in the files of a folder, with the place: datasets' errors name none."""
+    try:
+        paths = resolve_files([str(folder)]) if folder.is_dir() else []
+        raws = (
+            raw for path in paths for chunk in file_chunks(path, 0) for raw in read_chunk(chunk)
+        )
+        return next((f"{raw.place}: {raw.error}" for raw in raws if raw.error is not None), "")
+    except DataError as error:
+        return str(error).rstrip(".")
 
 
 def _saved_split(loaded: Any, name: str, split: str) -> Any:
@@ -176,6 +194,35 @@ def _saved_split(loaded: Any, name: str, split: str) -> Any:
             + (f"the split {own}." if own else "without a split name; leave the flag out.")
         )
     return loaded
+
+
+def first_format(chunks: Iterable[Chunk], columns: FormatOptions, skip: bool) -> str:
+    """The format of a source: that of its first row.
+
+    Args:
+        chunks: The chunks of the source.
+        columns: Column names that were given.
+        skip: Go on to the first row that is in a format, since rows before it are bad ones.
+
+    Raises:
+        DataError: the first row is in none; with ``skip``, no row is in one.
+    """
+    unknown: DataError | None = None
+    for piece in chunks:
+        for raw in read_chunk(piece):
+            if raw.error is not None or not isinstance(raw.row, dict):
+                if skip:
+                    continue
+                return "messages"  # reported with its place when the row is reached
+            try:
+                return detect_format(raw.row, columns)
+            except DataError as error:
+                unknown = unknown or DataError(f"{raw.place}: {error}")
+                if not skip:
+                    raise unknown from error
+    if unknown is not None:
+        raise unknown
+    return "messages"
 
 
 @dataclass(frozen=True)
@@ -243,25 +290,13 @@ class _Preparation:
         """The options with the format that the first good row is in."""
         options = self.options
         if not options.format:
-            name = self._detect()
+            skip = self.settings.on_bad_row == "skip"
+            name = first_format(self.source.chunks(), self.settings.format_options, skip)
             self.facts["format"] = name
             options = replace(options, format=name)
         # Resolved here as well, so that a wrong name is refused before workers start.
         converter(options.format, options.mapping)
         return options
-
-    def _detect(self) -> str:
-        for piece in self.source.chunks():
-            for raw in read_chunk(piece):
-                if raw.error is not None or not isinstance(raw.row, dict):
-                    if self.settings.on_bad_row == "skip":
-                        continue
-                    return "messages"  # reported with its place when the row is reached
-                try:
-                    return detect_format(raw.row, self.settings.format_options)
-                except DataError as error:
-                    raise DataError(f"{raw.place}: {error}") from error
-        return "messages"
 
     def _require_documents(self, counts: Counter[str]) -> None:
         """Refuse data without documents, and warn of what the template leaves out of them.

@@ -55,6 +55,10 @@ class PrepareOptions:
     def __post_init__(self) -> None:
         if self.seq_length < 2:
             raise DataError(f"--seq-length {self.seq_length}: a document needs at least 2 tokens.")
+        if self.workers is not None and self.workers < 0:
+            raise DataError(
+                f"--data-workers {self.workers}: expected 0 or more; leave it out for one a core."
+            )
         name = self.conversation_format
         if name is not None and name not in FORMATS and ":" not in name:
             raise DataError(

@@ -16,9 +16,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.chunks import Chunk, RawRow, read_chunk
+from data.chunks import Chunk, read_chunk
 from data.errors import DataError
-from data.formats import detect_format
 from data.packing import PackingMode, plan_epoch
 from data.row_tokenizer import PreviewRow, RowTokenizer
 from data.worker_messages import TokenizeOptions
@@ -91,27 +90,17 @@ def preview_source(
     Args:
         chunks: The source's chunks.
         name: Its name.
-        options: How to tokenise; rows that cannot be used are listed and never stop it.
+        options: How to tokenise, format included; rows that cannot be used are listed and never
+            stop it.
 
     Raises:
-        DataError: the source cannot be read, or its format cannot be told.
+        DataError: the source cannot be read.
     """
-    tokenizer: RowTokenizer | None = None
+    tokenizer = RowTokenizer(replace(options, on_bad_row="skip"))
     summary = SourceSummary(name, options.format)
-    stops: set[int] = set()
+    stops = _stop_ids(tokenizer)
     for chunk in chunks:
         for raw in read_chunk(chunk):
-            if tokenizer is None:
-                settings = replace(options, on_bad_row="skip", format=_format(raw, options))
-                if not settings.format:
-                    row = PreviewRow(raw, "dropped", str(raw.error or "the row is not an object"))
-                    summary.counts["read"] += 1
-                    summary.counts[f"dropped: {getattr(raw.error, 'reason', 'not an object')}"] += 1
-                    yield row, summary
-                    continue
-                tokenizer = RowTokenizer(settings)
-                summary.format = settings.format
-                stops = _stop_ids(tokenizer)
             row = tokenizer.preview(raw, summary.counts)
             if row.status != "dropped":
                 summary.lengths.append(len(row.input_ids))
@@ -139,6 +128,11 @@ def write_json_row(row: PreviewRow, out: IO[str]) -> None:
     out.write(json.dumps(entry, ensure_ascii=True) + "\n")
 
 
+def row_title(row: PreviewRow) -> str:
+    """Place and fate of a row, in one line without control characters."""
+    return _visible(f"{row.raw.place}: {row.status} {row.reason}").replace("\n", " ")
+
+
 def coloured(row: PreviewRow, special: set[int]) -> str:
     """The row's text for a terminal: trained green, special tokens magenta, the rest dim."""
     parts = []
@@ -163,11 +157,10 @@ def html_page(rows: list[tuple[PreviewRow, set[int]]], summaries: list[dict[str,
     for summary in summaries:
         cells = (summary[name] for name in names)
         shown = (f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells)
-        parts.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in shown))
+        parts.append("<tr>" + "".join(f"<td>{html.escape(_clean(cell))}</td>" for cell in shown))
     parts.append("</table>")
     for row, special in rows:
-        title = f"{row.raw.place}: {row.status} {row.reason}"
-        parts.append(f"<h3>{html.escape(title)}</h3><pre>")
+        parts.append(f"<h3>{html.escape(row_title(row))}</h3><pre>")
         for text, trained, is_special in _pieces(row, special):
             kind = ("st" if trained else "s") if is_special else ("t" if trained else "u")
             parts.append(f"<span class={kind}>{html.escape(_clean(text))}</span>")
@@ -178,7 +171,7 @@ def html_page(rows: list[tuple[PreviewRow, set[int]]], summaries: list[dict[str,
 def summary_text(summary: dict[str, Any]) -> str:
     """The totals of a source, for a terminal."""
     lines = [
-        f"{summary['source']}  (format: {summary['format']})",
+        f"{_visible(summary['source'])}  (format: {summary['format']})",
         f"  rows      {summary['read']} read, {summary['kept']} kept, {summary['trimmed']} trimmed",
     ]
     lines += [f"            {n} dropped: {why}" for why, n in summary["dropped"].items()]
@@ -206,17 +199,6 @@ def open_output(path: str) -> IO[str]:
         return Path(path).open("w", encoding="utf-8")
     except OSError as error:
         raise DataError(f"--json or --html {path}: cannot be written ({error}).") from error
-
-
-def _format(raw: RawRow, options: TokenizeOptions) -> str:
-    if options.format:
-        return options.format
-    if raw.error is not None or not isinstance(raw.row, dict):
-        return ""
-    try:
-        return detect_format(raw.row, options.mapping)
-    except DataError as error:
-        raise DataError(f"{raw.place}: {error}") from error
 
 
 def _stop_ids(tokenizer: RowTokenizer) -> set[int]:

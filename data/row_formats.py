@@ -233,4 +233,5 @@ def _missing(row: Row, column: str, flag: str) -> RowError:
 
 def columns_of(row: Row) -> str:
     """The names of a row's columns, for messages."""
-    return ", ".join(str(name) for name in list(row)[:20]) or "none"
+    names = (name if str(name).isprintable() else repr(name) for name in list(row)[:20])
+    return ", ".join(map(str, names)) or "none"

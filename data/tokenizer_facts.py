@@ -17,7 +17,7 @@ def template_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
     """The chat template: a file, a name that the tokenizer knows, Jinja text, or its own.
 
     Raises:
-        DataError: there is none.
+        DataError: there is none, or the file holds none.
     """
     own = tokenizer.chat_template
     if chat_template is not None:
@@ -32,10 +32,7 @@ def template_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
                 f"--chat-template {chat_template}: no such file, and no template of the tokenizer "
                 f"has this name (it has: {names})."
             )
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            text = str(json.loads(text)["chat_template"])
-        return text
+        return _read_template(path)
     if isinstance(own, dict):
         own = own.get("default")
     if not own:
@@ -44,6 +41,22 @@ def template_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
             "FILE with the template of the model's family."
         )
     return str(own)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            text = json.loads(text)["chat_template"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        found = "no key chat_template" if isinstance(error, LookupError) else str(error)[:200]
+        raise DataError(
+            f"--chat-template {path}: holds no template ({found}). Expected Jinja text in UTF-8, or "
+            'a .json file with the key "chat_template".'
+        ) from error
+    if not isinstance(text, str):
+        raise DataError(f"--chat-template {path}: chat_template is no text. Give one template.")
+    return text
 
 
 def backend_json(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -14,6 +14,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import IO, Any
 
 from data.arguments import (
@@ -24,13 +25,14 @@ from data.arguments import (
 )
 from data.chunks import Chunk
 from data.errors import DataError
-from data.prepare import load_dataset, named_settings
+from data.prepare import first_format, load_dataset, named_settings
 from data.prepare_options import PrepareOptions, tokenize_options
 from data.preview import (
     coloured,
     html_page,
     open_output,
     preview_source,
+    row_title,
     summary_text,
     write_json_row,
 )
@@ -69,6 +71,10 @@ def _preview(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise DataError(f"--tokenizer {args.tokenizer}: cannot be loaded ({first}).") from error
+    if args.global_batch_size is not None and args.global_batch_size < 1:
+        raise DataError(f"--global-batch-size {args.global_batch_size}: expected 1 or more.")
+    if args.rows < 0:
+        raise DataError(f"--rows {args.rows}: expected 0 or more.")
     if args.data and args.finetune_data_files:
         raise DataError("give either --data or --finetune-data-files, which mean the same.")
     flag = "--data" if args.data else "--finetune-data-files"
@@ -85,24 +91,19 @@ def _preview(args: argparse.Namespace) -> None:
         rows_out: IO[str] | None = None
         if args.json:
             rows_out = stack.enter_context(open_output(args.json))
-        formats: dict[int, str] = {}
-        for source, name, chunks, columns in _sources(args, flag, settings):
+        for name, chunks, columns in _sources(args, flag, settings):
             shown, summary = 0, None
-            # The files of one source are in one format, that of its first good row.
-            known = replace(options, **columns)
-            known = replace(known, format=formats.get(source) or known.format)
-            for row, totals in preview_source(chunks, name, known):
+            for row, totals in preview_source(chunks, name, replace(options, **columns)):
                 summary = totals
                 if rows_out is not None:
                     write_json_row(row, rows_out)
                 if shown < args.rows:
                     shown += 1
-                    print(f"\n--- {row.raw.place}: {row.status} {row.reason}")
+                    print(f"\n--- {row_title(row)}")
                     print(coloured(row, special))
                     pages.append((row, special))
             if summary is None:
                 raise DataError(f"{name}: there are no rows.")
-            formats[source] = summary.format
             summaries.append(
                 summary.as_dict(args.seq_length, args.global_batch_size, args.packing, args.seed)
             )
@@ -122,23 +123,35 @@ def _preview(args: argparse.Namespace) -> None:
 
 def _sources(
     args: argparse.Namespace, flag: str, settings: PrepareOptions
-) -> Iterator[tuple[int, str, Iterator[Chunk], dict[str, Any]]]:
-    """Everything that is trained on: the number of the source, the name, the rows, and how to read them."""
+) -> Iterator[tuple[str, Iterator[Chunk], dict[str, Any]]]:
+    """Everything that is trained on: the name, the rows, and their format and columns."""
     parsed = parse_weighted(args.finetune_data_files or ())
     if not parsed and not args.finetune_hf_dataset:
         raise DataError("there is no data: give --data FILES or --finetune-hf-dataset.")
     # With weights each entry is a source of its own, otherwise all files together are one.
     mixed = any(weight is not None for _, weight in parsed)
     entries = [[path] for path, _ in parsed] if mixed else [[path for path, _ in parsed]]
-    for source, paths in enumerate(entries):
-        for number, path in enumerate(resolve_files(paths, flag)):
-            yield source, str(path), file_chunks(path, number), {}
+    for entry in entries:
+        paths = resolve_files(entry, flag)
+        # The files of one source are in one format. Rows before the first in it are shown as bad.
+        chunks = chain.from_iterable(file_chunks(path, 0) for path in paths)
+        columns = settings.format_options
+        known = settings.conversation_format or first_format(chunks, columns, skip=True)
+        for path in paths:
+            yield str(path), file_chunks(path, 0), {"format": known}
     if args.finetune_hf_dataset:
         ((hub_name, _),) = parse_weighted([args.finetune_hf_dataset])
         settings, split = named_settings(hub_name, settings, args.finetune_data_split)
-        columns = {"format": settings.conversation_format or "", "mapping": settings.format_options}
-        chunks = dataset_chunks(load_dataset(hub_name, split), hub_name)
-        yield len(entries), hub_name, chunks, columns
+        columns = settings.format_options
+        dataset = load_dataset(hub_name, split)
+        known = settings.conversation_format or first_format(
+            dataset_chunks(dataset, hub_name), columns, skip=True
+        )
+        yield (
+            hub_name,
+            dataset_chunks(dataset, hub_name),
+            {"format": known, "mapping": columns},
+        )
 
 
 if __name__ == "__main__":

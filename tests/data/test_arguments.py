@@ -73,7 +73,7 @@ def test_split_that_gets_no_row_is_refused(tokenizer, tmp_path, files):
     assert prepare(tokenizer, tmp_path, "valid", *flags, "1,0,0") is None
 
 
-def test_copy_of_a_file_is_in_no_other_split(tokenizer, tmp_path, files):
+def test_no_file_is_a_copy_of_another(tokenizer, tmp_path, files):
     copy = tmp_path / "copy.jsonl"
     copy.write_bytes(files[0].read_bytes())
     flags = ("--finetune-data-files", files[0], "--valid-data-files", copy)
@@ -82,9 +82,10 @@ def test_copy_of_a_file_is_in_no_other_split(tokenizer, tmp_path, files):
             prepare(tokenizer, tmp_path, split, *flags)
     copy.write_bytes(files[0].read_bytes().replace(b"why", b"who"))  # of the same size
     assert len(prepare(tokenizer, tmp_path, "valid", *flags)) == 300
-    copy.write_bytes(files[1].read_bytes())  # within a split it is the user's own affair
-    within = ("--finetune-data-files", files[1], copy, "--valid-data-files", files[0])
-    assert len(prepare(tokenizer, tmp_path, "train", *within)) == 120
+    copy.write_bytes(files[1].read_bytes())
+    for within in ((files[1], copy), (f"{files[1]}=1", f"{copy}=1")):
+        with pytest.raises(DataError, match=f"{copy}: a copy of {files[1]}, .*trained twice"):
+            prepare(tokenizer, tmp_path, "train", "--finetune-data-files", *within)
 
 
 def test_a_dataset_and_files_are_mixed_by_weight(tokenizer, tmp_path, files):
@@ -131,6 +132,9 @@ def test_equals_sign_in_an_existing_name_is_no_weight(tmp_path):
          "either --split-ratio or --valid"),
         (["--finetune-data-files", "{0}", "--split-ratio", "1"], "--split-ratio 1: expected two"),
         (["--finetune-data-files", "{0}", "--split-ratio", "-1,2"], "--split-ratio"),
+        (["--finetune-data-files", "{0}", "--split-ratio", "inf,1"], "shares of 0 or more"),
+        (["--finetune-data-files", "{0}", "--split-ratio", "0,1"], "fell into the train split"),
+        (["--finetune-data-files", "{0}", "--finetune-data-split", "x"], "-split x: only --fine"),
         (["--finetune-data-files", "{0}=1", "{1}"], "give every source a weight"),
         (["--finetune-data-files", "{0}=0", "{1}=1"], "greater than 0"),
         (["--finetune-data-files", "{0}=1", "{0}=1"], "0.jsonl is in .*0.jsonl as well"),

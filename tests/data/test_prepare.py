@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from data.errors import DataError
 from data.prepare import _CODE, prepare_documents, prepare_rows
+from data.tokenizer_facts import template_source
 from tests.data.conftest import CHATML, make_rows
 from tests.data.templates import GENERATION, THINKING
 
@@ -267,11 +268,48 @@ def test_errors_of_workers_name_the_first_bad_row(tokenizer, tmp_path):
         ({"separator": "<|im_end|>"}, "--separator .*writes this token"),
         ({"separator": "<nope>"}, "--separator <nope>: not a special token"),
         ({"seq_length": 1}, "--seq-length 1"),
+        ({"workers": -1}, "--data-workers -1: expected 0 or more"),
     ],
 )
 def test_wrong_options_are_refused_by_name(tokenizer, rows, change, message):
     with pytest.raises(DataError, match=message):
         prepare_rows(rows, **{"tokenizer": tokenizer, "seq_length": 256, **change})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.json", b"{}", "no key chat_template"),
+        ("t.json", b"[]", "holds no template"),
+        ("t.json", b"{", "holds no template"),
+        ("t.json", b'{"chat_template": [1]}', "is no text"),
+        ("t.jinja", b"\xff\x00", "holds no template .*utf-8"),
+    ],
+)
+def test_file_that_holds_no_template_is_refused(tokenizer, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"--chat-template .*{name}.*{message}"):
+        template_source(tokenizer, str(tmp_path / name))
+
+
+@pytest.mark.parametrize("first", [{}, {"meta": 1}, {"messages": None}])
+def test_bad_first_rows_do_not_hide_the_format(tokenizer, rows, first):
+    given = {"tokenizer": tokenizer, "seq_length": 256}
+    with pytest.raises(DataError, match="rows, row 1: cannot tell the format"):
+        prepare_rows([first, *rows], **given)
+    report = prepare_rows([first, first, *rows], on_bad_row="skip", **given).report
+    assert (report["format"], report["dropped"]) == ("question", {"missing column": 2})
+    with pytest.raises(DataError, match="rows, row 1: cannot tell the format"):
+        prepare_rows([first], on_bad_row="skip", **given)
+
+
+@pytest.mark.slow
+def test_broken_line_of_a_dataset_s_folder_is_named(tokenizer, tmp_path):
+    path = tmp_path / "ds" / "train.jsonl"
+    path.parent.mkdir()
+    path.write_bytes(GOOD + b"\nbroken\n")
+    with pytest.raises(DataError, match=f"--finetune-hf-dataset .*{path}:2: bad JSON"):
+        prepare(tokenizer, [], hf_dataset=str(path.parent))
 
 
 def test_tokenizer_without_a_template_is_refused(tokenizer, rows):

@@ -60,9 +60,28 @@ def test_preview_refuses_bad_input_in_one_line(run, capsys):
         (["--data", "gone.jsonl"], "--data gone.jsonl: no such file"),
         ([], "there is no data"),
         (["--data", folder / "a.jsonl", "--separator", "x"], "--separator x"),
+        (["--data", folder / "a.jsonl", "--global-batch-size", 0], "--global-batch-size 0"),
+        (["--data", folder / "a.jsonl", "--rows", -1], "--rows -1"),
     ):
         assert call(*flags) == 2
         assert message in capsys.readouterr().err
+
+
+def test_preview_shows_bad_first_rows_and_odd_names_as_the_run_counts_them(run, capsys):
+    folder, call = run
+    good = [json.dumps(row) for row in make_rows(3)]
+    odd = folder / "odd.jsonl"
+    odd.write_text("\n".join(['{"\\ud800": 1, "\\u001b[31m": 2}', "{}", *good]) + "\n")
+    page = folder / "odd.html"
+    assert call("--data", odd, "--on-bad-row", "skip", "--html", page, "--seq-length", 256) == 0
+    shown = capsys.readouterr().out
+    assert "in columns '\\ud800', '\\x1b[31m'" in shown
+    assert "in columns '\\ud800'" in page.read_text().replace("&#x27;", "'")
+    assert "5 read, 3 kept" in shown
+    assert "2 dropped: missing column" in shown
+    assert "5 rows read, 3 kept, dropped: 2 missing column" in shown
+    assert call("--data", odd) == 2
+    assert "odd.jsonl:1: cannot tell the format" in capsys.readouterr().err
 
 
 @pytest.fixture
