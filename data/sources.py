@@ -156,7 +156,7 @@ def _json_rows(path: Path, careful: bool) -> Iterator[Any]:
     decode, digits = json.JSONDecoder().raw_decode, None
     with _open(path) as raw, _text(raw, careful) as stream:
         buffer, at, line, wanted = "", 0, 1, 1 << 16
-        opened = False
+        opened, commas, due = False, 0, 0
 
         def fail(what: str, more_lines: int = 0) -> DataError:
             return DataError(
@@ -170,6 +170,7 @@ def _json_rows(path: Path, careful: bool) -> Iterator[Any]:
             while True:
                 while at < len(buffer) and buffer[at] in " \t\r\n,":
                     line += buffer[at] == "\n"
+                    commas += buffer[at] == ","
                     at += 1
                 if at == len(buffer):
                     break
@@ -178,6 +179,9 @@ def _json_rows(path: Path, careful: bool) -> Iterator[Any]:
                         raise fail(f"it begins with {buffer[at : at + 20]!r}, expected '['")
                     opened, at = True, at + 1
                     continue
+                if commas != (0 if buffer[at] == "]" else due):
+                    wrong = "a comma is missing" if commas < due else "a comma too many"
+                    raise fail(f"{wrong} before {buffer[at : at + 20]!r}")
                 if buffer[at] == "]":
                     if (buffer[at + 1 :] + stream.read(1 << 16)).strip():
                         raise fail("something follows the closing ']'")
@@ -202,6 +206,7 @@ def _json_rows(path: Path, careful: bool) -> Iterator[Any]:
                 if careful and _ESCAPED_BYTE.search(buffer, at, end):
                     value = RowError("bad JSON", "not UTF-8")
                 line += buffer.count("\n", at, end)
+                commas, due = 0, 1
                 yield value
                 at = end
             if not block:
