@@ -107,7 +107,7 @@ class Resumes:
         return finetune(folder, *words, world=layout.world).ok()
 
     def _place(self, what: str, layout: Layout, flags: tuple[str, ...]) -> Path:
-        return self.folder / f"{what}-{layout.table}-{layout.name}{len(flags)}"
+        return self.folder / f"{what}-{layout.table}-{layout.name}{''.join(flags)}"
 
     def _straight(self, layout: Layout, *flags: str) -> Finished:
         return self.run(self._place("straight", layout, flags), layout, *flags)
@@ -116,18 +116,18 @@ class Resumes:
         folder = self._place("stopped", layout, flags)
         return self.run(folder, layout, "--exit-interval", str(STOP), *flags)
 
-    def compare(self, before: Layout, after: Layout) -> tuple[float, bool]:
-        """Stop in `before` and go on in `after`.
+    def compare(self, before: Layout, after: Layout, *flags: str) -> tuple[float, bool]:
+        """Stop in `before` and go on in `after`, with further flags for both.
 
         Returns:
             The largest relative difference of a step, and whether it is small enough.
         """
         same = before == after
-        dropout = DROPOUT if same else ()
+        flags = (*flags, *DROPOUT) if same else flags
         folder = self.folder / "compared"
-        shutil.copytree(self.stopped(before, *dropout).folder, folder)
-        run = self.run(folder, after, *dropout)
-        straight = self.straight(after if same else TABLES[after.table][0], *dropout)
+        shutil.copytree(self.stopped(before, *flags).folder, folder)
+        run = self.run(folder, after, *flags)
+        straight = self.straight(after if same else TABLES[after.table][0], *flags)
         found = difference(run, straight)
         holds = numbers(run) == numbers(straight) if same else found < STEP_BOUND
         shutil.rmtree(folder)

@@ -46,6 +46,16 @@ def test_bit_for_bit_with_dropout(resumes, layout):
     assert resumes.compare(layout, layout) == (0.0, True)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "flags"), [("one", "one", ["--bf16"]), ("tp2", "pp2", [])]
+)
+def test_momentum_of_sgd_comes_back(resumes, before, after, flags):
+    """It runs without the distributed optimizer: fp32 alone, and fp32 copies of bf16 weights."""
+    sgd = ["--optimizer", "sgd", "--lr", "0.05", *flags]
+    found, holds = resumes.compare(BY_NAME[before], BY_NAME[after], *sgd)
+    assert holds, found
+
+
 def test_dropout_is_on_and_random_states_matter(resumes, tmp_path):
     """Without the states of all ranks the test above would fail: this run has fresh ones."""
     dp2 = BY_NAME["dp2"]

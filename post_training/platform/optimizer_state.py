@@ -10,6 +10,10 @@ among the tensors of a parameter, where the loader has left it out.
 With expert parallelism `core/optimizer/optimizer.py` chains two optimizers, for the experts and for the
 rest; without it there is one. What a checkpoint holds of one parameter has the same name in both cases,
 but param groups and settings lie in one dictionary or in two, and one does not load as the other.
+
+With SGD, which runs without the distributed optimizer, `core/optimizer/__init__.py` names no function
+that makes its state, and loading a checkpoint calls it. Saved before a first step (in fp16 steps are
+skipped until the loss scale fits) there is no state, which a run that loads would ask for.
 """
 
 from __future__ import annotations
@@ -69,11 +73,42 @@ def _load_chains_of_any_length() -> None:
     setattr(ChainedOptimizer, "load_state_dict", load_any)  # noqa: B010
 
 
+def start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
+    """Give SGD the state before its first step: momentum * 0 + gradient is what that step computes.
+
+    Args:
+        optimizer: SGD; without momentum it has no state.
+        config: Megatron's settings, which are not needed.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            if not optimizer.state[parameter]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _shard_momentum() -> None:
+    from megatron.core.optimizer import optimizer as module
+
+    def with_momentum(sharded_state_dict: Any) -> Any:
+        @functools.wraps(sharded_state_dict)
+        def shard(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.config.optimizer == "sgd":
+                self.init_state_fn = start_momentum
+                start_momentum(self.optimizer)
+            return sharded_state_dict(self, *args, **kwargs)
+
+        return shard
+
+    for owner in (module.FP32Optimizer, module.Float16OptimizerWithFloat16Params):
+        setattr(owner, "sharded_state_dict", with_momentum(owner.sharded_state_dict))  # noqa: B010
+
+
 def apply() -> None:
-    """Wrap the distributed optimizer's ways in and out of a state dictionary."""
+    """Wrap the optimizers' ways in and out of a state dictionary."""
     from megatron.core.optimizer import distrib_optimizer
 
     _load_chains_of_any_length()
+    _shard_momentum()
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
     owner = distrib_optimizer.DistributedOptimizer

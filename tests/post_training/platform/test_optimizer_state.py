@@ -4,9 +4,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from post_training.platform.optimizer_state import fit_to_chain
+from post_training.platform.optimizer_state import fit_to_chain, start_momentum
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_rank
 
@@ -38,6 +39,39 @@ def test_state_before_the_first_step(argv):
 def test_still_needed_upstream_has_no_state_before_the_first_step(argv):
     with pytest.raises(AssertionError, match=r"(?s)distrib_optimizer.*Error"):
         run_rank(_fresh_state, argv, False)
+
+
+def _momentum_to_read(argv):
+    _, (chunks, optimizer, _) = megatron_model.set_up([*argv, "--optimizer", "sgd"])
+    (inner,) = optimizer.chained_optimizers
+    upstream = inner.init_state_fn
+    tensors = chunks[0].sharded_state_dict()
+    state = optimizer.sharded_state_dict(tensors, is_loading=True)
+    keys = [one["momentum_buffer"].key for one in state["state"].values()]
+    parameters = [name for name, _ in chunks[0].named_parameters()]
+    return upstream, len(keys), len(parameters)
+
+
+def test_momentum_is_asked_for_where_upstream_has_no_function_for_it(argv):
+    upstream, keys, parameters = run_rank(_momentum_to_read, argv)
+    assert upstream is None, "upstream makes the state of SGD itself now"
+    assert keys == parameters
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_momentum_before_the_first_step_changes_no_step(momentum):
+    ends = []
+    for prepare in (start_momentum, lambda optimizer: None):
+        weight = torch.nn.Parameter(torch.linspace(-1, 1, 7))
+        optimizer = torch.optim.SGD([weight], lr=0.1, momentum=momentum, weight_decay=0.1)
+        prepare(optimizer)
+        for _ in range(3):
+            optimizer.zero_grad()
+            weight.pow(3).sum().backward()
+            optimizer.step()
+        ends.append((weight.detach(), optimizer.state_dict()["state"]))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert str(ends[0][1]) == str(ends[1][1])
 
 
 DENSE: dict[Any, Any]
