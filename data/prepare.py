@@ -153,8 +153,7 @@ def load_dataset(name: str, split: str) -> Any:
         raise
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0][:300]
-        failed = isinstance(error, datasets.exceptions.DatasetGenerationError)
-        if broken := failed and _first_bad_row(folder):
+        if broken := "" if "Unknown split" in detail else _first_bad_row(folder):
             raise DataError(
                 f"--finetune-hf-dataset {name}: cannot be loaded; {broken}. Mend the row, or read the "
                 "folder with --finetune-data-files and --on-bad-row skip."
@@ -166,15 +165,22 @@ def load_dataset(name: str, split: str) -> Any:
 
 
 def _first_bad_row(folder: Path) -> str:
-    """What is wrong in the files of a folder, with the place: datasets' errors name none."""
+    """What is wrong in the files of a folder, with the place: the errors of datasets name none."""
     try:
         paths = resolve_files([str(folder)]) if folder.is_dir() else []
-        raws = (
-            raw for path in paths for chunk in file_chunks(path, 0) for raw in read_chunk(chunk)
-        )
-        return next((f"{raw.place}: {raw.error}" for raw in raws if raw.error is not None), "")
+    except DataError:
+        return ""  # it holds no file of ours
+    try:
+        for path in paths:
+            if path.name == "dataset_infos.json":
+                continue
+            for chunk in file_chunks(path, 0):
+                for raw in read_chunk(chunk):
+                    if raw.error is not None:
+                        return f"{raw.place}: {raw.error}"
     except DataError as error:
         return str(error).rstrip(".")
+    return ""
 
 
 def _saved_split(loaded: Any, name: str, split: str) -> Any:

@@ -304,10 +304,11 @@ def test_bad_first_rows_do_not_hide_the_format(tokenizer, rows, first):
 
 
 @pytest.mark.slow
-def test_broken_line_of_a_dataset_s_folder_is_named(tokenizer, tmp_path):
+@pytest.mark.parametrize("good", [GOOD + b"\n", b'{"question": 5, "answer": [1]}\n'])
+def test_broken_line_of_a_dataset_s_folder_is_named(tokenizer, tmp_path, good):
     path = tmp_path / "ds" / "train.jsonl"
     path.parent.mkdir()
-    path.write_bytes(GOOD + b"\nbroken\n")
+    path.write_bytes(good + b"{broken\n")
     with pytest.raises(DataError, match=f"--finetune-hf-dataset .*{path}:2: bad JSON"):
         prepare(tokenizer, [], hf_dataset=str(path.parent))
 
