@@ -25,7 +25,8 @@ from data.arguments import (
 )
 from data.chunks import Chunk
 from data.errors import DataError
-from data.prepare import first_format, load_dataset, named_settings
+from data.hf_datasets import load_dataset
+from data.prepare import first_format, named_settings
 from data.prepare_options import PrepareOptions, tokenize_options
 from data.preview import (
     coloured,
