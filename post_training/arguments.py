@@ -24,6 +24,7 @@ from post_training.eval_only import prepare_evaluation
 from post_training.expert_flags import complete_expert_flags
 from post_training.fsdp_layout import fsdp2_defaults
 from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
+from post_training.megatron_flags import REFUSED, MegatronFlags
 from post_training.platform import device_type
 from post_training.saving import complete_save_flags
 from post_training.schedule_flags import check_schedule_flags
@@ -207,14 +208,17 @@ def parse_arguments(
     early.add_argument("--transformer-impl")
     early.add_argument("--trust-remote-code", action="store_true")
     early.add_argument("--use-torch-fsdp2", action="store_true")
+    early.add_argument("--yaml-cfg")
     known, _ = early.parse_known_args(argv)
 
     derived: dict[str, Any] = {}
     hf_config: Any = None
+    megatron: MegatronFlags
     architecture: dict[str, Any] = {}
 
     def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        nonlocal hf_config
+        nonlocal hf_config, megatron
+        megatron = MegatronFlags(parser)
         add_finetune_arguments(parser)
         for action in parser._actions:
             # One of Megatron's help texts has a bare percent sign, on which argparse stumbles.
@@ -222,6 +226,9 @@ def parse_arguments(
                 action.help = action.help.replace("%)", "%%)").replace("%%%)", "%%)")
         setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010
         written = apply_config_file(parser, known.config) if known.config else {}
+        if known.yaml_cfg or written.get("yaml_cfg"):
+            # Megatron would read it in the place of all flags.
+            raise SetupError(f"--yaml-cfg is not supported: {REFUSED['yaml_cfg']}")
         name = known.hf_model or written.get("hf_model")
         transformer_impl = known.transformer_impl or written.get("transformer_impl")
         use_te = has_transformer_engine()
@@ -253,14 +260,7 @@ def parse_arguments(
     finally:
         sys.argv = previous
 
-    for key, value in architecture.items():
-        if key == "max_position_embeddings":
-            continue  # raised to --seq-length below: rotary positions are not a table
-        if getattr(args, key) != value:
-            raise SetupError(
-                f"--{key.replace('_', '-')} {getattr(args, key)}: --hf-model {args.hf_model} says "
-                f"{value}; leave the flag out"
-            )
+    megatron.check(args, derived, architecture)
     vars(args).update(overrides or {})
     args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
     args.hf_config = hf_config
@@ -315,15 +315,9 @@ def _complete(args: argparse.Namespace) -> None:
             "--hf-model is missing: name a HuggingFace folder or hub name "
             "(or describe a model with --num-layers, --hidden-size and so on)"
         )
-    if args.use_megatron_fsdp:
-        raise SetupError("--use-megatron-fsdp is not supported; use --use-torch-fsdp2")
     args.eval_only = args.skip_train = args.eval_only or args.skip_train
     if args.eval_only:
         prepare_evaluation(args)
-    if args.sft:
-        raise SetupError(
-            "--sft: leave it out; it is for Megatron's own SFT data and averages evaluations otherwise"
-        )
     if not args.calculate_per_token_loss:
         raise SetupError(
             "calculate_per_token_loss: false is refused: every trained token of a batch weighs the same"

@@ -13,32 +13,8 @@ from post_training.checkpoints import read_manifest
 from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import check_format
 from post_training.hf_config import rope_parameters, sliding_window
+from post_training.megatron_flags import ARCHITECTURE
 
-# What makes a checkpoint's tensors fit a model, and what the model computes with them.
-ARCHITECTURE_KEYS = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "group_query_attention",
-    "num_query_groups",
-    "kv_channels",
-    "vocab_size",
-    "untie_embeddings_and_output_weights",
-    "normalization",
-    "layernorm_epsilon",
-    "qk_layernorm",
-    "swiglu",
-    "add_bias_linear",
-    "add_qkv_bias",
-    "position_embedding_type",
-    "rotary_base",
-    "num_experts",
-    "moe_ffn_hidden_size",
-    "moe_layer_freq",
-    "moe_router_topk",
-    "moe_router_pre_softmax",
-)
 # What the inverse frequencies of the supported rotary embeddings are computed from.
 ROPE_KEYS = (
     "rope_type",
@@ -60,7 +36,7 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
         The architecture, the format, and what else decides whether optimizer and weights can be read.
     """
-    architecture = {key: getattr(args, key) for key in ARCHITECTURE_KEYS}
+    architecture = {key: getattr(args, key) for key in ARCHITECTURE}
     if args.hf_config is not None:
         rope = rope_parameters(args.hf_config)
         architecture["rope_parameters"] = {k: rope[k] for k in ROPE_KEYS if rope.get(k) is not None}
@@ -86,7 +62,7 @@ def _origin_of(checkpoint: Path) -> dict[str, Any]:
     if not config_file.is_file():
         return {}
     config: dict[str, Any] = yaml.safe_load(config_file.read_text()) or {}
-    return config | {"architecture": {k: config[k] for k in ARCHITECTURE_KEYS if k in config}}
+    return config | {"architecture": {k: config[k] for k in ARCHITECTURE if k in config}}
 
 
 def check_origin(args: argparse.Namespace, checkpoint: Path) -> None:

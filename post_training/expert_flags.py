@@ -7,14 +7,6 @@ from typing import Any
 
 from post_training.errors import SetupError
 
-# Flags of Megatron by destination name, and why they are refused.
-REFUSED = {
-    "moe_z_loss_coeff": "under --calculate-per-token-loss Megatron multiplies it by untrained tokens too",
-    "moe_expert_capacity_factor": "which tokens are dropped would depend on the packs they meet in a "
-    "micro batch, and so on the parallel layout",
-    "moe_router_enable_expert_bias": "a HuggingFace model has no place for the biases",
-}
-
 
 def complete_expert_flags(args: argparse.Namespace) -> None:
     """Check the flags of the experts and settle the load balancing loss.
@@ -33,9 +25,6 @@ def complete_expert_flags(args: argparse.Namespace) -> None:
             raise SetupError(f"--moe-aux-loss-coeff {coefficient}: the model has no experts")
         args.moe_aux_loss_coeff = 0.0
         return
-    for name, reason in REFUSED.items():
-        if getattr(args, name):
-            raise SetupError(f"--{name.replace('_', '-')} is not supported: {reason}")
     if args.moe_grouped_gemm and args.transformer_impl != "transformer_engine":
         raise SetupError("--moe-grouped-gemm needs --transformer-impl transformer_engine")
     kinds = args.moe_router_load_balancing_type

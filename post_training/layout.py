@@ -314,11 +314,6 @@ def _check_sequence(args: argparse.Namespace) -> None:
 def _check_context_flags(args: argparse.Namespace) -> None:
     if args.context_parallel_size == 1:
         return
-    if args.hybrid_context_parallel or args.hierarchical_context_parallel_sizes:
-        raise SetupError(
-            "--hybrid-context-parallel and --hierarchical-context-parallel-sizes are not supported: "
-            "--context-parallel-size alone gathers keys and values from the whole group"
-        )
     if args.cp_comm_type not in ("all_gather", ["all_gather"]):
         raise SetupError(
             f"--cp-comm-type {args.cp_comm_type}: only all_gather is supported; leave the flag out"

@@ -29,5 +29,3 @@ def check_schedule_flags(args: argparse.Namespace) -> None:
             "--recompute-modules layernorm needs Transformer Engine; core_attn, mlp and moe work without, "
             "or --recompute-granularity full"
         )
-    if args.tp_comm_overlap:
-        raise SetupError("--tp-comm-overlap needs Transformer Engine; leave it out")

@@ -66,7 +66,7 @@ def test_a_long_pack_is_no_reason_for_megatron_to_refuse(words):
         ),
         (["--fp32", "--bf16"], ["--fp32", "--bf16"]),
         # Megatron would average evaluations otherwise, or write what it cannot read again.
-        (["--sft"], ["--sft", "leave it out"]),
+        (["--sft"], ["--sft is not supported", "averages evaluations otherwise"]),
         (["--ckpt-format", "torch"], ["--ckpt-format torch", "torch_dist"]),
         (
             ["--use-torch-fsdp2", "--expert-tensor-parallel-size", "2"],

@@ -7,9 +7,10 @@ import yaml
 
 from post_training import checkpoints, output, resume
 from post_training.arguments import parse_arguments
-from post_training.checkpoint_origin import ARCHITECTURE_KEYS, check_origin, origin
+from post_training.checkpoint_origin import check_origin, origin
 from post_training.errors import SetupError
 from post_training.hf_config import load_hf_config, megatron_flags
+from post_training.megatron_flags import ARCHITECTURE
 
 
 @pytest.fixture
@@ -52,10 +53,10 @@ def test_its_own_checkpoint_is_taken(parse, written, family):
 def test_whatever_makes_a_model_is_compared(hf_model, family):
     """Only what changes no weight and no output of a trained model is left out."""
     flags = megatron_flags(load_hf_config(str(hf_model(family))))
-    assert set(flags) - set(ARCHITECTURE_KEYS) == {"max_position_embeddings", "init_method_std"}
+    assert set(flags) - set(ARCHITECTURE) == {"max_position_embeddings", "init_method_std"}
 
 
-@pytest.mark.parametrize("key", [*ARCHITECTURE_KEYS, "rope_parameters", "sliding_window"])
+@pytest.mark.parametrize("key", [*ARCHITECTURE, "rope_parameters", "sliding_window"])
 def test_another_models_checkpoint_is_refused(parse, written, key):
     args = parse(family="qwen3_moe")
     checkpoint = written(args, **{key: "another"})

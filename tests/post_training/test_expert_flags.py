@@ -36,8 +36,11 @@ def test_a_coefficient_turns_it_on(words, more):
         (["--moe-router-load-balancing-type", "seq_aux_loss"], "needs --moe-aux-loss-coeff"),
         (["--moe-aux-loss-coeff", "0.1", "0.2"], "give one coefficient"),
         (["--moe-aux-loss-coeff", "-1"], "not be negative"),
-        (["--moe-z-loss-coeff", "0.1"], "--moe-z-loss-coeff is not supported"),
-        (["--moe-expert-capacity-factor", "1.0"], "--moe-expert-capacity-factor is not supported"),
+        (["--moe-z-loss-coeff", "0.1"], "--moe-z-loss-coeff 0.1 is not supported"),
+        (
+            ["--moe-expert-capacity-factor", "1.0"],
+            "--moe-expert-capacity-factor 1.0 is not supported",
+        ),
         (["--moe-router-enable-expert-bias"], "no place for the biases"),
         (["--moe-grouped-gemm"], "needs --transformer-impl transformer_engine"),
         (

@@ -31,8 +31,6 @@ def arguments(**changes):
         "moe_layer_freq": 1,
         "microbatch_group_size_per_vp_stage": None,
         "overlap_p2p_comm": True,
-        "hybrid_context_parallel": False,
-        "hierarchical_context_parallel_sizes": None,
         "cp_comm_type": ["all_gather"],
         "micro_batch_size": 1,
         "global_batch_size": None,
@@ -171,11 +169,6 @@ BAD: list[tuple[dict[str, object], list[str], dict[str, object]]] = [
         {"context_parallel_size": 2, "world_size": 2, "cp_comm_type": ["p2p"]},
         ["--cp-comm-type", "p2p", "all_gather"],
         {"cp_comm_type": ["all_gather"]},
-    ),
-    (
-        {"context_parallel_size": 2, "world_size": 2, "hybrid_context_parallel": True},
-        ["--hybrid-context-parallel"],
-        {"hybrid_context_parallel": False},
     ),
     (
         {"tensor_model_parallel_size": 4, "world_size": 4, "ffn_hidden_size": 90},
