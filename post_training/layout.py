@@ -148,6 +148,7 @@ def _check_layers(args: argparse.Namespace) -> None:
                 f"--pipeline-model-parallel-layout: {stages} stages cannot be divided by "
                 f"--pipeline-model-parallel-size {pp}; sizes that work: {_divisors(stages, 64)}"
             )
+        _check_layout_layers(args)
         return
     if not layers:
         return
@@ -180,6 +181,24 @@ def _check_layers(args: argparse.Namespace) -> None:
                 f"{middle_stages} other pipeline stages, which must take equal shares of at least one "
                 f"layer"
             )
+
+
+def _check_layout_layers(args: argparse.Namespace) -> None:
+    """`--pipeline-model-parallel-layout` names each layer once: E (embedding), t (layer), L (loss)."""
+    from megatron.core.transformer.enums import LayerType
+    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+    text, layers = args.pipeline_model_parallel_layout, args.num_layers
+    try:
+        parsed = PipelineParallelLayerLayout(text, args.pipeline_model_parallel_size)
+        found = parsed.flatten_layout.count(LayerType.decoder)
+        if found != layers:
+            raise SetupError(
+                f"--pipeline-model-parallel-layout {text}: has {found} layers (t), the model has {layers}"
+            )
+        parsed.validate_layer_layout(layers, None)
+    except AssertionError as error:
+        raise SetupError(f"--pipeline-model-parallel-layout {text}: {error}") from error
 
 
 def _check_virtual_stages(args: argparse.Namespace) -> None:
@@ -231,6 +250,10 @@ def _check_experts(args: argparse.Namespace) -> None:
     ep, experts, world = args.expert_model_parallel_size, args.num_experts, args.world_size
     if ep > 1 and not experts:
         raise SetupError(f"--expert-model-parallel-size {ep}: the model has no experts")
+    if (args.expert_tensor_parallel_size or 1) > 1 and not experts:
+        raise SetupError(
+            f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size}: the model has no experts"
+        )
     if not experts:
         return
     if experts % ep:

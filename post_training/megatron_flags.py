@@ -141,6 +141,7 @@ _REASONS: dict[str, str] = {
     "gradients are divided by the trained tokens of all ranks, after they are summed": (
         "ddp_average_in_collective"
     ),
+    "the optimizer is sharded over all data parallel ranks": "num_distributed_optimizer_instances",
     "weights are filled in before they are sharded": "init_model_with_meta_device",
     "it would train on no other process's gradients": "fake_process_group",
     "process groups are this program's own": "lazy_mpu_init",
@@ -168,7 +169,7 @@ NEEDS_TRANSFORMER_ENGINE = tuple(
     tp_comm_overlap layernorm_zero_centered_gamma attention_backend flash_attention_version
     apply_query_key_layer_scaling qk_clip log_max_attention_logit fp8 fp4 fp8_param_gather
     fp4_param_gather te_precision_config_file use_te_activation_func use_transformer_engine_op_fuser
-    cpu_offloading_num_layers te_rng_tracker
+    cpu_offloading_num_layers te_rng_tracker defer_embedding_wgrad_compute
     """.split()
 )
 

@@ -171,6 +171,26 @@ BAD: list[tuple[dict[str, object], list[str], dict[str, object]]] = [
         {"cp_comm_type": ["all_gather"]},
     ),
     (
+        {**PP2, "pipeline_model_parallel_layout": "Et|tL"},
+        ["--pipeline-model-parallel-layout Et|tL: has 2 layers (t), the model has 6"],
+        {"pipeline_model_parallel_layout": "Ettt|tttL"},
+    ),
+    (
+        {**PP2, "pipeline_model_parallel_layout": "ttt|EtttL"},
+        ["--pipeline-model-parallel-layout ttt|EtttL: The first layer must be embedding"],
+        {"pipeline_model_parallel_layout": "Ettt|tttL"},
+    ),
+    (
+        {**PP2, "pipeline_model_parallel_layout": "foo|L"},
+        ["--pipeline-model-parallel-layout foo|L: Invalid layer character"],
+        {"pipeline_model_parallel_layout": "Etttttt|L"},
+    ),
+    (
+        {"expert_tensor_parallel_size": 2, "world_size": 2},
+        ["--expert-tensor-parallel-size 2: the model has no experts"],
+        {"expert_tensor_parallel_size": 1},
+    ),
+    (
         {"tensor_model_parallel_size": 4, "world_size": 4, "ffn_hidden_size": 90},
         ["--tensor-model-parallel-size 4", "feed-forward size 90"],
         {"ffn_hidden_size": 92},

@@ -30,7 +30,7 @@ HOW = set(
     bf16 bias_dropout_fusion calculate_per_token_loss clone_scatter_output_in_embedding config_logger_dir
     context_parallel_size cp_comm_type cpu_offloading_retain_pinned_cpu_buffers cross_entropy_fusion_impl
     cross_entropy_loss_fusion cuda_graph_impl cuda_graph_modules cuda_graph_warmup_steps
-    defer_embedding_wgrad_compute delay_offload_until_cuda_graph delay_wgrad_compute
+    delay_offload_until_cuda_graph delay_wgrad_compute
     delta_offload_bytes_across_pp_ranks deterministic_mode disable_bf16_reduced_precision_matmul
     distribute_saved_activations embedding_init_method_std enable_cuda_graph
     ep_overlap_early_attn_memory_release expert_model_parallel_size expert_tensor_parallel_size
@@ -189,6 +189,8 @@ def test_what_needs_transformer_engine_is_refused_without(megatron, key):
         ("qwen3", "--optimizer lion", "--optimizer lion is not supported: only adam and sgd"),
         ("qwen3", "--optimizer muon", "--optimizer muon is not supported: only adam and sgd"),
         ("qwen3", "--ddp-average-in-collective", "divided by the trained tokens of all ranks"),
+        ("qwen3", "--num-distributed-optimizer-instances 2", "sharded over all data parallel"),
+        ("qwen3", "--defer-embedding-wgrad-compute", "compute needs Transformer Engine"),
         ("qwen3", "--use-megatron-fsdp", "use --use-torch-fsdp2"),
         ("qwen3", "--data-path corpus", "--finetune-data-files"),
         ("qwen3", "--tokenizer-type HuggingFaceTokenizer", "--hf-tokenizer"),
