@@ -3,6 +3,9 @@ import sys
 
 import pytest
 
+from data.chunks import RawRow
+from data.preview import row_title
+from data.row_tokenizer import PreviewRow
 from scripts.preview import main
 from tests.data.conftest import make_rows
 
@@ -80,6 +83,9 @@ def test_preview_shows_bad_first_rows_and_odd_names_as_the_run_counts_them(run, 
     assert "5 read, 3 kept" in shown
     assert "2 dropped: missing column" in shown
     assert "5 rows read, 3 kept, dropped: 2 missing column" in shown
+    place = RawRow(0, 0, "a\x1b.jsonl:1", None)
+    title = row_title(PreviewRow(place, "dropped", "role \ud800\nx"))
+    assert title == "a\ufffd.jsonl:1: dropped role ? x"
     assert call("--data", odd) == 2
     assert "odd.jsonl:1: cannot tell the format" in capsys.readouterr().err
 
