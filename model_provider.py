@@ -35,8 +35,10 @@ def model_config(args: argparse.Namespace) -> Any:
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = decoder_block_spec
     transformer = config.transformer
-    # A stage sends a view of its output (`split_stage_output`): its memory cannot be given away.
-    transformer.deallocate_pipeline_outputs = args.micro_batch_size == 1
+    # Of several rows a stage sends a view of its output (`split_stage_output`), in training or
+    # evaluation: its memory cannot be given away.
+    sizes = {args.micro_batch_size, args.eval_micro_batch_size or 1}
+    transformer.deallocate_pipeline_outputs = sizes == {1}
     if args.fsdp_compute_dtype is not None:
         transformer.autocast_dtype = args.fsdp_compute_dtype
     resumes = latest_checkpoint(args.load) is not None

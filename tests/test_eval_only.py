@@ -21,7 +21,14 @@ LAYOUTS = {
     "cp2": (["--context-parallel-size", "2"], 2),
     "fsdp2": (["--use-torch-fsdp2"], 2),
     "tp2-sp": (["--tensor-model-parallel-size", "2", "--sequence-parallel"], 2),
-    "pp2-mbs2": (["--pipeline-model-parallel-size", "2", "--micro-batch-size", "2"], 2),
+    # Larger micro batches than in training, on stages of two pieces each.
+    "pp2-vpp2-eval2": (
+        [
+            *("--pipeline-model-parallel-size", "2", "--eval-micro-batch-size", "2"),
+            *("--pipeline-model-parallel-layout", "E|t|t|L"),
+        ],
+        2,
+    ),
     "unpacked": (["--packing", "none"], 1),
 }
 OTHERS = [pytest.param(name, marks=[] if name == "one" else pytest.mark.slow) for name in LAYOUTS]

@@ -47,12 +47,18 @@ def test_bit_for_bit_with_dropout(resumes, layout):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "flags"), [("one", "one", ["--bf16"]), ("tp2", "pp2", [])]
+    ("table", "before", "after", "flags"),
+    [
+        ("dense", "one", "one", ["--bf16"]),
+        ("dense", "tp2", "pp2", []),
+        ("experts", "ep2", "one", []),
+    ],
 )
-def test_momentum_of_sgd_comes_back(resumes, before, after, flags):
-    """It runs without the distributed optimizer: fp32 alone, and fp32 copies of bf16 weights."""
+def test_momentum_of_sgd_comes_back(resumes, table, before, after, flags):
+    """It runs without the distributed optimizer: fp32 alone, fp32 copies of bf16 weights, two chained."""
+    named = {layout.name: layout for layout in TABLES[table]}
     sgd = ["--optimizer", "sgd", "--lr", "0.05", *flags]
-    found, holds = resumes.compare(BY_NAME[before], BY_NAME[after], *sgd)
+    found, holds = resumes.compare(named[before], named[after], *sgd)
     assert holds, found
 
 

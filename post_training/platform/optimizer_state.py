@@ -32,6 +32,43 @@ def _initialise(optimizer: Any) -> None:
         state.setdefault("step", torch.tensor(0.0))
 
 
+def _for_any_chain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Settings of param groups, found for experts and for the rest.
+
+    A group is looked up by its settings, of which "for experts" is one; later ones come first.
+    """
+    flipped = [{**g, "is_expert_parallel": not g["is_expert_parallel"]} for g in groups]
+    return [*flipped, *groups]
+
+
+def fit_whole_to_chain(state: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
+    """`fit_to_chain` for optimizers that are not distributed, whose states have the form of torch.
+
+    Where there are copies of bf16 weights, torch's own part is in it under "optimizer".
+    """
+    numbered = {key: value for key, value in state.items() if isinstance(key, int)}
+    alone = {key: value for key, value in state.items() if not isinstance(key, int)}
+
+    def groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = part.get("optimizer", part).get("param_groups", [])
+        return found
+
+    def fitted(part: dict[Any, Any]) -> dict[Any, Any]:
+        # The groups asked for say which parameters, in their order; those behind them are looked up in.
+        own = [{"params": group["params"]} for group in groups(part)]
+        if "optimizer" in part:
+            return {**rest, **part, "optimizer": {**part["optimizer"], "param_groups": own + saved}}
+        return {**part, "param_groups": own + saved}
+
+    parts = [part for part in (alone, *numbered.values()) if part]
+    if len([part for part in parts if any("lr" in group for group in groups(part))]) == optimizers:
+        return state
+    rest = {key: value for part in parts for key, value in part.items() if key == "grad_scaler"}
+    saved = [group for part in parts for group in groups(part) if "lr" in group]
+    saved = [{**group, "params": []} for group in _for_any_chain(saved)]
+    return fitted(alone) if optimizers == 1 else {i: fitted(numbered[i]) for i in range(optimizers)}
+
+
 def fit_to_chain(state: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
     """Settings of as many optimizers as there are now, from those of as many as there were.
 
@@ -50,11 +87,11 @@ def fit_to_chain(state: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
     fits = len(saved) == optimizers and all("optimizer" in each for each in asked)
     if fits or not saved or not all("param_state" in each for each in asked):
         return state
-    groups = [group for each in saved for group in each["optimizer"]["param_groups"]]
-    # A group is looked up by its settings, of which "for experts" is one; later ones come first.
-    flipped = [{**g, "is_expert_parallel": not g["is_expert_parallel"]} for g in groups]
+    groups = _for_any_chain(
+        [group for each in saved for group in each["optimizer"]["param_groups"]]
+    )
     settings = {key: value for key, value in saved[0].items() if key != "param_state"}
-    settings["optimizer"] = {**saved[0]["optimizer"], "param_groups": [*flipped, *groups]}
+    settings["optimizer"] = {**saved[0]["optimizer"], "param_groups": groups}
     fitted = [{**settings, "param_state": each["param_state"]} for each in asked]
     return fitted[0] if optimizers == 1 else dict(enumerate(fitted))
 
@@ -67,7 +104,9 @@ def _load_chains_of_any_length() -> None:
     @functools.wraps(load_state_dict)
     def load_any(self: Any, state: Any) -> None:
         if isinstance(state, dict):
-            state = fit_to_chain(state, len(self.chained_optimizers))
+            distributed = self.chained_optimizers[0].config.use_distributed_optimizer
+            fit = fit_to_chain if distributed else fit_whole_to_chain
+            state = fit(state, len(self.chained_optimizers))
         load_state_dict(self, state)
 
     setattr(ChainedOptimizer, "load_state_dict", load_any)  # noqa: B010

@@ -7,7 +7,11 @@ import pytest
 import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
-from post_training.platform.optimizer_state import fit_to_chain, start_momentum
+from post_training.platform.optimizer_state import (
+    fit_to_chain,
+    fit_whole_to_chain,
+    start_momentum,
+)
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_rank
 
@@ -105,6 +109,48 @@ def test_settings_that_fit_are_left_alone():
     assert fit_to_chain(one, 1) is one
     two = {0: DENSE | TENSORS[0], 1: EXPERTS | TENSORS[1]}
     assert fit_to_chain(two, 2) is two
+
+
+def _torch_state(optimizers):
+    """What is asked for (parameters 0, 1 and the expert 2), and what was saved, without distribution."""
+    ids = [[0, 1, 2]] if optimizers == 1 else [[0, 1], [2]]
+    asked = [
+        {"state": dict.fromkeys(own, "momentum"), "param_groups": [{"params": own}]} for own in ids
+    ]
+    saved = [
+        {"param_groups": [{"lr": 0.5, "is_expert_parallel": experts}]}
+        for experts in (False, True)[:optimizers]
+    ]
+    return asked, saved
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["fp32", "copies"])
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_settings_of_torch_fit_another_number_of_optimizers(copies, before, after):
+    asked, saved = _torch_state(after)[0], _torch_state(before)[1]
+    if copies:
+        asked = [{"optimizer": part, "fp32_from_fp16_params": "copies"} for part in asked]
+        saved = [{"optimizer": part, "grad_scaler": "scale"} for part in saved]
+    merged = (asked[0] if after == 1 else dict(enumerate(asked))) | (
+        saved[0] if before == 1 else dict(enumerate(saved))
+    )
+    state = fit_whole_to_chain(merged, after)
+    parts = [state] if after == 1 else [state[0], state[1]]
+    for part, experts in zip(parts, (False, True), strict=False):
+        if copies:
+            assert (part["fp32_from_fp16_params"], part["grad_scaler"]) == ("copies", "scale")
+            part = part["optimizer"]
+        (own,) = (group["params"] for group in _torch_state(after)[0][experts]["param_groups"])
+        assert part["state"].keys() == set(own)
+        assert part["param_groups"][0] == {"params": own}
+        assert {g["is_expert_parallel"]: g["lr"] for g in part["param_groups"][1:]}[experts] == 0.5
+
+
+def test_settings_of_torch_that_fit_are_left_alone():
+    merged = {"state": {}, "param_groups": [{"params": [0], "lr": 0.5}]}
+    assert fit_whole_to_chain(merged, 1) is merged
+    pair = {0: merged, 1: merged}
+    assert fit_whole_to_chain(pair, 2) is pair
 
 
 def test_still_needed_upstream_takes_settings_as_they_come():
