@@ -114,7 +114,10 @@ def named_settings(
         return settings, split
     if settings.conversation_format is None and settings.format_options == FormatOptions():
         settings = replace(settings, conversation_format=named.format, format_options=named.options)
-    return settings, named.split if split == "train" else split
+    # A copy may hold its training split under the usual name.
+    copy = Path(hf_dataset)
+    renamed = copy.is_dir() and next(copy.rglob(f"*{named.split}*"), None) is None
+    return settings, named.split if split == "train" and not renamed else split
 
 
 def prepare_rows(

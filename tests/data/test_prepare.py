@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.errors import DataError
-from data.prepare import _CODE, prepare_documents, prepare_rows
+from data.prepare import _CODE, named_settings, prepare_documents, prepare_rows
+from data.prepare_options import PrepareOptions
 from data.tokenizer_facts import template_source
 from tests.data.conftest import CHATML, make_rows
 from tests.data.templates import GENERATION, THINKING
@@ -456,6 +457,17 @@ def test_split_that_a_saved_dataset_lacks_is_refused(tokenizer, tmp_path):
         load("one", "nosuch")
     with pytest.raises(DataError, match="-split train: .*two has the splits train_sft, test_sft"):
         load("two", "train")
+
+
+def test_copy_of_a_named_dataset_may_have_a_train_split(tmp_path):
+    folder = tmp_path / "ultrachat_200k"
+    folder.mkdir()
+    (folder / "train.jsonl").touch()
+    settings = PrepareOptions(seq_length=64)
+    assert named_settings(str(folder), settings, "train")[1] == "train"
+    (folder / "train_sft-00000.parquet").touch()
+    assert named_settings(str(folder), settings, "train")[1] == "train_sft"
+    assert named_settings("HuggingFaceH4/ultrachat_200k", settings, "train")[1] == "train_sft"
 
 
 def test_columns_given_for_a_named_dataset_win(tokenizer, tmp_path, monkeypatch):
