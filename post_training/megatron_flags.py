@@ -51,9 +51,11 @@ REFUSED_GROUPS = {
     "data and dataloader": _OWN_DATA,
     "tokenizer": _OWN_TOKENIZER,
     "Logits Distillation": "the loss knows no other model's logits",
+    "autoresume": "start the same command again: it goes on from the newest checkpoint",
     "sft": "it is for Megatron's own SFT data and averages evaluations otherwise",
 }
-# Flags of these groups that have their use here, or do no harm.
+# Flags of these groups that have their use here, or, like loader processes, do no harm where a script
+# for pretraining sets them.
 KEPT = frozenset(
     """
     seq_length num_workers create_attention_mask_in_dataloader
@@ -84,7 +86,9 @@ _REASONS: dict[str, str] = {
     "the model is that of --hf-model or of flags, the parallel sizes are those of flags": (
         "use_checkpoint_args use_mp_args_from_checkpoint_args"
     ),
-    "scripts/export_hf.py writes another format": "ckpt_convert_format ckpt_convert_save",
+    "scripts/export_hf.py writes another format": (
+        "ckpt_convert_format ckpt_convert_save ckpt_convert_update_legacy_dist_opt_format"
+    ),
     "start the same command again: it goes on from the newest checkpoint": "inprocess_restart",
     "use --num-layers": "encoder_num_layers decoder_num_layers",
     "a dense model is not turned into one with experts": (
@@ -143,6 +147,8 @@ _REASONS: dict[str, str] = {
     ),
     "the optimizer is sharded over all data parallel ranks": "num_distributed_optimizer_instances",
     "weights are filled in before they are sharded": "init_model_with_meta_device",
+    "the loss function is not Megatron's; a loss that is not finite ends a run": "check_for_spiky_loss",
+    "packs are read without loader processes": "exit_signal_handler_for_dataloader",
     "it would train on no other process's gradients": "fake_process_group",
     "process groups are this program's own": "lazy_mpu_init",
     _MEGATRON_FSDP: (

@@ -191,6 +191,8 @@ def test_what_needs_transformer_engine_is_refused_without(megatron, key):
         ("qwen3", "--ddp-average-in-collective", "divided by the trained tokens of all ranks"),
         ("qwen3", "--num-distributed-optimizer-instances 2", "sharded over all data parallel"),
         ("qwen3", "--defer-embedding-wgrad-compute", "compute needs Transformer Engine"),
+        ("qwen3", "--adlr-autoresume", "it goes on from the newest checkpoint"),
+        ("qwen3", "--check-for-spiky-loss", "the loss function is not Megatron's"),
         ("qwen3", "--use-megatron-fsdp", "use --use-torch-fsdp2"),
         ("qwen3", "--data-path corpus", "--finetune-data-files"),
         ("qwen3", "--tokenizer-type HuggingFaceTokenizer", "--hf-tokenizer"),
