@@ -35,6 +35,8 @@ _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 def resolve_files(files: Sequence[str], flag: str = "--finetune-data-files") -> list[Path]:
     """Expand files, folders and globs, in a stable order, each file once.
 
+    As in a shell's globs, what is hidden within a folder (`.ipynb_checkpoints`) is left out.
+
     Raises:
         DataError: something does not exist, matches nothing, is empty, or has an unknown suffix.
     """
@@ -43,7 +45,11 @@ def resolve_files(files: Sequence[str], flag: str = "--finetune-data-files") -> 
     for name in files:
         path = Path(name).expanduser()
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and _format(p) in FORMATS)
+            inside = sorted(
+                p
+                for p in path.rglob("*")
+                if _format(p) in FORMATS and p.is_file() and not _is_hidden(p.relative_to(path))
+            )
             if not inside:
                 raise DataError(f"{flag} {name}: the folder holds no file of type {known}.")
             found += inside
@@ -63,6 +69,10 @@ def resolve_files(files: Sequence[str], flag: str = "--finetune-data-files") -> 
     for path in found:
         once.setdefault(path.resolve(), path)
     return list(once.values())
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def file_chunks(path: Path, source: int) -> Iterator[Chunk]:

@@ -267,6 +267,9 @@ def test_folders_and_globs_are_expanded_in_a_stable_order(tmp_path):
     (tmp_path / "deep").mkdir()
     for name in ("b.jsonl", "a.jsonl", "deep/c.parquet", "notes.txt"):
         (tmp_path / name).write_text("x")
+    for hidden in (".ipynb_checkpoints/a-checkpoint.jsonl", ".hidden.jsonl"):
+        (tmp_path / hidden).parent.mkdir(exist_ok=True)
+        (tmp_path / hidden).write_text("{}\n")
     names = [path.name for path in resolve_files([str(tmp_path)])]
     assert names == ["a.jsonl", "b.jsonl", "c.parquet"]
     assert [p.name for p in resolve_files([f"{tmp_path}/*.jsonl"])] == ["a.jsonl", "b.jsonl"]
