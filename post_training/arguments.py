@@ -350,6 +350,8 @@ def _complete(args: argparse.Namespace) -> None:
         args.bf16 = True
     if args.fp32 and (args.fp16 or args.bf16):
         raise SetupError("--fp32 contradicts --fp16 and --bf16")
+    if args.profile and not args.use_pytorch_profiler and device_type() != "cuda":
+        raise SetupError("--profile: it is for nsys on CUDA; add --use-pytorch-profiler")
     if args.cross_entropy_loss_fusion and not args.bf16:
         raise SetupError(
             "--cross-entropy-loss-fusion rounds its gradients to bf16; add --bf16 or leave it out"

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from post_training.errors import SetupError
+from post_training.platform import device_type
 
 # What makes a model's tensors, and what it computes with them. With --hf-model each must be what its
 # configuration says, or Megatron's default; a checkpoint is compared with a run in all of them.
@@ -176,8 +177,10 @@ NEEDS_TRANSFORMER_ENGINE = tuple(
     apply_query_key_layer_scaling qk_clip log_max_attention_logit fp8 fp4 fp8_param_gather
     fp4_param_gather te_precision_config_file use_te_activation_func use_transformer_engine_op_fuser
     cpu_offloading_num_layers te_rng_tracker defer_embedding_wgrad_compute
+    use_precision_aware_optimizer optimizer_cpu_offload
     """.split()
 )
+NEEDS_CUDA = ("cuda_graph_impl", "record_memory_history", "log_energy")
 
 
 class MegatronFlags:
@@ -225,6 +228,9 @@ class MegatronFlags:
                 raise SetupError(
                     f"{self.written(key, args)} is not supported: only {' and '.join(values)} are"
                 )
+        for key in NEEDS_CUDA if device_type() != "cuda" else ():
+            if self._given(key, args, expected) and getattr(args, key) != "none":
+                raise SetupError(f"{self.written(key, args)} needs CUDA; leave it out")
         if args.transformer_impl == "transformer_engine":
             return
         for key in NEEDS_TRANSFORMER_ENGINE:
@@ -245,7 +251,9 @@ class MegatronFlags:
         for action in self._actions[key]:
             if action.nargs != 0:
                 values = value if isinstance(value, list) else [value]
-                return " ".join([action.option_strings[0], *(str(v) for v in values)])
+                # Of an enumeration, as one writes it.
+                shown = (str(getattr(v, "name", v)) for v in values)
+                return " ".join([action.option_strings[0], *shown])
             if action.const == value:
                 return action.option_strings[0]
         # Set to its default, against ours, by --config.

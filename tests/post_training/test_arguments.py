@@ -65,6 +65,7 @@ def test_a_long_pack_is_no_reason_for_megatron_to_refuse(words):
             ["--transformer-impl", "Transformer Engine"],
         ),
         (["--fp32", "--bf16"], ["--fp32", "--bf16"]),
+        (["--profile"], ["--profile", "--use-pytorch-profiler"]),
         (["--cross-entropy-loss-fusion"], ["--cross-entropy-loss-fusion", "--bf16"]),
         (["--cross-entropy-loss-fusion", "--fp16"], ["--cross-entropy-loss-fusion", "--bf16"]),
         # Megatron would average evaluations otherwise, or write what it cannot read again.

@@ -196,7 +196,11 @@ def test_what_needs_transformer_engine_is_refused_without(megatron, key):
         ("qwen3", "--use-megatron-fsdp", "use --use-torch-fsdp2"),
         ("qwen3", "--data-path corpus", "--finetune-data-files"),
         ("qwen3", "--tokenizer-type HuggingFaceTokenizer", "--hf-tokenizer"),
-        ("qwen3", "--attention-backend flash", "flash needs Transformer Engine"),
+        ("qwen3", "--attention-backend flash", "--attention-backend flash needs"),
+        ("qwen3", "--cuda-graph-impl local", "--cuda-graph-impl local needs CUDA"),
+        ("qwen3", "--record-memory-history", "--record-memory-history needs CUDA"),
+        ("qwen3", "--log-energy", "--log-energy needs CUDA"),
+        ("qwen3", "--use-precision-aware-optimizer", "optimizer needs Transformer Engine"),
         ("qwen3", "--fp8-format hybrid", "--fp8-format hybrid needs Transformer Engine"),
     ],
 )
