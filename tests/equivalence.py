@@ -144,7 +144,7 @@ CASES = (
     Case("tp2", TP2, 2, family="llama"),
     Case("pp2", PP2, 2, family="llama"),
     Case("cp2", CP2, 2, family="llama"),
-    Case("one", family="mistral", slow=False),
+    Case("one", family="mistral"),
     Case("tp2-sp", TP2 + SP, 2, family="mistral"),
     Case("pp2-mbs2", PP2 + MBS2, 2, family="mistral"),
     Case("one", family="qwen2"),
@@ -202,7 +202,7 @@ CASES = (
     Case("fsdp2x2", FSDP2, 2, family="qwen3_moe", recipe=BALANCED),
     # Input and output embeddings that are one matrix, on one stage and on two.
     Case("one", family="qwen2", tied=True),
-    Case("pp2", PP2, 2, family="qwen2", tied=True, slow=False),
+    Case("pp2", PP2, 2, family="qwen2", tied=True),
     Case("tp2", TP2, 2, family="llama", tied=True),
     Case("tp2-sp", TP2 + SP, 2, family="llama", tied=True),
     Case("pp2-mbs2", PP2 + MBS2, 2, family="llama", tied=True),

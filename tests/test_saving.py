@@ -48,6 +48,7 @@ def test_old_checkpoints_are_removed_and_the_run_is_the_same(words, straight, tm
     assert numbers(run) == numbers(straight)
 
 
+@pytest.mark.slow
 def test_async_save_changes_nothing(words, straight, tmp_path):
     """Training goes on while the forked process writes: what it writes is the step's state all the same."""
     flags = [*SAVES, "--async-save", "--keep-checkpoints", "3"]

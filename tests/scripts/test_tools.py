@@ -95,7 +95,7 @@ def test_a_copied_run_reads_its_own_checkpoints(run, tmp_path):
     ("script", "flags", "expected"),
     [
         ("scripts/export_hf.py", ["--output-dir", "nowhere"], "holds no run"),
-        ("scripts/generate.py", ["--prompt", "a"], "--output-dir"),
+        slow("scripts/generate.py", ["--prompt", "a"], "--output-dir"),
         slow(
             "scripts/generate.py", ["--hf-model", "x", "--prompt", "a", "--top-k", "-1"], "--top-k"
         ),
