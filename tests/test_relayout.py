@@ -44,15 +44,14 @@ def files(tmp_path_factory, chat_data):
 @pytest.mark.parametrize(
     ("family", "options", "layouts"),
     [
-        ("qwen3_moe", {}, [(EP2, 2), ((), 2), (TP2, 2), (EP2, 2)]),
-        ("qwen3_moe", {}, [(EP2 + TP2, 4), (EP2 + CP2, 2), ((), 1), (PP2 + EP2 + MBS2, 4)]),
+        ("qwen3_moe", {}, [(EP2 + TP2, 4), (EP2 + CP2, 2), (TP2, 2), (PP2 + EP2 + MBS2, 4)]),
         (
             "qwen3",
             {"num_hidden_layers": 4},
             [(PP2 + VPP2, 2), ((), 1), (PP2 + VPP1LAYER + MBS2, 2), (PP2 + VPP2 + TP2, 4)],
         ),
     ],
-    ids=["ep2-dp2-tp2-ep2", "ep2tp2-ep2cp2-one-ep2pp2", "vpp2-one-vpp2mbs2-vpp2tp2"],
+    ids=["ep2tp2-ep2cp2-tp2-ep2pp2", "vpp2-one-vpp2mbs2-vpp2tp2"],
 )
 def test_goes_on_in_another_layout(hf_model, files, tmp_path, family, options, layouts):
     model = hf_model(family, **options)
