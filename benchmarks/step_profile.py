@@ -7,6 +7,7 @@ Steps after the third are profiled, on one process.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -24,6 +25,7 @@ def main() -> int:
     if torch.cuda.is_available():
         activities.append(ProfilerActivity.CUDA)
     profiler = profile(activities=activities, acc_events=True)
+    console = os.fdopen(os.dup(1), "w")  # finetune.py sends what is printed to train.log
     steps = 0
 
     def on_step(step: Step) -> None:
@@ -40,14 +42,15 @@ def main() -> int:
     profiler.stop()
     found = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     whole = sum(event.self_cpu_time_total for event in found)
-    print(f"{'operation':44} {'ms/step':>9} {'share':>7} {'calls/step':>11}")
+    print(f"{'operation':44} {'ms/step':>9} {'share':>7} {'calls/step':>11}", file=console)
     for event in found[:ROWS]:
         spent = event.self_cpu_time_total
         print(
             f"{event.key[:44]:44} {spent / steps / 1000:9.2f} {spent / whole:7.1%} "
-            f"{event.count / steps:11.0f}"
+            f"{event.count / steps:11.0f}",
+            file=console,
         )
-    print(f"{'all operations':44} {whole / steps / 1000:9.2f}")
+    print(f"{'all operations':44} {whole / steps / 1000:9.2f}", file=console, flush=True)
     return status
 
 
