@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -161,8 +163,7 @@ class PackedAttention(MegatronModule):
         """The variable-length flash kernel of torch on [tokens, heads, head_dim]."""
         from torch.nn.attention.varlen import varlen_attn
 
-        # The keywords have changed between releases of torch.
-        takes = inspect.signature(varlen_attn).parameters
+        takes = _keywords(varlen_attn)
         groups = query.shape[2] // key.shape[2]
         if groups > 1 and "enable_gqa" not in takes:
             key = key.repeat_interleave(groups, dim=2)
@@ -188,3 +189,9 @@ class PackedAttention(MegatronModule):
         )
         assert isinstance(out, Tensor)
         return out.flatten(1).unsqueeze(1)
+
+
+@functools.cache
+def _keywords(function: Callable[..., Any]) -> frozenset[str]:
+    """The names of a function's arguments: those of the kernel have changed between releases of torch."""
+    return frozenset(inspect.signature(function).parameters)

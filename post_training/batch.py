@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from post_training.context_parallel import ContextParallelCut
+from post_training.host_tensors import host_group, to_device
 from post_training.loss import TrainedTokens
 from post_training.packed_sequences import PackedDocuments, RoutedDocuments, document_bounds
 from post_training.platform import current_device
@@ -38,15 +39,16 @@ class Batch:
 
 
 def broadcast_over_tensor_parallel(
-    data: dict[str, Tensor] | None, micro_batch_size: int, seq_length: int, device: torch.device
+    data: dict[str, Tensor] | None, micro_batch_size: int, seq_length: int
 ) -> Tensor:
     """Give every tensor parallel rank the packs that rank 0 of its group read.
+
+    They stay on the host, where the micro batch is put together without waiting for a GPU.
 
     Args:
         data: on rank 0: the fields of `FIELDS`, each [micro batch, seq_length].
         micro_batch_size: packs in a micro batch.
         seq_length: tokens in a pack.
-        device: where the model is.
 
     Returns:
         int64 [3, micro batch * seq_length], in the order of `FIELDS`.
@@ -57,13 +59,12 @@ def broadcast_over_tensor_parallel(
         packs = torch.stack([data[name].to(torch.int64) for name in FIELDS])
         if packs.shape != shape:
             raise ValueError(f"a micro batch has shape {tuple(packs.shape)}, expected {shape}")
-        packs = packs.to(device, non_blocking=True)
     else:
-        packs = torch.empty(shape, dtype=torch.int64, device=device)
+        packs = torch.empty(shape, dtype=torch.int64)
     group = parallel_state.get_tensor_model_parallel_group()
     if group.size() > 1:
         source = parallel_state.get_tensor_model_parallel_src_rank()
-        torch.distributed.broadcast(packs, source, group=group)
+        torch.distributed.broadcast(packs, source, group=host_group(group))
     return packs.flatten(1)
 
 
@@ -97,7 +98,7 @@ def assemble_batch(
     """Shift labels, find the documents of a micro batch and take this context parallel rank's part.
 
     Args:
-        packs: int64 [3, tokens], in the order of `FIELDS`.
+        packs: on the host: int64 [3, tokens], in the order of `FIELDS`.
         qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec and context parallelism.
         cp_size: context parallel size.
         cp_rank: rank in the context parallel group.
@@ -115,12 +116,12 @@ def assemble_batch(
         bounds = document_bounds(position_ids)
         routed = RoutedDocuments.from_row(position_ids, label_mask, len(bounds) - 1)
         cut = ContextParallelCut.make(bounds, size=cp_size, rank=cp_rank)
-        local = cut.local_indices.to(tokens.device, non_blocking=True)
         tokens, labels, label_mask, position_ids = (
-            row.index_select(0, local) for row in (tokens, labels, label_mask, position_ids)
+            row.index_select(0, cut.local_indices)
+            for row in (tokens, labels, label_mask, position_ids)
         )
         packed = PackedDocuments.from_cut(cut, position_ids)
-        packed.routed = routed.part(local) if experts else None
+        packed.routed = routed.part(cut.local_indices) if experts else None
     return Batch(
         tokens=tokens.unsqueeze(0),
         labels=labels.unsqueeze(0),
@@ -151,14 +152,15 @@ def read_batch(
         experts: the model routes tokens to experts.
     """
     data = next(data_iterator) if data_iterator is not None else None
-    packs = broadcast_over_tensor_parallel(data, micro_batch_size, seq_length, current_device())
-    return assemble_batch(
-        packs,
+    batch = assemble_batch(
+        broadcast_over_tensor_parallel(data, micro_batch_size, seq_length),
         qkv_format=qkv_format,
         cp_size=parallel_state.get_context_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         experts=experts,
     )
+    moved: Batch = to_device(batch, current_device())
+    return moved
 
 
 def join_stage_input(model: Any) -> None:

@@ -30,12 +30,12 @@ class RoutedDocuments:
         Args:
             position_ids: int64 [tokens], 0 where a document begins.
             label_mask: 1, or 1 + the number of its source, where the label is trained: [tokens].
-            documents: how many there are (given, so that the device is not waited for).
+            documents: how many there are.
         """
         of_token = (position_ids == 0).cumsum(0) - 1
 
         def total(values: Tensor) -> Tensor:
-            sums = torch.zeros(documents, dtype=torch.float32, device=values.device)
+            sums = torch.zeros(documents, dtype=torch.float32)
             return sums.index_add_(0, of_token, values.float())
 
         return cls(of_token, total(torch.ones_like(label_mask)), total(label_mask > 0))
@@ -76,12 +76,12 @@ class PackedDocuments(PackedSeqParams):
         """Find the documents: one begins wherever the position is 0.
 
         Args:
-            position_ids: int64 [tokens]; the first is 0.
+            position_ids: on the host: int64 [tokens]; the first is 0.
             qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec.
         """
         bounds = document_bounds(position_ids)
         lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=position_ids.device)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         longest = max(lengths)
         return cls(
             qkv_format=qkv_format,
@@ -100,12 +100,12 @@ class PackedDocuments(PackedSeqParams):
 
         Args:
             cut: this rank's part of the row.
-            local_position_ids: positions of its tokens inside their documents: int64 [local tokens].
+            local_position_ids: positions of its tokens inside their documents, on the host:
+                int64 [local tokens].
         """
-        device = local_position_ids.device
 
         def cumulated(lengths: list[int]) -> Tensor:
-            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+            return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
         return cls(
             # Transformer Engine's own context parallelism wants padded documents: not used.
@@ -117,7 +117,7 @@ class PackedDocuments(PackedSeqParams):
             position_ids=local_position_ids,
             query_lengths=cut.query_lengths,
             key_lengths=cut.key_lengths,
-            key_indices=cut.key_indices.to(device, non_blocking=True),
+            key_indices=cut.key_indices,
         )
 
 
@@ -127,5 +127,4 @@ def document_bounds(position_ids: Tensor) -> list[int]:
     Args:
         position_ids: int64 [tokens]; 0 where a document begins, and at the first token.
     """
-    # One copy to the host a micro batch: attention kernels want the longest length as a number.
     return [*torch.nonzero(position_ids == 0).flatten().tolist(), position_ids.numel()]

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from post_training.attention import PackedAttention
 from post_training.context_parallel import ContextParallelCut
+from post_training.host_tensors import to_device
 from post_training.packed_sequences import PackedDocuments
 
 HEADS, GROUPS, HEAD_DIM = 8, 2, 64
@@ -51,8 +52,9 @@ def compare_attention(device: str) -> tuple[float, int]:
             positions = torch.zeros(len(cut.local_indices), dtype=torch.int64)
             found = []
             for where, dtype in (("cpu", torch.float32), (device, torch.bfloat16)):
-                packed = PackedDocuments.from_cut(cut, positions.to(where))
+                packed = PackedDocuments.from_cut(cut, positions)
                 packed = dataclasses.replace(packed, key_indices=None)
+                packed = to_device(packed, torch.device(where))
                 inputs = [
                     part.to(torch.bfloat16).to(where, dtype).requires_grad_() for part in parts
                 ]
