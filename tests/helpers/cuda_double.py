@@ -125,6 +125,8 @@ class _Refusals(TorchDispatchMode):
             raise RuntimeError(f"{name}: tensors on different devices: {found}")
         if name.startswith("aten.index.Tensor"):
             gpu = on_gpu(given[0])
+        if _means_gpu(kwargs.get("device")):  # asked for inside a call that `_Names` let through
+            gpu, kwargs = True, kwargs | {"device": CPU}
         out = func(*args, **kwargs)
         known = {each.untyped_storage()._cdata for each in given if each.layout == torch.strided}
         for each in _tensors(out):
