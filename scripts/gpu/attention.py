@@ -15,8 +15,8 @@ from post_training.packed_sequences import PackedDocuments
 
 HEADS, GROUPS, HEAD_DIM = 8, 2, 64
 BOUNDS = [0, 700, 705, 1100, 2048]
-# bf16 has 8 bits of precision; outputs are averages of values of size 1.
-TOLERANCE = 2e-2
+# bf16 has 8 bits of precision; the CPU's own bf16 attention is 1e-2 away. A leak is of size 1.
+TOLERANCE = 4e-2
 
 
 def compare_attention(device: str) -> tuple[float, int]:

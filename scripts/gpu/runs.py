@@ -18,6 +18,8 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 # The launcher's variables and this process's choice of device are not for the runs.
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+# Some images let fp32 products be rounded to 10 bits: then fp32 is not what is compared.
+TF32 = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE")
 
 
 class CheckError(Exception):
@@ -35,7 +37,7 @@ class Run:
 
     def start(self) -> subprocess.Popen[bytes]:
         """Start it; its output goes to files of the folder."""
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(LAUNCHER)}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith((*LAUNCHER, *TF32))}
         environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         if self.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
