@@ -8,6 +8,12 @@ import math
 from post_training import fsdp_layout
 from post_training.errors import SetupError
 from post_training.layout_search import describe_changes, nearest_layout, nearest_multiple
+from post_training.pipeline_layout import (
+    check_layers,
+    check_virtual_stages,
+    divisors,
+    virtual_stages,
+)
 
 
 def padded_vocabulary(size: int, args: argparse.Namespace) -> int:
@@ -52,27 +58,6 @@ def data_parallel_size(args: argparse.Namespace) -> int:
     return int(args.world_size // (tp * pp * args.context_parallel_size))
 
 
-def virtual_stages(args: argparse.Namespace) -> int:
-    """Model chunks on each pipeline rank; 1 without the interleaved schedule."""
-    pp = args.pipeline_model_parallel_size
-    if args.pipeline_model_parallel_layout is not None:
-        return max(1, _stages_of(args.pipeline_model_parallel_layout) // pp)
-    if args.num_virtual_stages_per_pipeline_rank is not None:
-        return int(args.num_virtual_stages_per_pipeline_rank)
-    if args.num_layers_per_virtual_pipeline_stage is not None:
-        return max(1, args.num_layers // pp // args.num_layers_per_virtual_pipeline_stage)
-    return 1
-
-
-def _stages_of(layout: str) -> int:
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    try:
-        return int(PipelineParallelLayerLayout.get_num_stages_from_str(layout))
-    except AssertionError as error:
-        raise SetupError(f"--pipeline-model-parallel-layout {layout}: {error}") from error
-
-
 def batch_multiple(args: argparse.Namespace) -> int:
     """A number of packs whose every multiple is a global batch that works, evaluation included.
 
@@ -100,10 +85,6 @@ def _interleaved_group(args: argparse.Namespace) -> int:
     return int(args.microbatch_group_size_per_vp_stage or args.pipeline_model_parallel_size)
 
 
-def _divisors(number: int, limit: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(number, limit) + 1) if number % d == 0)
-
-
 def _check_processes(args: argparse.Namespace) -> None:
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     cp, world = args.context_parallel_size, args.world_size
@@ -126,7 +107,7 @@ def _check_heads(args: argparse.Namespace) -> None:
         if number and number % tp:
             raise SetupError(
                 f"--tensor-model-parallel-size {tp}: the model's {number} {what} cannot be divided by "
-                f"it; sizes that work: {_divisors(math.gcd(heads, groups or heads), 64)}"
+                f"it; sizes that work: {divisors(math.gcd(heads, groups or heads), 64)}"
             )
     pattern = args.moe_layer_freq
     all_experts = args.num_experts and (
@@ -136,113 +117,6 @@ def _check_heads(args: argparse.Namespace) -> None:
         raise SetupError(
             f"--tensor-model-parallel-size {tp}: the model's feed-forward size {args.ffn_hidden_size} "
             f"cannot be divided by it"
-        )
-
-
-def _check_layers(args: argparse.Namespace) -> None:
-    layers, pp = args.num_layers, args.pipeline_model_parallel_size
-    if args.pipeline_model_parallel_layout is not None:
-        stages = _stages_of(args.pipeline_model_parallel_layout)
-        if stages % pp:
-            raise SetupError(
-                f"--pipeline-model-parallel-layout: {stages} stages cannot be divided by "
-                f"--pipeline-model-parallel-size {pp}; sizes that work: {_divisors(stages, 64)}"
-            )
-        _check_layout_layers(args)
-        return
-    if not layers:
-        return
-    ends = {
-        f"--decoder-{end}-pipeline-num-layers": getattr(args, f"decoder_{end}_pipeline_num_layers")
-        for end in ("first", "last")
-    }
-    ends = {flag: count for flag, count in ends.items() if count is not None}
-    if not ends and layers % pp:
-        raise SetupError(
-            f"--pipeline-model-parallel-size {pp}: the model's {layers} layers cannot be divided by it; "
-            f"sizes that work: {_divisors(layers, 64)} (or give --decoder-first-pipeline-num-layers "
-            f"or --decoder-last-pipeline-num-layers)"
-        )
-    if ends:
-        given = " and ".join(f"{flag} {count}" for flag, count in ends.items())
-        middle_layers, middle_stages = layers - sum(ends.values()), pp - len(ends)
-        works = (
-            pp > 1
-            and min(ends.values()) > 0
-            and (
-                middle_layers == 0
-                if middle_stages == 0
-                else middle_layers > 0 and middle_layers % middle_stages == 0
-            )
-        )
-        if not works:
-            raise SetupError(
-                f"{given}: {middle_layers} of the model's {layers} layers are left for "
-                f"{middle_stages} other pipeline stages, which must take equal shares of at least one "
-                f"layer"
-            )
-
-
-def _check_layout_layers(args: argparse.Namespace) -> None:
-    """`--pipeline-model-parallel-layout` names each layer once: E (embedding), t (layer), L (loss)."""
-    from megatron.core.transformer.enums import LayerType
-    from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-
-    text, layers = args.pipeline_model_parallel_layout, args.num_layers
-    try:
-        parsed = PipelineParallelLayerLayout(text, args.pipeline_model_parallel_size)
-        found = parsed.flatten_layout.count(LayerType.decoder)
-        if found != layers:
-            raise SetupError(
-                f"--pipeline-model-parallel-layout {text}: has {found} layers (t), the model has {layers}"
-            )
-        parsed.validate_layer_layout(layers, None)
-    except AssertionError as error:
-        raise SetupError(f"--pipeline-model-parallel-layout {text}: {error}") from error
-
-
-def _check_virtual_stages(args: argparse.Namespace) -> None:
-    pp, layers = args.pipeline_model_parallel_size, args.num_layers
-    per_chunk = args.num_layers_per_virtual_pipeline_stage
-    chunks = args.num_virtual_stages_per_pipeline_rank
-    if per_chunk is None and chunks is None:
-        return
-    if None not in (per_chunk, chunks) or args.pipeline_model_parallel_layout is not None:
-        raise SetupError(
-            "--num-layers-per-virtual-pipeline-stage, --num-virtual-stages-per-pipeline-rank and "
-            "--pipeline-model-parallel-layout: give one of them"
-        )
-    ends = [args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers]
-    ends = [count for count in ends if count is not None]
-    if per_chunk is not None:
-        flag = f"--num-layers-per-virtual-pipeline-stage {per_chunk}"
-        if ends:
-            raise SetupError(
-                f"{flag}: with --decoder-first-pipeline-num-layers or --decoder-last-pipeline-num-layers "
-                f"give --num-virtual-stages-per-pipeline-rank in its place"
-            )
-        if per_chunk < 1 or (layers // pp) % per_chunk:
-            raise SetupError(
-                f"{flag}: the {layers // pp} layers of a pipeline stage cannot be cut into pieces of it; "
-                f"numbers that work: {_divisors(layers // pp, 64)}"
-            )
-        chunks = layers // pp // per_chunk
-    else:
-        flag = f"--num-virtual-stages-per-pipeline-rank {chunks}"
-        counts = [*ends]
-        if pp > len(ends):
-            counts.append((layers - sum(ends)) // (pp - len(ends)))
-        for count in counts:
-            if chunks < 1 or count % chunks:
-                raise SetupError(
-                    f"{flag}: the {count} layers of a pipeline stage cannot be cut into {chunks} pieces; "
-                    f"numbers that work: {_divisors(math.gcd(*counts), 64)}"
-                )
-    least = 2 if args.overlap_p2p_comm else 3
-    if chunks > 1 and pp < least:
-        raise SetupError(
-            f"{flag} with --pipeline-model-parallel-size {pp}: the interleaved schedule needs {least} "
-            f"pipeline ranks or more" + (" (2 with overlapped communication)" if least == 3 else "")
         )
 
 
@@ -259,7 +133,7 @@ def _check_experts(args: argparse.Namespace) -> None:
     if experts % ep:
         raise SetupError(
             f"--expert-model-parallel-size {ep}: the model's {experts} experts cannot be "
-            f"divided by it; sizes that work: {_divisors(experts, 256)}"
+            f"divided by it; sizes that work: {divisors(experts, 256)}"
         )
     pp = args.pipeline_model_parallel_size
     expert_tp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
@@ -349,8 +223,8 @@ RULES = (
     fsdp_layout.check_sizes,
     _check_processes,
     _check_heads,
-    _check_layers,
-    _check_virtual_stages,
+    check_layers,
+    check_virtual_stages,
     _check_experts,
     _check_batch,
     _check_sequence,
