@@ -54,6 +54,13 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
             f"--hf-model {name}: architecture {found} cannot be loaded; "
             f"these can: {', '.join(ARCHITECTURES)}"
         )
+    for key in ("quantization_config", "compression_config"):
+        if quantisation := getattr(config, key, None):
+            method = dict(quantisation).get("quant_method", "method not named")
+            raise SetupError(
+                f"--hf-model {name}: config.json has {key} ({method}): quantised weights cannot be "
+                f"trained; give the model's bf16 weights, with a config.json that says nothing of it"
+            )
     if getattr(config, "attention_bias", False) and found != "Qwen2ForCausalLM":
         raise SetupError(f"--hf-model {name}: attention_bias is not supported for {found}")
     if getattr(config, "mlp_bias", False):

@@ -8,20 +8,18 @@ loading reads only the rows and columns of this rank, export joins the shards' w
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 
 from post_training.errors import SetupError
-from post_training.hf_config import head_dim, megatron_flags
+from post_training.hf_checkpoint import HFCheckpoint
+from post_training.hf_config import head_dim
 
 Layout = Literal["replicated", "vocabulary", "qkv", "gate_up", "columns"]
 
@@ -103,118 +101,6 @@ def parameter_source(name: str, *, first_layer: int, first_expert: int, tied: bo
     layout, names = _IN_LAYER[f"mlp.{linear}.weight"]
     expert_prefix = f"{prefix}mlp.experts.{number + first_expert}."
     return Source(layout, tuple(expert_prefix + n.removeprefix("mlp.") for n in names))
-
-
-class HFCheckpoint:
-    """The safetensors files of a HuggingFace folder, read by rows and columns, not as a whole."""
-
-    def __init__(self, folder: str | Path) -> None:
-        """Index the tensors of `folder`.
-
-        Raises:
-            SetupError: the folder holds no safetensors weights.
-        """
-        self.folder = Path(folder)
-        try:
-            self._index()
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-            raise SetupError(f"--hf-model {folder}: weight files are damaged ({error})") from error
-
-    def _index(self) -> None:
-        folder = self.folder
-        index = self.folder / "model.safetensors.index.json"
-        single = self.folder / "model.safetensors"
-        self._files: dict[str, str] = {}
-        if index.is_file():
-            self._files = json.loads(index.read_text())["weight_map"]
-        elif single.is_file():
-            with safe_open(single, framework="pt") as file:
-                self._files = dict.fromkeys(file.keys(), single.name)
-        if not self._files:
-            found = ", ".join(sorted(p.name for p in self.folder.glob("*.bin"))) or "no weights"
-            raise SetupError(
-                f"--hf-model {folder}: needs model.safetensors or model.safetensors.index.json, "
-                f"found {found}"
-            )
-        missing = [f for f in set(self._files.values()) if not (self.folder / f).is_file()]
-        if missing:
-            raise SetupError(
-                f"--hf-model {folder}: missing weight files {', '.join(sorted(missing))}"
-            )
-        self._open: dict[str, Any] = {}
-        self._stack = ExitStack()
-
-    def __enter__(self) -> HFCheckpoint:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-        self._open.clear()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._files
-
-    def slice(self, name: str) -> Any:
-        """A lazy view of one tensor: indexing it reads just that part from the file."""
-        file_name = self._files[name]
-        if file_name not in self._open:
-            self._open[file_name] = self._stack.enter_context(
-                safe_open(self.folder / file_name, framework="pt")
-            )
-        return self._open[file_name].get_slice(name)
-
-
-def expected_tensors(config: PretrainedConfig) -> Iterator[str]:
-    """Names of all tensors that a HuggingFace folder of this configuration holds."""
-    yield from ("model.embed_tokens.weight", "model.norm.weight")
-    if not config.tie_word_embeddings:
-        yield "lm_head.weight"
-    architecture = config.architectures[0]
-    attention = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight"]
-    if architecture == "Qwen2ForCausalLM":
-        attention += ["q_proj.bias", "k_proj.bias", "v_proj.bias"]
-    if architecture.startswith("Qwen3"):
-        attention += ["q_norm.weight", "k_norm.weight"]
-    projections = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
-    sparse = megatron_flags(config).get("moe_layer_freq", [0] * config.num_hidden_layers)
-    for layer, has_experts in enumerate(sparse):
-        prefix = f"model.layers.{layer}."
-        yield from (prefix + "input_layernorm.weight", prefix + "post_attention_layernorm.weight")
-        yield from (f"{prefix}self_attn.{name}" for name in attention)
-        if has_experts:
-            yield prefix + "mlp.gate.weight"
-            for expert in range(config.num_experts):
-                yield from (f"{prefix}mlp.experts.{expert}.{name}" for name in projections)
-        else:
-            yield from (f"{prefix}mlp.{name}" for name in projections)
-
-
-def check_hf_weights(folder: str | Path, config: PretrainedConfig) -> None:
-    """Check that all tensors are there, and by a few of each end that they fit the configuration.
-
-    Raises:
-        SetupError: files or tensors are missing, or a shape is not what config.json says.
-    """
-    heads = config.num_attention_heads * head_dim(config)
-    expected = {
-        "model.embed_tokens.weight": [config.vocab_size, config.hidden_size],
-        "model.norm.weight": [config.hidden_size],
-    }
-    for layer in {0, config.num_hidden_layers - 1}:
-        name = f"model.layers.{layer}.self_attn.q_proj.weight"
-        expected[name] = [heads, config.hidden_size]
-    if not config.tie_word_embeddings:
-        expected["lm_head.weight"] = [config.vocab_size, config.hidden_size]
-    with HFCheckpoint(folder) as checkpoint:
-        for name in expected_tensors(config):
-            if name not in checkpoint:
-                raise SetupError(f"--hf-model {folder}: the weights lack the tensor {name}")
-        for name, shape in expected.items():
-            found = list(checkpoint.slice(name).get_shape())
-            if found != shape:
-                raise SetupError(
-                    f"--hf-model {folder}: {name} has shape {found}, config.json says {shape}"
-                )
 
 
 def _shard(size: int, rank: int, world: int) -> tuple[int, int]:
