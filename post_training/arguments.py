@@ -14,8 +14,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
-import torch
-
 from data.arguments import add_data_arguments
 from post_training import layout
 from post_training.config_file import apply_config_file
@@ -24,6 +22,12 @@ from post_training.eval_only import prepare_evaluation
 from post_training.expert_flags import complete_expert_flags
 from post_training.fsdp_layout import fsdp2_defaults
 from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
+from post_training.machine_flags import (
+    has_grouped_gemm,
+    has_packed_kernel,
+    has_transformer_engine,
+    platform_defaults,
+)
 from post_training.megatron_flags import REFUSED, MegatronFlags
 from post_training.platform import device_type
 from post_training.saving import complete_save_flags
@@ -107,20 +111,6 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     return parser
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used here: it needs CUDA."""
-    if device_type() != "cuda":
-        return False
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    return bool(HAVE_TE)
-
-
-def has_grouped_gemm() -> bool:
-    """Whether this GPU computes all experts of a layer in one kernel (Megatron wants Ampere or later)."""
-    return torch.cuda.get_device_capability()[0] >= 8
-
-
 def sft_defaults() -> dict[str, Any]:
     """Where finetuning wants another default than Megatron's pretraining."""
     return {
@@ -158,31 +148,6 @@ def sft_defaults() -> dict[str, Any]:
     }
 
 
-def platform_defaults(transformer_engine: bool) -> dict[str, Any]:
-    """Flags that follow from the machine: device, and whether Transformer Engine is installed."""
-    on_cuda = device_type() == "cuda"
-    flags: dict[str, Any] = {
-        "distributed_backend": "nccl" if on_cuda else "gloo",
-        "transformer_impl": "transformer_engine" if transformer_engine else "local",
-    }
-    if not transformer_engine:
-        flags |= {
-            # Kernels of Transformer Engine and Apex.
-            "gradient_accumulation_fusion": False,
-            "apply_rope_fusion": False,
-            "masked_softmax_fusion": False,
-            "no_persist_layer_norm": True,
-        }
-    if not on_cuda:
-        # Fused by torch.compile, which a CPU run does without.
-        flags |= {
-            "bias_swiglu_fusion": False,
-            "bias_gelu_fusion": False,
-            "bias_dropout_fusion": False,
-        }
-    return flags
-
-
 def parse_arguments(
     argv: Sequence[str] | None = None, *, overrides: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
@@ -206,6 +171,7 @@ def parse_arguments(
     early.add_argument("--config")
     early.add_argument("--hf-model")
     early.add_argument("--transformer-impl")
+    early.add_argument("--fp32", action="store_true")
     early.add_argument("--trust-remote-code", action="store_true")
     early.add_argument("--use-torch-fsdp2", action="store_true")
     early.add_argument("--yaml-cfg")
@@ -237,6 +203,8 @@ def parse_arguments(
                 "--transformer-impl transformer_engine: Transformer Engine needs a CUDA device and "
                 "its package (pip install '.[te]'); leave the flag out to use the local attention"
             )
+        if use_te and transformer_impl is None:
+            use_te = has_packed_kernel(fp32=known.fp32 or bool(written.get("fp32")))
         derived.update(sft_defaults())
         derived.update(platform_defaults(use_te and transformer_impl != "local"))
         if known.use_torch_fsdp2 or written.get("use_torch_fsdp2"):
