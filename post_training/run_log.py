@@ -11,37 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
-
 from post_training.datasets import SplitDocuments, sources_of
+from post_training.flops import model_flops, peak_flops
 from post_training.platform import current_device
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
 from post_training.progress import Progress
 from post_training.start_up import start_up
 from post_training.step_counters import ExpertTotals, StepTotals, counters
-
-# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of its name.
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "B100": 1750e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "GH200": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-}
-
-
-def peak_flops() -> float | None:
-    """Peak of this rank's device in dense bf16 FLOP/s, or None where it is not known."""
-    if not torch.cuda.is_available():
-        return None
-    name = torch.cuda.get_device_name()
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
 def _by_source(totals: StepTotals) -> dict[str, dict[str, float | None]]:
@@ -182,9 +158,8 @@ class RunLog:
         if step.skipped:
             record["skipped"] = True
         if self.peak and seconds:
-            record["mfu"] = self._flops(totals.squared_lengths, totals.real_tokens, steps) / (
-                seconds * self.args.world_size * self.peak
-            )
+            peak = seconds * self.args.world_size * self.peak
+            record["mfu"] = model_flops(self.args, totals) / peak
         self._write(record)
         self.progress.step(record)
 
@@ -213,17 +188,6 @@ class RunLog:
                 writer.add_scalar(name.replace("_", "-"), value, iteration)
         if wandb := get_wandb_writer():
             wandb.log(values, iteration)
-
-    def _flops(self, squared_lengths: float, real_tokens: float, steps: int) -> float:
-        from megatron.training.training import num_floating_point_operations
-
-        flops = num_floating_point_operations(
-            self.args,
-            steps * self.args.global_batch_size,
-            seqlen_squared_sum_in_batch=squared_lengths,
-            total_real_tokens_in_batch=real_tokens,
-        )
-        return float(flops)
 
     def on_evaluation_start(self, split: str) -> None:
         """Count the evaluation's tokens apart from training's."""
