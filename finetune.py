@@ -42,7 +42,7 @@ from post_training.datasets import (
     prepare_data,
 )
 from post_training.errors import RunStopped, SetupError, tell
-from post_training.finish import report_end
+from post_training.finish import ending_together, report_end
 from post_training.full_disk import no_room, tell_no_room
 from post_training.layer_spec import uses_packed_attention
 from post_training.loss import loss_func, trained_token_loss
@@ -171,7 +171,7 @@ def finetune(
 
     # Every tensor parallel rank hears where training begins; only the first of each group reads data.
     provider.is_distributed = True  # type: ignore[attr-defined]
-    try:
+    with ending_together(run_log):
         pretrain(
             pretrain_cfg_container_from_args(args, model_config(args)),
             provider,
@@ -181,16 +181,6 @@ def finetune(
                 non_loss_data_func, run_log=run_log, prompts=first_prompts(documents, 4)
             ),
         )
-    except SystemExit as exit_:
-        # Megatron leaves this way after a signal, --exit-interval or --exit-duration-in-mins; but also,
-        # with status 0, where a checkpoint cannot be read.
-        if exit_.code or not run_log.begun:
-            raise SystemExit(exit_.code or 1) from exit_
-    finally:
-        run_log.finish()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        watchdog.stop()
     watchdog.clean()
     report_end(args, console, graceful, run_log.last_iteration)
 
@@ -223,6 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         started = True
         finetune(args, console, tokenizer, documents, position)
     except (SetupError, DataError, RunStopped) as error:
+        watchdog.fail()
         return tell(error, console, started=started)
     except KeyboardInterrupt:
         return 130
@@ -232,6 +223,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return tell_no_room(full, args.output_dir if args else None, rank, console)
         tell_failure(error, rank, console)
         raise
+    finally:
+        watchdog.stop()
     return 0
 
 

@@ -3,15 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from post_training.errors import SetupError
+import torch
+
+from post_training.errors import RunStopped, SetupError
+from post_training.run_log import RunLog
 from post_training.signals import GracefulExit
+from post_training.watchdog import watchdog
+
+
+@contextlib.contextmanager
+def ending_together(run_log: RunLog) -> Iterator[None]:
+    """Around `pretrain()`: close what it leaves open.
+
+    The process group is destroyed only where every rank does so. An error of this rank alone leaves it as
+    it is: with NCCL its destruction waits for the others, which wait in a collective for this rank, and
+    the error would never be told.
+
+    Args:
+        run_log: of this run.
+
+    Raises:
+        SystemExit: Megatron left before the first step, as where a checkpoint cannot be read.
+    """
+    try:
+        yield
+    except SystemExit as exit_:
+        # Megatron leaves this way after a signal, --exit-interval or --exit-duration-in-mins; but also,
+        # with status 0, where a checkpoint cannot be read.
+        if exit_.code or not run_log.begun:
+            _leave_group()
+            raise SystemExit(exit_.code or 1) from exit_
+    except RunStopped:
+        _leave_group()
+        raise
+    finally:
+        run_log.finish()
+    _leave_group()
+
+
+def _leave_group() -> None:
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    watchdog.stop()
 
 
 def report_end(

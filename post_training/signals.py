@@ -33,7 +33,7 @@ class GracefulExit:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if watchdog.dead_peers():
+        if watchdog.job_ends():
             return  # a launcher ends the ranks that are left; there is nobody to save with
         if self.received is not None:
             watchdog.stop()  # the others are told the same; nobody died

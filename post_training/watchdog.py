@@ -41,6 +41,8 @@ from post_training.stack_places import place_of
 PATIENCE = 6
 # Seconds that the main thread is given to end by itself, once it is known that the job ends.
 LAST_SECONDS = 5.0
+# Seconds that the interpreter is given to end after an error, once that is told.
+EXIT_SECONDS = 15.0
 FOLDER = ".watchdog-"
 # Of `--eval-only`, which may look at a run while that trains.
 EVALUATION_FOLDER = ".watchdog-eval-"
@@ -156,11 +158,18 @@ class Watchdog:
         self._note()
 
     def stop(self) -> None:
-        """Watch no longer: this rank ends by itself."""
+        """Watch no longer: this rank ends by itself.
+
+        Where it leaves a process group behind, it is made to end soon: what a library does on the way
+        out may wait for the others.
+        """
         if self._thread is None:
             return
         self._stop.set()
-        faulthandler.cancel_dump_traceback_later()
+        if torch.distributed.is_initialized():
+            faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
+        else:
+            faulthandler.cancel_dump_traceback_later()
         self._phase = "ended"
         self._note()
         if self._file >= 0:
@@ -198,8 +207,19 @@ class Watchdog:
                 if (self.folder / "ended").exists():
                     return True
                 time.sleep(0.1)
-        self._claim(f"rank {self.rank} failed")
+        self.fail()
         return False
+
+    def fail(self) -> None:
+        """Let the others know that the job ends because of this rank, which says why by itself."""
+        if self.folder is not None:
+            self._claim(f"rank {self.rank} failed")
+
+    def job_ends(self) -> bool:
+        """Whether it is known already why the job ends: a rank of this machine is gone, or has failed."""
+        if self.folder is None:
+            return False
+        return (self.folder / "ended").exists() or bool(self.dead_peers())
 
     def dead_peers(self) -> list[Peer]:
         """Ranks of this machine whose processes are gone without having said so."""

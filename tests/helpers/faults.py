@@ -266,6 +266,15 @@ def dies_while_others_hang() -> None:
         _at_step(3, rank, faulty)
 
 
+def fails_while_others_hang() -> None:
+    """Rank 1 raises an error; the others wait, and the process group is destroyed by all, as with NCCL."""
+    fail_at_step_3()
+    torch.distributed.destroy_process_group = threading.Event().wait
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        if rank != 1:
+            _at_step(3, rank, threading.Event().wait)
+
+
 def hang_in_set_up() -> None:
     """Rank 1 never comes to the point where the ranks meet."""
     finetune = _finetune()

@@ -130,9 +130,13 @@ def test_a_killed_rank_ends_others_that_wait_without_an_end(words, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failed_rank_alone_shows_its_traceback(words, tmp_path):
-    statuses, console, _ = run_until_it_ends(words, tmp_path / "out", fault=faults.fail_at_step_3)
-    assert statuses == [1, 1]
+@pytest.mark.parametrize("fault", [faults.fail_at_step_3, faults.fails_while_others_hang])
+def test_a_failed_rank_alone_shows_its_traceback(words, tmp_path, fault):
+    """Long before the time after which a rank counts as hung."""
+    statuses, console, seconds = run_until_it_ends(
+        words, tmp_path / "out", "--hang-timeout", "90", fault=fault
+    )
+    assert statuses == [1, 1] and seconds < 60
     assert console.count("Traceback") == 1
     assert "rank 1 failed" in console and "ZeroDivisionError: of its own making" in console
     assert "rank 0" not in console
@@ -225,6 +229,15 @@ def test_a_rank_that_ended_by_itself_is_not_dead(met):
     assert [peer.rank for peer in met.dead_peers()] == [1]
     (met.folder / "1").write_text('{"phase": "ended"}\n')
     assert met.dead_peers() == []
+
+
+def test_a_job_ends_once_a_rank_is_gone_or_says_that_it_failed(met):
+    """What a launcher then sends is no wish to save."""
+    assert met.job_ends()
+    (met.folder / "1").write_text('{"phase": "ended"}\n')
+    assert not met.job_ends()
+    met.fail()
+    assert met.job_ends()
 
 
 def test_only_an_error_of_communication_is_another_ranks(met):
