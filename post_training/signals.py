@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
 import signal
 from types import FrameType
 from typing import TextIO
@@ -44,8 +47,19 @@ class GracefulExit:
         self.megatron._signal_received = True
         if self.console is not None:
             name = signal.Signals(number).name
-            print(
-                f"\n{name}: saving after this step; once more to leave without saving",
-                file=self.console,
-                flush=True,
+            _say(
+                f"\n{name}: saving after this step; once more to leave without saving\n",
+                self.console,
             )
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Write from a signal handler, which may have come in the middle of another write to `stream`."""
+    try:
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:  # no file, as in a notebook
+        print(text, end="", file=stream, flush=True)
+        return
+    # The stream's own buffer refuses a second writer: "reentrant call".
+    with contextlib.suppress(OSError):
+        os.write(descriptor, text.encode())
