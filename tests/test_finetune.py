@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import faults, models, reference
 from tests.helpers.launch import NO_PROCESS_GROUP, Finished, finetune, run_script, start_finetune
@@ -78,6 +80,31 @@ def test_config_yaml_runs_the_same_again(with_torchrun, straight, tmp_path):
         *("--config", str(run.folder / "config.yaml"), "--tensor-model-parallel-size", "1"),
     ).ok()
     assert numbers(again) == numbers(straight)[:3]
+
+
+def test_the_logged_learning_rate_is_the_one_of_the_step(straight):
+    """Not the next one's, which Megatron logs; in TensorBoard and `train.log` too."""
+    used = [RECIPE.learning_rate(steps_done) for steps_done in range(RECIPE.steps)]
+    assert [step["lr"] for step in straight.steps] == pytest.approx(used)
+    events = EventAccumulator(str(straight.folder / "tensorboard"))
+    events.Reload()
+    scalars = [(event.step, event.value) for event in events.Scalars("learning-rate")]
+    assert scalars == [(n, pytest.approx(rate)) for n, rate in enumerate(used, 1)]
+    assert f"learning rate: {used[0]:.6E}" in (straight.folder / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_warm_up_begins_at_zero(words, hf_model, tmp_path):
+    """As in Megatron and `transformers`: the first step leaves the weights as they are."""
+    schedule = ["--train-iters", "1", "--lr-warmup-iters", "2", "--lr-decay-iters", "4"]
+    run = finetune(tmp_path / "out", *words, *schedule, "--save-hf").ok()
+    assert [step["lr"] for step in run.steps] == [0.0] and run.steps[0]["grad_norm"] > 0
+    before, after = (
+        load_file(f / "model.safetensors") for f in (hf_model("qwen3"), tmp_path / "out/hf")
+    )
+    assert all(after[name].equal(value) for name, value in before.items())
+    begun = finetune(tmp_path / "other", *words, *schedule, "--lr-warmup-init", "1e-4").ok()
+    assert [step["lr"] for step in begun.steps] == [1e-4]
 
 
 # --- resuming ------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ Upstream: megatron-core 0.19.2, `training/training.py` (`training_log`, `evaluat
 between a step's gradient norm and its optimizer (`ChainedOptimizer.step`). It also evaluates the
 validation and the test split for the same number of iterations, whatever their sizes;
 `TrainingHooks.evaluation_iterations` gives each split its own. `dummy_train_step`, which passes over the
-data of `--iterations-to-skip`, knows only the fields of Megatron's own datasets.
+data of `--iterations-to-skip`, knows only the fields of Megatron's own datasets. And a step is logged after
+the schedule has moved on, with the learning rate of the next one: `Step.learning_rate`, Megatron's log and
+its TensorBoard get the one that the optimizer used, as in the `Trainer` of `transformers`.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Step:
 
     iteration: int
     learning_rate: float | None
+    """That the optimizer took the step with."""
     grad_norm: float | None
     skipped: bool
     """The optimizer refused the step because a gradient was not finite (fp16 loss scaling)."""
@@ -92,14 +95,17 @@ def _unwrapped(data_iterator: Any) -> Any:
 
 def apply() -> None:
     """Wrap Megatron's functions so that `hooks` hears of each step and each evaluation."""
+    from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
     from megatron.training import training
 
     train = training.train
+    train_step = training.train_step
     training_log = training.training_log
     evaluate = training.evaluate
     evaluate_and_print_results = training.evaluate_and_print_results
     current_split = "valid"
     evaluated: set[tuple[str, int]] = set()
+    rate_used: float | None = None
 
     @functools.wraps(train)
     def tell_and_train(
@@ -125,6 +131,21 @@ def apply() -> None:
             *args,
             **kwargs,
         )
+
+    @functools.wraps(train_step)
+    def note_rate_and_step(
+        forward_step_func: Any,
+        data_iterator: Any,
+        model: Any,
+        optimizer: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        nonlocal rate_used
+        rate = get_canonical_lr_for_logging(optimizer.param_groups)
+        # None where this rank has no parameters; else perhaps a tensor, which the schedule fills anew.
+        rate_used = None if rate is None else float(rate)
+        return train_step(forward_step_func, data_iterator, model, optimizer, *args, **kwargs)
 
     save = training.save_checkpoint_and_time
 
@@ -161,7 +182,7 @@ def apply() -> None:
         result = training_log(
             loss_dict,
             total_loss_dict,
-            learning_rate,
+            rate_used,
             iteration,
             loss_scale,
             report_memory_flag,
@@ -170,7 +191,7 @@ def apply() -> None:
             *args,
             **kwargs,
         )
-        step = Step(iteration, learning_rate, grad_norm, bool(skipped_iter))
+        step = Step(iteration, rate_used, grad_norm, bool(skipped_iter))
         for tell in hooks.on_step:
             tell(step)
         return result
@@ -203,6 +224,7 @@ def apply() -> None:
 
     for name, replacement in (
         ("train", tell_and_train),
+        ("train_step", note_rate_and_step),
         ("dummy_train_step", pass_over),
         ("save_checkpoint_and_time", save_and_tell),
         ("training_log", log_and_tell),

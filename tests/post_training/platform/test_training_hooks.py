@@ -33,6 +33,8 @@ def test_upstream_passes_what_the_hooks_read():
     assert train[:5] == [
         *("forward_step_func", "model", "optimizer", "opt_param_scheduler", "train_data_iterator")
     ]
+    train_step = list(inspect.signature(training.train_step.__wrapped__).parameters)
+    assert train_step[:4] == ["forward_step_func", "data_iterator", "model", "optimizer"]
     save = list(inspect.signature(training.save_checkpoint_and_time.__wrapped__).parameters)
     assert save[0] == "iteration"
     assert list(inspect.signature(training.dummy_train_step.__wrapped__).parameters) == [
@@ -46,6 +48,13 @@ def test_the_gradient_norm_is_told_before_the_optimizer_steps():
     assert step.count("self.get_grad_norm()") == 1
     assert step.index("self.get_grad_norm()") < step.index("clip_grad_by_total_norm_fp32")
     assert step.index("self.get_grad_norm()") < step.index("step_with_ready_grads()")
+
+
+def test_still_needed_upstream_logs_the_next_learning_rate():
+    """The schedule steps in `train_step`; the rate to log is read after it."""
+    assert "opt_param_scheduler.step(" in inspect.getsource(training.train_step.__wrapped__)
+    train = inspect.getsource(training.train.__wrapped__)
+    assert train.index("= train_step(") < train.index("= get_canonical_lr_for_logging(")
 
 
 def test_still_needed_upstream_passes_over_its_own_fields_only():
