@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 
 import torch
 
-__all__ = ["apply", "current_device", "device_type"]
+__all__ = ["apply", "current_device", "device_type", "warn_once"]
 
 _applied = False
 
@@ -28,6 +29,12 @@ def current_device() -> torch.device:
     if device_type() == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def warn_once(message: str) -> None:
+    """Print a warning in one process of each machine, before ranks know each other."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def apply() -> None:
@@ -45,13 +52,17 @@ def apply() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     _stand_alone()
     on_cpu = device_type() == "cpu"
+    # torch first: Megatron reads these names while it is being imported.
+    _compile_or_not(device_type())
     if on_cpu:
-        # torch first: Megatron reads these names while it is being imported.
-        from post_training.platform import compilation, cuda_runtime, tensor_devices
+        from post_training.platform import cuda_runtime, tensor_devices
 
-        compilation.apply()
         cuda_runtime.apply()
         tensor_devices.apply()
+
+    from post_training.platform import kernel_packages
+
+    kernel_packages.apply()
 
     from post_training.platform import (
         checkpoint_saving,
@@ -78,6 +89,17 @@ def apply() -> None:
         cpu_rng.apply()
         cpu_initialize.apply()
         cpu_collectives.apply()
+
+
+def _compile_or_not(device: str) -> None:
+    """Leave `torch.compile` out on a CPU, and on a GPU where it would raise."""
+    from post_training.platform import compilation
+
+    missing = None if device == "cpu" else compilation.what_is_missing()
+    if missing is not None:
+        warn_once(f"torch.compile needs {missing}: going on without fused element-wise kernels")
+    if device == "cpu" or missing is not None:
+        compilation.apply()
 
 
 def _stand_alone() -> None:
