@@ -38,16 +38,18 @@ def test_what_triton_needs_is_looked_for(complete, monkeypatch):
     assert compilation.what_is_missing() == "CC=cc-14"
     monkeypatch.delenv("CC")
     (complete / "Python.h").unlink()
-    assert str(complete / "Python.h") in compilation.what_is_missing()
+    assert str(complete / "Python.h") in str(compilation.what_is_missing())
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    assert "C compiler" in compilation.what_is_missing()
+    assert "C compiler" in str(compilation.what_is_missing())
     monkeypatch.setattr(compilation, "find_spec", lambda name: None)
-    assert "triton" in compilation.what_is_missing()
+    assert "triton" in str(compilation.what_is_missing())
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="asks Triton's source")
 def test_still_needed_triton_builds_modules_of_c():
-    folder = Path(find_spec("triton").origin).parent
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        pytest.skip("asks Triton's source")
+    folder = Path(spec.origin).parent
     assert "Failed to find C compiler" in (folder / "runtime" / "build.py").read_text()
     assert "compile_module_from_src(" in (folder / "backends/nvidia/driver.py").read_text()
 
