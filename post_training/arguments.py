@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
 from post_training import layout
-from post_training.config_file import apply_config_file
+from post_training.config_file import apply_config_file, apply_settings
 from post_training.errors import SetupError
 from post_training.eval_only import prepare_evaluation
 from post_training.expert_flags import complete_expert_flags
@@ -149,13 +149,13 @@ def sft_defaults() -> dict[str, Any]:
 
 
 def parse_arguments(
-    argv: Sequence[str] | None = None, *, overrides: Mapping[str, Any] | None = None
+    argv: Sequence[str] | None = None, *, settings: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
     """Resolve and check all arguments; no process group is needed and none is started.
 
     Args:
         argv: the command line without the program's name; `sys.argv[1:]` by default.
-        overrides: by destination name, values that win over the command line and `--config`.
+        settings: in the place of a `--config` file, what one would say.
 
     Returns:
         The namespace that goes into Megatron's `validate_args`. Besides Megatron's own names it holds
@@ -191,7 +191,10 @@ def parse_arguments(
             if action.dest == "moe_paged_stash_buffer_size_factor_cuda" and action.help:
                 action.help = action.help.replace("%)", "%%)").replace("%%%)", "%%)")
         setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010
-        written = apply_config_file(parser, known.config) if known.config else {}
+        if settings is not None:
+            written = apply_settings(parser, settings, "settings")
+        else:
+            written = apply_config_file(parser, known.config) if known.config else {}
         if known.yaml_cfg or written.get("yaml_cfg"):
             # Megatron would read it in the place of all flags.
             raise SetupError(f"--yaml-cfg is not supported: {REFUSED['yaml_cfg']}")
@@ -229,7 +232,6 @@ def parse_arguments(
         sys.argv = previous
 
     megatron.check(args, derived, architecture)
-    vars(args).update(overrides or {})
     args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
     args.hf_config = hf_config
     _complete(args)

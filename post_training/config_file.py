@@ -71,14 +71,11 @@ def _converted(where: str, action: argparse.Action, value: Any) -> Any:
     return [result] if several else result
 
 
-def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """Set defaults of `parser` from a YAML mapping of flag names (dashes or underscores).
-
-    Returns:
-        What was set, by destination name.
+def read_config_file(path: str | Path) -> Mapping[str, Any]:
+    """The YAML mapping of flag names in a file; empty where it says nothing.
 
     Raises:
-        SetupError: no such file, not a mapping, or a key that is no flag (the nearest one is named).
+        SetupError: no such file, or not a mapping.
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -93,6 +90,30 @@ def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
         raise SetupError(
             f"--config {path}: expects a mapping of flags, found {type(content).__name__}"
         )
+    return content
+
+
+def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
+    """Set defaults of `parser` from a file; as `apply_settings`, whose errors name it."""
+    return apply_settings(parser, read_config_file(path), f"--config {path}")
+
+
+def apply_settings(
+    parser: argparse.ArgumentParser, content: Mapping[str, Any], source: str
+) -> dict[str, Any]:
+    """Set defaults of `parser` from a mapping of flag names (dashes or underscores).
+
+    Args:
+        parser: with all flags.
+        content: what a `--config` file says; what was derived there is left out.
+        source: where it comes from, for messages.
+
+    Returns:
+        What was set, by destination name.
+
+    Raises:
+        SetupError: a key that is no flag (the nearest one is named), or a value that it does not take.
+    """
     by_dest, by_flag = _actions(parser)
     defaults: dict[str, Any] = {}
     # A run's own config.yaml: what was derived there is derived anew, on this machine.
@@ -101,7 +122,7 @@ def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, A
         if key == DERIVED or key in recomputed:
             continue
         name = str(key).lstrip("-").replace("-", "_")
-        where = f"--config {path}: {key}"
+        where = f"{source}: {key}"
         if name in by_dest:
             defaults[name] = _converted(where, by_dest[name], value)
         elif name in by_flag:

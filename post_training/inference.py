@@ -4,46 +4,24 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from post_training.arguments import parse_arguments, validate
+from post_training.arguments import validate
 from post_training.checkpoints import (
     chosen_checkpoint,
     iteration_of,
     latest_checkpoint,
 )
+from post_training.config_file import read_config_file
 from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import checkpoint_format, load_weights
-from post_training.output import MODEL_FOLDER
+from post_training.inference_flags import arguments_of_hf_model, arguments_of_run
+from post_training.modelopt_state import has_modelopt_state
 from post_training.tokenizer import load_tokenizer
-
-# The layout that a run's config.yaml names is not there in this process, and nothing is trained.
-ONE_PROCESS: dict[str, int | str | None] = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "context_parallel_size": 1,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": None,
-    "num_layers_per_virtual_pipeline_stage": None,
-    "num_virtual_stages_per_pipeline_rank": None,
-    "microbatch_group_size_per_vp_stage": None,
-    "decoder_first_pipeline_num_layers": None,
-    "decoder_last_pipeline_num_layers": None,
-    "pipeline_model_parallel_layout": None,
-    "micro_batch_size": 1,
-    "eval_micro_batch_size": None,
-    "global_batch_size": None,
-    "eval_global_batch_size": None,
-    "use_torch_fsdp2": False,
-    "save_hf": False,
-    "ckpt_format": "torch_dist",
-}
 
 
 @dataclass
@@ -80,42 +58,38 @@ def load_model(
     if (output_dir is None) == (hf_model is None):
         raise SetupError("give either --output-dir (a run) or --hf-model (a HuggingFace folder)")
     if hf_model is not None:
-        # Nothing is written there: the parser wants a run's folder.
-        flags = ["--hf-model", hf_model, "--output-dir", tempfile.gettempdir(), "--skip-train"]
-        args = parse_arguments(flags)
-        args.load = args.save = None
-        source = hf_model
+        args, source = arguments_of_hf_model(hf_model), hf_model
     else:
         assert output_dir is not None
-        args, source = _arguments_of_run(output_dir, iteration)
+        args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration)
+        source = str(checkpoint)
     model = _build(args)
     return LoadedModel(model, load_tokenizer(args), args, source)
 
 
-def _arguments_of_run(output_dir: str, iteration: int | None) -> tuple[argparse.Namespace, str]:
-    folder = Path(output_dir)
+def _checkpoint_of_run(folder: Path, iteration: int | None) -> tuple[argparse.Namespace, Path]:
+    """Arguments that load one checkpoint of a run, and its folder.
+
+    Raises:
+        SetupError: there is none, or its model cannot be had here.
+    """
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         raise SetupError(f"--output-dir {folder}: holds no run (no config.yaml)")
-    config = yaml.safe_load(config_file.read_text())
-    flags = ["--config", str(config_file), "--output-dir", str(folder), "--skip-train"]
-    if config.get("hf_model"):
-        flags += ["--hf-model", str(folder / MODEL_FOLDER)]
-    if config.get("hf_tokenizer"):
-        flags += ["--hf-tokenizer", str(folder / MODEL_FOLDER)]
-    args = parse_arguments(flags, overrides=ONE_PROCESS)
+    config = read_config_file(config_file)
     own = folder / "checkpoints"
     # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
-    args.load = str(own if latest_checkpoint(own) is not None else config.get("save") or own)
-    checkpoint, complaint = chosen_checkpoint(args.load, iteration)
+    where = str(own if latest_checkpoint(own) is not None else config.get("save") or own)
+    checkpoint, complaint = chosen_checkpoint(where, iteration)
     if checkpoint is None:
         raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
     if complaint is not None:
         print(f"warning: {complaint}; using {checkpoint}", file=sys.stderr)
+    args = arguments_of_run(folder, config, by_modelopt=has_modelopt_state(where))
+    args.load = where
     # Whatever the tracker file names.
     args.ckpt_step = iteration_of(checkpoint)
-    args.save = None
-    return args, str(checkpoint)
+    return args, checkpoint
 
 
 def _build(args: argparse.Namespace) -> Any:
@@ -127,7 +101,6 @@ def _build(args: argparse.Namespace) -> Any:
     from model_provider import model_config
 
     args.tensorboard_dir = None
-    args.wandb_project = ""
     args.no_load_optim = args.no_load_rng = True
     args.exit_signal_handler = False
     args.use_distributed_optimizer = False

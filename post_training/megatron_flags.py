@@ -177,7 +177,7 @@ NEEDS_TRANSFORMER_ENGINE = tuple(
     apply_query_key_layer_scaling qk_clip log_max_attention_logit fp8 fp4 fp8_param_gather
     fp4_param_gather te_precision_config_file use_te_activation_func use_transformer_engine_op_fuser
     cpu_offloading_num_layers te_rng_tracker defer_embedding_wgrad_compute
-    use_precision_aware_optimizer optimizer_cpu_offload
+    use_precision_aware_optimizer optimizer_cpu_offload fp32_residual_connection
     """.split()
 )
 NEEDS_CUDA = ("cuda_graph_impl", "record_memory_history", "log_energy")

@@ -36,7 +36,7 @@ HOW = set(
     distribute_saved_activations embedding_init_method_std enable_cuda_graph
     ep_overlap_early_attn_memory_release expert_model_parallel_size expert_tensor_parallel_size
     external_cuda_graph fine_grained_activation_offloading fine_grained_offloading_max_inflight_offloads
-    first_last_layers_bf16 fp16 fp32_residual_connection fp4_quantizer_factory fp4_recipe
+    first_last_layers_bf16 fp16 fp4_quantizer_factory fp4_recipe
     fp8_amax_compute_algo fp8_amax_history_len fp8_interval fp8_margin fp8_output_proj
     fp8_quantizer_factory fp8_recipe fp8_wgrad fused_residual_rmsnorm gradient_accumulation_fusion
     hidden_dropout inference_rng_tracker high_priority_a2a_comm_stream init_method_std

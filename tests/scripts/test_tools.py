@@ -35,8 +35,19 @@ def exported(run):
     """The HuggingFace folder that the run is exported to, as if it had been trained on a GPU."""
     file = run.folder / "config.yaml"
     written = file.read_text()
-    file.write_text(written.replace("distributed_backend: gloo", "distributed_backend: nccl"))
-    assert "nccl" in file.read_text()
+    config = yaml.safe_load(written) | {
+        "distributed_backend": "nccl",
+        "transformer_impl": "transformer_engine",
+        "attention_backend": "flash",
+        "fp8": "hybrid",
+        "tp_comm_overlap": True,
+        "optimizer_cpu_offload": True,
+        "async_save": True,
+        "use_persistent_ckpt_worker": True,
+        "wandb_project": "not here",
+        "derived_flags": [],
+    }
+    file.write_text(yaml.safe_dump(config))
     done = run_script("scripts/export_hf.py", "--output-dir", str(run.folder))
     file.write_text(written)
     assert done.returncode == 0, done.stderr
