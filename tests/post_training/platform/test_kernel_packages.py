@@ -1,3 +1,4 @@
+import importlib
 import subprocess
 import sys
 
@@ -40,7 +41,7 @@ def test_on_cpu_no_package_of_kernels_imports(installed, monkeypatch):
     kernel_packages.apply()
     for name in (*NAMES, "transformer_engine.pytorch"):
         with pytest.raises(ImportError):
-            __import__(name)
+            importlib.import_module(name)
 
 
 def test_on_cpu_what_is_loaded_already_stays(installed, monkeypatch):
@@ -72,15 +73,15 @@ def test_on_cuda_a_broken_install_is_told_in_a_line_and_passed_over(
     assert reason in told
     for name in ("transformer_engine", "transformer_engine.common"):
         with pytest.raises(ImportError):
-            __import__(name)
-    __import__("amp_C")
+            importlib.import_module(name)
+    importlib.import_module("amp_C")
 
 
 def test_on_cuda_a_whole_install_stays(installed, monkeypatch, capsys):
     installed()
     monkeypatch.setattr(platform, "device_type", lambda: "cuda")
     kernel_packages.apply()
-    assert __import__("transformer_engine.pytorch").pytorch and not capsys.readouterr().err
+    assert importlib.import_module("transformer_engine.pytorch") and not capsys.readouterr().err
 
 
 def test_on_cuda_without_an_install_nothing_is_said(installed, monkeypatch, capsys):
