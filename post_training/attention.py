@@ -144,6 +144,12 @@ class PackedAttention(MegatronModule):
         if causal and queries != keys:
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
             mask = mask.tril(keys - queries)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and query.is_cuda and (query.dtype == torch.float32 or mask is not None):
+            # Only CUDA's flash kernel takes grouped heads, and it takes neither fp32 nor a mask: torch
+            # would keep the whole score matrix. Its memory-efficient kernel wants them repeated.
+            key = key.repeat_interleave(groups, dim=1)
+            value = value.repeat_interleave(groups, dim=1)
         # Tensor parallel ranks hold different heads: each drops from a random state of its own. With
         # sequence parallelism the whole layer runs under that state already.
         own_state = dropout > 0.0 and not self.config.sequence_parallel

@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -81,6 +82,42 @@ def test_without_documents_it_is_plain_causal_attention():
     tensors = inputs(2)
     found = make(2)(*tensors, None, attn_mask_type=AttnMaskType.causal)
     torch.testing.assert_close(found, dense_reference(*tensors), rtol=1e-12, atol=1e-12)
+
+
+class OnGpu(torch.Tensor):
+    """A tensor of the host that says it is on a GPU."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.mark.parametrize(
+    ("tensor_type", "dtype", "queries", "heads_of_keys"),
+    [
+        (OnGpu, torch.float32, 7, HEADS),
+        (OnGpu, torch.bfloat16, 7, 2),
+        (OnGpu, torch.bfloat16, 3, HEADS),  # with a mask
+        (torch.Tensor, torch.float32, 7, 2),
+    ],
+)
+def test_on_cuda_heads_are_repeated_where_no_kernel_takes_groups(
+    monkeypatch, tensor_type, dtype, queries, heads_of_keys
+):
+    attend, seen = F.scaled_dot_product_attention, []
+
+    def kernel(query, key, value, **options):
+        seen.append((key.shape[1], value.shape[1], options["enable_gqa"]))
+        return attend(query, key, value, **options)
+
+    torch.manual_seed(0)
+    rows = [torch.randn(1, h, t, DIM) for h, t in ((HEADS, queries), (2, 7), (2, 7))]
+    expected = make(2)._dense(*rows, True, 0.0)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+    found = make(2)._dense(*(x.to(dtype).as_subclass(tensor_type) for x in rows), True, 0.0)
+    assert seen == [(heads_of_keys, heads_of_keys, heads_of_keys < HEADS)]
+    near = 1e-6 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(
+        found.as_subclass(torch.Tensor).float(), expected, rtol=near, atol=near
+    )
 
 
 def test_a_query_after_the_prompt_sees_every_key():
