@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from data.arguments import add_data_arguments
 from post_training import layout
 from post_training.config_file import apply_config_file, apply_settings
-from post_training.errors import SetupError
+from post_training.errors import SetupError, failed_condition
 from post_training.eval_only import prepare_evaluation
 from post_training.expert_flags import complete_expert_flags
 from post_training.fsdp_layout import fsdp2_defaults
@@ -32,6 +32,7 @@ from post_training.megatron_flags import REFUSED, MegatronFlags
 from post_training.platform import device_type
 from post_training.saving import complete_save_flags
 from post_training.schedule_flags import check_schedule_flags
+from post_training.step_flags import check_step_flags
 from post_training.wandb_login import check_wandb
 
 
@@ -259,7 +260,8 @@ def validate(args: argparse.Namespace) -> None:
         validate_args(args)
         gpt_config_from_args(args)  # the model's own checks
     except (AssertionError, ValueError, RuntimeError) as error:
-        raise SetupError(f"Megatron refuses these flags: {error}") from error
+        reason = str(error) or failed_condition(error, args)
+        raise SetupError(f"Megatron refuses these flags: {reason}") from error
     args.untie_embeddings_and_output_weights = untied
     keep_fp32_shards(args)
 
@@ -339,6 +341,7 @@ def _complete(args: argparse.Namespace) -> None:
     elif args.vocab_size and not args.padded_vocab_size:
         args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
     check_schedule_flags(args)
+    check_step_flags(args)
     complete_expert_flags(args)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         # Megatron trains experts with tensor parallelism only this way.

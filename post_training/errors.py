@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import time
+import traceback
+from pathlib import Path
 from typing import TextIO
 
 
@@ -19,6 +23,21 @@ class RunStopped(RuntimeError):
 
     The message says what was found, in which step, and how to continue.
     """
+
+
+def failed_condition(error: Exception, args: argparse.Namespace) -> str:
+    """What an error without a message stumbled over, from the line of source that raised it.
+
+    Args:
+        error: such as the `AssertionError` of a bare `assert`; it has been raised.
+        args: the values that the line may speak of.
+    """
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    line = (frame.line or "").strip().rstrip("\\").strip().removesuffix(",")
+    names = dict.fromkeys(re.findall(r"\b(?:args|self|config)\.(\w+)", line))
+    values = ", ".join(f"{name} is {getattr(args, name)}" for name in names if hasattr(args, name))
+    where = f"{Path(frame.filename).name}, line {frame.lineno}"
+    return f"`{line}` fails in {where}" + (f", where {values}" if values else "")
 
 
 def tell(error: Exception, console: TextIO, *, started: bool) -> int:

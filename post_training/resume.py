@@ -24,6 +24,7 @@ from post_training.datasets import SplitDocuments, packs_of
 from post_training.errors import SetupError
 from post_training.hf_config import local_model_folder
 from post_training.platform.random_states import layout_of
+from post_training.step_flags import check_learning_rate
 
 # What a position in the data, a number of packs, depends on; the data comes last: its packs depend on
 # the others.
@@ -214,7 +215,8 @@ def find_position(
         None when nothing is trained.
 
     Raises:
-        SetupError: as `DataPosition.check`.
+        SetupError: as `DataPosition.check`; or the learning rate cannot go as its flags say over the steps
+            of `--num-epochs`.
     """
     if args.skip_train:
         return None
@@ -233,6 +235,7 @@ def find_position(
         # Filler packs, which weigh nothing, make the last step full.
         steps = -(-plan.num_packed_samples // args.global_batch_size)
         args.train_iters = args.data_begins_at // args.global_batch_size + steps
+        check_learning_rate(args)
     return position
 
 

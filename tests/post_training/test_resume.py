@@ -207,6 +207,13 @@ def test_more_epochs_of_the_same_data_go_on(parse, documents, saved):
     assert args.train_iters == 18
 
 
+def test_warm_up_must_fit_into_the_epochs(parse, documents):
+    """Whose steps are known only now."""
+    args = parse(*SEQ, "--train-iters", "0", "--num-epochs", "1", "--lr-warmup-iters", "6")
+    with pytest.raises(SetupError, match=r"at step 6 \(--num-epochs 1\); use fewer than 6"):
+        position_of(args, documents, None)
+
+
 def test_packs_that_filler_stands_for_are_told_of(parse, documents, saved, capsys):
     """A finished run that is given more epochs: its last batch was filled up behind the last one."""
     flags = ["--train-iters", "0", "--num-epochs"]
