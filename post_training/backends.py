@@ -23,9 +23,13 @@ class Backend(Protocol):
 
     tokenizer: Any
     source: str
+    sampling: Sampling
 
     def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """New token ids of each prompt, without the stop token."""
+        """New token ids of each prompt, without the stop token.
+
+        An answer of `sampling.max_new_tokens` tokens was cut: none of them ends it.
+        """
         ...
 
 
@@ -52,12 +56,36 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="prompts computed at once")
 
 
+def _check_model_arguments(options: argparse.Namespace) -> None:
+    """Refuse flags that name no model, or more than one.
+
+    Raises:
+        SetupError: naming them.
+    """
+    run, folder = options.output_dir, options.hf_model
+    if run is None and folder is None:
+        raise SetupError("give --output-dir (a run) or --hf-model (a HuggingFace folder)")
+    if run is not None and folder is not None:
+        raise SetupError(f"--output-dir {run} and --hf-model {folder}: give one of them")
+    if folder is not None and options.iteration is not None:
+        raise SetupError(
+            f"--iteration {options.iteration}: --hf-model {folder} is no run, it has one set of weights; "
+            f"leave --iteration out, or give --output-dir"
+        )
+    if options.backend == "transformers" and folder is None:
+        raise SetupError(
+            f"--backend transformers reads a HuggingFace folder: export the run with "
+            f"scripts/export_hf.py --output-dir {run}, and give --hf-model in the place of --output-dir"
+        )
+
+
 def open_backend(options: argparse.Namespace) -> Backend:
     """Load the model that the flags name.
 
     Raises:
-        SetupError: there is none, or the backend cannot read it.
+        SetupError: there is none, or more than one, or the backend cannot read it.
     """
+    _check_model_arguments(options)
     if options.batch_size < 1:
         raise SetupError(f"--batch-size {options.batch_size}: must be at least 1")
     sampling = Sampling(
@@ -68,8 +96,6 @@ def open_backend(options: argparse.Namespace) -> Backend:
         options.seed,
     )
     if options.backend == "transformers":
-        if options.hf_model is None:
-            raise SetupError("--backend transformers reads a HuggingFace folder: give --hf-model")
         return TransformersBackend.load(options.hf_model, sampling, options.batch_size)
     with quiet_libraries():
         loaded = load_model(
@@ -118,7 +144,7 @@ class TransformersBackend:
 
     @classmethod
     def load(cls, folder: str, sampling: Sampling, batch_size: int) -> TransformersBackend:
-        """Load a HuggingFace folder or hub name.
+        """Load a HuggingFace folder or hub name, in the dtype that its configuration names.
 
         Raises:
             SetupError: it cannot be loaded.
@@ -126,7 +152,7 @@ class TransformersBackend:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder).eval()
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
             tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]

@@ -70,7 +70,9 @@ class Scores:
     """What an evaluation found."""
 
     rows: list[dict[str, Any]]
-    """For each question: place, kind, expected, answer, correct."""
+    """For each question: place, kind, expected, answer, correct, truncated."""
+    max_new_tokens: int
+    """Answers of so many tokens were cut there: `truncated`."""
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
         """Correct answers and questions of each kind; of all under `""`, which comes last."""
@@ -90,11 +92,21 @@ class Scores:
         """Correct answers over all questions."""
         return sum(row["correct"] for row in self.rows) / len(self.rows)
 
+    @property
+    def truncated(self) -> int:
+        """Answers that were cut."""
+        return sum(row["truncated"] for row in self.rows)
+
     def table(self) -> str:
-        """The counts as aligned text."""
+        """The counts as aligned text, and how many answers were cut, if any."""
         lines = [f"{'kind':<24} {'correct':>8} {'rows':>6} {'accuracy':>9}"]
         for kind, (correct, rows) in self.by_kind().items():
             lines.append(f"{kind or 'all':<24} {correct:>8} {rows:>6} {correct / rows:>9.1%}")
+        if self.truncated:
+            lines.append(
+                f"{self.truncated} of {len(self.rows)} answers reached --max-new-tokens "
+                f"{self.max_new_tokens}"
+            )
         return "\n".join(lines)
 
 
@@ -133,6 +145,7 @@ def evaluate(
                 f"{question.place}: --answer-pattern finds nothing in {question.answer!r}"
             )
     prompts = [encode_prompt(backend.tokenizer, q.messages, q.tools) for q in questions]
+    longest = backend.sampling.max_new_tokens
     rows = []
     for question, value, ids in zip(questions, expected, backend.generate(prompts), strict=True):
         text = backend.tokenizer.decode(ids, skip_special_tokens=True)
@@ -143,6 +156,7 @@ def evaluate(
                 "expected": value,
                 "answer": text,
                 "correct": extract(text, pattern) == value,
+                "truncated": len(ids) >= longest,
             }
         )
-    return Scores(rows)
+    return Scores(rows, longest)

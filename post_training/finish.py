@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -72,6 +73,12 @@ def report_end(
             f"to continue, give the same command again",
             file=console,
         )
+        if args.save_hf:
+            print(
+                f"--save-hf exports at the end of training; to export this checkpoint now:\n"
+                f"python scripts/export_hf.py --output-dir {shlex.quote(folder)}",
+                file=console,
+            )
         return
     print(f"done: {iteration} steps; metrics, loss.png and checkpoints in {folder}", file=console)
     if args.save_hf:

@@ -67,6 +67,8 @@ def main() -> int:
             "accuracy": scores.accuracy,
             "correct": sum(row["correct"] for row in scores.rows),
             "rows": len(scores.rows),
+            "truncated": scores.truncated,
+            "max_new_tokens": scores.max_new_tokens,
             "answers": scores.rows,
         }
         Path(options.json).write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n")

@@ -89,6 +89,11 @@ def test_evaluate_counts_every_row(run, chat_data, tmp_path):
     scores = json.loads(out.read_text())
     assert scores["rows"] == len(scores["answers"]) == len(chat_data.rows)
     assert "all" in done.stdout
+    assert scores["truncated"] == sum(row["truncated"] for row in scores["answers"]) > 0
+    assert (
+        f"{scores['truncated']} of {scores['rows']} answers reached --max-new-tokens 2"
+        in done.stdout
+    )
 
 
 @pytest.mark.slow
