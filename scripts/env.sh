@@ -7,6 +7,8 @@
 #
 # EXTRA is one of setup.py's extras. A finished .venv is reused until setup.py, constraints.txt, its
 # Python, the torch index or the repository's place changes; an interrupted one is built anew.
+# .venv may be a link to an empty folder, say on another disk, and is then made there. Nothing is
+# deleted through a link.
 #
 # Settings:
 #   SFT_PYTHON        the Python (>= 3.12) to make .venv from, instead of looking for one
@@ -177,14 +179,33 @@ pip_install_or_die() {
         "Mend the cause (network, package index, disk space) and run the same command again."
 }
 
+# Succeeds when a folder is there and holds anything.
+has_content() {
+    [[ -d $1 && -n "$(find "$1/" -mindepth 1 -maxdepth 1)" ]]
+}
+
+# Goes on with the folder behind the link .venv, if it is empty or the environment of this repository.
+follow_link() {
+    local folder owner
+    folder="$(cd -P "$_sft_venv" 2>/dev/null && pwd)" ||
+        die ".venv is a link to a folder that is not there: make the folder, or remove the link."
+    owner="$(cat "$folder/.sft-root" 2>/dev/null || true)"
+    if has_content "$folder" && [[ $owner != "$_sft_root" ]]; then
+        owner="${owner:+the environment of $owner}"
+        die ".venv is a link to $folder, ${owner:-which is not empty and was not made here}: remove the link."
+    fi
+    _sft_venv="$folder" # Python's venv refuses a link
+}
+
 make_venv() {
     local has_venv executable found
     found="$(find_python)"
     read -r has_venv executable <<<"$found"
     say "making .venv with $executable"
     mkdir -p "$_sft_venv"
-    # Empties the folder rather than removing it: it may be a link to another disk.
+    # Empties the folder rather than removing it: a disk may be mounted there.
     find "$_sft_venv/" -mindepth 1 -delete
+    printf '%s' "$_sft_root" >"$_sft_venv/.sft-root"
     : >"$_sft_venv/.sft-unfinished"
     if [[ $has_venv == yes ]]; then
         "$executable" -m venv "$_sft_venv"
@@ -195,6 +216,7 @@ make_venv() {
 
 install() {
     local key constraints="constraints.txt" index stamped="" extras reason="" size="" version pin range
+    local linked=""
     cd "$_sft_root"
     trap 'exit 130' INT
     trap 'exit 143' TERM
@@ -204,17 +226,24 @@ install() {
         flock 9
     fi
     _sft_ready "$@" && return
+    if [[ -L $_sft_venv ]]; then
+        linked=yes
+        follow_link
+    fi
 
     index="$(cat "$_sft_venv/.sft-torch-index" 2>/dev/null || true)"
     if [[ -e $_sft_venv/.sft-unfinished ]]; then
         reason="its last set-up was interrupted"
-    elif [[ -d $_sft_venv ]] && ! { probe_python "$_sft_venv/bin/python" &&
+    elif has_content "$_sft_venv" && ! { probe_python "$_sft_venv/bin/python" &&
         "$_sft_venv/bin/python" -m pip --version; } >/dev/null 2>&1; then
         reason="it has no working Python >= 3.12 with pip"
     elif [[ -f $_sft_venv/.sft-root && $(<"$_sft_venv/.sft-root") != "$_sft_root" ]]; then
         reason="the repository has moved"
-    elif [[ -d $_sft_venv && ${TORCH_INDEX_URL-$index} != "$index" ]]; then
+    elif has_content "$_sft_venv" && [[ ${TORCH_INDEX_URL-$index} != "$index" ]]; then
         reason="TORCH_INDEX_URL has changed"
+    fi
+    if [[ -n $reason && -n $linked ]]; then
+        die ".venv must be built anew ($reason), but it is a link: empty $_sft_venv and run the same command again."
     fi
     index="${TORCH_INDEX_URL-$index}"
     if [[ -n $reason ]]; then
@@ -224,7 +253,7 @@ install() {
         stamped="$(sed -n 2p "$_sft_venv/.sft-stamp")"
     fi
     extras="$(printf '%s\n' "${stamped//,/$'\n'}" "$@" | sort -u | sed '/^$/d' | paste -sd, -)"
-    if [[ -n $reason || ! -d $_sft_venv ]]; then
+    if [[ -n $reason ]] || ! has_content "$_sft_venv"; then
         make_venv
         [[ -n $index ]] || size=" (about 6 GB on disk, some minutes)"
     else

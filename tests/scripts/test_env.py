@@ -25,7 +25,7 @@ case "$*" in
 "-Ic "*) {probe} ;;
 "-ISc "*) echo "{version}.0" ;;
 "-c "*) echo "2.13.0+cpu" ;;
-"-m venv "*) mkdir -p "$3/bin" && cat "$0" >"$3/bin/python" && chmod +x "$3/bin/python" ;;
+"-m venv "*) [[ ! -L $3 ]] && mkdir -p "$3/bin" && cat "$0" >"$3/bin/python" && chmod +x "$3/bin/python" ;;
 "-m pip --version") ;;
 "-m pip install "*)
     echo "$*" >>"$PIP_CALLS"
@@ -219,6 +219,74 @@ def test_another_python_or_place_rebuilds(ready):
     assert "has moved" in ready.run()[2]
     assert len(ready.pip_calls()) == 3
     assert ready.run()[2] == ""
+
+
+def content(folder):
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("owner", ["other clone", "nobody", "folder that is not there"])
+def test_a_link_to_what_is_not_ours_is_refused_and_left_alone(ready, tmp_path, owner):
+    """Such as to the environment of another clone: it used to be emptied."""
+    theirs = tmp_path / "theirs"
+    link = ready.root / ".venv"
+    if owner != "folder that is not there":
+        shutil.copytree(link, theirs)
+        (theirs / "precious").write_text("x")
+    if owner == "other clone":
+        (theirs / ".sft-root").write_text("/somewhere/else")
+        (theirs / ".sft-stamp").write_text("of another place\n\n")
+    elif owner == "nobody":
+        (theirs / ".sft-root").unlink()
+        (theirs / ".sft-stamp").unlink()
+    shutil.rmtree(link)
+    link.symlink_to(theirs)
+    before = content(tmp_path)
+    for _ in range(2):
+        status, _, err = ready.run()
+        told = {
+            "other clone": f"is a link to {theirs}, the environment of /somewhere/else: remove",
+            "nobody": f"is a link to {theirs}, which is not empty and was not made here: remove",
+            "folder that is not there": "is a link to a folder that is not there: make the folder, or",
+        }
+        assert status == 1 and err.count("\n") == 1 and told[owner] in err
+    assert content(tmp_path) == before and len(ready.pip_calls()) == 1
+
+
+def test_a_link_to_an_empty_folder_is_filled_and_reused(machine, tmp_path):
+    write_python(machine.bin / "python3.12", "3.12")
+    disk, link = tmp_path / "another disk", machine.root / ".venv"
+    disk.mkdir()
+    link.symlink_to(disk)
+    status, _, err = machine.run()
+    assert status == 0 and "anew" not in err and "making .venv" in err
+    assert link.is_symlink() and (disk / "bin/python").is_file() and (disk / ".sft-stamp").is_file()
+    assert machine.run() == (0, "", "")
+    assert machine.run("dev")[0] == 0, "an extra goes into it"
+    assert len(machine.pip_calls()) == 2
+    # What has to be built anew is not deleted through the link, though it is ours.
+    (disk / "precious").write_text("x")
+    before = content(disk)
+    status, _, err = machine.run(TORCH_INDEX_URL="https://index.invalid/cpu")
+    assert status == 1 and err.count("\n") == 1
+    assert f"anew (TORCH_INDEX_URL has changed), but it is a link: empty {disk}" in err
+    assert content(disk) == before
+
+
+def test_an_interrupted_set_up_behind_a_link_is_known_as_ours(machine, tmp_path):
+    write_python(machine.bin / "python3.12", "3.12")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (machine.root / ".venv").symlink_to(disk)
+    assert machine.run(PIP_STATUS="1")[0] == 1
+    status, _, err = machine.run()
+    assert (
+        status == 1
+        and f"anew (its last set-up was interrupted), but it is a link: empty {disk}" in err
+    )
+    for path in disk.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert machine.run()[0] == 0
 
 
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
