@@ -125,6 +125,7 @@ def sft_defaults() -> dict[str, Any]:
         "dist_ckpt_optim_fully_reshardable": True,
         "dataloader_type": "external",
         "ckpt_format": "torch_dist",
+        "async_strategy": "mcore",
         "exit_signal_handler": True,
         "log_interval": 1,
         "tensorboard_log_interval": 1,

@@ -160,6 +160,9 @@ _REASONS: dict[str, str] = {
         "megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_max_pool_double_buffer "
         "fsdp_db_use_persist_buf_on_alloc_fail"
     ),
+    "--async-save writes by Megatron's own worker, which is made deaf to signals": (
+        "async_strategy async_ckpt_use_cpu_shm"
+    ),
     "only adam and sgd are supported": (
         "muon_momentum muon_split_qkv muon_nesterov muon_scale_mode muon_fp32_matmul_prec "
         "muon_coefficient_type muon_num_ns_steps muon_tp_mode muon_extra_scale_factor "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +41,7 @@ def complete_save_flags(args: argparse.Namespace) -> None:
             "on changing; leave it out, --async-save forks a process for each save"
         )
     args.use_persistent_ckpt_worker = True  # Megatron drops --async-save without it
-    if device_type() == "cpu" or importlib.util.find_spec("nvidia_resiliency_ext") is None:
-        args.async_strategy = "mcore"
-    args.derived += ["use_persistent_ckpt_worker", "async_strategy"]
+    args.derived.append("use_persistent_ckpt_worker")
 
 
 class CheckpointSaver:
