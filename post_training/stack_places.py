@@ -10,9 +10,12 @@ from types import FrameType
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 
-# Lines on which a rank waits for others, or for its device, which does.
+# Lines on which a rank waits for others, or for its device, which does. On a GPU these are the ones that
+# ask for a number, a size or a copy on the host; any other may wait for room in the queue of kernels.
 _WAITING = re.compile(
-    r"\.wait\(|\.item\(|\.tolist\(|\.cpu\(|synchronize\(|barrier\(|run_backward\(|\.isend|\.irecv"
+    r"\.wait\(|\.item\(|\.tolist\(|\.cpu\(|\.to\(|\.numpy\(|synchronize\(|barrier\(|run_backward\(|"
+    r"\.backward\(|\.isend|\.irecv|\.query\(|nonzero\(|masked_select\(|\.any\(|\.all\(|isfinite\(|"
+    r"\b(float|int|bool)\("
 )
 
 

@@ -33,6 +33,7 @@ from typing import Any, TextIO
 import torch
 
 from post_training import arrivals
+from post_training.hang_report import ranks_text, who_hangs
 from post_training.processes import is_running, this_host
 from post_training.stack_places import place_of
 
@@ -75,7 +76,7 @@ class Watchdog:
         self._phase = "not started"
         self._patient = True
         self._patient_beats: int | None = None
-        self._beats = 0
+        self._beats = self._phases = self._stage = 0
         self._last = time.monotonic()
         self._file = -1
         self._world = 1
@@ -118,6 +119,8 @@ class Watchdog:
         """Get to know the other ranks, once there is a process group; every rank calls it."""
         if self._thread is None:
             return
+        from megatron.core import parallel_state
+
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(
             everyone, (Peer(self.rank, this_host(), os.getpid()), uuid.uuid4().hex[:12])
@@ -133,6 +136,7 @@ class Watchdog:
         self._file = os.open(folder / str(self.rank), os.O_RDWR | os.O_CREAT, 0o644)
         self._note()
         torch.distributed.barrier()  # from here on a missing file means an ended rank
+        self._stage = parallel_state.get_pipeline_model_parallel_rank()
         self._peers = [peer for peer, _ in everyone]
         self.folder = folder
 
@@ -154,6 +158,7 @@ class Watchdog:
                 self._patient_beats -= 1
                 self._patient = self._patient and self._patient_beats > 0
             return
+        self._phases += 1
         self._phase, self._patient, self._patient_beats = phase, patient, patient_beats
         self._note()
 
@@ -287,42 +292,22 @@ class Watchdog:
             if absent:
                 have, still = ("has", "hangs") if len(absent) == 1 else ("have", "hang")
                 text = (
-                    f"{_ranks(absent)} {have} not come to the process group: {still} in the imports or the "
-                    f"data, or is not there. {text}"
+                    f"{ranks_text(absent)} {have} not come to the process group: {still} in the imports or "
+                    f"the data, or is not there. {text}"
                 )
             print(f"error: {text}", file=self._console, flush=True)
             return
-        self._note(place=place.text, waits=place.waits, idle=idle, beats=self._beats)
+        self._note(
+            place=place.text,
+            waits=place.waits,
+            phases=self._phases,
+            beats=self._beats,
+            stage=self._stage,
+        )
         # The others look every now and then.
         time.sleep(1.0 + 2 * min(10.0, self.limit / 30))
-        self._tell(f"no progress for {idle:.0f} s, so the job ends. {self._who_hangs()}")
-
-    def _who_hangs(self) -> str:
         states = {peer.rank: self._read(peer.rank) for peer in self._peers}
-        silent = [rank for rank, state in states.items() if "place" not in state]
-        busy = [rank for rank, state in states.items() if state.get("waits") is False]
-        first = min((state.get("beats", 0) for state in states.values()), default=0)
-        behind = [rank for rank, state in states.items() if state.get("beats", 0) == first]
-        hung = sorted({*silent, *busy}) or (behind if len(behind) < len(states) else [])
-        lines = []
-        for rank in hung:
-            state = states[rank]
-            if "place" in state:
-                lines.append(f"  rank {rank} hangs {state['phase']}: {state['place']}")
-            else:
-                lines.append(
-                    f"  rank {rank} does not answer: its process is stopped, or its machine is gone; it "
-                    f"was {state.get('phase', 'not seen')}"
-                )
-        waiting: dict[str, list[int]] = {}
-        for rank, state in states.items():
-            if rank not in hung:
-                waiting.setdefault(f"{state['phase']}: {state['place']}", []).append(rank)
-        for text, ranks in waiting.items():
-            lines.append(f"  {_ranks(ranks)} {'waits' if len(ranks) == 1 else 'wait'} {text}")
-        if not hung:
-            lines.insert(0, "  all ranks wait for each other")
-        return "\n".join([f"{_ranks(hung)} is behind it:" if hung else "", *lines]).strip()
+        self._tell(f"no progress for {idle:.0f} s, so the job ends. {who_hangs(states)}")
 
     def _died(self, dead: Iterable[Peer]) -> str:
         texts = []
@@ -391,13 +376,6 @@ def _is_left_over(folder: Path) -> bool:
     states = [_read_state(file) for file in folder.iterdir() if file.name.isdigit()]
     here = [state["pid"] for state in states if state.get("host") == this_host()]
     return bool(here) and not any(is_running(pid) for pid in here)
-
-
-def _ranks(numbers: list[int]) -> str:
-    if len(numbers) == 1:
-        return f"rank {numbers[0]}"
-    shown = ", ".join(str(number) for number in numbers[:16])
-    return f"ranks {shown}" + (f" and {len(numbers) - 16} more" if len(numbers) > 16 else "")
 
 
 def tell_failure(error: BaseException, rank: int, console: TextIO) -> None:

@@ -8,8 +8,8 @@ seconds before the first save on a CPU. A synchronous save writes from threads o
 no such queue.
 
 For `--async-save` Megatron's `validate_args()` insists on a persistent worker process
-(`core/dist_checkpointing/strategies/async_utils.py`, `PersistentAsyncCaller`). Such a signal ends it too, and
-the next save waits for it without an end. When its rank is killed it stays, with memory of the GPU.
+(`core/dist_checkpointing/strategies/async_utils.py`, `PersistentAsyncCaller`). Such a signal ends it too,
+and the next save waits for it without an end. When its rank is killed it stays, with memory of the GPU.
 
 It gets tensors of a CPU as shared memory, which training goes on changing while they are written. A process
 forked for each save (`TemporalAsyncCaller`) has the memory as it was at that moment, so on a CPU it is the
