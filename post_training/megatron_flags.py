@@ -1,7 +1,9 @@
 """Megatron's flags that make a model, and those that a run refuses, in tables by destination name.
 
 Megatron's parser has about 900 flags, for pretraining, other models, inference and its own data files. One
-that would be passed over here, or could not work, is refused with the reason: no flag is read and ignored.
+that would be passed over here, or could not work, is refused with the reason: every flag that is taken has
+a reader in the code that a run goes through, or asks for what is so anyway (`ALREADY_SO`). One that refines
+another, such as `--profile-step-end`, has its effect only beside that, as in Megatron.
 The tables follow megatron-core 0.19.2; their tests fail where another version adds to what they cover.
 """
 
@@ -60,10 +62,22 @@ REFUSED_GROUPS = {
 KEPT = frozenset(
     """
     seq_length num_workers create_attention_mask_in_dataloader
-    vocab_size padded_vocab_size pad_vocab_size trust_remote_code chat_template
+    vocab_size padded_vocab_size trust_remote_code chat_template
     cuda_graph_modules cuda_graph_scope_deprecated
     """.split()
 )
+# Taken though nothing reads them here: what they ask for is so, or makes no difference to a result.
+ALREADY_SO = {
+    "attention_softmax_in_fp32": "every attention kernel here computes the softmax in fp32",
+    "deprecated_use_mcore_models": "all models are made of megatron-core",
+    "num_workers": "packs are read without loader processes",
+}
+# Flags that say more about another one and do nothing without it.
+PART_OF = {
+    "wandb_entity": "wandb_project",
+    "wandb_exp_name": "wandb_project",
+    "wandb_save_dir": "wandb_project",
+}
 
 # Why, and single flags, which win over their group.
 _REASONS: dict[str, str] = {
@@ -90,7 +104,17 @@ _REASONS: dict[str, str] = {
     "scripts/export_hf.py writes another format": (
         "ckpt_convert_format ckpt_convert_save ckpt_convert_update_legacy_dist_opt_format"
     ),
-    "start the same command again: it goes on from the newest checkpoint": "inprocess_restart",
+    "start the same command again: it goes on from the newest checkpoint": (
+        "inprocess_restart inprocess_max_iterations inprocess_monitor_thread_interval "
+        "inprocess_monitor_process_interval inprocess_progress_watchdog_interval "
+        "inprocess_heartbeat_interval inprocess_soft_timeout inprocess_hard_timeout "
+        "inprocess_heartbeat_timeout inprocess_barrier_timeout inprocess_completion_timeout "
+        "inprocess_last_call_wait inprocess_termination_grace_time inprocess_granularity "
+        "inprocess_active_world_size inprocess_empty_cuda_cache"
+    ),
+    "the embedding is padded so that it can be split; the loss does not see the padding": (
+        "pad_vocab_size"
+    ),
     "use --num-layers": "encoder_num_layers decoder_num_layers",
     "a dense model is not turned into one with experts": (
         "moe_use_upcycling moe_upcycling_granularity"
@@ -117,7 +141,8 @@ _REASONS: dict[str, str] = {
         "relative_attention_max_distance"
     ),
     "no code of Megatron reads it": (
-        "apply_residual_connection_post_layernorm openai_gelu onnx_safe rope_scaling_factor"
+        "apply_residual_connection_post_layernorm openai_gelu onnx_safe rope_scaling_factor "
+        "use_flash_attn dist_ckpt_save_pre_mcore_014"
     ),
     "it is for inference": (
         "flash_decode inference_cuda_graph_scope inference_fuse_tp_communication "
@@ -158,7 +183,7 @@ _REASONS: dict[str, str] = {
         "keep_fp8_transpose_cache enable_full_sharding_in_hsdp megatron_fsdp_main_params_dtype "
         "megatron_fsdp_main_grads_dtype megatron_fsdp_grad_comm_dtype "
         "megatron_fsdp_enable_fine_grained_param_gather megatron_fsdp_max_pool_double_buffer "
-        "fsdp_db_use_persist_buf_on_alloc_fail"
+        "fsdp_db_use_persist_buf_on_alloc_fail gradient_reduce_div_fusion"
     ),
     "--async-save writes by Megatron's own worker, which is made deaf to signals": (
         "async_strategy async_ckpt_use_cpu_shm"
@@ -226,6 +251,12 @@ class MegatronFlags:
         for key, reason in self.refused.items():
             if self._given(key, args, expected):
                 raise SetupError(f"{self.written(key, args)} is not supported: {reason}")
+        for key, other in PART_OF.items():
+            if self._given(key, args, expected) and not getattr(args, other):
+                raise SetupError(
+                    f"{self.written(key, args)} does nothing without --{other.replace('_', '-')}; add it, "
+                    f"or leave this out"
+                )
         for key, values in VALUES.items():
             if getattr(args, key) not in values:
                 raise SetupError(

@@ -2,8 +2,11 @@
 
 import argparse
 import dataclasses
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
+import megatron.core as megatron_core
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import add_megatron_arguments
@@ -14,9 +17,11 @@ from post_training.errors import SetupError
 from post_training.hf_config import load_hf_config, megatron_flags
 from post_training.machine_flags import platform_defaults
 from post_training.megatron_flags import (
+    ALREADY_SO,
     ARCHITECTURE,
     KEPT,
     NEEDS_TRANSFORMER_ENGINE,
+    PART_OF,
     REFUSED,
     REFUSED_GROUPS,
     VALUES,
@@ -114,6 +119,7 @@ def changed(args, **changes):
 
 def test_the_tables_name_flags_of_this_megatron(megatron):
     named = {*ARCHITECTURE, *REFUSED, *KEPT, *VALUES, *NEEDS_TRANSFORMER_ENGINE}
+    named |= {*ALREADY_SO, *PART_OF, *PART_OF.values()}
     assert named <= megatron.flags.defaults.keys()
     assert REFUSED_GROUPS.keys() <= {group.title for group in megatron.parser._action_groups}
     assert not set(ARCHITECTURE) & megatron.flags.refused.keys()
@@ -129,6 +135,45 @@ def test_every_field_of_the_models_configuration_is_spoken_for(megatron):
     known = {*ARCHITECTURE, *megatron.flags.refused, *NEEDS_TRANSFORMER_ENGINE}
     assert not known & HOW
     assert (fields & megatron.flags.defaults.keys()) - known - HOW == set()
+
+
+# Parts of Megatron that a run does not come through, by their paths below `megatron/`.
+UNUSED = re.compile(
+    r"rl/|core/(datasets|export|inference|quantization|resharding|ssm|tokenizers)/|core/distributed/fsdp/"
+    r"|core/models/(T5|bert|hybrid|mamba|mimo|multimodal|retro|vision)/"
+    r"|core/transformer/(dot_product_attention|multi_latent_attention|multi_token_prediction)\.py"
+    r"|core/transformer/experimental_attention_variant/"
+    r"|training/(datasets|tokenizer)/|training/(inprocess_restart|yaml_arguments)\.py"
+)
+READ = re.compile(r"\.(\w+)\b(?!\s*=[^=])")
+"""An attribute that is not set here."""
+NAMED = re.compile(r"[\"'](\w+)[\"']")
+"""What `getattr` may be given, at once or by way of a list. The parser itself names every flag so."""
+
+
+def test_every_flag_that_is_taken_has_a_reader(megatron):
+    """In code that a run comes through; else it would be passed over without a word."""
+    root = Path(megatron_core.__file__).parents[1]
+    project = Path(__file__).resolve().parents[2]
+    files = [path for path in root.rglob("*.py") if not UNUSED.match(str(path.relative_to(root)))]
+    files += [project / "finetune.py", project / "model_provider.py"]
+    files += [*(project / "post_training").rglob("*.py"), *(project / "data").rglob("*.py")]
+    read: set[str] = set()
+    for path in files:
+        source = path.read_text()
+        read.update(READ.findall(source))
+        if path.name not in ("arguments.py", "megatron_flags.py"):
+            read.update(NAMED.findall(source))
+    taken = megatron.flags.defaults.keys() - megatron.flags.refused.keys()
+    assert taken - read == ALREADY_SO.keys()
+
+
+def test_what_says_more_about_another_flag_needs_it(megatron):
+    for key, other in PART_OF.items():
+        args = changed(megatron.args, **{key: "given"})
+        with pytest.raises(SetupError, match="given does nothing without --wandb-project; add it"):
+            megatron.flags.check(args, {}, {})
+        megatron.flags.check(changed(args, **{other: "mine"}), {}, {})
 
 
 def test_nothing_given_is_nothing_refused(megatron):
@@ -179,6 +224,9 @@ def test_what_needs_transformer_engine_is_refused_without(megatron, key):
         ("qwen3", "--qk-l2-norm", "--qk-l2-norm is not supported: attention"),
         ("qwen3", "--window-size 16,0", "is not supported: attention is causal"),
         ("qwen3", "--apply-residual-connection-post-layernorm", "no code of Megatron reads it"),
+        ("qwen3", "--use-flash-attn", "--use-flash-attn is not supported: no code of Megatron"),
+        ("qwen3", "--no-pad-vocab-size", "--no-pad-vocab-size is not supported: the embedding is"),
+        ("qwen3", "--wandb-entity me", "--wandb-entity me does nothing without --wandb-project"),
         ("qwen3", "--rampup-batch-size 2 2 4", "every step takes --global-batch-size packs"),
         ("qwen3", "--decrease-batch-size-if-needed", "every step takes --global-batch-size packs"),
         ("qwen3", "--reset-position-ids", "documents of a pack never see each other"),
@@ -260,10 +308,7 @@ def test_a_config_file_is_refused_alike(words, tmp_path, line, told):
         ("qwen3", "--swiglu --normalization RMSNorm --disable-bias-linear --qk-layernorm"),
         ("qwen3", "--use-rotary-position-embeddings --no-position-embedding --rotary-percent 1.0"),
         ("qwen3", "--position-embedding-type rope --group-query-attention --use-mcore-models"),
-        (
-            "qwen3",
-            "--max-position-embeddings 64 --make-vocab-size-divisible-by 64 --use-flash-attn",
-        ),
+        ("qwen3", "--max-position-embeddings 64 --make-vocab-size-divisible-by 64"),
         (
             "qwen3",
             "--attention-softmax-in-fp32 --no-masked-softmax-fusion --attention-backend auto",
