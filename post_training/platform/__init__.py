@@ -65,6 +65,7 @@ def apply() -> None:
     kernel_packages.apply()
 
     from post_training.platform import (
+        checkpoint_loading,
         checkpoint_saving,
         dataset_helpers,
         fsdp2,
@@ -81,6 +82,7 @@ def apply() -> None:
     optimizer_state.apply()
     fsdp2.apply()
     training_hooks.apply()
+    checkpoint_loading.apply()
     checkpoint_saving.apply()
     random_states.apply()
     if on_cpu:

@@ -7,6 +7,10 @@ Adam's element-wise path adds one to it for every parameter, and the bias correc
 another than before. Filling the state in, `_set_main_param_and_optimizer_states()` looks for `step`
 among the tensors of a parameter, where the loader has left it out.
 
+Where they are not missing, their Adam has to go on with what torch's has left: param groups without
+`bias_correction`, which it looks up in every step, and a step count of type float, which the kernel of
+Transformer Engine 2.20 refuses.
+
 With expert parallelism `core/optimizer/optimizer.py` chains two optimizers, for the experts and for the
 rest; without it there is one. What a checkpoint holds of one parameter has the same name in both cases,
 but param groups and settings lie in one dictionary or in two, and one does not load as the other.
@@ -125,6 +129,30 @@ def start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+def complete_groups(state: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A state dictionary of torch's Adam for that of Transformer Engine or Apex, or of those as it is.
+
+    Args:
+        state: param groups, with whole step counts where there are any, and states of parameters.
+        defaults: settings for the groups that lack them.
+    """
+    groups = [{**defaults, **group} for group in state["param_groups"]]
+    for group in groups:
+        if isinstance(group.get("step"), float):
+            group["step"] = int(group["step"])
+    return {**state, "param_groups": groups}
+
+
+def _go_on_with_torchs_adam(fused_adam: Any) -> None:
+    load_state_dict = fused_adam.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def load_of_any_adam(self: Any, state: dict[str, Any]) -> None:
+        load_state_dict(self, complete_groups(state, self.defaults))
+
+    setattr(fused_adam, "load_state_dict", load_of_any_adam)  # noqa: B010
+
+
 def _shard_momentum() -> None:
     from megatron.core.optimizer import optimizer as module
 
@@ -149,6 +177,7 @@ def apply() -> None:
     _load_chains_of_any_length()
     _shard_momentum()
     if distrib_optimizer.HAVE_APEX_OR_TE:
+        _go_on_with_torchs_adam(distrib_optimizer.Adam)
         return
     owner = distrib_optimizer.DistributedOptimizer
     state_dict, load_state_dict = owner.state_dict, owner.load_state_dict

@@ -8,6 +8,7 @@ import torch
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from post_training.platform.optimizer_state import (
+    _go_on_with_torchs_adam,
     fit_to_chain,
     fit_whole_to_chain,
     start_momentum,
@@ -165,3 +166,37 @@ def test_still_needed_upstream_takes_settings_as_they_come():
         upstream(
             SimpleNamespace(chained_optimizers=[one, one]), {**DENSE, **dict(enumerate(TENSORS))}
         )
+
+
+class FusedAdam(torch.optim.Optimizer):
+    """Settings and step count as in Transformer Engine's and Apex's."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.95)})
+
+
+def test_a_fused_adam_goes_on_with_what_torchs_has_left():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    group = {"params": [0], "lr": 0.5, "betas": (0.8, 0.9), "step": 7.0, "amsgrad": False}
+    own: Any = type("Own", (FusedAdam,), {})
+    _go_on_with_torchs_adam(own)
+    for kind, corrected in ((own, True), (FusedAdam, None)):  # as it is upstream
+        optimizer = kind([parameter])
+        optimizer.load_state_dict({"state": {}, "param_groups": [dict(group)]})
+        (found,) = optimizer.param_groups
+        assert (found["lr"], found["betas"], found["step"]) == (0.5, (0.8, 0.9), 7)
+        assert found.get("bias_correction") is corrected
+        assert type(found["step"]) is (int if corrected else float)
+
+
+def test_torchs_adam_goes_on_with_what_a_fused_one_has_left():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    groups = [{"params": [0], "lr": 0.5, "bias_correction": True, "betas": (0.8, 0.9), "eps": 1e-8}]
+    moments = {"exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2), "step": torch.tensor(7.0)}
+    optimizer = torch.optim.AdamW([parameter])
+    optimizer.load_state_dict(
+        {"state": {0: moments}, "param_groups": [{**groups[0], "weight_decay": 0.0, "step": 7}]}
+    )
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert optimizer.state[parameter]["step"] == 8
