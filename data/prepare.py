@@ -251,9 +251,13 @@ class _Preparation:
         if not read:
             raise DataError(f"{self.source.name}: there are no rows. Give data with at least one.")
         if not kept:
-            dropped = {k: v for k, v in counts.items() if k.startswith("dropped")}
+            dropped = "".join(
+                f", {count:,} dropped ({name.removeprefix('dropped: ')})"
+                for name, count in counts.items()
+                if name.startswith("dropped: ")
+            )
             raise DataError(
-                f"{self.source.name}: no row can be trained; {read} read, {dropped}. "
+                f"{self.source.name}: no row can be trained; {read:,} read{dropped}. "
                 "Check the rows, --seq-length, --loss-on, --reasoning and the chat template."
             )
         if crossing := counts["boundary tokens"]:

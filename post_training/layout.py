@@ -7,7 +7,7 @@ import math
 
 from post_training import fsdp_layout
 from post_training.errors import SetupError
-from post_training.layout_search import describe_changes, nearest_layout, nearest_multiple
+from post_training.layout_search import describe_changes, nearest_layout
 from post_training.pipeline_layout import (
     check_layers,
     check_virtual_stages,
@@ -179,16 +179,14 @@ def _check_batch(args: argparse.Namespace) -> None:
         if batch < 1 or batch % (one * dp):
             raise SetupError(
                 f"{batch_flag} {batch}: cannot be divided by {micro_flag} {one} x {dp} data parallel "
-                f"processes = {one * dp}; the nearest size that works is "
-                f"{nearest_multiple(batch, one * dp * group)}"
+                f"processes = {one * dp}"
             )
         micro_batches = batch // (one * dp)
         # Megatron's interleaved schedule: the last group may be smaller, but fills the pipeline.
         if chunks > 1 and (micro_batches < group or 0 < micro_batches % group < pp):
             raise SetupError(
                 f"{batch_flag} {batch}: {micro_batches} micro batches of {one} on {dp} data parallel "
-                f"processes; virtual pipeline stages take them in groups of {group}, so the nearest "
-                f"size that works is {nearest_multiple(batch, one * dp * group)}"
+                f"processes; virtual pipeline stages take them in groups of {group}"
             )
 
 

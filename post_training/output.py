@@ -71,9 +71,14 @@ def prepare_output(args: argparse.Namespace) -> None:
     needed = 0 if args.skip_train else checkpoint_bytes(args)
     if free < needed:
         raise SetupError(
-            f"--output-dir {folder}: a checkpoint takes {needed / 2**30:.1f} GiB, its disk has "
-            f"{free / 2**30:.1f} GiB free; make room or choose another folder"
+            f"--output-dir {folder}: a checkpoint takes {shown_bytes(needed)}, its disk has "
+            f"{shown_bytes(free)} free; make room or choose another folder"
         )
+
+
+def shown_bytes(count: int) -> str:
+    """A size in GiB, or MiB below one, rounded to a tenth."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def save_config(args: argparse.Namespace) -> dict[str, Any]:

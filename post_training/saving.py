@@ -12,7 +12,7 @@ import torch
 
 from post_training import checkpoints
 from post_training.errors import RunStopped, SetupError
-from post_training.output import checkpoint_bytes
+from post_training.output import checkpoint_bytes, shown_bytes
 from post_training.platform import device_type
 from post_training.platform.checkpoint_saving import WRITER_KILLED, reason_of, save_hooks
 from post_training.watchdog import watchdog
@@ -143,7 +143,7 @@ class CheckpointSaver:
         if manifest is not None:
             needed = sum(manifest["files"].values())
         free = shutil.disk_usage(self.args.save).free
-        return f"it takes {_size(needed)}, the disk is too full" if free < needed else None
+        return f"it takes {shown_bytes(needed)}, the disk is too full" if free < needed else None
 
     def _agree(self, iteration: int, problem: str | None) -> None:
         """Rank 0's problem becomes everybody's, once what was written is removed."""
@@ -154,8 +154,8 @@ class CheckpointSaver:
             room = "" if WRITER_KILLED in problem else "make room and "
             told[0] = (
                 f"the checkpoint of step {iteration} cannot be written to {self.args.save}: {problem} "
-                f"({_size(free)} free); what was written of it is removed, {self._what_is_left()}; {room}"
-                f"give the same command again"
+                f"({shown_bytes(free)} free); what was written of it is removed, {self._what_is_left()}; "
+                f"{room}give the same command again"
             )
         if torch.distributed.is_initialized():
             torch.distributed.broadcast_object_list(told, src=0)
@@ -221,7 +221,3 @@ def written_wrongly(checkpoint: Path) -> str | None:
         if found < end:
             return f"{name} has {found} of {end} bytes"
     return None
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

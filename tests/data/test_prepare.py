@@ -176,7 +176,8 @@ def test_rows_without_anything_to_train_are_counted(tokenizer):
     rows = [{"messages": [{"role": "user", "content": "Hi"}, silent]}, *long_rows()]
     documents = prepare_rows(rows, tokenizer=tokenizer, seq_length=400)
     assert documents.report["dropped"] == {"nothing to train": 1}
-    with pytest.raises(DataError, match="no row can be trained; 1 read"):
+    told = r"no row can be trained; 1 read, 1 dropped \(nothing to train\)\. Check"
+    with pytest.raises(DataError, match=told):
         prepare_rows(rows[:1], tokenizer=tokenizer, seq_length=400)
 
 

@@ -37,8 +37,9 @@ def test_a_full_disk_is_refused_before_anything_runs(args, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed))
     output.prepare_output(args)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, needed - 1))
-    with pytest.raises(SetupError, match=r"--output-dir .*GiB.*make room"):
+    with pytest.raises(SetupError, match=r"takes 2\.\d MiB, its disk has 2\.\d MiB free"):
         output.prepare_output(args)
+    assert output.shown_bytes(3 * 2**29) == "1.5 GiB"
 
 
 def test_folder_that_cannot_be_made_is_refused(args, tmp_path):
