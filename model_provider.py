@@ -19,6 +19,7 @@ from post_training.modelopt_state import (
     has_modelopt_state,
     restore_modelopt_state,
 )
+from post_training.platform import device_type
 from post_training.rotary import PackedRotaryEmbedding
 from post_training.router import follow_documents
 
@@ -56,6 +57,8 @@ def model_config(args: argparse.Namespace) -> Any:
         hooks.append(
             functools.partial(_fill_weights, folder=args.hf_model, hf_config=args.hf_config)
         )
+    if device_type() == "cuda" and (args.skip_train or not args.use_torch_fsdp2):
+        hooks.append(functools.partial(_move_to_gpu))
     config.pre_wrap_hooks = [*config.pre_wrap_hooks, *hooks]
     return config
 
@@ -88,6 +91,16 @@ def _install_rotary(chunks: list[torch.nn.Module], hf_config: Any) -> list[torch
     for chunk in chunks:
         if hasattr(chunk, "rotary_pos_emb"):
             chunk.rotary_pos_emb = PackedRotaryEmbedding(chunk.rotary_pos_emb, frequencies)
+    return chunks
+
+
+def _move_to_gpu(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Megatron leaves a model on the host with `--use-cpu-initialization`, and where FSDP2 is asked for.
+
+    FSDP2 moves what it wraps, but without training nothing is wrapped.
+    """
+    for chunk in chunks:
+        chunk.cuda()
     return chunks
 
 

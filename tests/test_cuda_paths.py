@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,43 +18,71 @@ FLAGS = ["--seq-length", "256", "--global-batch-size", "4", "--train-iters", "3"
 EACH_MICRO_BATCH = ("batch", "host_tensors", "packed_sequences", "loss", "attention", "router")
 
 
+def records(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def losses(folder):
-    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [record["lm_loss"] for record in records if "lm_loss" in record]
+    steps = records(folder / "metrics.jsonl")
+    return [record["lm_loss"] for record in steps if "lm_loss" in record]
+
+
+CASES = [
+    # Adam's buffers would move the weights to the GPU; under SGD nothing of Megatron does.
+    ("qwen3", ["--micro-batch-size", "2", "--use-cpu-initialization", "--optimizer", "sgd"], 1),
+    ("llama", ["--tensor-model-parallel-size", "2", "--sequence-parallel"], 2),
+    ("qwen2", ["--use-torch-fsdp2"], 2),
+    ("qwen3_moe", ["--context-parallel-size", "2", "--moe-aux-loss-coeff", "0.01"], 2),
+]
+
+
+def run_on_gpus(report, *words, world=1):
+    """Run a script of this project on the double; its reports by rank are written to `report`.RANK."""
+    done = run_script(
+        *("-m", "tests.helpers.cuda_double", str(report), *words),
+        world=world if world > 1 else None,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Rows to train on, and to evaluate on."""
+    folder = tmp_path_factory.mktemp("rows")
+    valid = write_rows(folder / "valid.jsonl", make_rows(5, seed=1))
+    return write_rows(folder / "train.jsonl", make_rows(40)), valid
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, hf_model, files):
+    """Trains a case, once, on the double: what it printed, its folder, and the flags without the case's."""
+    made: dict[str, tuple[Any, Path, list[str]]] = {}
+
+    def trained(family, flags, world):
+        if family in made:
+            return made[family]
+        train, valid = files
+        folder = tmp_path_factory.mktemp(family)
+        common = ["--hf-model", str(hf_model(family)), "--finetune-data-files", str(train), *FLAGS]
+        common += ["--valid-data-files", str(valid), "--no-progress"]
+        words = ["finetune.py", *common, *flags, "--output-dir", str(folder / "out")]
+        done = run_on_gpus(folder / "report", *words, world=world)
+        made[family] = (done, folder, common)
+        return made[family]
+
+    return trained
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "flags", "world"),
-    [
-        ("qwen3", ["--micro-batch-size", "2"], 1),
-        ("llama", ["--tensor-model-parallel-size", "2", "--sequence-parallel"], 2),
-        ("qwen2", ["--use-torch-fsdp2"], 2),
-        ("qwen3_moe", ["--context-parallel-size", "2", "--moe-aux-loss-coeff", "0.01"], 2),
-    ],
-)
+@pytest.mark.parametrize(("family", "flags", "world"), CASES)
 def test_a_run_on_gpus_keeps_tensors_apart_and_does_not_wait_in_a_micro_batch(
-    tmp_path, hf_model, family, flags, world
+    tmp_path, trained, family, flags, world
 ):
-    data, valid = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
-    write_rows(data, make_rows(40))
-    write_rows(valid, make_rows(5, seed=1))
-    model = hf_model(family)
-    common = ["--hf-model", str(model), "--finetune-data-files", str(data), *FLAGS]
-    common += ["--valid-data-files", str(valid), "--no-progress"]
-    folder = tmp_path / "gpu"
-    done = run_script(
-        *("-m", "tests.helpers.cuda_double", str(tmp_path / "report"), "finetune.py"),
-        *(*common, *flags, "--output-dir", str(folder)),
-        world=world if world > 1 else None,
-    )
-    log = folder / "train.log"
-    assert done.returncode == 0, done.stderr[-3000:] + (
-        log.read_text()[-3000:] if log.exists() else ""
-    )
+    done, folder, common = trained(family, flags, world)
     assert "stay the same bit for bit" in done.stderr
     for rank in range(world):
-        report = json.loads((tmp_path / f"report.{rank}").read_text())
+        report = json.loads((folder / f"report.{rank}").read_text())
         # bf16, the default on a GPU, goes through the kernel for packs.
         assert report["kernel_calls"] > 0
         waited = [
@@ -62,8 +92,8 @@ def test_a_run_on_gpus_keeps_tensors_apart_and_does_not_wait_in_a_micro_batch(
         ]
         assert not waited, report["waits"]
 
-    on_cpu = finetune(tmp_path / "cpu", *common)
-    assert losses(folder) == pytest.approx(losses(on_cpu.folder), rel=2e-3)
+    on_cpu = finetune(tmp_path / "cpu", *common, *(flags if world == 1 else []))
+    assert losses(folder / "out") == pytest.approx(losses(on_cpu.folder), rel=2e-3)
 
 
 @pytest.mark.slow
@@ -93,3 +123,25 @@ def test_sigterm_of_torchrun_saves_on_gpus(tmp_path, hf_model, chat_data):
     assert tracker.read_text() == str(last)
     again = finetune(folder, *words, "--exit-interval", str(last + 1), world=2).ok()
     assert f"continuing after step {last}" in again.console
+
+
+@pytest.mark.slow
+def test_a_run_of_fsdp2_on_gpus_is_read_in_one_process(tmp_path, trained, files):
+    """Its model is made on the host, where neither the tools nor `--eval-only` may leave it."""
+    _, folder, common = trained(*CASES[2])
+    out = folder / "out"
+    own = next(each for each in records(out / "metrics.jsonl") if "split" in each)
+    run = ["--output-dir", str(out)]
+    run_on_gpus(tmp_path / "report", "finetune.py", *common, *CASES[2][1], *run, "--eval-only")
+    (again,) = records(out / "evaluations.jsonl")
+    assert again["tokens"] == own["tokens"]
+    assert again["loss"] == pytest.approx(own["loss"], rel=1e-3)
+
+    scores = tmp_path / "scores.json"
+    rows = ["--data", str(files[1]), "--max-new-tokens", "3", "--json", str(scores)]
+    run_on_gpus(tmp_path / "report", "scripts/evaluate.py", *run, *rows)
+    assert len(json.loads(scores.read_text())["answers"]) == 5
+    done = run_on_gpus(tmp_path / "report", "scripts/generate.py", *run, "--prompt", "2 + 2?")
+    assert done.stdout.strip()
+    done = run_on_gpus(tmp_path / "report", "scripts/export_hf.py", *run)
+    assert "logits agree within" in done.stdout and (out / "hf" / "config.json").is_file()
