@@ -27,7 +27,8 @@ from scripts.gpu.attention import compare_attention
 from scripts.gpu.losses import Comparison, compare_losses
 from scripts.gpu.models import FAMILIES, SIZES
 from scripts.gpu.speed import measure_speeds
-from scripts.quickstart_task import make_rows, make_tokenizer
+from scripts.quickstart.base_model import make_tokenizer
+from scripts.quickstart.rows import make_rows
 
 NO_CUDA = 3
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from scripts.gpu.models import Row, make_family
 from scripts.gpu.runs import CheckError, Run
-from scripts.quickstart_task import write_jsonl
+from scripts.quickstart.rows import write_jsonl
 
 # Largest relative difference of a loss that rounding explains.
 TOLERANCES = {"fp32": 1e-4, "bf16": 2e-2}

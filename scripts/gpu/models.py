@@ -21,7 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from scripts.quickstart_task import VOCAB_SIZE
+from scripts.quickstart.base_model import VOCAB_SIZE
 
 SPEED_SEQ_LENGTH = 4096
 Row = dict[str, Any]

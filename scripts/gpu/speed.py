@@ -14,7 +14,7 @@ import torch
 
 from scripts.gpu.models import SIZES, SPEED_SEQ_LENGTH, Row, Size, long_rows
 from scripts.gpu.runs import CheckError, Run
-from scripts.quickstart_task import write_jsonl
+from scripts.quickstart.rows import write_jsonl
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import quickstart_task
+from scripts.quickstart.base_model import END_OF_TEXT, TURN_END, TURN_START
+from scripts.quickstart.conversations import KINDS
+from scripts.quickstart.rows import TEST_ROWS, TRAIN_ROWS, make_rows
+from scripts.quickstart.train_flags import TRAIN_FLAGS
 
 
 def _read(path: Path) -> list[dict]:
@@ -38,16 +42,16 @@ def test_same_seed_gives_the_same_bytes(task: Path, tmp_path: Path) -> None:
 
 
 def test_another_seed_gives_other_rows() -> None:
-    assert quickstart_task.make_rows(1) != quickstart_task.make_rows(0)
+    assert make_rows(1) != make_rows(0)
 
 
 def test_rows_are_well_formed_and_balanced(task: Path) -> None:
     train, test = _read(task / "train.jsonl"), _read(task / "test.jsonl")
-    assert len(test) == quickstart_task.TEST_ROWS == 500
-    assert len(train) == quickstart_task.TRAIN_ROWS
+    assert len(test) == TEST_ROWS == 500
+    assert len(train) == TRAIN_ROWS
     for rows in (train, test):
         counts = Counter(row["kind"] for row in rows)
-        assert set(counts) == set(quickstart_task.KINDS)
+        assert set(counts) == set(KINDS)
         assert max(counts.values()) - min(counts.values()) <= 1
         for row in rows:
             roles = [message["role"] for message in row["messages"]]
@@ -83,16 +87,16 @@ def test_conversations_fit_a_pack_and_special_tokens_stay_out(task: Path) -> Non
     special = {
         tokenizer.convert_tokens_to_ids(token)
         for token in (
-            quickstart_task.TURN_START,
-            quickstart_task.TURN_END,
-            quickstart_task.END_OF_TEXT,
+            TURN_START,
+            TURN_END,
+            END_OF_TEXT,
         )
     }
-    assert len(special) == 3 and tokenizer.eos_token == quickstart_task.TURN_END
-    assert tokenizer.pad_token == quickstart_task.END_OF_TEXT
+    assert len(special) == 3 and tokenizer.eos_token == TURN_END
+    assert tokenizer.pad_token == END_OF_TEXT
     for row in _read(task / "train.jsonl")[:500] + _read(task / "test.jsonl"):
         ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
-        assert len(ids) < quickstart_task.TRAIN_FLAGS.seq_length
+        assert len(ids) < TRAIN_FLAGS.seq_length
         assert tokenizer.pad_token_id not in ids
         for message in row["messages"]:
             plain = tokenizer(message["content"])["input_ids"]
@@ -108,7 +112,7 @@ def test_generation_prompt_is_a_prefix_of_the_whole(task: Path) -> None:
         prompt = tokenizer.apply_chat_template(
             messages[:-1], tokenize=False, add_generation_prompt=True
         )
-        answer = messages[-1]["content"] + quickstart_task.TURN_END + "\n"
+        answer = messages[-1]["content"] + TURN_END + "\n"
         assert whole == prompt + answer
 
 
