@@ -71,6 +71,8 @@ ALREADY_SO = {
     "attention_softmax_in_fp32": "every attention kernel here computes the softmax in fp32",
     "deprecated_use_mcore_models": "all models are made of megatron-core",
     "num_workers": "packs are read without loader processes",
+    # Its default is the number of processes, so that config.yaml of a run on another number has it.
+    "inprocess_active_world_size": "--inprocess-restart is refused",
 }
 # Flags that say more about another one and do nothing without it.
 PART_OF = {
@@ -110,7 +112,7 @@ _REASONS: dict[str, str] = {
         "inprocess_heartbeat_interval inprocess_soft_timeout inprocess_hard_timeout "
         "inprocess_heartbeat_timeout inprocess_barrier_timeout inprocess_completion_timeout "
         "inprocess_last_call_wait inprocess_termination_grace_time inprocess_granularity "
-        "inprocess_active_world_size inprocess_empty_cuda_cache"
+        "inprocess_empty_cuda_cache"
     ),
     "the embedding is padded so that it can be split; the loss does not see the padding": (
         "pad_vocab_size"

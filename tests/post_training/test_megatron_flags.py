@@ -168,6 +168,16 @@ def test_every_flag_that_is_taken_has_a_reader(megatron):
     assert taken - read == ALREADY_SO.keys()
 
 
+def test_no_default_is_refused_on_another_number_of_processes(megatron, monkeypatch):
+    """What `config.yaml` of a run has in it, though nobody wrote it, is taken by a run of another size."""
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    there = MegatronFlags(parser).defaults
+    megatron.flags.check(changed(megatron.args, **there), {}, {})
+    assert there != megatron.flags.defaults, "some do differ"
+
+
 def test_what_says_more_about_another_flag_needs_it(megatron):
     for key, other in PART_OF.items():
         args = changed(megatron.args, **{key: "given"})
