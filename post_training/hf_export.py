@@ -13,16 +13,21 @@ from post_training.hf_config import local_model_folder
 from post_training.hf_weights import hf_state_dict
 from post_training.inference import LoadedModel, logits
 
+# Largest difference allowed between logits, relative to the largest one. Both sides compute in fp32,
+# whatever the dtype of the weights: in bf16 they round in different places, which alone moves logits by
+# some percent, and by 15% where a router takes another expert; a wrong rotary base moves them by less.
+TOLERANCE = 1e-5
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 17 + 25 = 42; naïve façade, 東京.\n"
 
 
 def export_hf(loaded: LoadedModel, folder: str | Path, *, max_shard_size: str = "5GB") -> float:
     """Write the model as a HuggingFace folder, reload it and compare its logits.
 
-    Everything is written beside `folder` first and moved there when the comparison has passed.
+    Everything is written beside `folder` first and moved there when the comparison has passed. That is made
+    in fp32, to which weights of any dtype are turned without loss.
 
     Args:
-        loaded: the Megatron model.
+        loaded: the Megatron model; it is used up, so that only one model in fp32 lies in memory at a time.
         folder: where to write; replaced if it is an earlier export.
         max_shard_size: largest safetensors file.
 
@@ -60,14 +65,16 @@ def export_hf(loaded: LoadedModel, folder: str | Path, *, max_shard_size: str = 
     )
     del state
 
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=dtype).eval()
-    difference = compare_logits(loaded, reloaded)
-    # Both compute in the export's dtype; bf16 keeps 8 bits of each intermediate result.
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
-    if not difference <= tolerance:
+    tokens = loaded.tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
+    loaded.model.float()
+    expected = logits(loaded, tokens).cpu()
+    loaded.model = None
+    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
+    difference = _difference(reloaded, tokens, expected)
+    if not difference <= TOLERANCE:
         raise SetupError(
             f"the reloaded model's logits differ from Megatron's by {difference:.2e} of the largest one "
-            f"(allowed {tolerance:.0e}); the export is left in {partial}"
+            f"(allowed {TOLERANCE:.0e}); the export is left in {partial}"
         )
     if target.exists():
         shutil.rmtree(target)
@@ -76,12 +83,10 @@ def export_hf(loaded: LoadedModel, folder: str | Path, *, max_shard_size: str = 
 
 
 @torch.inference_mode()
-def compare_logits(loaded: LoadedModel, model: Any) -> float:
-    """Largest difference of logits on a short text, relative to the largest logit."""
-    tokens = loaded.tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
-    expected = logits(loaded, tokens).cpu()
+def _difference(model: Any, tokens: list[int], expected: torch.Tensor) -> float:
+    """Largest difference of logits to `expected` [tokens, vocabulary], relative to the largest one."""
     row = torch.tensor([tokens], device=next(model.parameters()).device)
-    found = model(row, use_cache=False).logits[0].float().cpu()
+    found = model(row, use_cache=False).logits[0].cpu()
     return float((found - expected).abs().max() / expected.abs().max())
 
 
