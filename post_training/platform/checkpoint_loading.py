@@ -68,10 +68,18 @@ def fit_to_checkpoint(
     return kept
 
 
+def keys_of(metadata_keys: Collection[str]) -> set[str]:
+    """Keys of tensors and objects, of which each shard has a name of its own: `KEY/shard_0_1`.
+
+    Megatron's own `load_sharded_metadata()` knows no key with a slash in it, as that of random states.
+    """
+    return {key.rpartition("/shard_")[0] or key for key in metadata_keys}
+
+
 def apply() -> None:
     """Wrap the loading of distributed checkpoints."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+    from torch.distributed.checkpoint import FileSystemReader
 
     load = dist_checkpointing.load
 
@@ -79,8 +87,8 @@ def apply() -> None:
     def load_what_there_is(
         sharded_state_dict: dict[str, Any], checkpoint_dir: str, *args: Any, **kwargs: Any
     ) -> Any:
-        metadata = load_sharded_metadata(str(checkpoint_dir))
-        kept = fit_to_checkpoint(sharded_state_dict, {each.key for each in metadata.values()})
+        metadata = FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata
+        kept = fit_to_checkpoint(sharded_state_dict, keys_of(metadata))
         loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         # With some values of --dist-ckpt-strictness what differed comes along.
         state = loaded[0] if isinstance(loaded, tuple) else loaded

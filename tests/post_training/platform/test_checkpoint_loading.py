@@ -8,7 +8,7 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from post_training.platform.checkpoint_loading import fit_to_checkpoint
+from post_training.platform.checkpoint_loading import fit_to_checkpoint, keys_of
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_ranks
 
@@ -46,6 +46,13 @@ def test_an_extra_state_that_is_lacking_is_not_asked_for():
     kept = fit_to_checkpoint(asked, {"x._extra_state"})
     assert kept == [("model", "y", "own y._extra_state")]
     assert list(asked["model"]) == ["x", "z"], "what is no extra state is asked for"
+
+
+def test_a_shard_of_an_object_is_known_by_the_objects_key():
+    state = ShardedObject("rng_state/rank", None, (2,), (1,))
+    with pytest.raises(ValueError):
+        ShardedObject.empty_from_unique_key(state.unique_key)
+    assert keys_of([state.unique_key, "decoder.weight"]) == {"rng_state/rank", "decoder.weight"}
 
 
 class ScaledNorm(torch.nn.RMSNorm):
