@@ -190,6 +190,9 @@ _REASONS: dict[str, str] = {
     "--async-save writes by Megatron's own worker, which is made deaf to signals": (
         "async_strategy async_ckpt_use_cpu_shm"
     ),
+    "each rank writes its own share of the optimizer's state (docs/checkpoints.md)": (
+        "distrib_optim_fully_reshardable_mem_efficient"
+    ),
     "only adam and sgd are supported": (
         "muon_momentum muon_split_qkv muon_nesterov muon_scale_mode muon_fp32_matmul_prec "
         "muon_coefficient_type muon_num_ns_steps muon_tp_mode muon_extra_scale_factor "

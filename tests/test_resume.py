@@ -5,7 +5,7 @@
 
 import pytest
 
-from tests.equivalence import STEP_BOUND
+from tests.equivalence import OVERLAP, STEP_BOUND
 from tests.helpers.checkpoint import same_tensors
 from tests.helpers.launch import finetune, run_rank
 from tests.helpers.rows import make_rows, write_rows
@@ -59,6 +59,13 @@ def test_momentum_of_sgd_comes_back(resumes, table, before, after, flags):
     named = {layout.name: layout for layout in TABLES[table]}
     sgd = ["--optimizer", "sgd", "--lr", "0.05", *flags]
     found, holds = resumes.compare(named[before], named[after], *sgd)
+    assert holds, found
+
+
+def test_several_buckets(resumes):
+    """Overlapped messages cut the optimizer's state into buckets, with padding between them."""
+    flags = (*OVERLAP, "--ddp-bucket-size", "3000")
+    found, holds = resumes.compare(Layout("buckets", flags, 2), BY_NAME["one"])
     assert holds, found
 
 

@@ -71,6 +71,7 @@ def apply() -> None:
         fsdp2,
         gradient_norm,
         megatron_post_training,
+        optimizer_shards,
         optimizer_state,
         random_states,
         training_hooks,
@@ -79,6 +80,7 @@ def apply() -> None:
     megatron_post_training.apply()
     dataset_helpers.apply()
     gradient_norm.apply()
+    optimizer_shards.apply()
     optimizer_state.apply()
     fsdp2.apply()
     training_hooks.apply()
