@@ -6,6 +6,8 @@ That its numbers are right on every layout is in `test_layouts.py`.
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,14 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.helpers import faults, models, reference
-from tests.helpers.launch import NO_PROCESS_GROUP, Finished, finetune, run_script, start_finetune
+from tests.helpers.launch import (
+    NO_PROCESS_GROUP,
+    ROOT,
+    Finished,
+    finetune,
+    run_script,
+    start_finetune,
+)
 from tests.helpers.models import edit_json, load_model, make_tokenizer
 from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, tokens_and_mask, write_rows
@@ -136,6 +145,21 @@ def test_continues_in_another_layout(words, straight, tmp_path):
     assert reference.relative(run.losses, straight.losses) < 1e-5
     found, expected = ([s["grad_norm"] for s in r.steps] for r in (run, straight))
     assert reference.relative(found, expected) < 1e-5
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_the_imports_shows_no_traceback():
+    words = [sys.executable, "-X", "importtime", "finetune.py", "--help"]
+    running = subprocess.Popen(
+        words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    assert running.stderr is not None
+    lines = iter(running.stderr.readline, "")
+    assert any(line.rpartition("|")[2].strip().startswith("torch") for line in lines)
+    running.send_signal(signal.SIGINT)
+    rest = running.stderr.read()
+    assert running.wait(60) == -signal.SIGINT
+    assert "Traceback" not in rest and "KeyboardInterrupt" not in rest
 
 
 def test_a_killed_run_loses_only_what_came_after_the_checkpoint(words, straight, tmp_path):
