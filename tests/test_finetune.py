@@ -391,7 +391,11 @@ def test_vocabulary_smaller_than_the_ids_is_refused(hf_model, chat_data, tmp_pat
         (["--pipeline-model-parallel-size", "3"], 3, ["2 layers", "1, 2"]),
         (["--tensor-model-parallel-size", "2"], 3, ["3 processes", "multiple of 2"]),
         (["--global-batch-size", "5", "--micro-batch-size", "2"], 1, ["5", "nearest", "4"]),
-        (["--global-batch-size", "4"], 3, ["--global-batch-size 4", "3 data parallel", "is 3"]),
+        (
+            ["--global-batch-size", "4"],
+            3,
+            ["--global-batch-size 4", "3 data parallel", "--global-batch-size 3"],
+        ),
     ],
     ids=["heads", "kv-heads", "layers", "world", "micro-batch", "dp-batch"],
 )
