@@ -69,6 +69,7 @@ def apply() -> None:
         checkpoint_saving,
         dataset_helpers,
         fsdp2,
+        fused_adam,
         gradient_norm,
         megatron_post_training,
         optimizer_shards,
@@ -82,6 +83,7 @@ def apply() -> None:
     gradient_norm.apply()
     optimizer_shards.apply()
     optimizer_state.apply()
+    fused_adam.apply()
     fsdp2.apply()
     training_hooks.apply()
     checkpoint_loading.apply()

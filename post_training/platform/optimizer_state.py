@@ -32,8 +32,11 @@ def _initialise(optimizer: Any) -> None:
     """Give every parameter of a `DistributedOptimizer` the state it has before its first step."""
     inner = optimizer.optimizer
     optimizer.init_state_fn(inner, optimizer.config)
-    for state in inner.state.values():
-        state.setdefault("step", torch.tensor(0.0))
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            # The fused kernel counts where the parameter is.
+            device = parameter.device if group["fused"] else "cpu"
+            inner.state[parameter].setdefault("step", torch.zeros((), device=device))
 
 
 def _for_any_chain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -116,8 +116,9 @@ class _Refusals(TorchDispatchMode):
         gpu = any(map(on_gpu, given))
         if gpu and name.startswith(WAITING):
             _waits()
-        # A number of the host may take part in operations of the GPU, but not the other way round.
-        sides = {on_gpu(each) for each in given if each.dim() > 0}
+        # A number of the host may take part in operations of the GPU (most), but not the other way round.
+        numbers = "_fused_adam" in name
+        sides = {on_gpu(each) for each in given if each.dim() > 0 or numbers}
         if sides == {False} and gpu and len(given) > 1:
             sides = {False, True}
         if len(sides) == 2 and not name.startswith(BETWEEN):
