@@ -102,7 +102,9 @@ def _check_processes(args: argparse.Namespace) -> None:
 
 def _check_heads(args: argparse.Namespace) -> None:
     tp = args.tensor_model_parallel_size
-    heads, groups = args.num_attention_heads, args.num_query_groups
+    heads = args.num_attention_heads
+    # Without groups the number of them says nothing: each head has a key of its own.
+    groups = args.num_query_groups if args.group_query_attention else heads
     for what, number in (("attention heads", heads), ("key/value heads", groups)):
         if number and number % tp:
             raise SetupError(

@@ -20,6 +20,7 @@ def arguments(**changes):
         "num_virtual_stages_per_pipeline_rank": None,
         "world_size": 1,
         "num_attention_heads": 12,
+        "group_query_attention": True,
         "num_query_groups": 4,
         "ffn_hidden_size": 96,
         "num_layers": 6,
@@ -53,6 +54,12 @@ def arguments(**changes):
 
 GOOD = [
     {},
+    {
+        "tensor_model_parallel_size": 4,
+        "world_size": 4,
+        "group_query_attention": False,
+        "num_query_groups": 1,
+    },
     {"tensor_model_parallel_size": 4, "world_size": 8},
     {"pipeline_model_parallel_size": 3, "world_size": 3},
     {"pipeline_model_parallel_size": 4, "world_size": 4, "decoder_first_pipeline_num_layers": 3},
