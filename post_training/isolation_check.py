@@ -57,8 +57,6 @@ def reason_not_to_check(args: argparse.Namespace) -> str | None:
         return "--moe-expert-capacity-factor drops tokens, by which documents depend on each other"
     if "sinkhorn" in str(args.moe_router_load_balancing_type):
         return "sinkhorn routing looks at all tokens of a batch together"
-    if args.moe_input_jitter_eps:
-        return "--moe-input-jitter-eps makes every pass another one"
     if args.moe_router_fusion:
         return "--moe-router-fusion chooses experts in a kernel that cannot be told to repeat it"
     if args.fp8 or args.fp4:

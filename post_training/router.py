@@ -63,6 +63,15 @@ class DocumentRouter(TopKRouter):
         counters.add_expert_tokens(self.layer_number, counted @ assigned, balance)
         return probs, chosen
 
+    def apply_input_jitter(self, input: Tensor) -> Tensor:
+        """Multiply by `--moe-input-jitter-eps`'s noise, in training only: Megatron's own evaluates with it.
+
+        Args:
+            input: hidden states, [local tokens, 1, hidden].
+        """
+        jittered: Tensor = super().apply_input_jitter(input) if self.training else input
+        return jittered
+
     def _local(self, of_token: Tensor, tokens: int) -> Tensor:
         """With sequence parallelism a rank of the tensor parallel group routes a part of the row."""
         if len(of_token) == tokens:

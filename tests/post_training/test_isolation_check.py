@@ -87,7 +87,6 @@ def test_verdict(moved, change, words):
     [
         ("moe_expert_capacity_factor", 1.0),
         ("moe_router_load_balancing_type", "sinkhorn"),
-        ("moe_input_jitter_eps", 0.1),
         ("moe_router_fusion", True),
         ("fp8", "e4m3"),
         ("cuda_graph_impl", "local"),
@@ -97,7 +96,6 @@ def test_where_documents_may_depend_on_each_other_it_says_so(flag, value):
     run = {
         "moe_expert_capacity_factor": None,
         "moe_router_load_balancing_type": "aux_loss",
-        "moe_input_jitter_eps": None,
         "moe_router_fusion": False,
         "fp8": None,
         "fp4": None,

@@ -107,6 +107,21 @@ def test_a_document_weighs_the_same_from_whatever_source(hf_model, tmp_path):
         assert values[0] == pytest.approx(values[1], rel=1e-12), key
 
 
+def _jitter(argv):
+    """What the noise makes of ones, in training and in evaluation."""
+    _, built = megatron_model.set_up([*argv, "--moe-input-jitter-eps", "0.1"])
+    routers = [m for m in megatron_model.unwrapped(built).modules() if hasattr(m, "input_jitter")]
+    ones = torch.ones(4, 1, 8)
+    return [routers[0].train(training).apply_input_jitter(ones) for training in (True, False)]
+
+
+def test_nothing_is_evaluated_with_noise(hf_model, tmp_path):
+    argv = megatron_model.flags(str(hf_model("qwen3_moe")), str(tmp_path / "out"))
+    ((training, evaluation),) = run_ranks(_jitter, 1, argv)
+    assert (training - 1).abs().max() > 0.01
+    assert torch.equal(evaluation, torch.ones_like(evaluation))
+
+
 def test_documents_of_a_row():
     positions = torch.tensor([0, 1, 2, 0, 0, 1])
     # In a mixture the mask tells the source, too: here the second and the third.
