@@ -71,13 +71,13 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     local: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
     try:
         return bool(getattr(local.untyped_storage(), "on_gpu", False))
-    except (RuntimeError, NotImplementedError):  # it has no memory, as a meta tensor
+    except RuntimeError:  # it has no memory, as a meta tensor
         return False
 
 
 def _put(tensor: torch.Tensor, gpu: bool) -> torch.Tensor:
     local = getattr(tensor, "_local_tensor", tensor)
-    with contextlib.suppress(RuntimeError, NotImplementedError):
+    with contextlib.suppress(RuntimeError):
         setattr(local.untyped_storage(), "on_gpu", gpu)  # noqa: B010
     return tensor
 

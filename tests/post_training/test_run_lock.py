@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 
 import pytest
@@ -96,6 +97,11 @@ def test_the_same_command_twice_at_once(hf_model, chat_data, tmp_path):
         assert second.status == 2
         assert f"process {first.processes[0].pid} on " in second.console
         assert first.processes[0].exitcode is None
+        # A successor that comes while the run still ends waits for it, and goes on.
+        third = start_finetune(out, *words, environment={NO_PROCESS_GROUP: "1"})
+        time.sleep(3)
+        first.processes[0].kill()
+        assert "trains in this folder" not in third.wait(60).console
     finally:
         for process in first.processes:
             process.kill()

@@ -9,6 +9,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from post_training.platform.optimizer_state import (
     _go_on_with_torchs_adam,
+    _initialise,
     fit_to_chain,
     fit_whole_to_chain,
     start_momentum,
@@ -29,6 +30,20 @@ def _fresh_state(argv, patched):
     (inner,) = (o.optimizer for o in optimizer.chained_optimizers)
     steps = [state["step"] for state in inner.state.values()]
     return [float(step) for step in steps], len({id(step) for step in steps})
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_fused_kernel_counts_where_the_parameter_is(fused):
+    """Saved before its first step, as where fp16 has skipped it, Adam goes on with this state."""
+    parameter = torch.nn.Parameter(torch.empty(2, device="meta"))
+    adam = torch.optim.AdamW([parameter], foreach=False)
+    adam.param_groups[0]["fused"] = fused
+
+    def make_moments(optimizer, config):
+        optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+
+    _initialise(SimpleNamespace(optimizer=adam, init_state_fn=make_moments, config=None))
+    assert adam.state[parameter]["step"].device.type == ("meta" if fused else "cpu")
 
 
 @pytest.fixture
