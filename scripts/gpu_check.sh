@@ -8,8 +8,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [[ ${SFT_NO_ENV:-} != 1 ]]; then
+    # In a function: what is sourced without arguments is given those of its caller, as extras to install.
     # shellcheck source=scripts/env.sh
-    source scripts/env.sh
+    environment() { source scripts/env.sh; }
+    environment
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 exec python scripts/gpu_check.py "$@"

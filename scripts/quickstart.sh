@@ -6,7 +6,9 @@
 # and after on held-out questions, exports to HuggingFace and answers with plain transformers as well.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/env.sh
+# In a function: what is sourced without arguments is given those of its caller, as extras to install.
+environment() { source scripts/env.sh; }
+environment
 
 folder="${1:-runs/quickstart}"
 began=$SECONDS

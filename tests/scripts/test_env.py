@@ -185,6 +185,19 @@ def test_sourcing_sets_up_once_and_puts_the_environment_first(machine):
     assert len(machine.pip_calls()) == 1 and machine.pip_calls()[0].endswith("-e .[dev]")
 
 
+@pytest.mark.parametrize(
+    ("script", "options"), [("quickstart.sh", ["out"]), ("gpu_check.sh", ["--device", "cpu"])]
+)
+def test_options_of_a_script_are_no_extras(machine, script, options):
+    write_python(machine.bin / "python3.12", "3.12")
+    shutil.copy(ROOT / "scripts" / script, machine.root / "scripts")
+    # The Python of the stand-in runs no program of ours: the script ends behind the set-up.
+    status, _, err = machine.run(code=f"bash scripts/{script} {' '.join(options)}")
+    assert status == 9, err
+    calls = " ".join(machine.pip_calls())
+    assert "install" in calls and f"[{options[0]}" not in calls, calls
+
+
 def test_second_run_is_fast(ready):
     started = time.monotonic()
     status, out, err = ready.run()
