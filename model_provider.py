@@ -11,7 +11,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 
 from post_training.checkpoints import latest_checkpoint
 from post_training.errors import SetupError
-from post_training.hf_checkpoint import check_hf_weights
+from post_training.hf_check import check_hf_weights
 from post_training.hf_config import inverse_frequencies, local_model_folder
 from post_training.hf_weights import load_hf_weights
 from post_training.layer_spec import decoder_block_spec

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from post_training.checkpoints import read_manifest
 from post_training.errors import SetupError
-from post_training.hf_weights import parameter_source
+from post_training.hf_weights import whole_name
 
 MODEL_PREFIX = "model."
 
@@ -59,14 +59,6 @@ def check_format(args: argparse.Namespace, checkpoint: Path, written: dict[str, 
         )
 
 
-def _identity(name: str) -> object:
-    """What a parameter is, whether Transformer Engine's layers or the local ones name it."""
-    try:
-        return parameter_source(name, first_layer=0, first_expert=0, tied=False)
-    except KeyError:
-        return name
-
-
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """Fill a whole model in this process with the weights of a `torch_dcp` checkpoint.
@@ -80,13 +72,13 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     """
     reader = FileSystemReader(checkpoint)
     keys = {
-        _identity(key.removeprefix(MODEL_PREFIX)): key
+        whole_name(key.removeprefix(MODEL_PREFIX)): key
         for key, value in reader.read_metadata().state_dict_metadata.items()
         if key.startswith(MODEL_PREFIX) and isinstance(value, TensorStorageMetadata)
     }
     state: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
-        key = keys.get(_identity(name))
+        key = keys.get(whole_name(name))
         if key is None:
             raise SetupError(f"{checkpoint} lacks the parameter {name}: it is another model's")
         state[key] = parameter.detach()

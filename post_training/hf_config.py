@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
 
 from post_training.errors import SetupError
+from post_training.families import FAMILIES, OPTIONS, ROPE_TYPES, family_of, head_dim
 
-ARCHITECTURES = (
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM",
-)
-ROPE_TYPES = ("default", "linear", "llama3")
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -27,6 +21,8 @@ def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     Raises:
         SetupError: there is no such folder or name, or its architecture cannot be loaded.
     """
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -49,10 +45,10 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
         SetupError: with the list of architectures that can be loaded, or the option that cannot.
     """
     found = (getattr(config, "architectures", None) or ["(none named)"])[0]
-    if found not in ARCHITECTURES:
+    if found not in FAMILIES:
         raise SetupError(
             f"--hf-model {name}: architecture {found} cannot be loaded; "
-            f"these can: {', '.join(ARCHITECTURES)}"
+            f"these can: {', '.join(FAMILIES)}"
         )
     for key in ("quantization_config", "compression_config"):
         if quantisation := getattr(config, key, None):
@@ -61,12 +57,13 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
                 f"--hf-model {name}: config.json has {key} ({method}): quantised weights cannot be "
                 f"trained; give the model's bf16 weights, with a config.json that says nothing of it"
             )
-    if getattr(config, "attention_bias", False) and found != "Qwen2ForCausalLM":
-        raise SetupError(f"--hf-model {name}: attention_bias is not supported for {found}")
-    if getattr(config, "mlp_bias", False):
-        raise SetupError(f"--hf-model {name}: mlp_bias is not supported")
-    if getattr(config, "hidden_act", "silu") not in ("silu", "swish"):
-        raise SetupError(f"--hf-model {name}: hidden_act {config.hidden_act} is not silu")
+    for key, values in {**OPTIONS, **FAMILIES[found].options}.items():
+        value = getattr(config, key, values[0])
+        if value not in values:
+            raise SetupError(
+                f"--hf-model {name}: {key} {value} is not supported for {found}; "
+                f"only {' and '.join(map(str, values))}"
+            )
     rope_type = rope_parameters(config).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         raise SetupError(
@@ -80,12 +77,6 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     """The rotary parameters of a configuration (transformers 5 keeps them in one dictionary)."""
     return dict(getattr(config, "rope_parameters", None) or {})
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    """Size of one attention head."""
-    explicit = getattr(config, "head_dim", None)
-    return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
 def inverse_frequencies(config: PretrainedConfig) -> torch.Tensor:
@@ -116,8 +107,9 @@ def sliding_window(config: PretrainedConfig) -> int | None:
 
 def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
     """Megatron's architecture arguments (by destination name) for a HuggingFace configuration."""
-    architecture = config.architectures[0]
-    flags: dict[str, Any] = {
+    family = family_of(config)
+    experts = family.experts.flags(config) if family.experts else {}
+    return {
         "num_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": config.intermediate_size,
@@ -132,28 +124,14 @@ def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
         "rotary_base": int(rope_parameters(config)["rope_theta"]),
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": architecture == "Qwen2ForCausalLM",
-        "qk_layernorm": architecture in ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+        "add_qkv_bias": family.qkv_bias,
+        "qk_layernorm": family.qk_norm,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
         "init_method_std": config.initializer_range,
+        **experts,
+        **family.flags(config),
     }
-    if architecture == "Qwen3MoeForCausalLM":
-        dense = set(config.mlp_only_layers or ())
-        step = config.decoder_sparse_step
-        pattern = [
-            int(layer not in dense and (layer + 1) % step == 0)
-            for layer in range(config.num_hidden_layers)
-        ]
-        flags |= {
-            "num_experts": config.num_experts,
-            "moe_router_topk": config.num_experts_per_tok,
-            "moe_ffn_hidden_size": config.moe_intermediate_size,
-            "moe_layer_freq": pattern,
-            # Softmax over the chosen logits equals a renormalised softmax over all of them.
-            "moe_router_pre_softmax": not config.norm_topk_prob,
-        }
-    return flags
 
 
 @functools.cache

@@ -1,106 +1,50 @@
-"""Weights between HuggingFace and Megatron names: one table, read in both directions.
+"""Weights between HuggingFace and Megatron: what `families.model_weights` lists, in both directions.
 
 A HuggingFace model keeps q, k, v, gate and up apart; Megatron fuses q, k, v by query group
 (`[group: queries..., key, value]`) and gate with up, and splits all of them over the tensor parallel
-group. `parameter_source` says for one Megatron parameter which HuggingFace tensors make it up;
-loading reads only the rows and columns of this rank, export joins the shards' whole again.
+group. Loading reads only the rows and columns of this rank, export takes a whole model apart again.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PretrainedConfig
 
 from post_training.errors import SetupError
+from post_training.families import Weight, model_weights
 from post_training.hf_checkpoint import HFCheckpoint
-from post_training.hf_config import head_dim
 
-Layout = Literal["replicated", "vocabulary", "qkv", "gate_up", "columns"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-
-@dataclass(frozen=True)
-class Source:
-    """Where the values of one Megatron parameter come from."""
-
-    layout: Layout
-    """How the HuggingFace tensors are joined and split over the tensor parallel group."""
-    names: tuple[str, ...]
-    """Names of the HuggingFace tensors."""
-
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
-_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
-_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12])\.weight(\d+)")
-
-# By the name inside a layer; Transformer Engine fuses each norm into the linear layer behind it.
-_IN_LAYER: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "input_layernorm.weight": ("replicated", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.layer_norm_weight": ("replicated", ("input_layernorm.weight",)),
-    "self_attention.linear_qkv.weight": (
-        "qkv",
-        ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    ),
-    "self_attention.linear_qkv.bias": (
-        "qkv",
-        ("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-    ),
-    "self_attention.q_layernorm.weight": ("replicated", ("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": ("replicated", ("self_attn.k_norm.weight",)),
-    "self_attention.linear_proj.weight": ("columns", ("self_attn.o_proj.weight",)),
-    "pre_mlp_layernorm.weight": ("replicated", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.layer_norm_weight": ("replicated", ("post_attention_layernorm.weight",)),
-    "mlp.linear_fc1.weight": ("gate_up", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-    "mlp.linear_fc2.weight": ("columns", ("mlp.down_proj.weight",)),
-    "mlp.router.weight": ("replicated", ("mlp.gate.weight",)),
-}
-_OUTSIDE_LAYERS: dict[str, tuple[Layout, tuple[str, ...]]] = {
-    "embedding.word_embeddings.weight": ("vocabulary", ("model.embed_tokens.weight",)),
-    "decoder.final_layernorm.weight": ("replicated", ("model.norm.weight",)),
-    "output_layer.weight": ("vocabulary", ("lm_head.weight",)),
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
+_EXPERT = re.compile(r"(.+\.mlp\.experts\.local_experts\.)(\d+)(\..+)")
+_GROUPED_EXPERT = re.compile(r"(.+\.mlp\.experts\.)(linear_fc[12])\.weight(\d+)")
+# Transformer Engine fuses each norm into the linear layer behind it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 
 
-def parameter_source(name: str, *, first_layer: int, first_expert: int, tied: bool) -> Source:
-    """Say where a Megatron parameter's values come from.
+def whole_name(name: str, *, first_layer: int = 0, first_expert: int = 0) -> str:
+    """The name of a parameter in a whole model of local layers, as `model_weights` lists it.
 
     Args:
-        name: the parameter's name in its (unwrapped) model chunk.
+        name: its name in its (unwrapped) model chunk, of local layers or Transformer Engine's.
         first_layer: index in the whole model of the chunk's layer 0.
         first_expert: index in the whole model of this rank's expert 0.
-        tied: the output layer shares the embedding's weights.
-
-    Raises:
-        KeyError: no HuggingFace tensor belongs to `name`.
     """
-    if name in _OUTSIDE_LAYERS:
-        layout, names = _OUTSIDE_LAYERS[name]
-        if name == "output_layer.weight" and tied:
-            # The last pipeline stage keeps a copy of the embedding.
-            names = _OUTSIDE_LAYERS["embedding.word_embeddings.weight"][1]
-        return Source(layout, names)
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        raise KeyError(name)
-    prefix = f"model.layers.{int(match[1]) + first_layer}."
-    inside = match[2]
-    if inside in _IN_LAYER:
-        layout, names = _IN_LAYER[inside]
-        return Source(layout, tuple(prefix + n for n in names))
-    if expert := _LOCAL_EXPERT.fullmatch(inside):
-        number, linear = int(expert[1]), expert[2]
-    elif expert := _GROUPED_EXPERT.fullmatch(inside):
-        number, linear = int(expert[2]), expert[1]
-    else:
-        raise KeyError(name)
-    layout, names = _IN_LAYER[f"mlp.{linear}.weight"]
-    expert_prefix = f"{prefix}mlp.experts.{number + first_expert}."
-    return Source(layout, tuple(expert_prefix + n.removeprefix("mlp.") for n in names))
+    name = _GROUPED_EXPERT.sub(r"\1local_experts.\3.\2.weight", name)
+    for fused, norm in _FUSED_NORMS.items():
+        name = name.replace(fused, norm)
+    for number, first in ((_LAYER, first_layer), (_EXPERT, first_expert)):
+        name = number.sub(lambda m, first=first: f"{m[1]}{int(m[2]) + first}{m[3]}", name)
+    return name
 
 
 def _shard(size: int, rank: int, world: int) -> tuple[int, int]:
@@ -110,9 +54,8 @@ def _shard(size: int, rank: int, world: int) -> tuple[int, int]:
 
 def read_parameter(
     checkpoint: HFCheckpoint,
-    source: Source,
+    weight: Weight,
     shape: torch.Size,
-    config: PretrainedConfig,
     tp_rank: int,
     tp_size: int,
 ) -> torch.Tensor:
@@ -120,80 +63,77 @@ def read_parameter(
 
     Args:
         checkpoint: the HuggingFace weights.
-        source: what to read.
+        weight: what to read.
         shape: shape of the parameter on this rank.
-        config: the HuggingFace configuration.
         tp_rank: rank in the tensor parallel group.
         tp_size: size of the tensor parallel group.
 
     Returns:
         Values in the file's dtype. Rows of a padded vocabulary are zero.
     """
-    parts = [checkpoint.slice(name) for name in source.names]
-    if source.layout == "replicated":
+    parts = [checkpoint.slice(name) for name in weight.tensors]
+    if weight.layout == "replicated":
         return parts[0][:]
-    if source.layout == "vocabulary":
+    if weight.layout == "vocabulary":
         start = tp_rank * shape[0]
         rows = parts[0][start : min(start + shape[0], parts[0].get_shape()[0])]
         return torch.nn.functional.pad(rows, (0, 0, 0, shape[0] - rows.shape[0]))
-    if source.layout == "columns":
+    if weight.layout == "columns":
         start, end = _shard(parts[0].get_shape()[1], tp_rank, tp_size)
         return parts[0][:, start:end]
-    if source.layout == "gate_up":
+    if weight.layout == "gate_up":
         start, end = _shard(parts[0].get_shape()[0], tp_rank, tp_size)
         return torch.cat([part[start:end] for part in parts])
-    groups = config.num_key_value_heads
-    first, last = _shard(groups, tp_rank, tp_size)
+    first, last = _shard(weight.groups, tp_rank, tp_size)
     by_group = []
     for part in parts:
-        rows_per_group = part.get_shape()[0] // groups
+        rows_per_group = part.get_shape()[0] // weight.groups
         rows = part[first * rows_per_group : last * rows_per_group]
         by_group.append(rows.reshape(last - first, rows_per_group, *rows.shape[1:]))
     fused = torch.cat(by_group, dim=1)
     return fused.reshape(-1, *fused.shape[2:])
 
 
-def split_parameter(
-    source: Source, value: torch.Tensor, config: PretrainedConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
+def split_parameter(weight: Weight, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     """Undo `read_parameter` for a whole (not sharded) parameter.
 
     Yields:
         HuggingFace name and tensor; rows of a padded vocabulary are left out.
     """
-    if source.layout == "vocabulary":
-        yield source.names[0], value[: config.vocab_size].clone()
-    elif source.layout == "gate_up":
-        for name, part in zip(source.names, value.chunk(2), strict=True):
-            # A copy: safetensors refuses tensors that share memory.
-            yield name, part.clone()
-    elif source.layout == "qkv":
-        groups, dim = config.num_key_value_heads, head_dim(config)
-        queries = config.num_attention_heads // groups * dim
-        by_group = value.reshape(groups, queries + 2 * dim, *value.shape[1:])
-        for name, part in zip(
-            source.names, by_group.split([queries, dim, dim], dim=1), strict=True
-        ):
-            yield name, part.reshape(-1, *value.shape[1:]).contiguous()
+    names, rows = list(weight.tensors), [shape[0] for shape in weight.tensors.values()]
+    if weight.layout == "qkv":
+        by_group = value.reshape(weight.groups, -1, *value.shape[1:])
+        parts = by_group.split([n // weight.groups for n in rows], dim=1)
+    elif weight.layout == "gate_up":
+        parts = value.split(rows)
     else:
-        yield source.names[0], value.contiguous()
+        parts = (value[: rows[0]],)
+    for name, part, n in zip(names, parts, rows, strict=True):
+        # A copy: safetensors refuses tensors that share memory.
+        yield name, part.reshape(n, *value.shape[1:]).clone(memory_format=torch.contiguous_format)
 
 
-def _sources(chunk: torch.nn.Module, tied: bool) -> Iterator[tuple[torch.nn.Parameter, Source]]:
-    """Each parameter of an unwrapped `GPTModel` chunk with its source."""
+def _weights(
+    chunk: torch.nn.Module, config: PretrainedConfig
+) -> Iterator[tuple[torch.nn.Parameter, Weight]]:
+    """Each parameter of an unwrapped `GPTModel` chunk with what makes it up."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
-    config: Any = chunk.config
-    first_layer = get_transformer_layer_offset(config, getattr(chunk, "vp_stage", None))
-    experts = config.num_moe_experts or 0
+    megatron: Any = chunk.config
+    first_layer = get_transformer_layer_offset(megatron, getattr(chunk, "vp_stage", None))
+    experts = megatron.num_moe_experts or 0
     per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert = per_rank * parallel_state.get_expert_model_parallel_rank()
+    every = model_weights(config)
+    if config.tie_word_embeddings:
+        # The last pipeline stage keeps a copy of the embedding.
+        every["output_layer.weight"] = every["embedding.word_embeddings.weight"]
     for name, parameter in chunk.named_parameters():
-        source = parameter_source(
-            name, first_layer=first_layer, first_expert=first_expert, tied=tied
+        yield (
+            parameter,
+            every[whole_name(name, first_layer=first_layer, first_expert=first_expert)],
         )
-        yield parameter, source
 
 
 @torch.no_grad()
@@ -212,31 +152,26 @@ def load_hf_weights(
     """
     from megatron.core import parallel_state
 
-    tied = bool(config.tie_word_embeddings)
+    dense = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    of_experts = (
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
     with HFCheckpoint(folder) as checkpoint:
-        for chunk in chunks:
-            for parameter, source in _sources(chunk, tied):
-                for missing in (n for n in source.names if n not in checkpoint):
-                    raise SetupError(f"--hf-model {folder}: the weights lack the tensor {missing}")
-                is_expert = ".mlp.experts." in source.names[0]
-                rank, size = (
-                    (
-                        parallel_state.get_expert_tensor_parallel_rank(),
-                        parallel_state.get_expert_tensor_parallel_world_size(),
-                    )
-                    if is_expert
-                    else (
-                        parallel_state.get_tensor_model_parallel_rank(),
-                        parallel_state.get_tensor_model_parallel_world_size(),
-                    )
+        for parameter, weight in (pair for chunk in chunks for pair in _weights(chunk, config)):
+            for missing in (n for n in weight.tensors if n not in checkpoint):
+                raise SetupError(f"--hf-model {folder}: the weights lack the tensor {missing}")
+            rank, size = of_experts if weight.of_expert else dense
+            value = read_parameter(checkpoint, weight, parameter.shape, rank, size)
+            if value.shape != parameter.shape:
+                raise SetupError(
+                    f"--hf-model {folder}: {' + '.join(weight.tensors)} give shape "
+                    f"{tuple(value.shape)} on this rank, config.json says {tuple(parameter.shape)}"
                 )
-                value = read_parameter(checkpoint, source, parameter.shape, config, rank, size)
-                if value.shape != parameter.shape:
-                    raise SetupError(
-                        f"--hf-model {folder}: {' + '.join(source.names)} give shape "
-                        f"{tuple(value.shape)} on this rank, config.json says {tuple(parameter.shape)}"
-                    )
-                parameter.copy_(value)
+            parameter.copy_(value)
 
 
 @torch.no_grad()
@@ -246,9 +181,8 @@ def hf_state_dict(chunk: torch.nn.Module, config: PretrainedConfig) -> dict[str,
     Returns:
         By HuggingFace name. A tied model has no `lm_head.weight`.
     """
-    tied = bool(config.tie_word_embeddings)
     state: dict[str, torch.Tensor] = {}
-    for parameter, source in _sources(chunk, tied):
-        for name, value in split_parameter(source, parameter.detach(), config):
+    for parameter, weight in _weights(chunk, config):
+        for name, value in split_parameter(weight, parameter.detach()):
             state.setdefault(name, value)
     return state
