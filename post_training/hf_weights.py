@@ -42,9 +42,8 @@ def whole_name(name: str, *, first_layer: int = 0, first_expert: int = 0) -> str
     name = _GROUPED_EXPERT.sub(r"\1local_experts.\3.\2.weight", name)
     for fused, norm in _FUSED_NORMS.items():
         name = name.replace(fused, norm)
-    for number, first in ((_LAYER, first_layer), (_EXPERT, first_expert)):
-        name = number.sub(lambda m, first=first: f"{m[1]}{int(m[2]) + first}{m[3]}", name)
-    return name
+    name = _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + first_layer}{m[3]}", name)
+    return _EXPERT.sub(lambda m: f"{m[1]}{int(m[2]) + first_expert}{m[3]}", name)
 
 
 def _shard(size: int, rank: int, world: int) -> tuple[int, int]:

@@ -14,12 +14,15 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    SeedOssConfig,
+    SmolLM3Config,
 )
 
 from tests.helpers.rows import CHATML, SPECIAL_TOKENS, TEXT
@@ -70,6 +73,7 @@ _LLAMA3_ROPE = {
 FAMILIES: dict[str, Family] = {
     "llama": Family(LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
     "mistral": Family(MistralConfig, {"head_dim": 24, "sliding_window": None}),
+    "mixtral": Family(MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": Family(Qwen2Config, {}),
     "qwen3": Family(Qwen3Config, {"head_dim": 32}),
     "qwen3_moe": Family(
@@ -82,6 +86,10 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
         },
     ),
+    "seed_oss": Family(
+        SeedOssConfig, {"head_dim": 32, "attention_dropout": 0.0, "residual_dropout": 0.0}
+    ),
+    "smollm3": Family(SmolLM3Config, {"no_rope_layer_interval": 2}),
 }
 
 

@@ -7,6 +7,7 @@ AdamW with Megatron's hyper-parameters; gradient norm and clipping in float64.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from data import SFTDataset, prepare_documents
@@ -165,7 +167,7 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
     # The separator is the padding token, whose embedding transformers would not train.
     model.model.embed_tokens.padding_idx = None
     named = dict(model.named_parameters())
-    result = Trajectory(start={name: p.detach().clone() for name, p in named.items()})
+    result = Trajectory(start=saved_tensors(model))
     optimizer = recipe.make_optimizer(named.values())
     for step, batch in enumerate(batches(rows, data_file, recipe)):
         tokens = sum(int(examples[row][1][1:].sum()) for row in batch)
@@ -196,32 +198,22 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
         result.trained_tokens.append(tokens)
         result.balance.append(balance / tokens)
         result.expert_tokens.append(experts)
-    result.end = {name: p.detach().clone() for name, p in named.items()}
+    result.end = saved_tensors(model)
     return result
 
 
-def tensor(found: dict[str, Tensor], name: str) -> Tensor:
-    """A tensor by its name in the model, which holds all experts in one; files hold each apart."""
-    prefix, experts, part = name.rpartition(".experts.")
-    if not experts:
-        return found[name]
-    count = sum(key.startswith(f"{prefix}.experts.") for key in found) // 3
-
-    def stacked(projection: str) -> Tensor:
-        return torch.stack(
-            [found[f"{prefix}.experts.{i}.{projection}.weight"] for i in range(count)]
-        )
-
-    if part == "gate_up_proj":
-        return torch.cat([stacked("gate_proj"), stacked("up_proj")], dim=1)
-    return stacked(part)
+def saved_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors of a model under the names that its files give them."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder, "model.safetensors"))
 
 
 def update_error(found: dict[str, Tensor], expected: Trajectory) -> float:
     """Relative L2 distance of the whole update (final minus initial weights) from the reference's."""
     wrong, right = 0.0, 0.0
     for name, end in expected.end.items():
-        wrong += (tensor(found, name) - end).double().square().sum().item()
+        wrong += (found[name] - end).double().square().sum().item()
         right += (end - expected.start[name]).double().square().sum().item()
     return math.sqrt(wrong / right)
 

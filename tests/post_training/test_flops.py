@@ -21,7 +21,10 @@ LOGITS = 5 * 6 * 64 * 512
     [
         # q, k and v of 4, 2 and 2 heads of 32; their output; gate, up and down of 96.
         ("qwen3", 64 * (128 + 64 + 64) + 128 * 64 + 3 * 64 * 96, 128),
-        # 4, 2 and 2 heads of 16; 2 experts a token of 48.
+        # Heads of 16; one MLP of 96, 2 experts a token of 96, or of 48.
+        ("seed_oss", 64 * (128 + 64 + 64) + 128 * 64 + 3 * 64 * 96, 128),
+        ("smollm3", 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96, 64),
+        ("mixtral", 64 * (64 + 32 + 32) + 64 * 64 + 2 * 3 * 64 * 96, 64),
         ("qwen3_moe", 64 * (64 + 32 + 32) + 64 * 64 + 2 * 3 * 64 * 48, 64),
     ],
 )

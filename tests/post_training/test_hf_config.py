@@ -1,11 +1,12 @@
 import json
+import shutil
 
 import pytest
 import torch
 
 from post_training.errors import SetupError
+from post_training.families import FAMILIES as ENTRIES
 from post_training.hf_config import (
-    ARCHITECTURES,
     check_architecture,
     inverse_frequencies,
     load_hf_config,
@@ -29,11 +30,12 @@ def test_flags_of_a_family(family):
     assert flags["num_layers"] == 2 and flags["hidden_size"] == 64
     assert flags["num_query_groups"] == 2 and flags["vocab_size"] == config.vocab_size
     assert flags["untie_embeddings_and_output_weights"] is False
-    assert flags["add_qkv_bias"] is (family == "qwen2")
+    assert flags["add_qkv_bias"] is (family in ("qwen2", "seed_oss"))
     assert flags["qk_layernorm"] is (family in ("qwen3", "qwen3_moe"))
-    heads = {"llama": 16, "mistral": 24, "qwen2": 16, "qwen3": 32, "qwen3_moe": 16}
-    assert flags["kv_channels"] == heads[family]
-    assert ("num_experts" in flags) is (family == "qwen3_moe")
+    assert flags["kv_channels"] == {"mistral": 24, "qwen3": 32, "seed_oss": 32}.get(family, 16)
+    assert flags.get("num_experts") == (4 if family in ("mixtral", "qwen3_moe") else None)
+    assert flags.get("moe_ffn_hidden_size") == {"mixtral": 96, "qwen3_moe": 48}.get(family)
+    assert flags.get("no_rope_freq") == ([0, 1] if family == "smollm3" else None)
 
 
 def test_expert_flags():
@@ -75,7 +77,9 @@ def test_inverse_frequencies_are_those_of_transformers(rope):
     [
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
-        ("qwen3", {"hidden_act": "gelu"}, "gelu"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act gelu .*only silu and swish"),
+        ("seed_oss", {"attention_bias": False}, "attention_bias False .*SeedOss.*only True"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
@@ -93,7 +97,7 @@ def test_unsupported_architecture_lists_those_that_can_be_loaded():
     config.architectures = ["MambaForCausalLM"]
     with pytest.raises(SetupError, match="MambaForCausalLM") as caught:
         check_architecture(config, "some/model")
-    assert all(name in str(caught.value) for name in ARCHITECTURES)
+    assert all(name in str(caught.value) for name in ENTRIES)
     config.architectures = None
     with pytest.raises(SetupError, match="none named"):
         check_architecture(config, "some/model")
@@ -120,3 +124,20 @@ def test_folder_that_is_none(tmp_path, hf_model, monkeypatch):
     edit_json(tmp_path / "config.json", architectures=["GemmaForCausalLM"])
     with pytest.raises(SetupError, match="GemmaForCausalLM"):
         load_hf_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "method"),
+    [
+        ("quantization_config", {"quant_method": "fp8", "fmt": "e4m3"}, "fp8"),
+        ("quantization_config", {"load_in_8bit": True}, "method not named"),
+        ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_a_quantised_models_configuration_is_refused(hf_model, tmp_path, key, value, method):
+    folder = shutil.copytree(hf_model("qwen3"), tmp_path / "quantised")
+    edit_json(folder / "config.json", **{key: value})
+    with pytest.raises(SetupError) as error:
+        load_hf_config(str(folder))
+    assert f"config.json has {key} ({method})" in str(error.value)
+    assert "bf16 weights" in str(error.value)

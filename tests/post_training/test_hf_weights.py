@@ -5,7 +5,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from post_training.hf_weights import parameter_source
+from post_training.families import model_weights
+from post_training.hf_checkpoint import HFCheckpoint
+from post_training.hf_config import load_hf_config
+from post_training.hf_weights import read_parameter, split_parameter, whole_name
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_rank, run_ranks
 from tests.helpers.models import FAMILIES, VOCABULARY, load_model
@@ -98,43 +101,53 @@ def test_wrong_shape_is_refused(hf_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "first"),
+    ("name", "whole"),
     [
-        ("embedding.word_embeddings.weight", "vocabulary", "model.embed_tokens.weight"),
-        ("output_layer.weight", "vocabulary", "lm_head.weight"),
-        (
-            "decoder.layers.2.mlp.linear_fc2.weight",
-            "columns",
-            "model.layers.6.mlp.down_proj.weight",
-        ),
+        ("embedding.word_embeddings.weight", "embedding.word_embeddings.weight"),
+        ("decoder.layers.2.mlp.linear_fc2.weight", "decoder.layers.6.mlp.linear_fc2.weight"),
         (
             "decoder.layers.0.mlp.experts.local_experts.1.linear_fc1.weight",
-            "gate_up",
-            "model.layers.4.mlp.experts.9.gate_proj.weight",
+            "decoder.layers.4.mlp.experts.local_experts.9.linear_fc1.weight",
         ),
         (
             "decoder.layers.0.mlp.experts.linear_fc2.weight1",
-            "columns",
-            "model.layers.4.mlp.experts.9.down_proj.weight",
+            "decoder.layers.4.mlp.experts.local_experts.9.linear_fc2.weight",
         ),
         (
             "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight",
-            "replicated",
-            "model.layers.5.input_layernorm.weight",
+            "decoder.layers.5.input_layernorm.weight",
+        ),
+        (
+            "decoder.layers.1.mlp.linear_fc1.layer_norm_weight",
+            "decoder.layers.5.pre_mlp_layernorm.weight",
         ),
     ],
 )
-def test_names(name, layout, first):
-    source = parameter_source(name, first_layer=4, first_expert=8, tied=False)
-    assert (source.layout, source.names[0]) == (layout, first)
+def test_names_of_every_implementation_and_layout(name, whole):
+    assert whole_name(name, first_layer=4, first_expert=8) == whole
 
 
-def test_tied_output_layer_is_the_embedding():
-    source = parameter_source("output_layer.weight", first_layer=0, first_expert=0, tied=True)
-    assert source.names == ("model.embed_tokens.weight",)
+def joined(weight, shards):
+    """The whole parameter, as Megatron would hold it on one process."""
+    if weight.layout == "replicated":
+        return shards[0]
+    if weight.layout == "columns":
+        return torch.cat(shards, dim=1)
+    if weight.layout == "gate_up":
+        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
+        return torch.cat([*gates, *ups])
+    return torch.cat(shards)
 
 
-def test_unknown_parameter_is_an_error():
-    for name in ("decoder.layers.0.mlp.linear_fc3.weight", "vision.weight"):
-        with pytest.raises(KeyError):
-            parameter_source(name, first_layer=0, first_expert=0, tied=False)
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_ranks_read_is_split_into_the_same_again(hf_model, family, size):
+    folder = hf_model(family)
+    tensors, found = load_file(folder / "model.safetensors"), {}
+    padded = torch.Size([512 // size, 64])
+    with HFCheckpoint(folder) as checkpoint:
+        for weight in model_weights(load_hf_config(str(folder))).values():
+            shards = [read_parameter(checkpoint, weight, padded, r, size) for r in range(size)]
+            found |= split_parameter(weight, joined(weight, shards))
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
