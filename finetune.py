@@ -47,6 +47,7 @@ from post_training.datasets import (
     prepare_data,
 )
 from post_training.errors import RunStopped, SetupError, tell
+from post_training.export_process import export_in_new_process
 from post_training.finish import ending_together, report_end
 from post_training.full_disk import no_room, tell_no_room
 from post_training.layer_spec import uses_packed_attention
@@ -187,7 +188,7 @@ def finetune(
             ),
         )
     watchdog.clean()
-    report_end(args, console, graceful, run_log.last_iteration)
+    report_end(args, console, graceful, run_log.last_iteration, export_in_new_process)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,21 +1,17 @@
-"""How a run ends: what is said, and the export to HuggingFace."""
+"""How a run ends, and what is said."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import shlex
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 import torch
 
-from post_training.errors import RunStopped, SetupError
+from post_training.errors import RunStopped
 from post_training.run_log import RunLog
 from post_training.signals import GracefulExit
 from post_training.watchdog import watchdog
@@ -58,9 +54,13 @@ def _leave_group() -> None:
 
 
 def report_end(
-    args: argparse.Namespace, console: TextIO, graceful: GracefulExit, iteration: int
+    args: argparse.Namespace,
+    console: TextIO,
+    graceful: GracefulExit,
+    iteration: int,
+    export: Callable[[argparse.Namespace, int, TextIO], None],
 ) -> None:
-    """Say on rank 0 where everything lies, how to continue, and export if that is asked for."""
+    """Say on rank 0 where everything lies, how to continue, and `export` if that is asked for."""
     if args.rank != 0 or args.eval_only:
         return
     folder = args.output_dir
@@ -82,30 +82,4 @@ def report_end(
         return
     print(f"done: {iteration} steps; metrics, loss.png and checkpoints in {folder}", file=console)
     if args.save_hf:
-        export_in_new_process(folder, console)
-
-
-def export_in_new_process(folder: str, console: TextIO) -> None:
-    """Run `scripts/export_hf.py` on the run: a whole model in a process without this one's groups.
-
-    Raises:
-        SetupError: the export failed; its own message has been shown.
-    """
-    # Without the launcher's variables: the new process is on its own.
-    launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
-    script = Path(__file__).resolve().parent.parent / "scripts" / "export_hf.py"
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(script.parent.parent), *filter(None, [environment.get("PYTHONPATH")])]
-    )
-    result = subprocess.run(
-        [sys.executable, str(script), "--output-dir", folder],
-        env=environment,
-        stdout=console,
-        stderr=console,
-        check=False,
-    )
-    if result.returncode:
-        raise SetupError(
-            "--save-hf: the export failed; the checkpoint is complete, export it again"
-        )
+        export(args, iteration, console)

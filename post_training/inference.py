@@ -42,7 +42,11 @@ class LoadedModel:
 
 
 def load_model(
-    *, output_dir: str | None = None, hf_model: str | None = None, iteration: int | None = None
+    *,
+    output_dir: str | None = None,
+    hf_model: str | None = None,
+    iteration: int | None = None,
+    checkpoint_path: str | None = None,
 ) -> LoadedModel:
     """Build the model in this process and load its weights.
 
@@ -51,6 +55,7 @@ def load_model(
             wrote it.
         hf_model: a HuggingFace folder or hub name instead.
         iteration: another checkpoint of the run than the newest.
+        checkpoint_path: the checkpoint itself, complete, wherever the run saved it.
 
     Raises:
         SetupError: neither or both are given, or there is no checkpoint.
@@ -61,13 +66,15 @@ def load_model(
         args, source = arguments_of_hf_model(hf_model), hf_model
     else:
         assert output_dir is not None
-        args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration)
+        args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration, checkpoint_path)
         source = str(checkpoint)
     model = _build(args)
     return LoadedModel(model, load_tokenizer(args), args, source)
 
 
-def _checkpoint_of_run(folder: Path, iteration: int | None) -> tuple[argparse.Namespace, Path]:
+def _checkpoint_of_run(
+    folder: Path, iteration: int | None, path: str | None
+) -> tuple[argparse.Namespace, Path]:
     """Arguments that load one checkpoint of a run, and its folder.
 
     Raises:
@@ -77,10 +84,14 @@ def _checkpoint_of_run(folder: Path, iteration: int | None) -> tuple[argparse.Na
     if not config_file.is_file():
         raise SetupError(f"--output-dir {folder}: holds no run (no config.yaml)")
     config = read_config_file(config_file)
-    own = folder / "checkpoints"
-    # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
-    where = str(own if latest_checkpoint(own) is not None else config.get("save") or own)
-    checkpoint, complaint = chosen_checkpoint(where, iteration)
+    checkpoint: Path | None
+    if path is not None:
+        checkpoint, complaint, where = Path(path), None, str(Path(path).parent)
+    else:
+        own = folder / "checkpoints"
+        # Its own checkpoints first: it may be a copy of the folder that config.yaml was written in.
+        where = str(own if latest_checkpoint(own) is not None else config.get("save") or own)
+        checkpoint, complaint = chosen_checkpoint(where, iteration)
     if checkpoint is None:
         raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
     if complaint is not None:
@@ -125,13 +136,3 @@ def _build(args: argparse.Namespace) -> Any:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return model
-
-
-@torch.inference_mode()
-def logits(loaded: LoadedModel, tokens: list[int]) -> torch.Tensor:
-    """Logits of one sequence without a cache: float32 [tokens, vocabulary]."""
-    device = next(loaded.model.parameters()).device
-    row = torch.tensor([tokens], device=device)
-    positions = torch.arange(len(tokens), device=device).unsqueeze(0)
-    out = loaded.model(row, positions, None)
-    return out[0, :, : loaded.vocabulary].float()

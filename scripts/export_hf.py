@@ -34,15 +34,30 @@ def main() -> int:
     )
     parser.add_argument("--output-dir", required=True, help="folder of the run")
     parser.add_argument("--to", help="HuggingFace folder to write (default: OUTPUT_DIR/hf)")
-    parser.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
+    # What --save-hf gives: the run need not be asked which checkpoint it meant.
+    which.add_argument("--checkpoint", help=argparse.SUPPRESS)
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
     options = parser.parse_args()
     hush()
     try:
         with quiet_libraries():
-            loaded = load_model(output_dir=options.output_dir, iteration=options.iteration)
-        target = options.to or os.path.join(options.output_dir, "hf")
-        difference = export_hf(loaded, target, max_shard_size=options.max_shard_size)
+            loaded = load_model(
+                output_dir=options.output_dir,
+                iteration=options.iteration,
+                checkpoint_path=options.checkpoint,
+            )
+        args, target = loaded.args, options.to or os.path.join(options.output_dir, "hf")
+        chunks, loaded.model = [loaded.model], None
+        difference = export_hf(
+            chunks,
+            args.hf_config,
+            loaded.tokenizer,
+            target,
+            hf_model=args.hf_model,
+            max_shard_size=options.max_shard_size,
+        )
     except (SetupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
