@@ -116,6 +116,26 @@ def test_warm_up_begins_at_zero(words, hf_model, tmp_path):
     assert [step["lr"] for step in begun.steps] == [1e-4]
 
 
+@pytest.mark.slow
+def test_save_hf_exports_the_checkpoint_of_the_last_step(words, tmp_path):
+    """Not the newest one in the run's folder, where another run has saved."""
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    finetune(out, *words, "--exit-interval", "1").ok()
+    assert (out / "checkpoints" / "iter_0000001").is_dir()
+    run = finetune(
+        out,
+        *words,
+        "--train-iters",
+        "2",
+        "--lr-decay-iters",
+        "2",
+        "--save",
+        str(elsewhere),
+        "--save-hf",
+    ).ok()
+    assert f"{elsewhere}/iter_0000002 -> {out}/hf: reloaded" in run.console
+
+
 # --- resuming ------------------------------------------------------------------------------------
 
 
