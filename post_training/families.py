@@ -95,6 +95,9 @@ def _without_rope(config: PretrainedConfig) -> dict[str, Any]:
 
 
 FAMILIES: Mapping[str, Family] = {
+    "Ernie4_5ForCausalLM": Family(
+        options={"use_bias": (False,)}, flags=lambda config: {"rotary_interleaved": True}
+    ),
     "LlamaForCausalLM": Family(),
     "MistralForCausalLM": Family(),
     "MixtralForCausalLM": Family(

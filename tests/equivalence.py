@@ -152,6 +152,8 @@ CASES = (
     Case("cp2", CP2, 2, family="qwen2"),
     Case("pp2-dp2", PP2, 4, family="qwen2"),
     Case("tp2-pp2-mbs4", TP2 + PP2 + MBS4, 4, family="llama"),
+    Case("one", family="ernie4_5"),
+    Case("tp2-sp", TP2 + SP, 2, family="ernie4_5", tied=True),
     Case("one", family="seed_oss"),
     Case("tp2-sp", TP2 + SP, 2, family="seed_oss"),
     Case("one", family="smollm3"),

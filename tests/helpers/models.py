@@ -12,6 +12,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
+    Ernie4_5Config,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -71,6 +72,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 FAMILIES: dict[str, Family] = {
+    "ernie4_5": Family(Ernie4_5Config, {"head_dim": 16}),
     "llama": Family(LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
     "mistral": Family(MistralConfig, {"head_dim": 24, "sliding_window": None}),
     "mixtral": Family(MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
