@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 # Ctrl-C during the imports ends the process by the signal, without a traceback; `main` answers it then.
@@ -47,7 +48,6 @@ from post_training.datasets import (
     prepare_data,
 )
 from post_training.errors import RunStopped, SetupError, tell
-from post_training.export_process import export_in_new_process
 from post_training.finish import ending_together, report_end
 from post_training.full_disk import no_room, tell_no_room
 from post_training.layer_spec import uses_packed_attention
@@ -61,6 +61,9 @@ from post_training.signals import GracefulExit
 from post_training.speculative import report_acceptance
 from post_training.start_up import start_up
 from post_training.watchdog import tell_failure, watchdog
+
+# Exports a run to HuggingFace, as a command.
+EXPORTER = Path(__file__).resolve().parent / "scripts" / "export_hf.py"
 
 
 def train_valid_test_sft_datasets_provider(
@@ -188,7 +191,7 @@ def finetune(
             ),
         )
     watchdog.clean()
-    report_end(args, console, graceful, run_log.last_iteration, export_in_new_process)
+    report_end(args, console, graceful, run_log.last_iteration, EXPORTER)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,17 +1,21 @@
-"""How a run ends, and what is said."""
+"""How a run ends: what is said, and the export to HuggingFace."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
 import signal
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TextIO
 
 import torch
 
-from post_training.errors import RunStopped
+from post_training.errors import RunStopped, SetupError
 from post_training.run_log import RunLog
 from post_training.signals import GracefulExit
 from post_training.watchdog import watchdog
@@ -58,9 +62,17 @@ def report_end(
     console: TextIO,
     graceful: GracefulExit,
     iteration: int,
-    export: Callable[[argparse.Namespace, int, TextIO], None],
+    exporter: Path,
 ) -> None:
-    """Say on rank 0 where everything lies, how to continue, and `export` if that is asked for."""
+    """Say on rank 0 where everything lies, how to continue, and export if that is asked for.
+
+    Args:
+        args: validated arguments.
+        console: where it is said.
+        graceful: knows the signal that stopped the run.
+        iteration: the last step.
+        exporter: the script that exports the run in `--output-dir`; its folder lies in the project's.
+    """
     if args.rank != 0 or args.eval_only:
         return
     folder = args.output_dir
@@ -76,10 +88,41 @@ def report_end(
         if args.save_hf:
             print(
                 f"--save-hf exports at the end of training; to export this checkpoint now:\n"
-                f"python scripts/export_hf.py --output-dir {shlex.quote(folder)}",
+                f"python {'/'.join(exporter.parts[-2:])} --output-dir {shlex.quote(folder)}",
                 file=console,
             )
         return
     print(f"done: {iteration} steps; metrics, loss.png and checkpoints in {folder}", file=console)
     if args.save_hf:
-        export(args, iteration, console)
+        _export_in_new_process(exporter, args, iteration, console)
+
+
+def _export_in_new_process(
+    exporter: Path, args: argparse.Namespace, iteration: int, console: TextIO
+) -> None:
+    """Export the run: a whole model in a process without this one's groups.
+
+    Raises:
+        SetupError: the export failed; its own message has been shown.
+    """
+    # Without the launcher's variables: the new process is on its own.
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(exporter.parent.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    )
+    result = subprocess.run(
+        [
+            *(sys.executable, str(exporter), "--output-dir", args.output_dir),
+            *("--checkpoints", args.save, "--iteration", str(iteration)),
+            *("--to", os.path.join(args.output_dir, "hf")),
+        ],
+        env=environment,
+        stdout=console,
+        stderr=console,
+        check=False,
+    )
+    if result.returncode:
+        raise SetupError(
+            "--save-hf: the export failed; the checkpoint is complete, export it again"
+        )

@@ -46,7 +46,7 @@ def load_model(
     output_dir: str | None = None,
     hf_model: str | None = None,
     iteration: int | None = None,
-    checkpoint_path: str | None = None,
+    checkpoints: str | None = None,
 ) -> LoadedModel:
     """Build the model in this process and load its weights.
 
@@ -55,7 +55,7 @@ def load_model(
             wrote it.
         hf_model: a HuggingFace folder or hub name instead.
         iteration: another checkpoint of the run than the newest.
-        checkpoint_path: the checkpoint itself, complete, wherever the run saved it.
+        checkpoints: the folder that the run saved in, where it is another than one would look in.
 
     Raises:
         SetupError: neither or both are given, or there is no checkpoint.
@@ -66,14 +66,14 @@ def load_model(
         args, source = arguments_of_hf_model(hf_model), hf_model
     else:
         assert output_dir is not None
-        args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration, checkpoint_path)
+        args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration, checkpoints)
         source = str(checkpoint)
     model = _build(args)
     return LoadedModel(model, load_tokenizer(args), args, source)
 
 
 def _checkpoint_of_run(
-    folder: Path, iteration: int | None, path: str | None
+    folder: Path, iteration: int | None, checkpoints: str | None
 ) -> tuple[argparse.Namespace, Path]:
     """Arguments that load one checkpoint of a run, and its folder.
 
@@ -84,14 +84,11 @@ def _checkpoint_of_run(
     if not config_file.is_file():
         raise SetupError(f"--output-dir {folder}: holds no run (no config.yaml)")
     config = read_config_file(config_file)
-    checkpoint: Path | None
-    if path is not None:
-        checkpoint, complaint, where = Path(path), None, str(Path(path).parent)
-    else:
-        own = folder / "checkpoints"
-        # Its own checkpoints first: it may be a copy of the folder that config.yaml was written in.
-        where = str(own if latest_checkpoint(own) is not None else config.get("save") or own)
-        checkpoint, complaint = chosen_checkpoint(where, iteration)
+    own = folder / "checkpoints"
+    # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
+    usual = own if latest_checkpoint(own) is not None else config.get("save") or own
+    where = str(checkpoints or usual)
+    checkpoint, complaint = chosen_checkpoint(where, iteration)
     if checkpoint is None:
         raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
     if complaint is not None:

@@ -34,10 +34,11 @@ def main() -> int:
     )
     parser.add_argument("--output-dir", required=True, help="folder of the run")
     parser.add_argument("--to", help="HuggingFace folder to write (default: OUTPUT_DIR/hf)")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
-    # What --save-hf gives: the run need not be asked which checkpoint it meant.
-    which.add_argument("--checkpoint", help=argparse.SUPPRESS)
+    parser.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
+    parser.add_argument(
+        "--checkpoints",
+        help="folder it lies in (default: OUTPUT_DIR/checkpoints, else what --save was)",
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
     options = parser.parse_args()
     hush()
@@ -46,7 +47,7 @@ def main() -> int:
             loaded = load_model(
                 output_dir=options.output_dir,
                 iteration=options.iteration,
-                checkpoint_path=options.checkpoint,
+                checkpoints=options.checkpoints,
             )
         args, target = loaded.args, options.to or os.path.join(options.output_dir, "hf")
         chunks, loaded.model = [loaded.model], None

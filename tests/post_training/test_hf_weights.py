@@ -143,7 +143,8 @@ def joined(weight, shards):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_ranks_read_is_split_into_the_same_again(hf_model, family, size):
     folder = hf_model(family)
-    tensors, found = load_file(folder / "model.safetensors"), {}
+    tensors = load_file(folder / "model.safetensors")
+    found: dict[str, torch.Tensor] = {}
     padded = torch.Size([512 // size, 64])
     with HFCheckpoint(folder) as checkpoint:
         for weight in model_weights(load_hf_config(str(folder))).values():
