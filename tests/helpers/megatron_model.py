@@ -28,12 +28,12 @@ def set_up(argv: Sequence[str]) -> tuple[Any, Any]:
     from post_training.platform import checkpoint_queue
 
     args = parse_arguments(list(argv))
-    resume.choose_checkpoint(args)
+    checkpoint = resume.choose_checkpoint(args)
     validate(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
     checkpoint_queue.apply(args)
-    container = pretrain_cfg_container_from_args(args, model_config(args))
+    container = pretrain_cfg_container_from_args(args, model_config(args, checkpoint))
     built = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},

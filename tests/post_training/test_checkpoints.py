@@ -32,7 +32,6 @@ def tracked(folder):
 
 
 def test_nothing_there(tmp_path):
-    assert checkpoints.latest_checkpoint(None) is None
     assert checkpoints.latest_checkpoint(tmp_path) is None
     assert checkpoints.latest_checkpoint(tmp_path / "nowhere") is None
 
