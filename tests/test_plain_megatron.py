@@ -31,7 +31,9 @@ def test_its_weights_are_taken_with_finetune(hf_model, chat_data, tmp_path, opti
     weights = [name for name in before if name.startswith(("decoder.", "embedding."))]
     assert len(weights) == 10 and all(before[n].equal(after[n]) for n in weights)
     moments = [name for name in after if "exp_avg" in name]
-    assert moments and not any(name in before and before[name].equal(after[name]) for name in moments)
+    assert moments and not any(
+        name in before and before[name].equal(after[name]) for name in moments
+    )
     assert len({torch.linalg.vector_norm(before[n]).item() for n in weights}) > 8, "it was trained"
 
     # The same command again continues, and says which flag that leaves out.

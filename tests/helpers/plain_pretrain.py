@@ -1,4 +1,4 @@
-"""Megatron's plain `pretrain()` on mock data, on a CPU: writes a checkpoint that no part of this project names.
+"""Megatron's plain `pretrain()` on mock data, on a CPU: writes a checkpoint without a manifest.
 
 Run as a script: HF_MODEL FOLDER, and further flags of Megatron. Only the platform layer is this project's.
 """
@@ -58,8 +58,8 @@ def main() -> None:
     sys.argv = [
         *(sys.argv[0], "--mock-data", "--tokenizer-type", "NullTokenizer", "--vocab-size", "391"),
         *("--train-iters", "2", "--micro-batch-size", "2", "--global-batch-size", "4"),
-        *("--seq-length", "32", "--max-position-embeddings", "64", "--lr", "1e-3", "--eval-iters", "0"),
-        *("--eval-interval", "2"),
+        *("--seq-length", "32", "--max-position-embeddings", "64", "--lr", "1e-3"),
+        *("--eval-interval", "2", "--eval-iters", "0"),
         *("--num-layers", "2", "--hidden-size", "64", "--num-attention-heads", "4"),
         *("--save", folder, "--save-interval", "2", "--transformer-impl", "local"),
         *("--distributed-backend", "gloo", "--no-gradient-accumulation-fusion", *flags),

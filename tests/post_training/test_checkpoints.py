@@ -80,7 +80,7 @@ def test_a_save_that_did_not_finish_never_counts(tmp_path):
     assert newest(tmp_path) == old
     (tmp_path / checkpoints.TRACKER).write_text("5")  # not even if somebody says so
     found, complaint = checkpoints.find_checkpoint(tmp_path)
-    assert found.path == old and complaint is not None
+    assert found is not None and found.path == old and complaint is not None
     assert "iter_0000005: its save did not finish" in complaint
 
 
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
     before = save(tmp_path, 5)
     reason = spoil(save(tmp_path, 10), how)
     found, complaint = checkpoints.find_checkpoint(tmp_path)
-    assert found.path == before and complaint is not None
+    assert found is not None and found.path == before and complaint is not None
     assert complaint.endswith(f"iter_0000010: {reason}")
     spoil(before, "missing")
     with pytest.raises(SetupError, match=r"(?s)iter_0000010: .*no older complete checkpoint"):
@@ -234,7 +234,7 @@ def test_killed_after_any_step_of_a_save(tmp_path, monkeypatch, last):
     expected = "iter_0000010" if complete else "iter_0000005"
     for again in (False, True):
         found, complaint = checkpoints.find_checkpoint(tmp_path)
-        assert found.path == tmp_path / expected and complaint is None
+        assert found is not None and found.path == tmp_path / expected and complaint is None
         removed = checkpoints.clean_up(tmp_path)
         assert removed == ([] if complete or again else [10])
         checkpoints.point_at(tmp_path, 10 if complete else 5)
