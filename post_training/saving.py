@@ -31,10 +31,12 @@ def complete_save_flags(args: argparse.Namespace) -> None:
             "--non-persistent-save-interval: such checkpoints are not resumed from; use --save-interval "
             "with --keep-checkpoints"
         )
+    for name in ("async_save", "verify_integrity") if args.use_torch_fsdp2 else ():
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise SetupError(f"{flag}: not with --use-torch-fsdp2; leave one of them out")
     if not args.async_save:
         return
-    if args.use_torch_fsdp2:
-        raise SetupError("--async-save: not with --use-torch-fsdp2; leave one of them out")
     if device_type() == "cpu" and args.use_persistent_ckpt_worker:
         raise SetupError(
             "--use-persistent-ckpt-worker: on a CPU such a worker would write tensors that training goes "

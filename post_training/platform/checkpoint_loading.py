@@ -62,14 +62,14 @@ def agreed(read: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(read)
     def read_and_tell(*args: Any, **kwargs: Any) -> Any:
-        problem, result = None, None
+        problem, result, failed = None, None, None
         try:
             result = read(*args, **kwargs)
         except (Exception, CheckpointException) as error:
             cause = _cause(error)
             if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
                 raise cause from error
-            traceback.print_exc()  # into the log; the message has one line of it
+            failed = error
             lines = [line.strip() for line in str(cause).splitlines()]
             problem = f"{type(cause).__name__}: {' '.join(lines)[:300]}"
         told: list[str | None] = [problem]
@@ -78,7 +78,7 @@ def agreed(read: Callable[..., Any]) -> Callable[..., Any]:
             torch.distributed.all_gather_object(told, problem)
         for rank, each in enumerate(told):
             if each is not None:
-                raise CheckpointUnreadable(f"rank {rank} cannot read it ({each})")
+                raise CheckpointUnreadable(f"rank {rank} cannot read it ({each})") from failed
         return result
 
     return read_and_tell
@@ -170,6 +170,7 @@ def apply() -> None:
             except CheckpointUnreadable as error:
                 if load_hooks.fall_back is None:
                     raise
+                traceback.print_exc()  # into the log; the message has one line of it
                 load_hooks.fall_back(str(error))
 
     @functools.wraps(load)
