@@ -70,8 +70,9 @@ def agreed(read: Callable[..., Any]) -> Callable[..., Any]:
             if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
                 raise cause from error
             failed = error
-            lines = [line.strip() for line in str(cause).splitlines()]
-            problem = f"{type(cause).__name__}: {' '.join(lines)[:300]}"
+            # One sentence on one line; torch's go on with advice about pickles.
+            said = " ".join(str(cause).split()).partition(". ")[0]
+            problem = f"{type(cause).__name__}: {said[:300]}"
         told: list[str | None] = [problem]
         if torch.distributed.is_initialized():
             told = [None] * torch.distributed.get_world_size()

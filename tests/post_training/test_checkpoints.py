@@ -162,6 +162,8 @@ def test_of_plain_megatron_its_own_table_of_contents_is_compared(tmp_path):
     (path / ".metadata").write_bytes(b"nonsense")
     assert ".metadata cannot be read (" in (checkpoints.defect(path) or "")
     assert newest(tmp_path) is None
+    (path / checkpoints.MANIFEST).write_text(json.dumps({"iteration": 7, "files": {}}))
+    assert ".metadata cannot be read (" in (checkpoints.defect(path) or "")
 
 
 @pytest.mark.parametrize("tracker", ["", "garbled", None])
