@@ -38,6 +38,7 @@ from model_provider import check_weights, model_config
 from post_training import output, resume, run_lock
 from post_training.arguments import parse_arguments, validate
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
+from post_training.checkpoints import Checkpoint
 from post_training.data_iterators import MicroBatchIterator, split_iterators
 from post_training.datasets import (
     SplitDocuments,
@@ -151,6 +152,7 @@ def finetune(
     console: TextIO,
     tokenizer: Any,
     documents: dict[str, SplitDocuments],
+    checkpoint: Checkpoint | None,
     position: resume.DataPosition | None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
@@ -158,6 +160,7 @@ def finetune(
     checkpoint_queue.apply(args)
     watchdog.start(args, console)
     run_log = RunLog(args, console, documents)
+    resume.Fallback(args, checkpoint, position, console)
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, tokenizer, documents, run_log)
@@ -182,7 +185,7 @@ def finetune(
     provider.is_distributed = True  # type: ignore[attr-defined]
     with ending_together(run_log):
         pretrain(
-            pretrain_cfg_container_from_args(args, model_config(args)),
+            pretrain_cfg_container_from_args(args, model_config(args, checkpoint)),
             provider,
             ModelType.encoder_or_decoder,
             forward_step,
@@ -205,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_arguments(argv)
         run_lock.hold(args)
         checkpoint = resume.choose_checkpoint(args)
-        check_weights(args)
+        check_weights(args, checkpoint)
         output.prepare_output(args)
         start_up.mark("arguments")
         tokenizer, documents = prepare_data(args)
@@ -220,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         validate(args)
         start_up.mark("output folder")
         started = True
-        finetune(args, console, tokenizer, documents, position)
+        finetune(args, console, tokenizer, documents, checkpoint, position)
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)

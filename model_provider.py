@@ -9,26 +9,23 @@ from typing import Any
 import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
-from post_training.checkpoints import latest_checkpoint
+from post_training.checkpoints import Checkpoint
 from post_training.errors import SetupError
 from post_training.hf_check import check_hf_weights
 from post_training.hf_config import inverse_frequencies, local_model_folder
 from post_training.hf_weights import load_hf_weights
 from post_training.layer_spec import decoder_block_spec
-from post_training.modelopt_state import (
-    has_modelopt_state,
-    restore_modelopt_state,
-)
 from post_training.platform import device_type
 from post_training.rotary import PackedRotaryEmbedding
 from post_training.router import follow_documents
 
 
-def model_config(args: argparse.Namespace) -> Any:
+def model_config(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
     """Megatron's `GPTModelConfig` of this run; `pretrain()` builds the model from it.
 
     Args:
         args: validated arguments.
+        checkpoint: what will be loaded, if anything.
 
     Returns:
         The configuration. Its hooks put in rotary embeddings for packed documents and, unless a
@@ -43,16 +40,15 @@ def model_config(args: argparse.Namespace) -> Any:
     transformer.deallocate_pipeline_outputs = sizes == {1}
     if args.fsdp_compute_dtype is not None:
         transformer.autocast_dtype = args.fsdp_compute_dtype
-    resumes = latest_checkpoint(args.load) is not None
-    from_hf = takes_hf_weights(args)
-    if from_hf or (resumes and not has_modelopt_state(args.load)):
+    from_hf = takes_hf_weights(args, checkpoint)
+    if from_hf or (checkpoint is not None and not checkpoint.has_modelopt):
         # Every parameter is overwritten. (ModelOpt looks at the weights while it converts.)
         transformer.perform_initialization = False
     hooks = [functools.partial(_install_rotary, hf_config=args.hf_config)]
     if args.num_experts:
         hooks.append(functools.partial(follow_documents))
-    if resumes:
-        hooks.append(functools.partial(_convert_by_modelopt, folder=args.load))
+    if checkpoint is not None and checkpoint.has_modelopt:
+        hooks.append(functools.partial(_convert_by_modelopt, folder=str(checkpoint.path)))
     if from_hf:
         hooks.append(
             functools.partial(_fill_weights, folder=args.hf_model, hf_config=args.hf_config)
@@ -63,26 +59,25 @@ def model_config(args: argparse.Namespace) -> Any:
     return config
 
 
-def takes_hf_weights(args: argparse.Namespace) -> bool:
+def takes_hf_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> bool:
     """Whether the run starts from the weights of `--hf-model`."""
-    resumes = latest_checkpoint(args.load) is not None
-    return args.hf_config is not None and not args.random_weights and not resumes
+    return args.hf_config is not None and not args.random_weights and checkpoint is None
 
 
-def check_weights(args: argparse.Namespace) -> None:
+def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
     """Look at the weight files before any process group starts.
 
     Raises:
         SetupError: files are missing, or hold another model than config.json describes; or context
             parallelism is asked of a model that ModelOpt converted.
     """
-    if args.context_parallel_size > 1 and has_modelopt_state(args.load):
+    if args.context_parallel_size > 1 and checkpoint is not None and checkpoint.has_modelopt:
         raise SetupError(
-            f"--context-parallel-size {args.context_parallel_size}: {args.load} holds a model converted "
+            f"--context-parallel-size {args.context_parallel_size}: {checkpoint.path} is a model converted "
             f"by ModelOpt, whose draft heads need whole documents on every rank; use tensor or pipeline "
             f"parallelism"
         )
-    if takes_hf_weights(args):
+    if takes_hf_weights(args, checkpoint):
         check_hf_weights(local_model_folder(args.hf_model), args.hf_config)
 
 
@@ -105,7 +100,10 @@ def _move_to_gpu(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
 
 
 def _convert_by_modelopt(chunks: list[torch.nn.Module], folder: str) -> list[torch.nn.Module]:
-    restore_modelopt_state(chunks, folder)
+    """Make of the fresh model what its checkpoint is of; the weights follow later."""
+    from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
+
+    restore_sharded_modelopt_state(chunks, folder)
     return chunks
 
 

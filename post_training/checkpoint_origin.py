@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from post_training.checkpoints import read_manifest
+from post_training.checkpoints import Checkpoint
 from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import check_format
 from post_training.hf_config import rope_parameters, sliding_window
@@ -52,25 +51,25 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
     return plain
 
 
-def _origin_of(checkpoint: Path) -> dict[str, Any]:
+def _origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """What is known of who wrote a checkpoint: from its manifest, or `config.yaml` two folders up."""
-    manifest = read_manifest(checkpoint) or {}
+    manifest = checkpoint.manifest or {}
     if "origin" in manifest:
         written: dict[str, Any] = manifest["origin"]
         return written
-    config_file = checkpoint.parent.parent / "config.yaml"
+    config_file = checkpoint.path.parent.parent / "config.yaml"
     if not config_file.is_file():
         return {}
     config: dict[str, Any] = yaml.safe_load(config_file.read_text()) or {}
     return config | {"architecture": {k: config[k] for k in ARCHITECTURE if k in config}}
 
 
-def check_origin(args: argparse.Namespace, checkpoint: Path) -> None:
+def check_origin(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Refuse a checkpoint that this run cannot go on with.
 
     Args:
         args: resolved arguments.
-        checkpoint: the folder to be loaded.
+        checkpoint: what is to be loaded.
 
     Raises:
         SetupError: it is another model's, of another format, or holds no state of this run's optimizer.
@@ -81,19 +80,19 @@ def check_origin(args: argparse.Namespace, checkpoint: Path) -> None:
     for key, before in written.get("architecture", {}).items():
         if key in here["architecture"] and before != here["architecture"][key]:
             raise SetupError(
-                f"{checkpoint} is another model's checkpoint: its {key} is {before}, this run's "
+                f"{checkpoint.path} is another model's checkpoint: its {key} is {before}, this run's "
                 f"is {here['architecture'][key]}; choose another --output-dir or --load"
             )
     if args.no_load_optim or args.finetune or args.skip_train:
         return
     if written.get("no_save_optim"):
         raise SetupError(
-            f"{checkpoint} holds no optimizer state (it was saved with --no-save-optim): add "
+            f"{checkpoint.path} holds no optimizer state (it was saved with --no-save-optim): add "
             f"--no-load-optim to go on with a new optimizer, or choose another --output-dir"
         )
     before = written.get("optimizer", args.optimizer)
     if before != args.optimizer:
         raise SetupError(
-            f"{checkpoint} holds the state of --optimizer {before}, this run's is {args.optimizer}: give "
-            f"the same, or --no-load-optim to go on with a new optimizer"
+            f"{checkpoint.path} holds the state of --optimizer {before}, this run's is {args.optimizer}: "
+            f"give the same, or --no-load-optim to go on with a new optimizer"
         )

@@ -6,10 +6,13 @@
     iter_0000015/                       a save that has not finished,
     iter_0000015.saving                 as this mark beside it says
 
-A checkpoint with a manifest is complete when every file that the manifest names has the size it names.
-Looking at sizes costs one `stat` a file and finds what is cut off or missing; it does not find a flipped
-bit (Megatron's `--verify-integrity` reads everything again and does). A checkpoint without a manifest, as
-plain Megatron writes it, is taken for complete when the tracker file names it.
+A checkpoint with a manifest is complete when every file that the manifest names has the size and the
+check sum that it names. The sum is of the whole of small files and of `.metadata`, and of both ends of the
+others, which costs two short reads a file: it finds what is cut off, missing, zeroed or of another save. A
+flipped bit amid a tensor it does not find (Megatron's `--verify-integrity` reads everything and does).
+
+A folder in which no checkpoint has a manifest is plain Megatron's: what its tracker file names counts,
+when its files are those of its own table of contents.
 """
 
 from __future__ import annotations
@@ -17,16 +20,40 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from post_training.errors import SetupError
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
 TRACKER = "latest_checkpointed_iteration.txt"
 UNFINISHED = ".saving"
 REMOVED = ".removed"
+_EDGE = 65536  # bytes at each end of a file that its check sum is of
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint, as it was found when it was chosen."""
+
+    path: Path
+    """Megatron's folder, `iter_NNNNNNN` or `release`."""
+    iteration: int | None
+    """None for `release`."""
+    manifest: Mapping[str, Any] | None
+    """What was written down when it was complete; None for one of plain Megatron."""
+    has_modelopt: bool
+    """Whether it was made from a model that ModelOpt converted."""
+
+    @classmethod
+    def at(cls, path: Path) -> Checkpoint:
+        """The checkpoint in `path`; whether it is whole, `defect` says."""
+        modelopt = (path / "modelopt_state").is_dir()
+        return cls(path, iteration_of(path), read_manifest(path), modelopt)
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -54,10 +81,50 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) and "files" in manifest else None
 
 
-def _files(checkpoint: Path) -> Iterator[tuple[str, int]]:
+def _files(checkpoint: Path) -> Iterator[str]:
     for path in sorted(checkpoint.rglob("*")):
         if path.is_file() and path.name != MANIFEST:
-            yield path.relative_to(checkpoint).as_posix(), path.stat().st_size
+            yield path.relative_to(checkpoint).as_posix()
+
+
+def _check_sum(path: Path) -> int:
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size <= 2 * _EDGE or path.name == METADATA:
+            return zlib.crc32(file.read())
+        first = zlib.crc32(file.read(_EDGE))
+        file.seek(size - _EDGE)
+        return zlib.crc32(file.read(_EDGE), first)
+
+
+def contents_defect(checkpoint: Path) -> str | None:
+    """Compare the files of a `torch_dist` or `torch_dcp` checkpoint with its own table of contents.
+
+    Returns:
+        What is unreadable, cut off or missing, or None.
+    """
+    if not (checkpoint / METADATA).is_file():
+        return None if any(checkpoint.iterdir()) else "it is empty"
+    from torch.distributed.checkpoint import FileSystemReader
+
+    name = METADATA
+    try:
+        contents = FileSystemReader(checkpoint).read_metadata().storage_data
+        name = "metadata.json"  # in `torch_dist` only
+        if (checkpoint / name).exists():
+            json.loads((checkpoint / name).read_bytes())
+    except Exception as error:  # noqa: BLE001 - whatever unpickling garbage meets
+        return f"{name} cannot be read ({type(error).__name__})"
+    ends: dict[str, int] = {}
+    for info in contents.values():
+        end = info.offset + info.length
+        ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
+    for name, end in ends.items():
+        path = checkpoint / name
+        found = path.stat().st_size if path.is_file() else 0
+        if found < end:
+            return f"{name} has {found} of {end} bytes"
+    return None
 
 
 def defect(checkpoint: Path) -> str | None:
@@ -70,15 +137,20 @@ def defect(checkpoint: Path) -> str | None:
             return f"its {MANIFEST} cannot be read"
         if mark_of(checkpoint).exists():
             return "its save did not finish"
-        return None if any(checkpoint.iterdir()) else "it is empty"
+        if _with_manifest(checkpoint.parent):
+            return f"it has no {MANIFEST}"
+        return contents_defect(checkpoint)
+    sums = manifest.get("crc32")  # older versions wrote none
     for name, size in manifest["files"].items():
         try:
             found = (checkpoint / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} of {size} bytes"
+            if sums is not None and _check_sum(checkpoint / name) != sums[name]:
+                return f"{name} does not hold what was saved"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if found != size:
-            return f"{name} has {found} of {size} bytes"
-    return None
+    return contents_defect(checkpoint) if sums is None else None
 
 
 def tracked_iteration(folder: str | Path) -> int | str | None:
@@ -99,7 +171,17 @@ def _with_manifest(folder: Path) -> list[Path]:
     return [path for _, path in reversed(known) if (path / MANIFEST).exists()]
 
 
-def find_checkpoint(folder: str | Path) -> tuple[Path | None, str | None]:
+def newest_before(folder: str | Path, iteration: int | None) -> Checkpoint | None:
+    """The newest complete checkpoint of this project before `iteration` (None: of all)."""
+    for path in _with_manifest(Path(folder)):
+        number = iteration_of(path)
+        assert number is not None
+        if (iteration is None or number < iteration) and defect(path) is None:
+            return Checkpoint.at(path)
+    return None
+
+
+def find_checkpoint(folder: str | Path) -> tuple[Checkpoint | None, str | None]:
     """The newest complete checkpoint of a folder, and what is wrong with the one the tracker names.
 
     The tracker decides: whoever writes an older iteration into it goes back to that. Only when it is
@@ -110,33 +192,26 @@ def find_checkpoint(folder: str | Path) -> tuple[Path | None, str | None]:
     """
     folder = Path(folder)
     tracked = tracked_iteration(folder)
-    if tracked == "release":
-        return folder / "release", None
-    complaint = None
-    known = _with_manifest(folder)
-    for path in known:
-        number = iteration_of(path)
-        assert number is not None
-        if isinstance(tracked, int) and number > tracked and mark_of(path).exists():
-            if defect(path) is None:
-                return path, None  # killed when only the tracker file was still to be written
     if isinstance(tracked, int):
-        meant = checkpoint_path(folder, tracked)
-        wrong = defect(meant)
-        if wrong is None:
-            return meant, None
-        complaint = f"{meant}: {wrong}"
-    for path in known:
-        number = iteration_of(path)
-        assert number is not None
-        if (not isinstance(tracked, int) or number < tracked) and defect(path) is None:
-            return path, complaint
-    return None, complaint
+        for path in _with_manifest(folder):
+            number = iteration_of(path)
+            assert number is not None
+            if number > tracked and mark_of(path).exists() and defect(path) is None:
+                return Checkpoint.at(path), None  # killed when only the tracker was to be written
+        meant, before = checkpoint_path(folder, tracked), tracked
+    elif tracked is None:
+        return newest_before(folder, None), None
+    else:
+        meant, before = folder / tracked, 0
+    wrong = defect(meant)
+    if wrong is None:
+        return Checkpoint.at(meant), None
+    return newest_before(folder, before), f"{meant}: {wrong}"
 
 
-def latest_checkpoint(folder: str | Path | None) -> Path | None:
-    """The folder of the newest complete checkpoint in `folder`, or None when there is none."""
-    return None if folder is None else find_checkpoint(folder)[0]
+def latest_checkpoint(folder: str | Path) -> Checkpoint | None:
+    """The newest complete checkpoint in `folder`, or None when there is none."""
+    return find_checkpoint(folder)[0]
 
 
 def _replace(path: Path, text: str) -> None:
@@ -179,13 +254,19 @@ def finish_save(folder: str | Path, iteration: int, facts: Mapping[str, Any]) ->
     Args:
         folder: where the checkpoints are.
         iteration: of the checkpoint whose files are all written.
-        facts: what the manifest holds beside `files`.
+        facts: what the manifest holds beside `files` and `crc32`.
 
     Raises:
         OSError: something could not be written; the tracker names the checkpoint before.
     """
     checkpoint = checkpoint_path(folder, iteration)
-    manifest = {"iteration": iteration, **facts, "files": dict(_files(checkpoint))}
+    names = list(_files(checkpoint))
+    manifest = {
+        "iteration": iteration,
+        **facts,
+        "files": {name: (checkpoint / name).stat().st_size for name in names},
+        "crc32": {name: _check_sum(checkpoint / name) for name in names},
+    }
     _replace(checkpoint / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     point_at(folder, iteration)
     mark_of(checkpoint).unlink(missing_ok=True)
@@ -261,7 +342,9 @@ def _remove_folder(checkpoint: Path) -> None:
         shutil.rmtree(removed)
 
 
-def chosen_checkpoint(folder: str | Path, iteration: int | None) -> tuple[Path | None, str | None]:
+def chosen_checkpoint(
+    folder: str | Path, iteration: int | None
+) -> tuple[Checkpoint | None, str | None]:
     """The checkpoint of `iteration` (`--ckpt-step`), or the newest complete one where that is None.
 
     Returns:
@@ -271,18 +354,23 @@ def chosen_checkpoint(folder: str | Path, iteration: int | None) -> tuple[Path |
         SetupError: the iteration's checkpoint is not complete, or the folder's only one is damaged.
     """
     if iteration is not None:
-        checkpoint = checkpoint_path(folder, iteration)
-        wrong = defect(checkpoint)
+        path = checkpoint_path(folder, iteration)
+        wrong = defect(path)
         if wrong is not None:
             raise SetupError(
                 f"{folder}: holds no complete checkpoint of iteration {iteration}: {wrong}; leave "
                 f"the iteration out to take the newest one"
             )
-        return checkpoint, None
-    checkpoint_or_none, complaint = find_checkpoint(folder)
-    if checkpoint_or_none is None and complaint is not None:
-        raise SetupError(
-            f"{complaint}; there is no older complete checkpoint in {folder}: restore it from a copy, "
-            f"or delete {Path(folder) / TRACKER} to start from the beginning"
-        )
-    return checkpoint_or_none, complaint
+        return Checkpoint.at(path), None
+    checkpoint, complaint = find_checkpoint(folder)
+    if checkpoint is None and complaint is not None:
+        raise SetupError(f"{complaint}; {no_older(folder)}")
+    return checkpoint, complaint
+
+
+def no_older(folder: str | Path) -> str:
+    """What to do where the only checkpoint of `folder` is damaged."""
+    return (
+        f"there is no older complete checkpoint in {folder}: restore it from a copy, or delete "
+        f"{Path(folder) / TRACKER} to start from the beginning"
+    )

@@ -20,7 +20,7 @@ DERIVED = "derived_flags"
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
 _NOT_WRITTEN = frozenset(
     {
-        *("config", "derived", "in_output_dir", "hf_config", "data_begins_at"),
+        *("config", "derived", "in_output_dir", "hf_config", "data_begins_at", "modelopt_enabled"),
         *("rank", "world_size", "local_rank"),
     }
 )

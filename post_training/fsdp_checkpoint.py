@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,31 +10,33 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as read
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from post_training.checkpoints import read_manifest
+from post_training.checkpoints import METADATA, Checkpoint
 from post_training.errors import SetupError
 from post_training.hf_weights import whole_name
+from post_training.platform.checkpoint_loading import agreed
 
 MODEL_PREFIX = "model."
 
 
-def checkpoint_format(checkpoint: Path) -> str:
+def checkpoint_format(checkpoint: Checkpoint) -> str:
     """`torch_dcp` for the checkpoint of an FSDP2 run, `torch_dist` for one of any other layout.
 
     Its manifest says so; of one without, or of an older version, the files tell.
     """
-    origin = (read_manifest(checkpoint) or {}).get("origin", {})
+    origin = (checkpoint.manifest or {}).get("origin", {})
     if "ckpt_format" in origin:
         return str(origin["ckpt_format"])
-    is_dcp = (checkpoint / ".metadata").is_file() and not (checkpoint / "metadata.json").is_file()
+    path = checkpoint.path
+    is_dcp = (path / METADATA).is_file() and not (path / "metadata.json").is_file()
     return "torch_dcp" if is_dcp else "torch_dist"
 
 
-def check_format(args: argparse.Namespace, checkpoint: Path, written: dict[str, Any]) -> None:
+def check_format(args: argparse.Namespace, checkpoint: Checkpoint, written: dict[str, Any]) -> None:
     """Refuse a checkpoint whose format this layout cannot read.
 
     Args:
         args: arguments of this run.
-        checkpoint: the folder to be loaded.
+        checkpoint: what is to be loaded.
         written: `config.yaml` of the run that wrote it; may be empty.
 
     Raises:
@@ -47,30 +48,30 @@ def check_format(args: argparse.Namespace, checkpoint: Path, written: dict[str, 
         how = "with" if with_fsdp2 else "without"
         fix = "add it" if with_fsdp2 else "leave it out"
         raise SetupError(
-            f"{checkpoint} was written {how} --use-torch-fsdp2 (format {found}): {fix} to continue; or "
-            f"export it with scripts/export_hf.py, and give that folder as --hf-model with another "
+            f"{checkpoint.path} was written {how} --use-torch-fsdp2 (format {found}): {fix} to continue; "
+            f"or export it with scripts/export_hf.py, and give that folder as --hf-model with another "
             f"--output-dir"
         )
     before = written.get("transformer_impl", args.transformer_impl)
     if with_fsdp2 and not args.skip_train and before != args.transformer_impl:
         raise SetupError(
-            f"{checkpoint} was written with --transformer-impl {before}, here it is "
+            f"{checkpoint.path} was written with --transformer-impl {before}, here it is "
             f"{args.transformer_impl}: with --use-torch-fsdp2 a run goes on with the same only"
         )
 
 
 @torch.no_grad()
-def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Fill a whole model in this process with the weights of a `torch_dcp` checkpoint.
 
     Args:
         model: an unwrapped model; its weights keep their dtype and device.
-        checkpoint: a folder `iter_NNNNNNN`.
+        checkpoint: what is to be loaded.
 
     Raises:
         SetupError: the checkpoint lacks a parameter of the model.
     """
-    reader = FileSystemReader(checkpoint)
+    reader = FileSystemReader(checkpoint.path)
     keys = {
         whole_name(key.removeprefix(MODEL_PREFIX)): key
         for key, value in reader.read_metadata().state_dict_metadata.items()
@@ -80,6 +81,6 @@ def load_weights(model: torch.nn.Module, checkpoint: Path) -> None:
     for name, parameter in model.named_parameters():
         key = keys.get(whole_name(name))
         if key is None:
-            raise SetupError(f"{checkpoint} lacks the parameter {name}: it is another model's")
+            raise SetupError(f"{checkpoint.path} lacks the parameter {name}: it is another model's")
         state[key] = parameter.detach()
-    read(state, storage_reader=reader, no_dist=True)
+    agreed(read)(state, storage_reader=reader, no_dist=True)

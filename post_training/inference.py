@@ -11,16 +11,12 @@ from typing import Any
 import torch
 
 from post_training.arguments import validate
-from post_training.checkpoints import (
-    chosen_checkpoint,
-    iteration_of,
-    latest_checkpoint,
-)
+from post_training.checkpoints import Checkpoint, chosen_checkpoint, latest_checkpoint
 from post_training.config_file import read_config_file
 from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import checkpoint_format, load_weights
 from post_training.inference_flags import arguments_of_hf_model, arguments_of_run
-from post_training.modelopt_state import has_modelopt_state
+from post_training.platform.checkpoint_loading import CheckpointUnreadable
 from post_training.tokenizer import load_tokenizer
 
 
@@ -58,24 +54,27 @@ def load_model(
         checkpoints: the folder that the run saved in, where it is another than one would look in.
 
     Raises:
-        SetupError: neither or both are given, or there is no checkpoint.
+        SetupError: neither or both are given, or there is no checkpoint, or it is damaged.
     """
     if (output_dir is None) == (hf_model is None):
         raise SetupError("give either --output-dir (a run) or --hf-model (a HuggingFace folder)")
     if hf_model is not None:
-        args, source = arguments_of_hf_model(hf_model), hf_model
+        args, checkpoint, source = arguments_of_hf_model(hf_model), None, hf_model
     else:
         assert output_dir is not None
         args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration, checkpoints)
-        source = str(checkpoint)
-    model = _build(args)
+        source = str(checkpoint.path)
+    try:
+        model = _build(args, checkpoint)
+    except CheckpointUnreadable as error:
+        raise SetupError(f"{source}: {error}; --iteration takes another checkpoint") from error
     return LoadedModel(model, load_tokenizer(args), args, source)
 
 
 def _checkpoint_of_run(
     folder: Path, iteration: int | None, checkpoints: str | None
-) -> tuple[argparse.Namespace, Path]:
-    """Arguments that load one checkpoint of a run, and its folder.
+) -> tuple[argparse.Namespace, Checkpoint]:
+    """Arguments that load one checkpoint of a run, and it.
 
     Raises:
         SetupError: there is none, or its model cannot be had here.
@@ -92,15 +91,15 @@ def _checkpoint_of_run(
     if checkpoint is None:
         raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
     if complaint is not None:
-        print(f"warning: {complaint}; using {checkpoint}", file=sys.stderr)
-    args = arguments_of_run(folder, config, by_modelopt=has_modelopt_state(where))
+        print(f"warning: {complaint}; using {checkpoint.path}", file=sys.stderr)
+    args = arguments_of_run(folder, config, by_modelopt=checkpoint.has_modelopt)
     args.load = where
     # Whatever the tracker file names.
-    args.ckpt_step = iteration_of(checkpoint)
+    args.ckpt_step = checkpoint.iteration
     return args, checkpoint
 
 
-def _build(args: argparse.Namespace) -> Any:
+def _build(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
     from megatron.training import checkpointing, training
@@ -116,7 +115,7 @@ def _build(args: argparse.Namespace) -> Any:
     set_global_variables(args, build_tokenizer=False)
     # A store of its own: no port is opened and nobody is waited for.
     training.initialize_megatron(store=torch.distributed.HashStore())
-    config = model_config(args)
+    config = model_config(args, checkpoint)
     builder = config.get_builder_cls()(config)
     chunks = builder.build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
@@ -124,8 +123,7 @@ def _build(args: argparse.Namespace) -> Any:
         data_parallel_random_init=False,
     )
     model = unwrap_model(chunks)[0].eval()
-    if args.load is not None:
-        checkpoint = Path(checkpointing.get_load_checkpoint_path_by_args(args))
+    if checkpoint is not None:
         if checkpoint_format(checkpoint) == "torch_dcp":
             load_weights(model, checkpoint)
         else:

@@ -132,7 +132,7 @@ class NonFiniteGuard:
         step = args.curr_iteration + 1
         checkpoint = latest_checkpoint(args.save)
         kept = (
-            f"the newest checkpoint is {checkpoint}"
+            f"the newest checkpoint is {checkpoint.path}"
             if checkpoint
             else "there is no checkpoint of this run yet"
         )

@@ -7,22 +7,26 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from data import SFTDataset
 from post_training.checkpoint_origin import check_origin, origin
 from post_training.checkpoints import (
+    MANIFEST,
+    Checkpoint,
     checkpoint_path,
     chosen_checkpoint,
     iteration_of,
     latest_checkpoint,
+    newest_before,
+    no_older,
     point_at,
-    read_manifest,
     tracked_iteration,
 )
 from post_training.datasets import SplitDocuments, packs_of
-from post_training.errors import SetupError
+from post_training.errors import RunStopped, SetupError
 from post_training.hf_config import local_model_folder
+from post_training.platform.checkpoint_loading import load_hooks
 from post_training.platform.random_states import layout_of
 from post_training.step_flags import check_learning_rate
 
@@ -31,24 +35,33 @@ from post_training.step_flags import check_learning_rate
 PLAN_KEYS = ("seq_length", "seed", "packing", "global_batch_size")
 
 
-def choose_checkpoint(args: argparse.Namespace) -> Path | None:
+def choose_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     """Set `args.load` and `args.ckpt_step` to what to continue from, and return that checkpoint.
 
     This run's own checkpoints come before `--load`: the same command, given again, continues.
     `--ckpt-step` belongs to `--load` where that is given.
 
     Raises:
-        SetupError: `--load` holds no complete checkpoint, or the checkpoint is another model's.
+        SetupError: `--load` holds no complete checkpoint, or the checkpoint is another model's, or it does
+            not say where in the data it was saved.
     """
+    load_hooks.layout, args.modelopt_enabled = None, False
     foreign = args.load
     if foreign and Path(foreign).resolve() == Path(args.save).resolve():
         foreign = None
-    checkpoint, complaint = None, None
+    checkpoint: Checkpoint | None = None
+    complaint = None
     if not (args.eval_only and foreign):  # what --eval-only is to evaluate may be named outright
         checkpoint, complaint = chosen_checkpoint(args.save, None if foreign else args.ckpt_step)
     if checkpoint is not None:
         args.load = args.save
-        args.finetune = False  # --finetune is about --load: this run has begun already
+        if args.finetune and args.rank == 0:
+            print(
+                f"--finetune is left out: this run has begun already and continues from "
+                f"{checkpoint.path}; another --output-dir starts anew",
+                file=sys.stderr,
+            )
+        args.finetune = False
         if foreign:
             args.ckpt_step = None
     elif foreign:
@@ -62,17 +75,84 @@ def choose_checkpoint(args: argparse.Namespace) -> Path | None:
     else:
         args.load = None
         return None
-    iteration = iteration_of(checkpoint)
-    if args.ckpt_step is None and iteration is not None:
-        # Megatron then loads this one, whatever its tracker file names; config.yaml does not keep it.
-        args.ckpt_step = iteration
-        args.in_output_dir.append("ckpt_step")
+    if checkpoint.manifest is None and not (args.finetune or args.skip_train):
+        raise SetupError(
+            f"{checkpoint.path} has no {MANIFEST}, as plain Megatron writes none, and so does not say "
+            f"where in which data it was saved: start from its weights with --load {args.load} --finetune"
+            + (" and another --output-dir" if args.load == args.save else "")
+        )
+    if args.ckpt_step is None and checkpoint.iteration is not None:
+        args.in_output_dir.append("ckpt_step")  # config.yaml does not keep it
         if args.load == args.save and args.rank == 0 and not args.skip_train:
-            _mend_tracker(args, iteration)
+            _mend_tracker(args, checkpoint.iteration)
     if complaint is not None and args.rank == 0:
-        print(f"warning: {complaint}; continuing from {checkpoint}", file=sys.stderr)
+        print(f"warning: {complaint}; continuing from {checkpoint.path}", file=sys.stderr)
     check_origin(args, checkpoint)
+    _take(args, checkpoint)
     return checkpoint
+
+
+def _take(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Let Megatron load this one, whatever its tracker file names."""
+    args.ckpt_step = checkpoint.iteration
+    args.modelopt_enabled = checkpoint.has_modelopt
+    load_hooks.layout = (checkpoint.manifest or {}).get("layout")
+
+
+class Fallback:
+    """What is done on all ranks when the chosen checkpoint turns out to be damaged while it is loaded."""
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        checkpoint: Checkpoint | None,
+        position: DataPosition | None,
+        console: TextIO,
+    ) -> None:
+        """For a run that continues from `checkpoint`; `load_hooks.fall_back` is set to `take`."""
+        self.args = args
+        self.checkpoint = checkpoint
+        self.position = position
+        self.console = console
+        load_hooks.fall_back = self.take
+
+    def take(self, reason: str) -> None:
+        """Have the newest whole checkpoint before the damaged one loaded, in the run's own folder.
+
+        Nothing has been trained yet, and loading overwrites all that the attempt before has read.
+
+        Args:
+            reason: what is wrong with the chosen one.
+
+        Raises:
+            RunStopped: there is none before it, or another was not asked for, or it needs another model or
+                another number of steps than this process has set up.
+        """
+        args, damaged = self.args, self.checkpoint
+        assert damaged is not None
+        wrong = f"{damaged.path}: {reason}"
+        if args.load != args.save or "ckpt_step" not in args.in_output_dir:
+            raise RunStopped(f"{wrong}; restore it from a copy, or name another one by --ckpt-step")
+        before = newest_before(args.save, damaged.iteration)
+        if before is None or before.iteration is None:
+            raise RunStopped(f"{wrong}; {no_older(args.save)}")
+        begins_at = args.data_begins_at
+        try:
+            check_origin(args, before)
+            if self.position is not None:
+                self.position.check(before)
+            if args.rank == 0 and not args.skip_train:
+                _mend_tracker(args, before.iteration)
+        except SetupError as error:
+            raise RunStopped(f"{wrong}; and of the one before: {error}") from error
+        if damaged.has_modelopt or before.has_modelopt or args.data_begins_at != begins_at:
+            raise RunStopped(
+                f"{wrong}; give the same command again, it continues from {before.path}"
+            )
+        if args.rank == 0:
+            print(f"warning: {wrong}; continuing from {before.path}", file=self.console)
+        self.checkpoint = before
+        _take(args, before)
 
 
 def _meant(load: Path) -> str:
@@ -130,7 +210,7 @@ class DataPosition:
             },
         }
 
-    def check(self, checkpoint: Path | None) -> None:
+    def check(self, checkpoint: Checkpoint | None) -> None:
         """Find the place in the data that `checkpoint` (None: a fresh start) was saved at.
 
         Raises:
@@ -140,13 +220,9 @@ class DataPosition:
         args = self.args
         if checkpoint is None or args.finetune:
             return
-        manifest = read_manifest(checkpoint)
-        if manifest is None:
-            raise SetupError(
-                f"{checkpoint} does not say where in which data it was saved: add --finetune to start "
-                f"from its weights"
-            )
-        own = checkpoint == checkpoint_path(args.save, manifest["iteration"])
+        path, manifest = checkpoint.path, checkpoint.manifest
+        assert manifest is not None  # else `choose_checkpoint` has refused it
+        own = path == checkpoint_path(args.save, manifest["iteration"])
         if own and manifest["base_weights"] != self._base_weights:
             raise SetupError(
                 f"--output-dir {args.output_dir} holds a run that was started from other weights than "
@@ -156,7 +232,7 @@ class DataPosition:
         batch = before["global_batch_size"]
         if batch != args.global_batch_size:
             raise SetupError(
-                f"{checkpoint} was saved with --global-batch-size {batch}, this run's is "
+                f"{path} was saved with --global-batch-size {batch}, this run's is "
                 f"{args.global_batch_size}: a step would be another number of packs; give the same, or "
                 f"--finetune with --load in another --output-dir to start from its weights"
             )
@@ -167,7 +243,7 @@ class DataPosition:
             return
         if differs:
             raise SetupError(
-                f"{checkpoint} was saved in other data: {self._difference(before, differs)}; give the "
+                f"{path} was saved in other data: {self._difference(before, differs)}; give the "
                 f"same again to continue, or --restart-data to keep the weights, optimizer and step "
                 f"and begin the new data at its beginning"
             )
@@ -175,7 +251,7 @@ class DataPosition:
         position = self.plan.locate(consumed - args.data_begins_at)
         if position != (before["epoch"], before["pack"]):
             raise SetupError(
-                f"{checkpoint} was saved at pack {before['pack']} of epoch {before['epoch']}, which is "
+                f"{path} was saved at pack {before['pack']} of epoch {before['epoch']}, which is "
                 f"not where {consumed - args.data_begins_at} packs of this data end {position}: its "
                 f"manifest.json has been changed"
             )
@@ -186,7 +262,7 @@ class DataPosition:
             and args.rank == 0
         ):
             print(
-                f"warning: the last batch of {checkpoint} held {before['filler']} empty packs behind the "
+                f"warning: the last batch of {path} held {before['filler']} empty packs behind the "
                 f"last epoch: as many packs of the next epoch are left out",
                 file=sys.stderr,
             )
@@ -205,7 +281,7 @@ def find_position(
     args: argparse.Namespace,
     tokenizer: Any,
     documents: Mapping[str, SplitDocuments],
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
 ) -> DataPosition | None:
     """The place in the training data to go on at, and with `--num-epochs` the steps to its end.
 

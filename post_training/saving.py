@@ -31,10 +31,12 @@ def complete_save_flags(args: argparse.Namespace) -> None:
             "--non-persistent-save-interval: such checkpoints are not resumed from; use --save-interval "
             "with --keep-checkpoints"
         )
+    for name in ("async_save", "verify_integrity") if args.use_torch_fsdp2 else ():
+        if getattr(args, name):
+            flag = f"--{name.replace('_', '-')}"
+            raise SetupError(f"{flag}: not with --use-torch-fsdp2; leave one of them out")
     if not args.async_save:
         return
-    if args.use_torch_fsdp2:
-        raise SetupError("--async-save: not with --use-torch-fsdp2; leave one of them out")
     if device_type() == "cpu" and args.use_persistent_ckpt_worker:
         raise SetupError(
             "--use-persistent-ckpt-worker: on a CPU such a worker would write tensors that training goes "
@@ -116,7 +118,7 @@ class CheckpointSaver:
         if self.args.rank == 0:
             folder = checkpoints.checkpoint_path(self.args.save, iteration)
             try:
-                problem = self._what_failed(error) or written_wrongly(folder)
+                problem = self._what_failed(error) or checkpoints.contents_defect(folder)
                 if problem is None:
                     facts = self._facts_of.pop(iteration)
                     checkpoints.finish_save(self.args.save, iteration, facts)
@@ -139,9 +141,8 @@ class CheckpointSaver:
         """The size of the newest checkpoint is the size of the next; of the first, what is expected."""
         needed = checkpoint_bytes(self.args)
         newest = checkpoints.latest_checkpoint(self.args.save)
-        manifest = None if newest is None else checkpoints.read_manifest(newest)
-        if manifest is not None:
-            needed = sum(manifest["files"].values())
+        if newest is not None and newest.manifest is not None:
+            needed = sum(newest.manifest["files"].values())
         free = shutil.disk_usage(self.args.save).free
         return f"it takes {shown_bytes(needed)}, the disk is too full" if free < needed else None
 
@@ -164,10 +165,9 @@ class CheckpointSaver:
 
     def _what_is_left(self) -> str:
         newest = checkpoints.latest_checkpoint(self.args.save)
-        iteration = None if newest is None else checkpoints.iteration_of(newest)
-        return (
-            "there is none before it" if iteration is None else f"that of step {iteration} is whole"
-        )
+        if newest is None or newest.iteration is None:
+            return "there is none before it"
+        return f"that of step {newest.iteration} is whole"
 
     def _remove_old(self, newest: int) -> None:
         try:
@@ -198,26 +198,4 @@ def finish_pending_save() -> str | None:
         maybe_finalize_async_save(blocking=True, terminate=True)
     except RunStopped as error:
         return str(error)
-    return None
-
-
-def written_wrongly(checkpoint: Path) -> str | None:
-    """Compare the files of a `torch_dist` or `torch_dcp` checkpoint with its own table of contents.
-
-    Returns:
-        What is cut off or missing, or None.
-    """
-    if not (checkpoint / ".metadata").is_file():
-        return None if any(checkpoint.iterdir()) else "nothing was written"
-    from torch.distributed.checkpoint import FileSystemReader
-
-    ends: dict[str, int] = {}
-    for info in FileSystemReader(checkpoint).read_metadata().storage_data.values():
-        end = info.offset + info.length
-        ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-    for name, end in ends.items():
-        path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else 0
-        if found < end:
-            return f"{name} has {found} of {end} bytes"
     return None

@@ -171,7 +171,6 @@ def test_config_file_asks_for_fsdp2(words, tmp_path):
     assert "--use-torch-fsdp2 with --fp16" in message
 
 
-def test_asynchronous_saves_are_refused(words, tmp_path):
-    assert "--async-save: not with --use-torch-fsdp2" in refused(
-        tmp_path / "out", *words, "--async-save"
-    )
+def test_flags_of_other_checkpoints_are_refused(words, tmp_path):
+    for flag in ("--async-save", "--verify-integrity"):
+        assert f"{flag}: not with --use-torch-fsdp2" in refused(tmp_path / "out", *words, flag)

@@ -1,6 +1,12 @@
-"""A checkpoint of Transformer Engine's layers is one of the local layers too, and the other way round.
+"""Loading: what a damaged checkpoint does to Megatron, and one that other layers have written.
 
-Upstream: megatron-core 0.19.2. Both kinds of layers give their weights the same names, with two exceptions:
+Upstream: megatron-core 0.19.2. Every rank reads what it needs of a `torch_dist` checkpoint by itself
+(`core/dist_checkpointing/strategies/torch.py`), so that one rank may fail while the others go on and wait
+for it. Torch's `CheckpointException` is no `Exception`: nothing tells of it. Here ranks tell each other
+after each read, and all raise `CheckpointUnreadable`, or load another checkpoint (`load_hooks`).
+
+A checkpoint of Transformer Engine's layers is one of the local layers too, and the other way round. Both
+kinds of layers give their weights the same names, with two exceptions:
 
 - Modules of Transformer Engine have an `_extra_state` (scales of fp8, else nothing); of the local ones some
   have none, like the norms. Loading asks for all of them and raises where a checkpoint lacks one.
@@ -13,12 +19,70 @@ So what is asked for is fitted to what there is. Whatever else is missing stays 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+import traceback
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
 
 EXTRA_STATE = "_extra_state"
 # The norm behind the attention, as the two kinds of layers with experts name it.
 NORMS = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+
+
+class CheckpointUnreadable(RuntimeError):
+    """A checkpoint cannot be loaded: raised on all ranks, whichever met it. The message is one line."""
+
+
+@dataclass
+class LoadHooks:
+    """What loading knows of the chosen checkpoint; the one instance is `load_hooks`."""
+
+    layout: Mapping[str, int | None] | None = None
+    """The layout that wrote it; None where that was not written down."""
+    fall_back: Callable[[str], None] | None = None
+    """Called on all ranks with what is wrong: sets the arguments to load another one, or raises."""
+
+
+load_hooks = LoadHooks()
+
+
+def _cause(error: BaseException) -> BaseException:
+    failures = error.failures if isinstance(error, CheckpointException) else {}
+    return next((failure for failure, _ in failures.values()), error)
+
+
+def agreed(read: Callable[..., Any]) -> Callable[..., Any]:
+    """Let all ranks fail in `read` where one does; it is called on all of them.
+
+    Memory that runs out is no fault of the checkpoint, and raised as it is.
+    """
+
+    @functools.wraps(read)
+    def read_and_tell(*args: Any, **kwargs: Any) -> Any:
+        problem, result, failed = None, None, None
+        try:
+            result = read(*args, **kwargs)
+        except (Exception, CheckpointException) as error:
+            cause = _cause(error)
+            if isinstance(cause, (MemoryError, torch.OutOfMemoryError)):
+                raise cause from error
+            failed = error
+            # One sentence on one line; torch's go on with advice about pickles.
+            said = " ".join(str(cause).split()).partition(". ")[0]
+            problem = f"{type(cause).__name__}: {said[:300]}"
+        told: list[str | None] = [problem]
+        if torch.distributed.is_initialized():
+            told = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(told, problem)
+        for rank, each in enumerate(told):
+            if each is not None:
+                raise CheckpointUnreadable(f"rank {rank} cannot read it ({each})") from failed
+        return result
+
+    return read_and_tell
 
 
 def _in_other_words(key: str, present: Collection[str]) -> str:
@@ -79,16 +143,42 @@ def keys_of(metadata_keys: Collection[str]) -> set[str]:
 def apply() -> None:
     """Wrap the loading of distributed checkpoints."""
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import serialization, validation
+    from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+    from megatron.training import checkpointing, training
     from torch.distributed.checkpoint import FileSystemReader
 
     load = dist_checkpointing.load
+    load_checkpoint = checkpointing.load_checkpoint
+
+    @agreed
+    def tensors_in(checkpoint_dir: str) -> Collection[str]:
+        found: Collection[str] = (
+            FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata
+        )
+        return found
+
+    @agreed
+    def verify_on_rank_0(checkpoint_dir: str) -> None:
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            validation._verify_integrity_manifest_impl(checkpoint_dir)
+
+    @functools.wraps(load_checkpoint)
+    def load_whole_one(*args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return load_checkpoint(*args, **kwargs)
+            except CheckpointUnreadable as error:
+                if load_hooks.fall_back is None:
+                    raise
+                traceback.print_exc()  # into the log; the message has one line of it
+                load_hooks.fall_back(str(error))
 
     @functools.wraps(load)
     def load_what_there_is(
         sharded_state_dict: dict[str, Any], checkpoint_dir: str, *args: Any, **kwargs: Any
     ) -> Any:
-        metadata = FileSystemReader(checkpoint_dir).read_metadata().state_dict_metadata
-        kept = fit_to_checkpoint(sharded_state_dict, keys_of(metadata))
+        kept = fit_to_checkpoint(sharded_state_dict, keys_of(tensors_in(checkpoint_dir)))
         loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         # With some values of --dist-ckpt-strictness what differed comes along.
         state = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -96,4 +186,14 @@ def apply() -> None:
             state[part][name] = own
         return loaded
 
-    setattr(dist_checkpointing, "load", load_what_there_is)  # noqa: B010
+    common = agreed(serialization.load_common_state_dict)
+    for owner, name, replacement in (
+        (dist_checkpointing, "load", load_what_there_is),
+        (dist_checkpointing, "load_common_state_dict", common),
+        (serialization, "load_common_state_dict", common),
+        (serialization, "verify_integrity_manifest", verify_on_rank_0),
+        (TorchDistLoadShardedStrategy, "load", agreed(TorchDistLoadShardedStrategy.load)),
+        (checkpointing, "load_checkpoint", load_whole_one),
+        (training, "load_checkpoint", load_whole_one),
+    ):
+        setattr(owner, name, replacement)

@@ -89,6 +89,7 @@ def apply() -> None:
     from torch.distributed.checkpoint import FileSystemReader
 
     from post_training.fsdp import FullyShardedModel
+    from post_training.platform.checkpoint_loading import agreed
 
     setattr(dist_utils, "TorchFullyShardedDataParallel", FullyShardedModel)  # noqa: B010
     setattr(training, "torch_FSDP", FullyShardedModel)  # noqa: B010
@@ -114,20 +115,22 @@ def apply() -> None:
                 opt_param_scheduler = SchedulerToLoad()
         return load_checkpoint(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
 
+    @agreed
+    def tensors_in(folder: str) -> Any:
+        return FileSystemReader(folder).read_metadata().state_dict_metadata
+
     @functools.wraps(load_base_checkpoint)
     def load_what_is_there(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         wanted = kwargs.get("sharded_state_dict")
         if args.ckpt_format != "torch_dcp" or wanted is None:
             return load_base_checkpoint(load_dir, args, *rest, **kwargs)
-        folder = checkpointing.get_load_checkpoint_path_by_args(args)
-        reader = FileSystemReader(folder)
-        keys = reader.read_metadata().state_dict_metadata
+        keys = tensors_in(checkpointing.get_load_checkpoint_path_by_args(args))
         there = {key.partition(".")[0] for key in keys} - {"rng_state"}
         if any(key.startswith(f"rng_state.{_rng_key()}.") for key in keys):
             # Else another number of processes saved, and no state there would be right.
             there.add("rng_state")
         kwargs["sharded_state_dict"] = {k: v for k, v in wanted.items() if k in there and v != {}}
-        state, *found = load_base_checkpoint(load_dir, args, *rest, **kwargs)
+        state, *found = agreed(load_base_checkpoint)(load_dir, args, *rest, **kwargs)
         state = {**wanted, **state}
         # Megatron looks its own state up in a list of those of all ranks.
         state["rng_state"] = [state["rng_state"][_rng_key()]] * args.world_size

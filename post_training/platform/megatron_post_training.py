@@ -2,8 +2,7 @@
 
 Upstream: megatron-core 0.19.2, `training/training.py` and `training/checkpointing.py` set
 `has_nvidia_modelopt = False` when `megatron.post_training` does not import; then ModelOpt state is not
-saved with a checkpoint. `megatron` is a namespace package, so what it looks for can be given from here;
-the functions are in `post_training/modelopt_state.py`.
+saved with a checkpoint. `megatron` is a namespace package, so what it looks for can be given from here.
 
 Importing ModelOpt takes as long as importing torch. A model that ModelOpt has converted cannot exist
 before its package is imported, so it is imported only when a run needs it.
@@ -13,8 +12,48 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+
+from torch import nn
+
+from post_training.errors import SetupError
+
+
+def maybe_enable_modelopt(args: Any) -> None:
+    """Leave `args.modelopt_enabled` as it is: it was set where the checkpoint was chosen."""
+
+
+def print_distributed_quant_summary(model: Any, msg: str = "") -> None:
+    """Print the quantisers of `model` (one model or a list of chunks) on rank 0, if it has any."""
+    if not _converted_models_may_exist():
+        return
+    from megatron.core.utils import unwrap_model
+    from megatron.training.utils import is_rank0
+    from modelopt.torch.quantization import print_quant_summary
+    from modelopt.torch.quantization.utils import is_quantized
+
+    chunks = unwrap_model(model if isinstance(model, list) else [model])
+    for chunk in chunks:
+        if is_quantized(chunk) and is_rank0():
+            print(msg)
+            print_quant_summary(chunk)
+
+
+def load_kd_teacher_checkpoint(model: Sequence[nn.Module]) -> None:
+    """Load the teacher of a distillation model.
+
+    Raises:
+        SetupError: `model` is a ModelOpt distillation model: no flag of this version names a teacher.
+    """
+    if not _converted_models_may_exist():
+        return
+    from megatron.core.utils import unwrap_model
+    from modelopt.torch.distill import DistillationModel
+
+    if any(isinstance(chunk, DistillationModel) for chunk in unwrap_model(list(model))):
+        raise SetupError("the model holds a distillation teacher, which this version cannot load")
 
 
 def _converted_models_may_exist() -> bool:
@@ -36,7 +75,7 @@ def _save_modelopt_state(*args: Any, **kwargs: Any) -> None:
 
 
 def _tensor_shapes_for_distillation(*args: Any, **kwargs: Any) -> Any:
-    # Megatron asks only where `maybe_enable_modelopt` said yes.
+    # Megatron asks only where `args.modelopt_enabled` is true.
     from modelopt.torch.distill.plugins import megatron
 
     return megatron.get_tensor_shapes_adjust_fn_for_distillation(*args, **kwargs)
@@ -46,8 +85,6 @@ def apply() -> None:
     """Give Megatron the modules and functions it did not find, where no installed package has them."""
     if importlib.util.find_spec("megatron.post_training") is not None:
         return
-    from post_training import modelopt_state
-
     # While Megatron is imported it must not import ModelOpt either.
     blocked = "modelopt" not in sys.modules
     if blocked:
@@ -62,11 +99,11 @@ def apply() -> None:
     package.__path__ = []
     found: dict[str, dict[str, Any]] = {
         "utils": {
-            "maybe_enable_modelopt": modelopt_state.maybe_enable_modelopt,
-            "print_distributed_quant_summary": modelopt_state.print_distributed_quant_summary,
+            "maybe_enable_modelopt": maybe_enable_modelopt,
+            "print_distributed_quant_summary": print_distributed_quant_summary,
         },
         "checkpointing": {
-            "load_kd_teacher_checkpoint": modelopt_state.load_kd_teacher_checkpoint,
+            "load_kd_teacher_checkpoint": load_kd_teacher_checkpoint,
         },
     }
     sys.modules[package.__name__] = package
@@ -82,7 +119,7 @@ def apply() -> None:
             training,
             {
                 "has_nvidia_modelopt": True,
-                "maybe_enable_modelopt": modelopt_state.maybe_enable_modelopt,
+                "maybe_enable_modelopt": maybe_enable_modelopt,
                 "get_tensor_shapes_adjust_fn_for_distillation": _tensor_shapes_for_distillation,
             },
         ),
@@ -92,7 +129,7 @@ def apply() -> None:
                 "has_nvidia_modelopt": True,
                 "save_modelopt_state": _save_modelopt_state,
                 "save_sharded_modelopt_state": _save_sharded_modelopt_state,
-                "print_distributed_quant_summary": modelopt_state.print_distributed_quant_summary,
+                "print_distributed_quant_summary": print_distributed_quant_summary,
             },
         ),
     ):

@@ -11,10 +11,9 @@ layout; in another layout there is no state that would be right, and the fresh o
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 from typing import Any
 
-from post_training.checkpoints import checkpoint_path, latest_checkpoint, read_manifest
+from post_training.platform.checkpoint_loading import load_hooks
 from post_training.platform.checkpoint_saving import save_hooks
 
 LAYOUT = (
@@ -31,19 +30,6 @@ LAYOUT = (
 def layout_of(args: Any) -> dict[str, int | None]:
     """What decides which rank computes what."""
     return {name: getattr(args, name) for name in LAYOUT}
-
-
-def _loaded_layout(args: Any) -> dict[str, int | None] | None:
-    """The layout of the checkpoint that `args` say to load; None when it was not written down."""
-    checkpoint: Path | None = None
-    if args.load is not None:
-        checkpoint = (
-            checkpoint_path(args.load, args.ckpt_step)
-            if args.ckpt_step
-            else latest_checkpoint(args.load)
-        )
-    manifest = None if checkpoint is None else read_manifest(checkpoint)
-    return None if manifest is None else manifest.get("layout")
 
 
 def apply() -> None:
@@ -72,10 +58,9 @@ def apply() -> None:
         if ckpt_format != "torch_dist" or not torch.distributed.is_initialized():
             return shared
         if loading:
-            layout = _loaded_layout(get_args())
-            if layout is None:
+            if load_hooks.layout is None:
                 return shared
-            if layout != layout_of(get_args()):
+            if load_hooks.layout != layout_of(get_args()):
                 return LocalNonpersistentObject(shared.data)
         elif save_hooks.finish is None:
             return shared  # no manifest will say which layout this is

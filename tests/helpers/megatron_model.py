@@ -28,12 +28,12 @@ def set_up(argv: Sequence[str]) -> tuple[Any, Any]:
     from post_training.platform import checkpoint_queue
 
     args = parse_arguments(list(argv))
-    resume.choose_checkpoint(args)
+    checkpoint = resume.choose_checkpoint(args)
     validate(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
     checkpoint_queue.apply(args)
-    container = pretrain_cfg_container_from_args(args, model_config(args))
+    container = pretrain_cfg_container_from_args(args, model_config(args, checkpoint))
     built = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},
@@ -169,11 +169,20 @@ def exported_and_logits(argv: Sequence[str], ids: Tensor) -> tuple[dict[str, Ten
 
 def save(argv: Sequence[str]) -> None:
     """Write a checkpoint of the freshly set up model, on any layout."""
+    args, (chunks, _, _) = set_up(argv)
+    save_weights(args, chunks)
+
+
+def save_weights(args: Any, chunks: list[Any], iteration: int = 1) -> None:
+    """Write a complete checkpoint without an optimizer, on all ranks."""
     from megatron.training.checkpointing import save_checkpoint
 
-    args, (chunks, _, _) = set_up(argv)
+    from post_training import checkpoints
+
     args.no_save_optim = True
-    save_checkpoint(1, chunks, None, None, 0)
+    save_checkpoint(iteration, chunks, None, None, 0)
+    if rank() == 0:
+        checkpoints.finish_save(args.save, iteration, {})
 
 
 def expert_totals(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> Any:

@@ -38,7 +38,7 @@ def written(tmp_path):
         facts = origin(args)
         facts["architecture"] |= changed
         checkpoints.finish_save(folder, 5, {"origin": facts})
-        return path
+        return checkpoints.Checkpoint.at(path)
 
     return write
 

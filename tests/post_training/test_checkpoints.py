@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import zlib
 
 import pytest
+import torch
 
 from post_training import checkpoints
 from post_training.errors import SetupError
@@ -27,47 +29,58 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir() if path.suffix != ".txt")
 
 
+def newest(folder):
+    """The folder of the newest complete checkpoint."""
+    found = checkpoints.latest_checkpoint(folder)
+    return found and found.path
+
+
 def tracked(folder):
     return (folder / checkpoints.TRACKER).read_text()
 
 
 def test_nothing_there(tmp_path):
-    assert checkpoints.latest_checkpoint(None) is None
-    assert checkpoints.latest_checkpoint(tmp_path) is None
-    assert checkpoints.latest_checkpoint(tmp_path / "nowhere") is None
+    assert newest(tmp_path) is None
+    assert newest(tmp_path / "nowhere") is None
 
 
 def test_a_complete_checkpoint(tmp_path):
     path = save(tmp_path, 5)
-    assert checkpoints.find_checkpoint(tmp_path) == (path, None)
+    assert checkpoints.find_checkpoint(tmp_path) == (checkpoints.Checkpoint.at(path), None)
     assert tracked(tmp_path) == "5" and names(tmp_path) == ["iter_0000005"]
     manifest = checkpoints.read_manifest(path)
     assert manifest == {
         "iteration": 5,
         **FACTS,
         "files": {"__0_0.distcp": 700, "modelopt_state/state.pt": 5},
+        "crc32": {
+            "__0_0.distcp": zlib.crc32(b"weights" * 100),
+            "modelopt_state/state.pt": zlib.crc32(b"state"),
+        },
     }
 
 
 def test_release_and_checkpoints_of_plain_megatron_are_taken_as_the_tracker_says(tmp_path):
     (tmp_path / checkpoints.TRACKER).write_text("release")
-    assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "release"
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/metadata.json").write_text("{}")
+    assert newest(tmp_path) == tmp_path / "release"
     (tmp_path / checkpoints.TRACKER).write_text("7\n")
-    assert checkpoints.latest_checkpoint(tmp_path) is None
+    assert newest(tmp_path) is None
     (tmp_path / "iter_0000007").mkdir()
-    assert checkpoints.latest_checkpoint(tmp_path) is None, "empty"
+    assert newest(tmp_path) is None, "empty"
     (tmp_path / "iter_0000007/metadata.json").write_text("{}")
-    assert checkpoints.latest_checkpoint(tmp_path) == tmp_path / "iter_0000007"
+    assert newest(tmp_path) == tmp_path / "iter_0000007"
 
 
 def test_a_save_that_did_not_finish_never_counts(tmp_path):
     save(tmp_path, 5, finish=False)
-    assert checkpoints.latest_checkpoint(tmp_path) is None
+    assert newest(tmp_path) is None
     old = save(tmp_path, 3)
-    assert checkpoints.latest_checkpoint(tmp_path) == old
+    assert newest(tmp_path) == old
     (tmp_path / checkpoints.TRACKER).write_text("5")  # not even if somebody says so
     found, complaint = checkpoints.find_checkpoint(tmp_path)
-    assert found == old and complaint is not None
+    assert found is not None and found.path == old and complaint is not None
     assert "iter_0000005: its save did not finish" in complaint
 
 
@@ -81,48 +94,100 @@ def spoil(path, how):
         shutil.rmtree(path)
     elif how == "manifest cut off":
         os.truncate(path / checkpoints.MANIFEST, 30)
+    elif how == "manifest missing":
+        (path / checkpoints.MANIFEST).unlink()
+    elif how == "zeroed":
+        file.write_bytes(bytes(700))
     return {
         "cut off": "__0_0.distcp has 699 of 700 bytes",
         "missing": "__0_0.distcp cannot be read (No such file or directory)",
         "gone": "it is not there",
         "manifest cut off": "its manifest.json cannot be read",
+        "manifest missing": "it has no manifest.json",
+        "zeroed": "__0_0.distcp does not hold what was saved",
     }[how]
 
 
-@pytest.mark.parametrize("how", ["cut off", "missing", "gone", "manifest cut off"])
+@pytest.mark.parametrize(
+    "how", ["cut off", "missing", "gone", "manifest cut off", "manifest missing", "zeroed"]
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
     before = save(tmp_path, 5)
     reason = spoil(save(tmp_path, 10), how)
     found, complaint = checkpoints.find_checkpoint(tmp_path)
-    assert found == before and complaint is not None
+    assert found is not None and found.path == before and complaint is not None
     assert complaint.endswith(f"iter_0000010: {reason}")
     spoil(before, "missing")
     with pytest.raises(SetupError, match=r"(?s)iter_0000010: .*no older complete checkpoint"):
         checkpoints.chosen_checkpoint(tmp_path, None)
 
 
+@pytest.mark.parametrize("place", [0, 65_535, 134_465, 199_999])
+def test_both_ends_of_large_files_are_looked_at(tmp_path, place):
+    """And `.metadata` as a whole: the rest of a file says where it is."""
+    checkpoint = checkpoints.begin_save(tmp_path, 5)
+    for name in ("__0_0.distcp", ".metadata"):
+        (checkpoint / name).write_bytes(bytes(200_000))
+    checkpoints.finish_save(tmp_path, 5, FACTS)
+    assert checkpoints.defect(checkpoint) is None
+
+    def damage(name, place):
+        with (checkpoint / name).open("r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+
+    damage("__0_0.distcp", 100_000)
+    assert checkpoints.defect(checkpoint) is None, "the price of reading little"
+    damage("__0_0.distcp", place)
+    assert checkpoints.defect(checkpoint) == "__0_0.distcp does not hold what was saved"
+    (checkpoint / "__0_0.distcp").write_bytes(bytes(200_000))
+    damage(".metadata", 100_000)
+    assert checkpoints.defect(checkpoint) == ".metadata does not hold what was saved"
+
+
+def test_of_plain_megatron_its_own_table_of_contents_is_compared(tmp_path):
+    """And of versions whose manifests hold no check sums."""
+    from torch.distributed import checkpoint as dcp
+
+    path = tmp_path / "iter_0000007"
+    dcp.save({"weight": torch.ones(9)}, checkpoint_id=str(path), no_dist=True)
+    (tmp_path / checkpoints.TRACKER).write_text("7")
+    assert newest(tmp_path) == path
+    (path / "metadata.json").write_text("{")
+    assert checkpoints.defect(path) == "metadata.json cannot be read (JSONDecodeError)"
+    (path / "metadata.json").unlink()
+    shard = path / "__0_0.distcp"
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert f"of {shard.stat().st_size + 1} bytes" in (checkpoints.defect(path) or "")
+    (path / ".metadata").write_bytes(b"nonsense")
+    assert ".metadata cannot be read (" in (checkpoints.defect(path) or "")
+    assert newest(tmp_path) is None
+    (path / checkpoints.MANIFEST).write_text(json.dumps({"iteration": 7, "files": {}}))
+    assert ".metadata cannot be read (" in (checkpoints.defect(path) or "")
+
+
 @pytest.mark.parametrize("tracker", ["", "garbled", None])
 def test_without_a_readable_tracker_the_newest_complete_one_counts(tmp_path, tracker):
     save(tmp_path, 5)
-    newest = save(tmp_path, 10)
+    last = save(tmp_path, 10)
     save(tmp_path, 15, finish=False)
     if tracker is None:
         (tmp_path / checkpoints.TRACKER).unlink()
     else:
         (tmp_path / checkpoints.TRACKER).write_text(tracker)
-    assert checkpoints.latest_checkpoint(tmp_path) == newest
+    assert newest(tmp_path) == last
 
 
 def test_an_older_number_in_the_tracker_goes_back(tmp_path):
     old = save(tmp_path, 5)
     save(tmp_path, 10)
     checkpoints.point_at(tmp_path, 5)
-    assert checkpoints.latest_checkpoint(tmp_path) == old
+    assert newest(tmp_path) == old
 
 
 def test_an_iteration_that_was_asked_for(tmp_path):
     old, new = save(tmp_path, 5), save(tmp_path, 10)
-    assert checkpoints.chosen_checkpoint(tmp_path, 5) == (old, None)
+    assert checkpoints.chosen_checkpoint(tmp_path, 5) == (checkpoints.Checkpoint.at(old), None)
     spoil(new, "cut off")
     with pytest.raises(SetupError, match="of iteration 10: .*699 of 700"):
         checkpoints.chosen_checkpoint(tmp_path, 10)
@@ -171,7 +236,7 @@ def test_killed_after_any_step_of_a_save(tmp_path, monkeypatch, last):
     expected = "iter_0000010" if complete else "iter_0000005"
     for again in (False, True):
         found, complaint = checkpoints.find_checkpoint(tmp_path)
-        assert found == tmp_path / expected and complaint is None
+        assert found is not None and found.path == tmp_path / expected and complaint is None
         removed = checkpoints.clean_up(tmp_path)
         assert removed == ([] if complete or again else [10])
         checkpoints.point_at(tmp_path, 10 if complete else 5)
@@ -180,7 +245,7 @@ def test_killed_after_any_step_of_a_save(tmp_path, monkeypatch, last):
 
 def test_a_kill_while_one_is_removed_leaves_nothing_that_counts(tmp_path, monkeypatch):
     save(tmp_path, 5)
-    newest = save(tmp_path, 10)
+    last = save(tmp_path, 10)
     with monkeypatch.context() as patch:
 
         def killed(path):
@@ -190,7 +255,7 @@ def test_a_kill_while_one_is_removed_leaves_nothing_that_counts(tmp_path, monkey
         patch.setattr(shutil, "rmtree", killed)
         with pytest.raises(Killed):
             checkpoints.remove_old(tmp_path, newest=10, keep=1, retain_interval=None)
-    assert checkpoints.latest_checkpoint(tmp_path) == newest
+    assert newest(tmp_path) == last
     assert names(tmp_path) == ["iter_0000005.removed", "iter_0000010"]
     checkpoints.clean_up(tmp_path)
     assert names(tmp_path) == ["iter_0000010"]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
+from post_training.checkpoints import Checkpoint
 from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import check_format, checkpoint_format, load_weights
 
@@ -36,11 +37,11 @@ def make_model(names):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A checkpoint that a run with Transformer Engine has written; returns its folder and values."""
+    """A checkpoint that a run with Transformer Engine has written; returns it and its values."""
     values = {name: torch.randn(3) for name in NAMES.values()}
     state = {"model": {**values, LAYER + "mlp._extra_state": None}, "iteration": 3}
     dcp.save(state, checkpoint_id=str(tmp_path / "iter_0000003"), no_dist=True)
-    return tmp_path / "iter_0000003", values
+    return Checkpoint.at(tmp_path / "iter_0000003"), values
 
 
 @pytest.mark.parametrize("names", [NAMES.keys(), NAMES.values()], ids=["local", "te"])
@@ -73,11 +74,11 @@ def test_formats_are_told_apart(checkpoint, tmp_path):
     other.mkdir()
     (other / ".metadata").write_bytes(b"")
     (other / "metadata.json").write_text("{}")
-    assert checkpoint_format(other) == "torch_dist"
+    assert checkpoint_format(Checkpoint.at(other)) == "torch_dist"
     # The manifest comes first.
     manifest = {"files": {}, "origin": {"ckpt_format": "torch_dcp"}}
     (other / "manifest.json").write_text(json.dumps(manifest))
-    assert checkpoint_format(other) == "torch_dcp"
+    assert checkpoint_format(Checkpoint.at(other)) == "torch_dcp"
 
 
 def test_another_implementation_of_the_layers_is_refused(checkpoint):

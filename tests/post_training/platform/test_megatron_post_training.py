@@ -11,9 +11,9 @@ def test_megatron_finds_what_it_looks_for():
     from megatron.post_training.checkpointing import load_kd_teacher_checkpoint
     from megatron.post_training.utils import maybe_enable_modelopt
 
-    from post_training import modelopt_state
+    from post_training.platform import megatron_post_training
 
-    assert load_kd_teacher_checkpoint is modelopt_state.load_kd_teacher_checkpoint
+    assert load_kd_teacher_checkpoint is megatron_post_training.load_kd_teacher_checkpoint
     assert training.maybe_enable_modelopt is maybe_enable_modelopt
     assert training.has_nvidia_modelopt and checkpointing.has_nvidia_modelopt
 

@@ -10,6 +10,7 @@ import torch
 from megatron.training import checkpointing, training
 
 from post_training.platform import random_states
+from post_training.platform.checkpoint_loading import load_hooks
 from post_training.saving import CheckpointSaver
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_ranks
@@ -32,6 +33,8 @@ def _states_after_loading(argv, patched):
     torch.manual_seed(99)
     random.seed(99)
     args.load, args.ckpt_step = args.save, 1
+    if patched:
+        load_hooks.layout = random_states.layout_of(args)
     checkpointing.load_checkpoint(model, optimizer, scheduler)
     return (torch.rand(1).item(), random.random()) == expected
 
