@@ -173,7 +173,7 @@ class Running:
             now = time.monotonic()
             if failed_at is None and any(p.exitcode not in (None, 0) for p in self.processes):
                 failed_at = now
-            if now > deadline or (failed_at is not None and now > failed_at + 5.0):
+            if now > deadline or (failed_at is not None and now > failed_at + 60.0):
                 for process in self.processes:
                     if process.exitcode is None:
                         process.kill()
