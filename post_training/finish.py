@@ -58,9 +58,21 @@ def _leave_group() -> None:
 
 
 def report_end(
-    args: argparse.Namespace, console: TextIO, graceful: GracefulExit, iteration: int
+    args: argparse.Namespace,
+    console: TextIO,
+    graceful: GracefulExit,
+    iteration: int,
+    exporter: Path,
 ) -> None:
-    """Say on rank 0 where everything lies, how to continue, and export if that is asked for."""
+    """Say on rank 0 where everything lies, how to continue, and export if that is asked for.
+
+    Args:
+        args: validated arguments.
+        console: where it is said.
+        graceful: knows the signal that stopped the run.
+        iteration: the last step.
+        exporter: the script that exports the run in `--output-dir`; its folder lies in the project's.
+    """
     if args.rank != 0 or args.eval_only:
         return
     folder = args.output_dir
@@ -76,17 +88,17 @@ def report_end(
         if args.save_hf:
             print(
                 f"--save-hf exports at the end of training; to export this checkpoint now:\n"
-                f"python scripts/export_hf.py --output-dir {shlex.quote(folder)}",
+                f"python {'/'.join(exporter.parts[-2:])} --output-dir {shlex.quote(folder)}",
                 file=console,
             )
         return
     print(f"done: {iteration} steps; metrics, loss.png and checkpoints in {folder}", file=console)
     if args.save_hf:
-        export_in_new_process(folder, console)
+        _export_in_new_process(exporter, folder, console)
 
 
-def export_in_new_process(folder: str, console: TextIO) -> None:
-    """Run `scripts/export_hf.py` on the run: a whole model in a process without this one's groups.
+def _export_in_new_process(exporter: Path, folder: str, console: TextIO) -> None:
+    """Export the run: a whole model in a process without this one's groups.
 
     Raises:
         SetupError: the export failed; its own message has been shown.
@@ -94,12 +106,11 @@ def export_in_new_process(folder: str, console: TextIO) -> None:
     # Without the launcher's variables: the new process is on its own.
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
-    script = Path(__file__).resolve().parent.parent / "scripts" / "export_hf.py"
     environment["PYTHONPATH"] = os.pathsep.join(
-        [str(script.parent.parent), *filter(None, [environment.get("PYTHONPATH")])]
+        [str(exporter.parent.parent), *filter(None, [environment.get("PYTHONPATH")])]
     )
     result = subprocess.run(
-        [sys.executable, str(script), "--output-dir", folder],
+        [sys.executable, str(exporter), "--output-dir", folder],
         env=environment,
         stdout=console,
         stderr=console,

@@ -3,6 +3,7 @@
 import argparse
 import io
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +25,7 @@ def test_a_stopped_run_says_how_to_go_on_and_how_to_export(received, save_hf):
     )
     console = io.StringIO()
     graceful: Any = SimpleNamespace(received=received)
-    report_end(args, console, graceful, iteration=4)
+    report_end(args, console, graceful, 4, Path("/project/scripts/export_hf.py"))
     stopped, again, *export = console.getvalue().splitlines()
     assert stopped.startswith("stopped after step 4 of 6 (" + ("SIG" if received else "told to"))
     assert again == "to continue, give the same command again"
