@@ -47,6 +47,7 @@ from post_training.datasets import (
     evaluation_batches,
     first_prompts,
     prepare_data,
+    sources_of,
 )
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.finish import ending_together, report_end
@@ -60,7 +61,6 @@ from post_training.safeguards import install_safeguards
 from post_training.saving import CheckpointSaver
 from post_training.signals import GracefulExit
 from post_training.speculative import report_acceptance
-from post_training.start_up import start_up
 from post_training.watchdog import tell_failure, watchdog
 
 # Exports a run to HuggingFace, as a command.
@@ -159,8 +159,9 @@ def finetune(
     set_global_variables(args, build_tokenizer=False)
     checkpoint_queue.apply(args)
     watchdog.start(args, console)
-    run_log = RunLog(args, console, documents)
     resume.Fallback(args, checkpoint, position, console)
+    names = {split: sources_of(args, split, documents[split]).names for split in documents}
+    run_log = RunLog(args, console, names)
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, tokenizer, documents, run_log)
@@ -171,7 +172,6 @@ def finetune(
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
         # Called once the model and a checkpoint are loaded: the first step comes next.
         if not vp_stage:
-            start_up.mark("process group and model")
             watchdog.meet()
             check_same_documents(documents, platform.current_device())
             run_log.begin(args.iteration)
@@ -193,7 +193,6 @@ def finetune(
                 non_loss_data_func, run_log=run_log, prompts=first_prompts(documents, 4)
             ),
         )
-    watchdog.clean()
     report_end(args, console, graceful, run_log.last_iteration, EXPORTER)
 
 
@@ -203,17 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     started = False
     args: argparse.Namespace | None = None
-    start_up.mark("imports")
     try:
         args = parse_arguments(argv)
         run_lock.hold(args)
         checkpoint = resume.choose_checkpoint(args)
         check_weights(args, checkpoint)
         output.prepare_output(args)
-        start_up.mark("arguments")
         tokenizer, documents = prepare_data(args)
         position = resume.find_position(args, tokenizer, documents, checkpoint)
-        start_up.mark("data")
         if rank == 0:
             print(describe(documents, tokenizer, args), file=console)
         console = output.redirect_logs(args)
@@ -221,7 +217,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             output.save_config(args)
             output.save_model_folder(args, tokenizer)
         validate(args)
-        start_up.mark("output folder")
         started = True
         finetune(args, console, tokenizer, documents, checkpoint, position)
     except (SetupError, DataError, RunStopped) as error:

@@ -18,7 +18,7 @@ DEPENDENCIES = [
     "datasets",
     "jinja2>=3.1",
     "numpy",
-    "filelock",
+    "filelock>=4",  # leaves what is written in a lock file; forked processes do not hold it
     "pyarrow",
     # Megatron's checkpoint writer and ModelOpt import these without depending on them.
     "psutil",

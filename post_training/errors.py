@@ -59,5 +59,8 @@ def tell(error: Exception, console: TextIO, *, started: bool) -> int:
         # Before ranks know each other, the first of each machine speaks for all on it.
         print(f"error: {error}", file=console, flush=True)
     else:
-        time.sleep(3)  # a launcher ends all ranks with the first one: let that one speak
+        # A launcher ends all ranks with the first one that ends: let that one speak.
+        time.sleep(3 if together else 10)
+        if not together:  # it has not come so far, or has nothing to say
+            print(f"error on rank {rank}: {error}", file=console, flush=True)
     return 1 if together else 2

@@ -1,53 +1,67 @@
-"""Which rank hangs, from what all ranks tell of themselves."""
+"""Which rank hangs: who has come least far, and where the main thread of each stands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
+ROOT = str(Path(__file__).resolve().parent.parent)
 
-def who_hangs(states: Mapping[int, Mapping[str, Any]]) -> str:
-    """The rank that the others wait for, and where all stand.
 
-    Who has come least far is a fact. Whether a line of code waits for others is a guess, which is taken
-    where the fact tells nothing: on a GPU any line that launches a kernel may wait.
+def place_of(frame: FrameType | None) -> str:
+    """The innermost place of a stack, and from where in this project it was called."""
+    if frame is None:
+        return "an unknown place"
+    text = _described(frame)
+    outer: FrameType | None = frame
+    while outer is not None and not _is_ours(outer):
+        outer = outer.f_back
+    return text if outer in (None, frame) else f"{text}, from {_described(outer)}"
+
+
+def _is_ours(frame: FrameType) -> bool:
+    file = frame.f_code.co_filename
+    return file.startswith(ROOT) and "site-packages" not in file
+
+
+def _described(frame: FrameType) -> str:
+    file = frame.f_code.co_filename.removeprefix(ROOT + "/").rpartition("site-packages/")[2]
+    return f"{frame.f_code.co_name} ({file}:{frame.f_lineno})"
+
+
+def hang_report(states: Mapping[int, Mapping[str, Any]]) -> str:
+    """The ranks that do not answer, else those that have come least far; and where all stand.
 
     Args:
-        states: what each rank has noted, by rank: `phase` (in words), and where it has told where it stands
-            `place`, `waits` (as `stack_places.Place`), `phases` and `beats` (counts since its start) and
-            `stage` (of the pipeline).
+        states: what each rank has noted, by rank: `phase` (in words), and where it has answered `place`
+            (as `place_of`), `phases` and `beats` (counts since its start) and `stage` (of the pipeline).
 
     Returns:
         Several lines.
     """
     silent = [rank for rank, state in states.items() if "place" not in state]
     known = {rank: state for rank, state in states.items() if rank not in silent}
-    least = _behind(known)
-    suspects = [rank for rank in least or known if not known[rank]["waits"]]
-    hung = silent or suspects or least
-    sure = bool(silent) or hung == least
-    lines = []
-    for rank in hung:
-        state = states[rank]
-        if rank in silent:
-            lines.append(
-                f"  rank {rank} does not answer: its process is stopped, or its machine is gone; it "
-                f"was {state.get('phase', 'not seen')}"
-            )
-        else:
-            hangs = "has come least far," if state["waits"] else "hangs"
-            lines.append(f"  rank {rank} {hangs} {state['phase']}: {state['place']}")
-    waiting: dict[str, list[int]] = {}
-    for rank, state in known.items():
-        if rank not in hung:
-            waiting.setdefault(f"{state['phase']}: {state['place']}", []).append(rank)
-    for text, ranks in waiting.items():
-        lines.append(f"  {ranks_text(ranks)} {'waits' if len(ranks) == 1 else 'wait'} {text}")
-    if not hung:
-        lines.insert(0, "  all ranks wait for each other")
-        return "\n".join(lines).strip()
-    verb = ("is", "are") if sure else ("seems to be", "seem to be")
-    return "\n".join([f"{ranks_text(hung)} {verb[len(hung) > 1]} behind it:", *lines])
+    behind = silent or _behind(known)
+    one = len(behind) == 1
+    if silent:
+        verdict = f"{_ranks(silent)} {'does' if one else 'do'} not answer"
+    elif behind:
+        verdict = f"{_ranks(behind)} {'has' if one else 'have'} come least far"
+    else:
+        verdict = "all ranks have come equally far"
+    lines = [
+        f"  rank {rank} was {states[rank].get('phase', 'not seen')}: its process is stopped, or its "
+        f"machine is gone"
+        for rank in silent
+    ]
+    places: dict[tuple[bool, str], list[int]] = {}
+    for rank, state in sorted(known.items(), key=lambda each: each[0] not in behind):
+        place = f"{state['phase']}: {state['place']}"
+        places.setdefault((rank in behind, place), []).append(rank)
+    lines += [f"  {_ranks(ranks)} {place}" for (_, place), ranks in places.items()]
+    return "\n".join([f"{verdict}:", *lines])
 
 
 def _behind(states: Mapping[int, Mapping[str, Any]]) -> list[int]:
@@ -71,7 +85,7 @@ def _behind(states: Mapping[int, Mapping[str, Any]]) -> list[int]:
     return [rank for rank in behind if states[rank]["beats"] == fewest]
 
 
-def ranks_text(numbers: list[int]) -> str:
+def _ranks(numbers: list[int]) -> str:
     """Numbers of ranks in words, the first 16 of them."""
     if len(numbers) == 1:
         return f"rank {numbers[0]}"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+import psutil
 
 
 def this_host() -> str:
@@ -18,10 +19,6 @@ def this_host() -> str:
 def is_running(pid: int) -> bool:
     """Whether a process of this machine runs; one that only waits for its parent does not."""
     try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return False
-    except (OSError, IndexError):
-        return True  # another user's, or no /proc
-    return state not in ("Z", "X")

@@ -7,16 +7,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from post_training.datasets import SplitDocuments, sources_of
 from post_training.flops import model_flops, peak_flops
 from post_training.platform import current_device
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
 from post_training.progress import Progress
-from post_training.start_up import start_up
 from post_training.step_counters import ExpertTotals, StepTotals, counters
 
 
@@ -32,19 +30,17 @@ class RunLog:
     """Hears of every step and evaluation, and writes them down on rank 0."""
 
     def __init__(
-        self, args: argparse.Namespace, console: TextIO, documents: Mapping[str, SplitDocuments]
+        self, args: argparse.Namespace, console: TextIO, source_names: Mapping[str, Sequence[str]]
     ) -> None:
         """Register with the training hooks.
 
         Args:
             args: validated arguments.
             console: where the progress bar is drawn.
-            documents: prepared documents by split.
+            source_names: by split, of the sources whose losses are told apart.
         """
         self.args = args
-        self.source_names = {
-            split: sources_of(args, split, documents[split]).names for split in documents
-        }
+        self.source_names = source_names
         self.folder = Path(args.output_dir)
         self.is_writer = args.rank == 0
         self.progress = Progress(
@@ -106,15 +102,11 @@ class RunLog:
     def start_clock(self, start: TrainStart) -> None:
         """Time the first step from here: what is checked before it is no part of it."""
         self.last_step_end = time.perf_counter()
-        start_up.mark("checks")
 
     def on_step(self, step: Step) -> None:
         """Write one record every `--log-interval` steps, of all of them; all ranks take part."""
         self.last_iteration = step.iteration
         self._unrecorded = step
-        took = start_up.first_step()
-        if took and self.is_writer:
-            print(took, flush=True)
         if step.iteration % self.args.log_interval == 0 or step.iteration == self.args.train_iters:
             self._record()
 

@@ -12,7 +12,7 @@ import torch
 
 from post_training import checkpoints
 from post_training.errors import RunStopped, SetupError
-from post_training.output import checkpoint_bytes, shown_bytes
+from post_training.model_size import checkpoint_bytes, shown_bytes
 from post_training.platform import device_type
 from post_training.platform.checkpoint_saving import WRITER_KILLED, reason_of, save_hooks
 from post_training.watchdog import watchdog

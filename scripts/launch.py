@@ -3,36 +3,93 @@
 python scripts/launch.py --nproc-per-node 2 finetune.py --hf-model ...
 
 Takes torchrun's arguments. torchrun itself kills its workers 30 seconds after a signal, in the middle of
-a longer save, and ends with status 1 whatever they did; this passes the signal on and waits.
+a longer save, and ends with a traceback of its own and status 1 whatever they did. This passes the signal
+on and waits. Its status: 0 when all workers ended so, also after a signal; 2 when they refused what was
+asked, 130 and 143 when SIGINT or SIGTERM ended them; 1 for everything else, with a line for each worker.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
+import logging
 import signal
+import socket
 import sys
+from collections.abc import Iterable
+from pathlib import Path
 from types import FrameType
+
+# Until there are workers, Ctrl-C ends the process by the signal, without a traceback.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import psutil
 from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+# What the workers say by their status, and have told themselves.
+_TOLD = {2, 128 + signal.SIGINT, 128 + signal.SIGTERM}
 
 
 def _pass_on(number: int, frame: FrameType | None) -> None:
-    for child in psutil.Process(os.getpid()).children():
-        child.send_signal(number)
+    workers = psutil.Process().children()
+    if not workers:  # other machines are waited for
+        sys.exit(128 + number)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(number)
 
 
-def main() -> None:
-    """Start the workers as torchrun does and forward SIGINT and SIGTERM to them."""
+def status_of(failures: Iterable[ProcessFailure]) -> int:
+    """The status of a launcher whose workers failed.
+
+    Args:
+        failures: of this machine's workers, and of those that torchrun ended after the first of them, with
+            SIGTERM or, where that did not help, SIGKILL.
+
+    Returns:
+        The workers' own where it tells what happened, else 1.
+    """
+    statuses = {f.exitcode if f.exitcode >= 0 else 128 - f.exitcode for f in failures}
+    own = statuses - {128 + signal.SIGTERM, 128 + signal.SIGKILL} or statuses
+    return own.pop() if len(own) == 1 and own <= _TOLD else 1
+
+
+def main() -> int:
+    """Start the workers as torchrun does, forward SIGINT and SIGTERM to them; returns the exit status."""
     arguments = run.parse_args(sys.argv[1:])
+    script = arguments.training_script
+    if not (arguments.module or arguments.no_python or Path(script).is_file()):
+        print(f"error: {script}: no such file", file=sys.stderr)
+        return 2
     # The two signals are ours; torchrun's own handler would raise.
     arguments.signals_to_handle = "SIGQUIT"
     if arguments.rdzv_endpoint == "" and arguments.nnodes == "1:1":
         arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "127.0.0.1:0"
+    if not arguments.max_restarts:  # else its lines are all that tells of the first failures
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel("CRITICAL")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _pass_on)
-    run.run(arguments)
+    try:
+        run.run(arguments)
+    except ChildFailedError as error:
+        status = status_of(error.failures.values())
+        if status not in _TOLD:
+            _tell(error.failures)
+        return status
+    return 0
+
+
+def _tell(failures: dict[int, ProcessFailure]) -> None:
+    """Say of each worker that failed by itself how it ended."""
+    for rank, failure in sorted(failures.items()):
+        how = f"ended with status {failure.exitcode}"
+        if failure.exitcode < 0:
+            how = f"was ended by {failure.signal_name()}"
+        if failure.exitcode != -signal.SIGTERM:
+            where = f"process {failure.pid} on {socket.gethostname()}"
+            print(f"rank {rank} ({where}) {how}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -31,8 +31,9 @@ if __name__ == "__main__":
 import transformers
 
 from tests.equivalence import TP2
+from tests.helpers import faults
 from tests.helpers.checkpoint import newest_whole, same_tensors
-from tests.helpers.launch import Running, finetune, run_rank, start_finetune
+from tests.helpers.launch import LIMIT, Running, finetune, run_rank, start_finetune
 from tests.helpers.models import save_model
 from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, write_rows
@@ -107,9 +108,9 @@ def alive(running: Running) -> bool:
     return all(process.exitcode is None for process in running.processes)
 
 
-def wait_until(running: Running, condition: Callable[[], bool], timeout: float = 60.0) -> None:
-    """Look often, so that a save is met when it begins."""
-    deadline = time.monotonic() + timeout
+def wait_until(running: Running, condition: Callable[[], bool]) -> None:
+    """Wait for what comes for certain, as the run is held there."""
+    deadline = time.monotonic() + LIMIT
     while not condition():
         if not alive(running) or time.monotonic() > deadline:
             raise AssertionError(f"not reached\n{running.consoles[0].read_text()}")
@@ -122,22 +123,42 @@ def sigkill(process: Any) -> None:
         process.kill()
 
 
-def kill_once(running: Running, name: str, moment: str, chance: random.Random) -> Kill:
+def start_to_kill(
+    folder: Path, flags: list[str], moment: str, chance: random.Random
+) -> tuple[Running, Path]:
+    """Start a run that waits for its kill, however late that comes: in a save, or before the last step.
+
+    Returns:
+        The run, and the file that it makes when the save begins.
+    """
+    saving = folder.parent / "saving"
+    saving.unlink(missing_ok=True)
+    hold = f"step {STEPS}"
+    if moment == "saving":
+        # The first save of this start or the second, where there is one.
+        second = chance.random() < 0.5 and newest_whole(folder / "checkpoints") <= STEPS - 6
+        hold = f"save {1 + second} {saving}"
+    environment = {faults.HOLD: hold}
+    running = start_finetune(
+        folder, *flags, world=WORLD, environment=environment, inject=faults.hold_for_a_kill
+    )
+    return running, saving
+
+
+def kill_once(
+    running: Running, saving: Path, name: str, moment: str, chance: random.Random
+) -> Kill:
     """Wait for the moment, kill one rank or all, and look at what is left."""
     begin = last_step(running)
     if moment == "starting":
         time.sleep(chance.uniform(0.0, 1.0))
     elif moment == "training":
         wait_until(running, lambda: continued_after(running) is not None)
-        reached = last_step(running) + chance.randint(1, 2)
+        reached = min(last_step(running) + chance.randint(1, 2), STEPS - 1)
         wait_until(running, lambda: last_step(running) >= reached)
         time.sleep(chance.uniform(0.0, 0.05))
     else:
-        wait_until(running, lambda: continued_after(running) is not None)
-        if chance.random() < 0.5:  # not the first save of this start, but the second
-            wait_until(running, lambda: bool(saves(running)))
-            wait_until(running, lambda: not saves(running))
-        wait_until(running, lambda: bool(saves(running)))
+        wait_until(running, saving.exists)
         time.sleep(chance.uniform(0.0, 0.15))
     assert alive(running), f"ended by itself\n{running.consoles[0].read_text()}"
     victim = chance.choice(["all", *map(str, range(WORLD))])
@@ -183,8 +204,8 @@ class Killed:
         self.chance.shuffle(moments)
         before: Kill | None = None
         for moment in moments:
-            running = start_finetune(folder, *flags, world=WORLD)
-            kill = kill_once(running, name, moment, self.chance)
+            running, saving = start_to_kill(folder, flags, moment, self.chance)
+            kill = kill_once(running, saving, name, moment, self.chance)
             if before is not None:
                 tell(self._with_next(before, running))
             before = kill

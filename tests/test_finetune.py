@@ -183,7 +183,8 @@ def test_ctrl_c_during_the_imports_shows_no_traceback():
 
 
 def test_a_killed_run_loses_only_what_came_after_the_checkpoint(words, straight, tmp_path):
-    running = start_finetune(tmp_path / "out", *words, "--save-interval", "2")
+    flags = [*words, "--save-interval", "2"]
+    running = start_finetune(tmp_path / "out", *flags, inject=faults.stay_at_step_7)
     running.wait_for_step(5)
     running.send(signal.SIGKILL)
     assert running.wait().status == -signal.SIGKILL
@@ -195,7 +196,7 @@ def test_a_killed_run_loses_only_what_came_after_the_checkpoint(words, straight,
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_signal_saves_and_the_same_command_continues(words, straight, tmp_path, number):
-    long = [*words, "--train-iters", "60", "--lr-decay-iters", "8"]
+    long = [*words, "--train-iters", "4000", "--lr-decay-iters", "8"]
     running = start_finetune(tmp_path / "out", *long)
     running.wait_for_step(2)
     running.send(number)
@@ -203,7 +204,7 @@ def test_signal_saves_and_the_same_command_continues(words, straight, tmp_path, 
     assert stopped.status == 0, stopped.console
     assert number.name in stopped.console and "Traceback" not in stopped.console
     last = stopped.steps[-1]["iteration"]
-    assert 2 <= last < 60
+    assert 2 <= last < 4000
     tracker = tmp_path / "out/checkpoints/latest_checkpointed_iteration.txt"
     assert tracker.read_text() == str(last)
     assert "continue" in stopped.console, "says how to go on"
@@ -331,7 +332,7 @@ def folder(hf_model, tmp_path):
 def refused(tmp_path: Path, *flags: str, world: int = 1) -> str:
     """The one line that a refused run prints; it is one of `world` processes without the others."""
     environment = {"WORLD_SIZE": str(world), NO_PROCESS_GROUP: "1"}
-    run = start_finetune(tmp_path / "out", *flags, environment=environment).wait(timeout=60)
+    run = start_finetune(tmp_path / "out", *flags, environment=environment).wait()
     assert run.status == 2, (run.status, run.console)
     lines = run.console.splitlines()
     assert [line for line in lines if line.startswith("error: ")] == lines, run.console
@@ -476,11 +477,13 @@ def test_folder_without_all_weights_is_refused(folder, chat_data, tmp_path, how)
         assert text in message
 
 
-def test_one_rank_of_many_tells_the_error(words, tmp_path):
+def test_the_first_rank_tells_an_error_and_the_others_unless_a_launcher_ends_them(words, tmp_path):
     file = str(tmp_path / "nowhere.jsonl")
     running = start_finetune(tmp_path / "out", *words, "--finetune-data-files", file, world=2)
     run = running.wait()
     assert run.statuses == [2, 2]
     (line,) = run.console.splitlines()
     assert line.startswith("error: ") and "nowhere.jsonl" in line
-    assert running.consoles[1].read_text() == ""
+    # It may be the only one that has something to tell, or the first to come so far.
+    other = line.replace("error: ", "error on rank 1: ")
+    assert running.consoles[1].read_text().splitlines() == [other]

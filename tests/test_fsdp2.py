@@ -79,7 +79,7 @@ def test_continues_on_another_number_of_processes(hf_model, chat_data, tmp_path,
 
 @pytest.mark.slow
 def test_signal_saves_and_the_same_command_continues(words, straight, tmp_path):
-    long = [*words, "--train-iters", "60", "--lr-decay-iters", "6"]
+    long = [*words, "--train-iters", "4000", "--lr-decay-iters", "6"]
     running = start_finetune(tmp_path / "out", *long, world=2)
     running.wait_for_step(2)
     running.send(signal.SIGINT)
@@ -143,7 +143,7 @@ def test_tools_read_the_checkpoint(straight, tmp_path):
 
 def refused(tmp_path: Path, *flags: str, world: int = 2) -> str:
     environment = {"WORLD_SIZE": str(world), NO_PROCESS_GROUP: "1"}
-    run = start_finetune(tmp_path, *flags, environment=environment).wait(timeout=60)
+    run = start_finetune(tmp_path, *flags, environment=environment).wait()
     assert run.status == 2, (run.status, run.console)
     (line,) = run.console.splitlines()
     return line

@@ -1,8 +1,6 @@
 """Saving for real: a disk that is full, old checkpoints, and asynchronous saves."""
 
-import errno
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -83,7 +81,7 @@ def _children(running: Running) -> list[int]:
 @pytest.mark.slow
 def test_ctrl_c_waits_for_the_asynchronous_write(words, straight, tmp_path):
     """Ctrl-C reaches all processes of a terminal, the writers too."""
-    flags = [*words, "--train-iters", "60", "--lr-decay-iters", "8", *SAVES, "--async-save"]
+    flags = [*words, "--train-iters", "4000", "--lr-decay-iters", "8", *SAVES, "--async-save"]
     running = start_finetune(tmp_path / "out", *flags, world=2)
     running.wait_for_step(3)
     for pid in [*_children(running), *(process.pid for process in running.processes)]:
@@ -104,15 +102,12 @@ def test_ctrl_c_waits_for_the_asynchronous_write(words, straight, tmp_path):
 def test_a_write_that_fails_ends_the_run_and_keeps_the_checkpoint_before(
     words, straight, tmp_path, how
 ):
-    """A limit on the size of files, set while the run is on, as a quota: the disk itself has room."""
     flags = [*words, *SAVES, *(["--async-save"] if how == "async" else [])]
-    running = start_finetune(tmp_path / "out", *flags, world=2)
-    running.wait_for_step(3)
-    for process in running.processes:
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (200_000, 200_000))
+    inject = faults.limit_files_at_step_4
+    running = start_finetune(tmp_path / "out", *flags, world=2, inject=inject)
     run = running.wait()
-    assert run.statuses == [1, 1]
-    failed = tracked(run) + 2
+    assert run.statuses == [1, 1] and tracked(run) == 2
+    failed = 4
     (message,) = [line for line in run.console.splitlines() if line.startswith("error")]
     for text in (
         f"checkpoint of step {failed} cannot be written to {run.folder}/checkpoints",
@@ -151,7 +146,7 @@ def small_disk(tmp_path):
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a disk")
     yield folder
-    for _ in range(50):
+    for _ in range(600):
         if not subprocess.run(["umount", str(folder)], capture_output=True).returncode:
             return
         time.sleep(0.1)
@@ -180,29 +175,16 @@ def test_a_full_disk_ends_the_run_and_space_lets_it_go_on(words, straight, small
         assert numbers(run) == numbers(straight)
 
 
-def _fill(disk):
-    """Leave no byte of it."""
-    file = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
-    try:
-        while True:
-            os.write(file, b"x" * 4096)
-    except OSError as error:
-        assert error.errno == errno.ENOSPC
-    finally:
-        os.close(file)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [(), ("--use-torch-fsdp2",)], ids=["dp2", "fsdp2"])
 def test_a_disk_that_fills_up_while_a_checkpoint_is_written(words, straight, small_disk, layout):
-    """Something else takes the space between the look at the disk and the last byte."""
-    running = start_finetune(small_disk / "out", *words, *SAVES, *layout, world=2)
-    running.wait_for_step(1)
-    folder, deadline = small_disk / "out/checkpoints", time.monotonic() + 60
-    while not list(folder.glob("*.saving")) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    _fill(small_disk)
-    run = running.wait()
+    run = finetune(
+        small_disk / "out",
+        *(*words, *SAVES, *layout),
+        world=2,
+        environment={faults.DISK: str(small_disk)},
+        inject=faults.fill_disk_in_a_save,
+    )
     assert run.statuses == [1, 1]
     (message,) = [line for line in run.console.splitlines() if line.startswith("error")]
     assert "No space left on device" in message and "there is none before it" in message
@@ -216,10 +198,10 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_written(words, straight, sma
 @pytest.mark.slow
 def test_a_disk_that_fills_up_between_saves(words, small_disk):
     """The last rank, which writes Megatron's log lines, goes on without them; rank 0 tells and ends."""
-    flags = [*words, "--train-iters", "400", "--lr-decay-iters", "8"]
+    flags = [*words, "--train-iters", "4000", "--lr-decay-iters", "8"]
     running = start_finetune(small_disk / "out", *flags, "--save-interval", "3", world=2)
     running.wait_for_step(4)
-    _fill(small_disk)
+    faults.fill(small_disk)
     run = running.wait()
     assert run.statuses == [1, 1]
     told = "".join(console.read_text() for console in running.consoles)

@@ -1,13 +1,8 @@
 """A small tokenizer with ChatML tokens, trained here, so that most tests need no files."""
 
 import pytest
-from hypothesis import settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-
-# Other work on the machine must not fail a test.
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
 
 CHATML = (
     "{%- for message in messages %}"

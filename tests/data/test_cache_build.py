@@ -2,8 +2,9 @@ import contextlib
 import json
 import os
 import random
+import signal
 import sys
-import time
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -170,20 +171,42 @@ def test_a_journal_that_two_processes_wrote_is_good_up_to_where_they_met(tmp_pat
     assert contents(tmp_path / "x") == reference
 
 
+CHUNK_BYTES = 3000
+
 # Builds in processes of their own, which are forked from one that has everything imported.
 
 
-def start(source, cache, workers=0, name=None, locks=True, chunk_bytes=3000):
+def start(source, cache, workers=0, name=None, locks=True, killed=None):
+    """A build; `killed` says when it is killed, as for `_kill_self`."""
     process = forkserver().Process(
-        target=_build_here, args=(*source, cache, workers, name, locks, chunk_bytes)
+        target=_build_here, args=(*source, cache, workers, name, locks, killed)
     )
     process.start()
     return process
 
 
-def _build_here(path, tokenizer, cache, workers, name, locks, chunk_bytes):
+def _kill_self(shards, seconds, latest):
+    """End this process `seconds` after its build has come to `shards`, and before it is beyond `latest`.
+
+    It does so itself: somebody who looks on from outside may be too late on a busy machine.
+    """
+    add, timer = FolderSink.add, threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
+
+    def adds(sink, shard):
+        if sink.finished.done >= latest:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if sink.finished.done >= shards and not timer.ident:
+            timer.start()
+        add(sink, shard)
+
+    setattr(FolderSink, "add", adds)  # noqa: B010
+
+
+def _build_here(path, tokenizer, cache, workers, name, locks, killed):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    data.sources.CHUNK_BYTES = chunk_bytes
+    data.sources.CHUNK_BYTES = CHUNK_BYTES
+    if killed is not None:
+        _kill_self(*killed)
     if name is not None:
         setattr(cache_folder, "machine", lambda: name)  # noqa: B010
     if not locks:
@@ -221,16 +244,15 @@ def shards_done(cache):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_builds_killed_at_20_random_moments_lose_nothing(source, tmp_path, workers):
     arguments, whole = source
-    shards = -(-Path(arguments[0]).stat().st_size // 3000)
+    shards = -(-Path(arguments[0]).stat().st_size // CHUNK_BYTES)
     rng = random.Random(workers)
     kills = []
     for moment in sorted(rng.random() * 0.95 for _ in range(20)):
-        process = start(arguments, str(tmp_path), workers)
-        while process.exitcode is None and shards_done(tmp_path) < moment * shards:
-            time.sleep(0.001)
-        time.sleep(rng.random() * 0.01)
-        process.kill()
+        done = int(moment * shards)
+        killed = (done, rng.random() * 0.01, done + shards // 50)
+        process = start(arguments, str(tmp_path), workers, killed=killed)
         process.join()
+        assert process.exitcode == -signal.SIGKILL
         kills.append(shards_done(tmp_path))
         # Nothing that was finished is lost, and what is not finished has no name.
         assert kills == sorted(kills)
@@ -276,22 +298,16 @@ def test_processes_of_one_machine_without_locks_never_publish_a_bad_cache(source
 @pytest.mark.slow
 def test_build_killed_on_one_machine_goes_on_on_another(source, tmp_path):
     arguments, whole = source
-    process = start(arguments, str(tmp_path), 0, "one")
-    while process.exitcode is None and shards_done(tmp_path) < 300:
-        time.sleep(0.001)
-    process.kill()
+    process = start(arguments, str(tmp_path), 0, "one", killed=(300, 3600, 300))
     process.join()
-    before = shards_done(tmp_path)
+    assert shards_done(tmp_path) == 300
     (left,) = tmp_path.glob("*.building-one")
-    journal = (left / "journal.jsonl").read_bytes()
-    process = start(arguments, str(tmp_path), 0, "two")
-    other = left.with_name(left.name.replace("-one", "-two")) / "journal.jsonl"
-    while process.exitcode is None and not (other.exists() and other.stat().st_size):
-        time.sleep(0.001)
-    process.kill()
+    journal = (left / JOURNAL).read_bytes()
+    # Before it adds anything, unless it begins anew.
+    process = start(arguments, str(tmp_path), 0, "two", killed=(1, 3600, 1))
     process.join()
-    assert other.read_bytes()[: len(journal)] == journal
-    assert shards_done(tmp_path) >= before >= 300
+    other = left.with_name(left.name.replace("-one", "-two")) / JOURNAL
+    assert other.read_bytes() == journal
     process = start(arguments, str(tmp_path), 0, "three")
     process.join()
     assert process.exitcode == 0

@@ -186,7 +186,10 @@ def test_document_longer_than_the_pack_is_refused(documents, tokenizer):
         SFTDataset(None, documents, tokenizer, 16)
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 @given(
     shards=st.integers(1, 6),
     micro_batch=st.integers(1, 3),

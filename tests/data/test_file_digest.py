@@ -33,7 +33,7 @@ def test_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
 
 def test_file_written_a_moment_ago_is_not_remembered(tmp_path):
     a, memory = tmp_path / "a", tmp_path / "memory"
-    a.write_text("one")
+    old(a, "one", age=-60)  # of a clock that is ahead, so that it is a moment ago for long
     digest_files([a], memory)
     assert not (memory / "digests.json").exists()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import signal
 import sys
 import threading
@@ -16,6 +18,12 @@ from torch import Tensor
 # In the environment: the token that a fault befalls, and where to note optimizer steps.
 TOKEN = "TEST_FAULT_TOKEN"
 STEPS = "TEST_OPTIMIZER_STEPS"
+# Seconds without progress from step 3 on.
+HANG_TIMEOUT = "TEST_HANG_TIMEOUT"
+# A folder on a disk of its own.
+DISK = "TEST_DISK"
+# Where a run stays until it is killed: `step N`, or `save K FILE`.
+HOLD = "TEST_HOLD"
 
 
 def _finetune() -> Any:
@@ -207,6 +215,18 @@ def _at_step(step: int, rank: int, what: Any) -> None:
 def hang_at_step_3() -> None:
     """Rank 1 sleeps for ever."""
     _at_step(3, 1, sleep_for_ever)
+    _watch_closely()
+
+
+def _watch_closely() -> None:
+    """From step 3 on with another limit: what is slow before it on a busy machine is no hang."""
+    finetune = _finetune()
+
+    def closely() -> None:
+        finetune.watchdog.limit = float(os.environ[HANG_TIMEOUT])
+
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        _at_step(3, rank, closely)
 
 
 def sleep_for_ever() -> None:
@@ -223,10 +243,10 @@ def hang_after_an_evaluation() -> None:
 
     def wait_then_hang() -> None:
         done = Path(get_args().output_dir) / "evaluations.jsonl"
-        deadline = time.monotonic() + 60
-        while not done.exists() and time.monotonic() < deadline:
+        while not done.exists():  # the test ends a run whose evaluation fails
             finetune.watchdog.beat()
             time.sleep(0.05)
+        finetune.watchdog.limit = float(os.environ[HANG_TIMEOUT])
         if get_args().rank == 1:
             sleep_for_ever()
 
@@ -237,6 +257,7 @@ def hang_after_an_evaluation() -> None:
 def stop_at_step_3() -> None:
     """Rank 1's process is stopped: not even its threads run."""
     _at_step(3, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    _watch_closely()
 
 
 def kill_at_step_3() -> None:
@@ -296,7 +317,77 @@ def slow_save() -> None:
     right = training.save_checkpoint
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(float(os.environ["TEST_SAVE_SECONDS"]))
+        watchdog = _finetune().watchdog
+        limit, watchdog.limit = watchdog.limit, float(os.environ[HANG_TIMEOUT])
+        time.sleep(1.5 * watchdog.limit)
+        watchdog.limit = limit
         return right(*args, **kwargs)
 
     training.save_checkpoint = slow
+
+
+def stay_at_step_7() -> None:
+    """Rank 0 comes no further, until it is killed."""
+    _at_step(7, 0, sleep_for_ever)
+
+
+def hold_for_a_kill() -> None:
+    """The run stays where the environment says: before a step, or in the K-th save, which makes a file."""
+    from post_training.saving import CheckpointSaver
+
+    what, number, *file = os.environ[HOLD].split(" ", 2)
+    left = int(number)
+    if what == "step":
+        for rank in range(int(os.environ["WORLD_SIZE"])):
+            _at_step(left, rank, sleep_for_ever)
+        return
+    begin, finish = CheckpointSaver.begin, CheckpointSaver.finish
+
+    def begins(self: Any, iteration: int) -> Path | None:
+        nonlocal left
+        mark = begin(self, iteration)
+        left -= mark is not None
+        if left == 0:
+            Path(*file).touch()
+        return mark
+
+    def finishes(self: Any, iteration: int, error: BaseException | None) -> None:
+        if left <= 0:
+            sleep_for_ever()
+        finish(self, iteration, error)
+
+    setattr(CheckpointSaver, "begin", begins)  # noqa: B010
+    setattr(CheckpointSaver, "finish", finishes)  # noqa: B010
+
+
+def limit_files_at_step_4() -> None:
+    """No file may grow beyond 200 kB any more, as with a quota: the disk itself has room."""
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        _at_step(4, rank, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+
+
+def fill(disk: Path) -> None:
+    """Leave no byte of it."""
+    file = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
+    try:
+        while True:
+            os.write(file, b"x" * 4096)
+    except OSError as error:
+        assert error.errno == errno.ENOSPC
+    finally:
+        os.close(file)
+
+
+def fill_disk_in_a_save() -> None:
+    """Something else takes the space between the look at the disk and the first byte of a checkpoint."""
+    from post_training.saving import CheckpointSaver
+
+    right = CheckpointSaver.begin
+
+    def begin(self: Any, iteration: int) -> Path | None:
+        mark = right(self, iteration)
+        if os.environ["RANK"] == "0":
+            fill(Path(os.environ[DISK]))
+        return mark
+
+    setattr(CheckpointSaver, "begin", begin)  # noqa: B010

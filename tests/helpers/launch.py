@@ -8,14 +8,11 @@ runs `finetune.main()` from the command line's words, with the variables that to
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
 import pickle
-import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +23,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -35,6 +34,8 @@ ENVIRONMENT = {
 }
 # In the environment of a run that must end before its process group starts.
 NO_PROCESS_GROUP = "TEST_NO_PROCESS_GROUP"
+# Seconds after which something counts as hung, however busy the machine is.
+LIMIT = 1200.0
 _server: Any = None
 
 
@@ -48,17 +49,9 @@ def forkserver() -> Any:
     return _server
 
 
-def free_port() -> int:
-    """A TCP port of this host that nobody listens on.
-
-    Not one of those that the system hands out (from 32768 on): gloo's own connections take such a port
-    between this look at it and the rank that listens on it.
-    """
-    while True:
-        port = random.SystemRandom().randrange(15000, 32000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+def rendezvous() -> TCPStore:
+    """Where the ranks of a job meet: as under a launcher, on a port that is taken as long as this lives."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _become_rank(rank: int, world: int, port: int, environment: Mapping[str, str]) -> None:
@@ -72,6 +65,7 @@ def _become_rank(rank: int, world: int, port: int, environment: Mapping[str, str
             "LOCAL_WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
         | dict(environment)
     )
@@ -164,16 +158,17 @@ class Running:
     processes: list[Any]
     folder: Path
     consoles: list[Path]
+    store: TCPStore
 
-    def wait(self, timeout: float = 240.0) -> Finished:
+    def wait(self) -> Finished:
         """Wait for the end of all ranks; when one fails the others are ended, as torchrun does."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + LIMIT
         failed_at: float | None = None
         while any(process.exitcode is None for process in self.processes):
             now = time.monotonic()
             if failed_at is None and any(p.exitcode not in (None, 0) for p in self.processes):
                 failed_at = now
-            if now > deadline or (failed_at is not None and now > failed_at + 5.0):
+            if now > deadline or (failed_at is not None and now > failed_at + 120.0):
                 for process in self.processes:
                     if process.exitcode is None:
                         process.kill()
@@ -184,9 +179,9 @@ class Running:
             console += "".join(path.read_text() for path in self.consoles[1:])
         return Finished(statuses[0], statuses, console, self.folder)
 
-    def wait_for_step(self, step: int, timeout: float = 60.0) -> None:
+    def wait_for_step(self, step: int) -> None:
         """Wait until `metrics.jsonl` shows that `step` is done."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + LIMIT
         file = self.folder / "metrics.jsonl"
         while time.monotonic() < deadline:
             if file.is_file():
@@ -224,7 +219,7 @@ def start_finetune(
     """
     context = forkserver()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    store = rendezvous()
     argv = [*flags, "--output-dir", str(folder)]
     consoles = [folder.parent / f"{folder.name}.console{rank}" for rank in range(world)]
     for console in consoles:
@@ -233,11 +228,19 @@ def start_finetune(
     for rank in range(world):
         process = context.Process(
             target=_finetune_rank,
-            args=(argv, rank, world, port, str(consoles[rank]), dict(environment or {}), inject),
+            args=(
+                argv,
+                rank,
+                world,
+                store.port,
+                str(consoles[rank]),
+                dict(environment or {}),
+                inject,
+            ),
         )
         process.start()
         processes.append(process)
-    return Running(processes, folder, consoles)
+    return Running(processes, folder, consoles, store)
 
 
 def finetune(
@@ -246,12 +249,11 @@ def finetune(
     world: int = 1,
     environment: Mapping[str, str] | None = None,
     inject: Callable[[], None] | None = None,
-    timeout: float = 240.0,
 ) -> Finished:
     """Run `finetune.py FLAGS --output-dir FOLDER` to its end on `world` ranks."""
-    return start_finetune(folder, *flags, world=world, environment=environment, inject=inject).wait(
-        timeout
-    )
+    return start_finetune(
+        folder, *flags, world=world, environment=environment, inject=inject
+    ).wait()
 
 
 def command(*words: str, world: int | None = None) -> list[str]:
@@ -266,7 +268,6 @@ def command(*words: str, world: int | None = None) -> list[str]:
 def run_script(
     *words: str,
     world: int | None = None,
-    timeout: float = 240.0,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in a new interpreter, as a user does."""
@@ -276,7 +277,7 @@ def run_script(
         env=os.environ | ENVIRONMENT | dict(environment or {}),
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=LIMIT,
         check=False,
     )
 
@@ -304,16 +305,13 @@ def _call_rank(
     os._exit(0)
 
 
-def run_ranks(
-    function: Callable[..., Any], world: int, *args: Any, timeout: float = 120.0
-) -> list[Any]:
+def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
     """Call a module-level function on `world` ranks that have imported `finetune`.
 
     Args:
         function: called as `function(*args)`; it finds its rank in the environment, as everywhere.
         world: number of processes.
         args: picklable arguments.
-        timeout: seconds until the ranks are ended.
 
     Returns:
         The (picklable) results in the order of the ranks.
@@ -322,20 +320,20 @@ def run_ranks(
         AssertionError: a rank raised; with its traceback.
     """
     context = forkserver()
-    port = free_port()
+    store = rendezvous()
     pairs = [context.Pipe(duplex=False) for _ in range(world)]
     processes = []
     for rank, (_, answer) in enumerate(pairs):
         process = context.Process(
             target=_call_rank,
-            args=(function, pickle.dumps(args), rank, world, port, answer),
+            args=(function, pickle.dumps(args), rank, world, store.port, answer),
         )
         process.start()
         answer.close()
         processes.append(process)
     results: list[Any] = []
     failures: list[str] = []
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + LIMIT
     for rank, (receiver, _) in enumerate(pairs):
         if failures:
             deadline = min(deadline, time.monotonic() + 2.0)

@@ -29,7 +29,7 @@ def test_short_neighbours_are_cut_as_one():
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=12), st.integers(1, 4), st.integers(1, 8))
 def test_all_ranks_hold_equally_many_tokens(lengths, size, tile):
     bounds = row(lengths, size)
@@ -53,7 +53,7 @@ def test_attention_costs_all_ranks_about_the_same(size):
     assert max(costs) < 1.1 * sum(costs) / size
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(1, 4), st.integers(1, 8))
 def test_every_query_sees_its_own_document_up_to_itself(lengths, size, tile):
     """Found token by token: documents of any length, cut at any place."""

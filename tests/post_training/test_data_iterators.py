@@ -97,7 +97,7 @@ def documents_in(batch):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     source=st.sampled_from(["one", "mixed", "split"]),
     packing=st.sampled_from(["best-fit", "sequential", "none"]),

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from post_training.packed_sequences import PackedDocuments
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_documents_are_found_from_position_ids(lengths):
     positions = torch.cat([torch.arange(length) for length in lengths])

@@ -9,7 +9,7 @@ from post_training.processes import is_running
 
 
 def test_running_processes():
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1200)"])
     assert is_running(child.pid)
     child.kill()
     while is_running(child.pid):

@@ -6,6 +6,7 @@ import pytest
 
 from post_training.errors import SetupError
 from post_training.wandb_login import check_wandb
+from tests.helpers.launch import LIMIT
 
 CHECK = """
 from post_training.errors import SetupError
@@ -36,6 +37,10 @@ def test_a_missing_package_is_said():
 def test_credentials_are_looked_for(tmp_path, variables, expected):
     environment = {"HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path), **variables}
     done = subprocess.run(
-        [sys.executable, "-c", CHECK], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", CHECK],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
     )
     assert expected in done.stdout

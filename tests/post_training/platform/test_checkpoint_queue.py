@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from post_training.platform import checkpoint_queue
 from post_training.processes import is_running
-from tests.helpers.launch import ENVIRONMENT, ROOT, run_rank
+from tests.helpers.launch import ENVIRONMENT, LIMIT, ROOT, run_rank
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -29,7 +29,7 @@ def _queue_of_asynchronous_saves():
     checkpoint_queue.apply(args)
     results = filesystem_async.get_write_results_queue()
     results.put("a result")  # as the writer, another process, does
-    return results.get(timeout=10), args.use_persistent_ckpt_worker
+    return results.get(timeout=LIMIT), args.use_persistent_ckpt_worker
 
 
 @pytest.mark.slow
@@ -43,13 +43,13 @@ def _writer_dies_with_its_parent(file):
         if os.fork() == 0:
             checkpoint_queue.end_with_parent()
             pathlib.Path(file).write_text(str(os.getpid()))
-            time.sleep(60)
-        time.sleep(60)
+            time.sleep(LIMIT)
+        time.sleep(LIMIT)
     while not pathlib.Path(file).exists() or not (text := pathlib.Path(file).read_text()):
         time.sleep(0.01)
     os.kill(parent, signal.SIGKILL)
     os.waitpid(parent, 0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LIMIT
     while time.monotonic() < deadline:
         status = pathlib.Path(f"/proc/{text}/stat")
         if not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z":
@@ -94,7 +94,7 @@ if __name__ == "__main__":
         request = async_utils.AsyncRequest(write, (number, None, results), [], {}, staged)
         caller.schedule_async_call(request)
         assert caller.is_current_async_call_done(blocking=True)
-        print(results.get(timeout=10), flush=True)
+        print(results.get(), flush=True)
         os.killpg(0, signal.SIGTERM)
     if sys.argv[1] == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -113,7 +113,7 @@ def test_the_persistent_worker_is_deaf_to_signals_and_ends_with_its_rank(tmp_pat
         env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LIMIT,
         start_new_session=True,
         check=False,
     )
@@ -121,7 +121,7 @@ def test_the_persistent_worker_is_deaf_to_signals_and_ends_with_its_rank(tmp_pat
     assert preloaded == "[]", "CUDA is not looked at before the worker is forked"
     assert written == ["(0, 'staged')", "(1, 'staged')"], done.stderr
     assert done.returncode == (-signal.SIGKILL if end == "killed" else 1)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LIMIT
     while is_running(int(pid)) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_running(int(pid))

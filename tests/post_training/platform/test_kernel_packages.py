@@ -6,6 +6,7 @@ import pytest
 
 from post_training import platform
 from post_training.platform import kernel_packages
+from tests.helpers.launch import LIMIT
 
 NAMES = (*kernel_packages.TRANSFORMER_ENGINE, *kernel_packages.APEX)
 # What Megatron imports of Apex where it clips gradients.
@@ -107,7 +108,7 @@ def test_still_needed_upstream_clips_with_whatever_imports(tmp_path):
             [sys.executable, "-c", program, str(tmp_path), *ours],
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=LIMIT,
             check=True,
         ).stdout
         for ours in ([], ["ours"])

@@ -1,0 +1,42 @@
+"""What a model takes: its parameters, and the bytes of a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def count_parameters(args: argparse.Namespace) -> int:
+    """Parameters of the model that the flags describe."""
+    hidden, heads = args.hidden_size, args.num_attention_heads
+    head_dim = args.kv_channels or hidden // heads
+    groups = args.num_query_groups if args.group_query_attention else heads
+    attention = hidden * head_dim * (2 * heads + 2 * groups)
+    matrices = 3 if args.swiglu else 2
+    dense = matrices * hidden * (args.ffn_hidden_size or 4 * hidden)
+    layers = args.num_layers
+    sparse_layers = 0
+    if args.num_experts:
+        pattern = args.moe_layer_freq
+        sparse_layers = sum(pattern) if isinstance(pattern, list) else layers // pattern
+    experts = matrices * hidden * (args.moe_ffn_hidden_size or 0) * (args.num_experts or 0)
+    embeddings = (args.padded_vocab_size or args.vocab_size or 0) * hidden
+    embeddings *= 2 if args.untie_embeddings_and_output_weights else 1
+    total = layers * attention + (layers - sparse_layers) * dense + sparse_layers * experts
+    return int(total + embeddings)
+
+
+def checkpoint_bytes(args: argparse.Namespace) -> int:
+    """Size of one checkpoint: weights, and master weights with two Adam moments in fp32.
+
+    With FSDP2 the weights are the master weights.
+    """
+    weight = 2 if (args.bf16 or args.fp16) and not args.use_torch_fsdp2 else 4
+    optimizer = 0 if args.no_save_optim else (12 if args.optimizer == "adam" else 8)
+    if args.use_torch_fsdp2:
+        optimizer = max(0, optimizer - 4)
+    return count_parameters(args) * (weight + optimizer)
+
+
+def shown_bytes(count: int) -> str:
+    """A size in GiB, or MiB below one, rounded to a tenth."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
