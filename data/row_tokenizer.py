@@ -15,11 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from data.answer_spans import AnswerFinder, trained_spans
-from data.chat_template import ChatTemplate, Span
+from data.chat_template import ChatTemplate
 from data.chunks import Chunk, RawRow, read_chunk
 from data.conversation import Conversation
 from data.errors import DataError, RowError
 from data.formats import converter
+from data.marks import Span
 from data.masked_tokenizer import MaskedTokenizer, TokenizedText
 from data.row_checks import ends_in_thought
 from data.worker_messages import Shard, TokenizeOptions

@@ -8,14 +8,15 @@ for a template, by rendering a tiny conversation and looking whether everything 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from data.chat_template import ANSWER_OPEN, ChatTemplate, Message
-from data.conversation import REASONING_FIELDS, mark_conversation, split_thinking
+from data.chat_template import ChatTemplate
+from data.conversation import REASONING_FIELDS, Message, split_thinking
 from data.errors import RowError
-from data.spelled_json import to_json
+from data.marks import ANSWER_OPEN, mark_conversation
 from data.tool_call_ids import CallIds, with_call_ids
 
 ReasoningForm = Literal["as is", "reasoning_content", "thinking", "reasoning", "inline"]
@@ -95,7 +96,7 @@ class MessageForms:
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         if self.arguments_as_text and not isinstance(function["arguments"], str):
-            text = to_json(function["arguments"], ensure_ascii=False)
+            text = json.dumps(function["arguments"], ensure_ascii=False)
             return {**call, "function": {**function, "arguments": text}}
         return call
 

@@ -13,19 +13,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from data.chat_template import (
+from data.chat_template import ChatTemplate
+from data.conversation import Message
+from data.errors import RowError
+from data.marks import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
     BLOCK_CLOSE,
     BLOCK_OPEN,
     OTHER_CLOSE,
     OTHER_OPEN,
-    ChatTemplate,
-    Message,
+    mark_conversation,
     split_marks,
 )
-from data.conversation import mark_conversation
-from data.errors import RowError
 
 _ANY_MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 _OPENING_THINK = re.compile(r"<think>\s*(?:</think>\s*)?\Z")

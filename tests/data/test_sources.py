@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import data.sources
 from data.chunks import read_chunk
 from data.errors import DataError
-from data.sources import dataset_chunks, file_chunks, resolve_files
+from data.source_files import resolve_files
+from data.sources import dataset_chunks, file_chunks
 
 
 def zst(data):
