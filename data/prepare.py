@@ -41,9 +41,10 @@ _MAX_WORKERS = 32
 # Modules that ids, masks and shards depend on: their text is part of every cache key.
 _CODE = (
     "answer_spans", "block_spans", "cache_build", "chat_template", "chunks", "conversation", "formats",
-    "marked_rendering", "marks", "masked_tokenizer", "messages", "reasoning", "row_checks", "row_formats",
-    "row_tokenizer", "source_files", "sources", "template_forms", "token_mask", "tool_call_ids",
-    "turn_edges", "turn_markup", "user_converter",
+    "marked_rendering", "marks", "masked_tokenizer", "messages", "probe_messages", "reasoning",
+    "row_checks", "row_formats", "row_renderer", "row_tokenizer", "source_files", "sources",
+    "template_forms", "token_mask", "tool_call_ids", "turn_edges", "turn_markup", "turn_stops",
+    "user_converter",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from data.chat_template import ChatTemplate
 from data.conversation import REASONING_FIELDS, Message, split_thinking
 from data.errors import RowError
 from data.marks import ANSWER_OPEN, mark_conversation
+from data.probe_messages import ANSWER, ASK, CALL, RESULT
 from data.tool_call_ids import CallIds, with_call_ids
 
 ReasoningForm = Literal["as is", "reasoning_content", "thinking", "reasoning", "inline"]
@@ -41,8 +42,7 @@ class MessageForms:
         self.arguments_as_text = False
         self.no_content: Any = ""
         self.call_ids: CallIds = "as is"
-        ask: Message = {"role": "user", "content": "q q"}
-        plain = [ask, {"role": "assistant", "content": "a a"}]
+        plain = [ASK, ANSWER]
         if not self._survives(plain):
             if template.no_tools is None:
                 template.no_tools = []
@@ -51,10 +51,10 @@ class MessageForms:
             if template.no_tools is None:
                 self.parts = True
                 self.parts = self._survives(plain)
-        self.reasoning = self._learn_reasoning(ask)
-        self._learn_tool_calls(ask)
+        self.reasoning = self._learn_reasoning()
+        self._learn_tool_calls()
         self.shows_tools = self._learn_tools(plain)
-        self._think_opening = self._learn_opening(ask)
+        self._think_opening = self._learn_opening()
 
     def apply(self, messages: Sequence[Message]) -> list[Message]:
         """Messages in this template's forms; the same objects where nothing changes."""
@@ -122,11 +122,11 @@ class MessageForms:
                 return False
         return True
 
-    def _learn_reasoning(self, ask: Message) -> ReasoningForm:
+    def _learn_reasoning(self) -> ReasoningForm:
         """Where reasoning has to be; ``as is`` when the template takes both usual places."""
         self.reasoning = "as is"
-        field = [ask, {"role": "assistant", "content": "a a", "reasoning_content": "r r"}]
-        inline = [ask, {"role": "assistant", "content": "<think>\nr r\n</think>\n\na a"}]
+        field = [ASK, {**ANSWER, "reasoning_content": "r r"}]
+        inline = [ASK, {"role": "assistant", "content": "<think>\nr r\n</think>\n\na a"}]
         if self._survives(field) and self._survives(inline):
             return "as is"
         forms: tuple[ReasoningForm, ...] = ("reasoning_content", "thinking", "reasoning", "inline")
@@ -136,15 +136,8 @@ class MessageForms:
                 return form
         return "as is"
 
-    def _learn_tool_calls(self, ask: Message) -> None:
-        function = {"name": "look", "arguments": {"a": "b b"}}
-        call = {"type": "function", "id": "call12345", "function": function}
-        messages: list[Message] = [
-            ask,
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "r r", "name": "look", "tool_call_id": "call12345"},
-            {"role": "assistant", "content": "a a"},
-        ]
+    def _learn_tool_calls(self) -> None:
+        messages = [ASK, CALL, RESULT, ANSWER]
         for as_text in (False, True):
             for no_content in _NO_CONTENT:
                 self.arguments_as_text, self.no_content = as_text, no_content
@@ -153,10 +146,10 @@ class MessageForms:
                     return
         self.arguments_as_text, self.no_content = False, ""
 
-    def _learn_opening(self, ask: Message) -> str:
+    def _learn_opening(self) -> str:
         """The think tag at the end of the generation prompt, or nothing."""
         try:
-            prompt = self.template.render(self.apply([ask]), add_generation_prompt=True)
+            prompt = self.template.render(self.apply([ASK]), add_generation_prompt=True)
         except RowError:
             return ""
         found = _OPENED.search(prompt)
