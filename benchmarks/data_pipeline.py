@@ -125,11 +125,11 @@ def _ours(tokenizer: Any, path: Path, cache: Path, seq_length: int) -> tuple[flo
 def _rendered(tokenizer: Any, path: Path) -> list[str]:
     from data.chunks import read_chunk
     from data.prepare_options import PrepareOptions, tokenize_options
-    from data.row_tokenizer import RowTokenizer
+    from data.row_renderer import RowRenderer
     from data.sources import file_chunks
 
     settings = PrepareOptions(seq_length=1 << 20, conversation_format="question")
-    rows = RowTokenizer(tokenize_options(tokenizer, settings)[0])
+    rows = RowRenderer(tokenize_options(tokenizer, settings)[0])
     return [rows.render(raw).text for chunk in file_chunks(path, 0) for raw in read_chunk(chunk)]
 
 

@@ -12,8 +12,7 @@ lies between them is known in one of two ways:
 - ``{% generation %}`` blocks in the template enclose it;
 - otherwise the conversation is rendered a second time with marks around everything anybody said.
   Taking the marks out must give the first rendering back, character by character, and every mark
-  must have survived in order; then the marks' places are exact. If not, the row is refused. (For
-  further rows of the same shape ``data.outline`` gives the same proof from one rendering.)
+  must have survived in order; then the marks' places are exact. If not, the row is refused.
 
 Both ways give the same turns. A think tag or an empty think block that the template adds by itself
 is part of the header, and empty blocks that the data has are left out of what is trained; white
@@ -27,11 +26,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.block_spans import RenderedRow, turns_from_blocks
-from data.chat_template import BLOCK_CLOSE, BLOCK_OPEN, ChatTemplate, Span, has_marks, split_marks
-from data.conversation import Conversation, Piece, begin_of_last_turn
+from data.chat_template import ChatTemplate
+from data.conversation import Conversation, begin_of_last_turn
 from data.errors import RowError
 from data.marked_rendering import MarkedRendering, render_marked
-from data.outline import Outline, Turn, outline_key
+from data.marks import BLOCK_CLOSE, BLOCK_OPEN, Piece, Span, has_marks, split_marks
 from data.reasoning import without_empty_blocks
 from data.row_checks import (
     refuse_stops_inside,
@@ -40,14 +39,12 @@ from data.row_checks import (
     what_it_lacks,
 )
 from data.template_forms import MessageForms
-from data.turn_edges import EMPTY_THINK, OPENED_THINK, end_of_reasoning, skip
+from data.turn_edges import EMPTY_THINK, OPENED_THINK, Turn, end_of_reasoning, skip
 from data.turn_markup import TurnMarkup
 
 Method = Literal["generation", "marks"]
 Reasoning = Literal["keep", "last", "mask"]
 LossOn = Literal["all", "last"]
-
-_MAX_OUTLINES = 1024
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,6 @@ class AnswerFinder:
         self.reasoning: Reasoning = reasoning
         self.special_tokens, self.added_tokens = special_tokens, added_tokens
         self.forms = MessageForms(template)
-        self._outlines: dict[tuple[str, ...], Outline] = {}
         self.markup = TurnMarkup(template, special_tokens, added_tokens, self.forms.apply)
 
     def find(self, conversation: Conversation, method: Method | None = None) -> Rendering:
@@ -103,32 +99,17 @@ class AnswerFinder:
         if has_marks(text):
             raise RowError("reserved character", "the text holds one of U+FDD0 to U+FDD5")
         row = RenderedRow(conversation, messages, text)
+        require_questions(conversation.messages, text)
         if (method or self.method) == "generation":
-            require_questions(conversation.messages, text)
             turns = turns_from_blocks(row, blocks, self.markup, self._marked)
         else:
-            turns = self._turns_from_marks(row)
+            turns = self._turns_from_marks(row, self._marked(row))
         refuse_stops_inside(conversation, text, turns, self.markup.stops)
         return Rendering(text, turns)
 
     # -- the answer lies between marks ---------------------------------------------------------
 
-    def _turns_from_marks(self, row: RenderedRow) -> list[Turn]:
-        outline = outline_key(row.messages, row.conversation.tools)
-        known = self._outlines.get(outline) if outline else None
-        turns = known.turns(row.messages, row.text) if known else None
-        if turns is None:
-            require_questions(row.conversation.messages, row.text)
-            marked = self._marked(row)
-            turns = self._turns_of(row, marked)
-            if outline and (known or len(self._outlines) < _MAX_OUTLINES):
-                speech = sorted([*marked.others, *marked.spans])
-                learned = Outline.learn(row.messages, row.text, speech, turns)
-                if learned is not None:
-                    self._outlines[outline] = learned
-        return turns
-
-    def _turns_of(self, row: RenderedRow, marked: MarkedRendering) -> list[Turn]:
+    def _turns_from_marks(self, row: RenderedRow, marked: MarkedRendering) -> list[Turn]:
         text = row.text
         found: dict[int, list[tuple[Piece, Span]]] = {}
         for piece, span in zip(marked.pieces, marked.spans, strict=True):

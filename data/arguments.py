@@ -17,7 +17,7 @@ from data.formats import FORMATS
 from data.packing import PACKING_MODES
 from data.prepare import prepare_documents
 from data.row_formats import FormatOptions
-from data.sources import resolve_files
+from data.source_files import resolve_files
 from data.token_cache import Documents
 
 if TYPE_CHECKING:

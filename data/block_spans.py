@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from data.chat_template import Message, Span
-from data.conversation import Conversation, Piece, mark_conversation
+from data.conversation import Conversation, Message
 from data.errors import RowError
 from data.marked_rendering import MarkedRendering
-from data.outline import Turn, is_plain
-from data.turn_edges import EMPTY_THINK, end_of_reasoning, skip, skip_space
+from data.marks import Piece, Span, mark_conversation
+from data.turn_edges import EMPTY_THINK, Turn, end_of_reasoning, is_plain, skip, skip_space
 from data.turn_markup import TurnMarkup
 
 

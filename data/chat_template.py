@@ -1,13 +1,8 @@
-"""Rendering chat templates: compiled once, in Jinja's sandbox, with assistant text marked.
-
-A rendering can carry *marks*: Unicode noncharacters, which no valid text holds, no tokenizer needs,
-and no string filter changes. They stand around what ``{% generation %}`` blocks write, and around
-any text that the caller marks before rendering. Taking them out gives the plain text and, at the
-same time, the character spans between them.
-"""
+"""Rendering chat templates: compiled once, in Jinja's sandbox, ``{% generation %}`` blocks marked."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -22,17 +17,9 @@ import jinja2.sandbox
 from jinja2.runtime import LoopContext
 from jinja2.utils import Namespace
 
+from data.conversation import Message
 from data.errors import DataError, RowError
-from data.spelled_json import to_json
-
-Message = dict[str, Any]
-Span = tuple[int, int]
-
-# Noncharacters U+FDD0..U+FDEF are reserved for internal use by Unicode itself.
-ANSWER_OPEN, ANSWER_CLOSE = "\ufdd0", "\ufdd1"  # around what the assistant said
-OTHER_OPEN, OTHER_CLOSE = "\ufdd2", "\ufdd3"  # around what anybody else said
-BLOCK_OPEN, BLOCK_CLOSE = "\ufdd4", "\ufdd5"  # around a {% generation %} block
-MARKS = ANSWER_OPEN + ANSWER_CLOSE + OTHER_OPEN + OTHER_CLOSE + BLOCK_OPEN + BLOCK_CLOSE
+from data.marks import BLOCK_CLOSE, BLOCK_OPEN
 
 
 class _GenerationBlocks(jinja2.ext.Extension):
@@ -68,7 +55,7 @@ def _to_json(
     sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML, which is not what models were trained on.
-    return to_json(
+    return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
@@ -203,39 +190,3 @@ class ChatTemplate:
             raise RowError("template failed", detail) from error
         except RecursionError as error:
             raise RowError("template failed", "nested too deeply") from error
-
-
-def split_marks(marked: str, opening: str, closing: str) -> tuple[str, list[Span]]:
-    """Take one kind of marks out of a rendering.
-
-    Args:
-        marked: Rendered text.
-        opening: The mark at which a span begins.
-        closing: The mark at which it ends.
-
-    Returns:
-        The text without these marks, and the character spans in it that they enclosed.
-
-    Raises:
-        RowError: marks do not alternate, so something was cut, doubled or reordered.
-    """
-    if opening not in marked and closing not in marked:
-        return marked, []
-    pieces: list[str] = []
-    spans: list[Span] = []
-    length = 0
-    parts = marked.split(opening)
-    for number, part in enumerate(parts):
-        inside, found, after = part.partition(closing)
-        if bool(found) != bool(number) or closing in after:
-            raise RowError("marks lost", "the template cuts, doubles or moves the assistant's text")
-        if number:
-            spans.append((length, length + len(inside)))
-        pieces += (inside, after)
-        length += len(inside) + len(after)
-    return "".join(pieces), spans
-
-
-def has_marks(text: str) -> bool:
-    """Whether a text holds any of the characters that are used as marks."""
-    return not text.isascii() and any(mark in text for mark in MARKS)

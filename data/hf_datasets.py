@@ -7,7 +7,8 @@ from typing import Any
 
 from data.chunks import read_chunk
 from data.errors import DataError
-from data.sources import file_chunks, resolve_files
+from data.source_files import resolve_files
+from data.sources import file_chunks
 
 
 def load_dataset(name: str, split: str) -> Any:

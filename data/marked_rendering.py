@@ -12,20 +12,21 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from data.chat_template import (
+from data.chat_template import ChatTemplate
+from data.conversation import Message, begin_of_last_turn
+from data.errors import RowError
+from data.marks import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
     BLOCK_CLOSE,
     BLOCK_OPEN,
     OTHER_CLOSE,
     OTHER_OPEN,
-    ChatTemplate,
-    Message,
+    Piece,
     Span,
+    mark_conversation,
     split_marks,
 )
-from data.conversation import Piece, begin_of_last_turn, mark_conversation
-from data.errors import RowError
 
 _MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 

@@ -8,13 +8,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from data.chat_template import Message
-from data.conversation import REASONING_FIELDS, Conversation
+from data.conversation import REASONING_FIELDS, Conversation, Message
 from data.errors import RowError
-from data.spelled_json import parse_spelled
 
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {
@@ -206,7 +204,7 @@ def _set_assistant(message: Message, item: Mapping[str, Any], number: int) -> No
     if calls is None and item.get("function_call") is not None:
         calls = [item["function_call"]]
     if isinstance(calls, str) and calls:
-        calls = _from_json(calls, "bad tool call", f"the call in message {number}", parse_spelled)
+        calls = _from_json(calls, "bad tool call", f"the call in message {number}")
     if calls:
         message["tool_calls"] = _tool_calls(calls, number)
 
@@ -214,8 +212,7 @@ def _set_assistant(message: Message, item: Mapping[str, Any], number: int) -> No
 def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
     """Calls as ``{"type", "id", "function": {"name", "arguments": object}}``."""
     if isinstance(value, str):
-        where = f"the call in message {number}"
-        value = _from_json(value, "bad tool call", where, parse_spelled)
+        value = _from_json(value, "bad tool call", f"the call in message {number}")
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
@@ -230,8 +227,7 @@ def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
         if not isinstance(name, str) or not name:
             raise RowError("bad tool call", f"a call in message {number} has no function name")
         if isinstance(arguments, str):
-            where = f"arguments in message {number}"
-            arguments = _from_json(arguments, "bad tool call", where, parse_spelled)
+            arguments = _from_json(arguments, "bad tool call", f"arguments in message {number}")
         if arguments is None:
             arguments = {}
         if not isinstance(arguments, Mapping):
@@ -260,9 +256,9 @@ def _train_flag(item: Mapping[str, Any], number: int) -> bool:
     return train
 
 
-def _from_json(text: str, reason: str, what: str, parse: Callable[[str], Any] = json.loads) -> Any:
+def _from_json(text: str, reason: str, what: str) -> Any:
     try:
-        return parse(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise RowError(reason, f"{what} is not valid JSON ({str(error)[:80]})") from error
 

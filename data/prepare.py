@@ -25,7 +25,8 @@ from data.hf_datasets import load_dataset
 from data.prepare_options import PrepareOptions, tokenize_options
 from data.row_formats import FormatOptions
 from data.row_tokenizer import RowTokenizer
-from data.sources import dataset_chunks, file_chunks, resolve_files
+from data.source_files import resolve_files
+from data.sources import dataset_chunks, file_chunks
 from data.token_cache import Documents, open_documents
 from data.tokenizer_facts import text_hash
 from data.worker import WorkerPool
@@ -40,9 +41,10 @@ _MAX_WORKERS = 32
 # Modules that ids, masks and shards depend on: their text is part of every cache key.
 _CODE = (
     "answer_spans", "block_spans", "cache_build", "chat_template", "chunks", "conversation", "formats",
-    "marked_rendering", "masked_tokenizer", "messages", "outline", "reasoning", "row_checks",
-    "row_formats", "row_tokenizer", "sources", "spelled_json", "template_forms", "token_mask",
-    "tool_call_ids", "turn_edges", "turn_markup", "user_converter", "word_tokenizer",
+    "marked_rendering", "marks", "masked_tokenizer", "messages", "probe_messages", "reasoning",
+    "row_checks", "row_formats", "row_renderer", "row_tokenizer", "source_files", "sources",
+    "template_forms", "token_mask", "tool_call_ids", "turn_edges", "turn_markup", "turn_stops",
+    "user_converter",
 )  # fmt: skip
 
 

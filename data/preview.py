@@ -203,7 +203,7 @@ def open_output(path: str) -> IO[str]:
 
 def _stop_ids(tokenizer: RowTokenizer) -> set[int]:
     ids: set[int] = set()
-    for stop in tokenizer.finder.markup.stops:
+    for stop in tokenizer.renderer.finder.markup.stops:
         encoded = tokenizer.tokenizer.backend.encode(stop, add_special_tokens=False).ids
         if encoded:
             ids.add(encoded[-1])

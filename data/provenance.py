@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.document_set import DocumentSet
 from data.errors import DataError
-from data.sources import COMPRESSIONS, FORMATS, resolve_files
+from data.source_files import COMPRESSIONS, FORMATS, resolve_files
 from data.token_cache import Documents
 
 

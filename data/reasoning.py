@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import re
 
-from data.chat_template import ChatTemplate, Message, Span
+from data.chat_template import ChatTemplate
+from data.conversation import Message
 from data.errors import RowError
+from data.marks import Span
 
 # DeepSeek: cuts everything up to the closing think tag from the content of every turn.
 REMOVE_THINK_CHAT_TEMPLATE = re.compile(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
-from data.chat_template import Message
-from data.conversation import REASONING_FIELDS, Conversation
+from data.conversation import REASONING_FIELDS, Conversation, Message
 from data.errors import RowError
-from data.outline import Turn
-from data.spelled_json import to_json
+from data.turn_edges import Turn
 
 
 def refuse_stray_tags(messages: Sequence[Message]) -> None:
@@ -77,7 +76,7 @@ def refuse_stops_inside(
 def _refuse_said(stop: str, conversation: Conversation) -> None:
     for number, message in enumerate(conversation.messages, 1):
         said = [message.get(name) for name in ("content", *REASONING_FIELDS)]
-        said.append(to_json(message.get("tool_calls") or [], ensure_ascii=False))
+        said.append(json.dumps(message.get("tool_calls") or [], ensure_ascii=False))
         if message["role"] == "assistant" and any(stop in str(part) for part in said):
             raise RowError(
                 "stop token in text",

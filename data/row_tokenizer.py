@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
-from data.answer_spans import AnswerFinder, trained_spans
-from data.chat_template import ChatTemplate, Span
 from data.chunks import Chunk, RawRow, read_chunk
-from data.conversation import Conversation
 from data.errors import DataError, RowError
-from data.formats import converter
+from data.marks import Span
 from data.masked_tokenizer import MaskedTokenizer, TokenizedText
 from data.row_checks import ends_in_thought
+from data.row_renderer import RowRenderer, RowText
 from data.worker_messages import Shard, TokenizeOptions
 
 OVERLONG = "longer than --seq-length"
@@ -52,16 +50,6 @@ class PreviewRow:
     offsets: list[Span] = field(default_factory=list)
 
 
-@dataclass
-class _Pending:
-    raw: RawRow
-    conversation: Conversation
-    text: str
-    spans: list[Span]
-    turns: int
-    stopped: int
-
-
 class RowTokenizer:
     """Tokenises chunks of rows.
 
@@ -72,14 +60,7 @@ class RowTokenizer:
     def __init__(self, options: TokenizeOptions) -> None:
         self.options = options
         self.tokenizer = MaskedTokenizer(options.tokenizer, options.added)
-        self.convert = converter(options.format, options.mapping)
-        template = ChatTemplate(options.template, options.special_tokens, options.variables)
-        self.finder = AnswerFinder(
-            template,
-            options.special,
-            list(options.added.values()),
-            reasoning=options.reasoning,
-        )
+        self.renderer = RowRenderer(options)
 
     def chunk(self, chunk: Chunk) -> Shard:
         """Tokenise the rows of one chunk; under ``error`` the first bad row's message is set."""
@@ -117,17 +98,17 @@ class RowTokenizer:
 
     def rows(
         self, raws: Iterator[RawRow], counts: Counter[str], bad: list[tuple[str, str, str]]
-    ) -> Iterator[tuple[_Pending, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
+    ) -> Iterator[tuple[RowText, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
         """Documents of rows, batch by batch, with the counts kept up to date.
 
         Raises:
             DataError: a row that stops the run.
         """
-        batch: list[_Pending] = []
+        batch: list[RowText] = []
         for raw in raws:
             counts["read"] += 1
             try:
-                batch.append(self.render(raw))
+                batch.append(self.renderer.render(raw))
             except RowError as error:
                 # The rows before it come first, so that the first fault in the file is reported.
                 yield from self._tokenize(batch, counts, bad)
@@ -151,42 +132,16 @@ class RowTokenizer:
             _, reason, detail = bad[-1]
             text = ""
             with contextlib.suppress(RowError):
-                text = self.render(raw).text
+                text = self.renderer.render(raw).text
             return PreviewRow(raw, "dropped", f"{reason}: {detail}", text)
         pending, ids, mask = documents[0]
         offsets = self.tokenizer.offsets(pending.text)
         status = "trimmed" if counts["trimmed"] > trimmed else "kept"
         return PreviewRow(raw, status, "", pending.text, ids.tolist(), mask.tolist(), offsets)
 
-    def render(self, raw: RawRow) -> _Pending:
-        """Convert and render one row.
-
-        Raises:
-            RowError: the row cannot be used.
-        """
-        if raw.error is not None:
-            raise raw.error
-        if not isinstance(raw.row, Mapping):
-            raise RowError("not an object", f"the row is {type(raw.row).__name__}, not an object")
-        try:
-            return self._rendered(raw, self.convert(raw.row))
-        except RecursionError as error:
-            raise RowError("nested too deeply", "the row's values are nested too deeply") from error
-
-    def _rendered(self, raw: RawRow, conversation: Conversation) -> _Pending:
-        rendering = self.finder.find(conversation)
-        if not rendering.text.isascii():
-            try:
-                rendering.text.encode()
-            except UnicodeEncodeError as error:
-                raise RowError("bad text", f"not valid Unicode ({error.reason})") from error
-        spans = trained_spans(rendering, conversation, self.options.reasoning, self.options.loss_on)
-        stopped = sum(turn.stopped for turn in rendering.turns)
-        return _Pending(raw, conversation, rendering.text, spans, len(rendering.turns), stopped)
-
     def _tokenize(
-        self, batch: Sequence[_Pending], counts: Counter[str], bad: list[tuple[str, str, str]]
-    ) -> Iterator[tuple[_Pending, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
+        self, batch: Sequence[RowText], counts: Counter[str], bad: list[tuple[str, str, str]]
+    ) -> Iterator[tuple[RowText, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
         if not batch:
             return
         texts = [pending.text for pending in batch]
@@ -211,14 +166,14 @@ class RowTokenizer:
             counts["turns"] += pending.turns
             counts["stopped turns"] += pending.stopped
             counts["boundary tokens"] += crossed
-            if pending.conversation.tools and not self.finder.forms.shows_tools:
+            if pending.conversation.tools and not self.renderer.finder.forms.shows_tools:
                 counts["tools not shown"] += 1
             if "<think>" in pending.text and ends_in_thought(pending.conversation.messages):
                 counts["unclosed thoughts"] += 1
             yield pending, ids, mask
 
     def _document(
-        self, pending: _Pending, tokens: TokenizedText
+        self, pending: RowText, tokens: TokenizedText
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int, bool]:
         """Ids and mask of a row, shortened if need be.
 
@@ -231,7 +186,9 @@ class RowTokenizer:
         if len(tokens.ids) > room:
             length = len(tokens.ids)
             if self.options.overlong == "trim-turns":
-                shorter = self._trim(pending, room)
+                shorter = self.renderer.without_oldest_turns(
+                    pending, lambda text: self.tokenizer.count(text) <= room
+                )
                 if shorter is not None:
                     pending.text, pending.spans = shorter.text, shorter.spans
                     pending.turns, pending.stopped = shorter.turns, shorter.stopped
@@ -248,35 +205,6 @@ class RowTokenizer:
                 raise RowError("separator in text", f"the row holds the separator {text!r}")
             ids, mask = _with_last(ids, separator), _with_last(mask, 0)
         return ids, mask, tokens.crossing, trimmed
-
-    def _trim(self, pending: _Pending, room: int) -> _Pending | None:
-        """Leave out the oldest turns, question and answers together, until the rest fits.
-
-        What is left is rendered like any conversation, so no header, answer or stop is ever cut.
-        """
-        messages = pending.conversation.messages
-        first = next((i for i, m in enumerate(messages) if m["role"] != "system"), 0)
-        starts = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
-        low, high = 0, len(starts)
-        best: _Pending | None = None
-        while low < high:  # the fewest turns that have to go
-            middle = (low + high) // 2
-            cut = starts[middle]
-            shorter = Conversation(
-                [*messages[:first], *messages[cut:]],
-                pending.conversation.tools,
-                [*pending.conversation.trained[:first], *pending.conversation.trained[cut:]],
-            )
-            try:
-                rendered = self._rendered(pending.raw, shorter)
-                fits = self.tokenizer.count(rendered.text) <= room
-            except RowError:
-                rendered, fits = None, False
-            if fits and rendered is not None:
-                best, high = rendered, middle
-            else:
-                low = middle + 1
-        return best
 
     def _bad(
         self,

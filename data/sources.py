@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders and globs on disk, and HuggingFace datasets.
+"""Reading sources, files on disk and datasets in memory, in chunks of rows.
 
 A source is cut into chunks of raw bytes or Arrow batches, which cost next to nothing to make and to
 send, and are parsed where they are tokenised. The cut depends on the data alone, so chunk k of a
@@ -8,71 +8,22 @@ second run is chunk k of the first, and a build can go on where it was killed.
 from __future__ import annotations
 
 import csv
-import glob
-import gzip
 import io
 import json
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from itertools import batched, islice
 from pathlib import Path
 from typing import IO, Any
 
 from data.chunks import Chunk, arrow_bytes, pickled_rows
 from data.errors import DataError, RowError
+from data.source_files import file_format, is_json_lines, open_file, open_seekable
 
-FORMATS = (".jsonl", ".json", ".parquet", ".csv")
-COMPRESSIONS = (".gz", ".zst")
 CHUNK_BYTES = 1 << 19
 CHUNK_ROWS = 1024
 # What the surrogateescape handler makes of bytes that are not UTF-8.
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
-
-
-def resolve_files(files: Sequence[str], flag: str = "--finetune-data-files") -> list[Path]:
-    """Expand files, folders and globs, in a stable order, each file once.
-
-    As in a shell's globs, what is hidden within a folder (`.ipynb_checkpoints`) is left out.
-
-    Raises:
-        DataError: something does not exist, matches nothing, is empty, or has an unknown suffix.
-    """
-    found: list[Path] = []
-    known = ", ".join(FORMATS) + " (also with .gz or .zst)"
-    for name in files:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            inside = sorted(
-                p
-                for p in path.rglob("*")
-                if _format(p) in FORMATS and p.is_file() and not _is_hidden(p.relative_to(path))
-            )
-            if not inside:
-                raise DataError(f"{flag} {name}: the folder holds no file of type {known}.")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-            if not any(match.is_file() for match in matches):
-                raise DataError(f"{flag} {name}: no such file, folder or pattern. Check the path.")
-            found += [match for match in matches if match.is_file()]
-    for path in found:
-        if _format(path) not in FORMATS:
-            raise DataError(f"{flag} {path}: unknown file type; known are {known}.")
-        if path.stat().st_size == 0:
-            raise DataError(f"{flag} {path}: the file is empty. Remove it or give another.")
-    once: dict[Path, Path] = {}
-    for path in found:
-        once.setdefault(path.resolve(), path)
-    return list(once.values())
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def file_chunks(path: Path, source: int) -> Iterator[Chunk]:
@@ -81,13 +32,13 @@ def file_chunks(path: Path, source: int) -> Iterator[Chunk]:
     Raises:
         DataError: the file as a whole cannot be read: damaged, or not what its suffix says.
     """
-    kind = _format(path)
+    kind = file_format(path)
     try:
         if kind == ".parquet":
             yield from _parquet_chunks(path, source)
         elif kind == ".csv":
             yield from _row_chunks(path, source, _csv_rows)
-        elif kind == ".json" and not _is_json_lines(path):
+        elif kind == ".json" and not is_json_lines(path):
             yield from _row_chunks(path, source, _json_rows)
         else:
             yield from _line_chunks(path, source)
@@ -116,7 +67,7 @@ def dataset_chunks(dataset: Any, name: str, source: int = 0) -> Iterator[Chunk]:
 
 
 def _line_chunks(path: Path, source: int) -> Iterator[Chunk]:
-    with _open(path) as stream:
+    with open_file(path) as stream:
         rest, line = stream.read(3), 0
         rest = rest.removeprefix(b"\xef\xbb\xbf")
         while True:
@@ -164,7 +115,7 @@ def _text(raw: IO[bytes], careful: bool, newline: str | None = None) -> io.TextI
 def _json_rows(path: Path, careful: bool) -> Iterator[Any]:
     """Elements of a top-level array, read piece by piece."""
     decode, digits = json.JSONDecoder().raw_decode, None
-    with _open(path) as raw, _text(raw, careful) as stream:
+    with open_file(path) as raw, _text(raw, careful) as stream:
         buffer, at, line, wanted = "", 0, 1, 1 << 16
         opened, commas, due = False, 0, 0
 
@@ -227,7 +178,7 @@ def _json_rows(path: Path, careful: bool) -> Iterator[Any]:
 
 def _csv_rows(path: Path, careful: bool) -> Iterator[Any]:
     csv.field_size_limit(1 << 30)
-    with _open(path) as raw, _text(raw, careful, newline="") as stream:
+    with open_file(path) as raw, _text(raw, careful, newline="") as stream:
         reader = csv.reader(stream, strict=True)
         try:
             header = next(reader, [])
@@ -272,7 +223,7 @@ def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
     import pyarrow.parquet
 
     try:
-        with _seekable(path) as whole, pyarrow.parquet.ParquetFile(whole) as file:
+        with open_seekable(path) as whole, pyarrow.parquet.ParquetFile(whole) as file:
             names = file.schema_arrow.names
             if len(set(names)) != len(names):
                 raise DataError(f"{path}: two columns have the same name: {', '.join(names)}.")
@@ -283,47 +234,3 @@ def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
                 first += len(batch)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error
-
-
-def _format(path: Path) -> str:
-    suffix = path.suffix.lower()
-    return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[IO[bytes]]:
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        try:
-            with gzip.open(path, "rb") as stream:
-                yield stream  # type: ignore[misc]
-        except gzip.zlib.error as error:  # type: ignore[attr-defined]
-            raise ValueError(str(error)) from error
-    elif suffix == ".zst":
-        import pyarrow
-
-        # Arrow's reader goes on from frame to frame, and fails where the file ends inside of one.
-        with pyarrow.input_stream(str(path), compression="zstd") as stream:
-            yield stream
-    else:
-        with path.open("rb") as stream:
-            yield stream
-
-
-@contextmanager
-def _seekable(path: Path) -> Iterator[Path | IO[bytes]]:
-    """A file that can be read from any place: itself, or its contents where it is compressed."""
-    if path.suffix.lower() not in COMPRESSIONS:
-        yield path
-        return
-    with tempfile.TemporaryFile() as whole:
-        with _open(path) as stream:
-            shutil.copyfileobj(stream, whole, 1 << 20)
-        yield whole
-
-
-def _is_json_lines(path: Path) -> bool:
-    """Whether a .json file holds an object on each line; an array begins with a bracket."""
-    with _open(path) as stream:
-        head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return not head.startswith(b"[")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from data.answer_spans import AnswerFinder, Rendering
-from data.chat_template import Message
-from data.conversation import Conversation, mark_conversation
+from data.conversation import Conversation, Message
 from data.errors import DataError, RowError
+from data.marks import mark_conversation
 
 Verdict = Literal["exact", "refused", "wrong"]
 

@@ -8,14 +8,16 @@ for a template, by rendering a tiny conversation and looking whether everything 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from data.chat_template import ANSWER_OPEN, ChatTemplate, Message
-from data.conversation import REASONING_FIELDS, mark_conversation, split_thinking
+from data.chat_template import ChatTemplate
+from data.conversation import REASONING_FIELDS, Message, split_thinking
 from data.errors import RowError
-from data.spelled_json import to_json
+from data.marks import ANSWER_OPEN, mark_conversation
+from data.probe_messages import ANSWER, ASK, CALL, RESULT
 from data.tool_call_ids import CallIds, with_call_ids
 
 ReasoningForm = Literal["as is", "reasoning_content", "thinking", "reasoning", "inline"]
@@ -40,8 +42,7 @@ class MessageForms:
         self.arguments_as_text = False
         self.no_content: Any = ""
         self.call_ids: CallIds = "as is"
-        ask: Message = {"role": "user", "content": "q q"}
-        plain = [ask, {"role": "assistant", "content": "a a"}]
+        plain = [ASK, ANSWER]
         if not self._survives(plain):
             if template.no_tools is None:
                 template.no_tools = []
@@ -50,10 +51,10 @@ class MessageForms:
             if template.no_tools is None:
                 self.parts = True
                 self.parts = self._survives(plain)
-        self.reasoning = self._learn_reasoning(ask)
-        self._learn_tool_calls(ask)
+        self.reasoning = self._learn_reasoning()
+        self._learn_tool_calls()
         self.shows_tools = self._learn_tools(plain)
-        self._think_opening = self._learn_opening(ask)
+        self._think_opening = self._learn_opening()
 
     def apply(self, messages: Sequence[Message]) -> list[Message]:
         """Messages in this template's forms; the same objects where nothing changes."""
@@ -95,7 +96,7 @@ class MessageForms:
     def _call(self, call: dict[str, Any]) -> dict[str, Any]:
         function = call["function"]
         if self.arguments_as_text and not isinstance(function["arguments"], str):
-            text = to_json(function["arguments"], ensure_ascii=False)
+            text = json.dumps(function["arguments"], ensure_ascii=False)
             return {**call, "function": {**function, "arguments": text}}
         return call
 
@@ -121,11 +122,11 @@ class MessageForms:
                 return False
         return True
 
-    def _learn_reasoning(self, ask: Message) -> ReasoningForm:
+    def _learn_reasoning(self) -> ReasoningForm:
         """Where reasoning has to be; ``as is`` when the template takes both usual places."""
         self.reasoning = "as is"
-        field = [ask, {"role": "assistant", "content": "a a", "reasoning_content": "r r"}]
-        inline = [ask, {"role": "assistant", "content": "<think>\nr r\n</think>\n\na a"}]
+        field = [ASK, {**ANSWER, "reasoning_content": "r r"}]
+        inline = [ASK, {"role": "assistant", "content": "<think>\nr r\n</think>\n\na a"}]
         if self._survives(field) and self._survives(inline):
             return "as is"
         forms: tuple[ReasoningForm, ...] = ("reasoning_content", "thinking", "reasoning", "inline")
@@ -135,15 +136,8 @@ class MessageForms:
                 return form
         return "as is"
 
-    def _learn_tool_calls(self, ask: Message) -> None:
-        function = {"name": "look", "arguments": {"a": "b b"}}
-        call = {"type": "function", "id": "call12345", "function": function}
-        messages: list[Message] = [
-            ask,
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "r r", "name": "look", "tool_call_id": "call12345"},
-            {"role": "assistant", "content": "a a"},
-        ]
+    def _learn_tool_calls(self) -> None:
+        messages = [ASK, CALL, RESULT, ANSWER]
         for as_text in (False, True):
             for no_content in _NO_CONTENT:
                 self.arguments_as_text, self.no_content = as_text, no_content
@@ -152,10 +146,10 @@ class MessageForms:
                     return
         self.arguments_as_text, self.no_content = False, ""
 
-    def _learn_opening(self, ask: Message) -> str:
+    def _learn_opening(self) -> str:
         """The think tag at the end of the generation prompt, or nothing."""
         try:
-            prompt = self.template.render(self.apply([ask]), add_generation_prompt=True)
+            prompt = self.template.render(self.apply([ASK]), add_generation_prompt=True)
         except RowError:
             return ""
         found = _OPENED.search(prompt)

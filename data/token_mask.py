@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding
 
-from data.chat_template import Span
+from data.marks import Span
 
 
 def token_mask(

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from data.chat_template import Message
+from data.conversation import Message
 
 # ``as is``: the template renders calls without ids. ``needed``: it does not. ``nine``: it takes
 # nothing but nine letters and digits, as Mistral's templates do.

@@ -1,17 +1,48 @@
-"""Where inside a rendered turn think blocks and reasoning end."""
+"""The assistant's turns in a rendered text, and where inside them think blocks and reasoning end."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from data.chat_template import Span
-from data.conversation import Piece
+from data.conversation import REASONING_FIELDS, Message
+from data.marks import Piece, Span
 
 # Templates end the block with at most two line breaks; more white space is the answer's own.
 EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 # A block that the template opens, as in its generation prompt, before an answer without reasoning.
 OPENED_THINK = re.compile(r"\s*<think>\n?(?!\s*</think>)")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One assistant message in the rendered text.
+
+    Attributes:
+        message: Index of the message (the last one, where the template joins several).
+        start: First character that the assistant writes.
+        end: One past its last character, the stop included.
+        reasoning_end: One past the reasoning and its closing tag, or None without reasoning.
+        stopped: Whether the turn ends with a stop that the template wrote.
+    """
+
+    message: int
+    start: int
+    end: int
+    reasoning_end: int | None = None
+    stopped: bool = True
+
+
+def is_plain(message: Message) -> bool:
+    """Whether a message is nothing but text."""
+    content = message["content"]
+    return (
+        isinstance(content, str)
+        and "</think>" not in content
+        and not message.get("tool_calls")
+        and not any(message.get(name) for name in REASONING_FIELDS)
+    )
 
 
 def end_of_reasoning(

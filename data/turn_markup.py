@@ -1,55 +1,25 @@
 """What a template writes around an assistant turn: headers before it, stops after it.
 
-Both are learned from the template itself with tiny conversations, never from a list of models.
-
-- The *header* is what inference puts before the answer: the template's own generation prompt, cut
-  at a token's edge where an answered conversation departs from it.
-- A *stop* is the run of special tokens that first follows an answer, both in the last turn and in
-  an earlier one; where the two differ, each has its own.
+Both are learned from the template itself with tiny conversations, never from a list of models. The
+*header* is what inference puts before the answer: the template's own generation prompt, cut at a
+token's edge where an answered conversation departs from it. Stops: ``data.turn_stops``.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from os.path import commonprefix
 
-from data.chat_template import (
-    ANSWER_CLOSE,
-    ANSWER_OPEN,
-    BLOCK_CLOSE,
-    BLOCK_OPEN,
-    OTHER_CLOSE,
-    OTHER_OPEN,
-    ChatTemplate,
-    Message,
-    split_marks,
-)
-from data.conversation import mark_conversation
+from data.chat_template import ChatTemplate
+from data.conversation import Message
 from data.errors import RowError
+from data.marks import ANSWER_CLOSE, ANSWER_OPEN, OTHER_CLOSE
+from data.probe_messages import ANSWER, ASK, CALL, CALL_ID, RESULT, render_probe
+from data.turn_stops import learn_stops
 
-_ANY_MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 _OPENING_THINK = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 _THINK_TAGS = {"<think>", "</think>"}
-_CALL_ID = "call12345"
-_ASK: Message = {"role": "user", "content": "q q"}
-_ANSWER: Message = {"role": "assistant", "content": "a a"}
-_CALL: Message = {
-    "role": "assistant",
-    "content": "",
-    "tool_calls": [
-        {
-            "type": "function",
-            "id": _CALL_ID,
-            "function": {"name": "look", "arguments": {"a": "b"}},
-        }
-    ],
-}
-_RESULT: Message = {
-    "role": "tool",
-    "content": "r r",
-    "name": "look",
-    "tool_call_id": _CALL_ID,
-}
 
 
 class TurnMarkup:
@@ -73,16 +43,12 @@ class TurnMarkup:
         self._forms = forms
         self.tokens = _any_of([*special_tokens, *added_tokens])
         self._longest = max(map(len, [*special_tokens, *added_tokens]), default=0)
-        self._tiers = [_any_of(special_tokens), self.tokens]
         self._headers: dict[str | None, str | None] = {}
-        self.stops: list[str] = []
-        self._learn_stops()
+        self.stops = learn_stops(template, forms, [_any_of(special_tokens), self.tokens])
         self.stop_pattern = _any_of(self.stops)
         self.stop_is_token = bool(self.stops) and all(
             self.tokens.search(stop) for stop in self.stops
         )
-
-    # -- headers ---------------------------------------------------------------------------------
 
     def header(self, role: str | None) -> str | None:
         """What precedes an answer after a message of ``role``; None when it cannot be learned."""
@@ -108,7 +74,7 @@ class TurnMarkup:
         if header is not None:
             if previous and previous.get("tool_call_id"):
                 # A few templates write the call's id after its result.
-                header = header.replace(_CALL_ID, previous["tool_call_id"])
+                header = header.replace(CALL_ID, previous["tool_call_id"])
             # White space after what was said is the message's own, if the template keeps it.
             for begin in (_white_space_after(previous), ""):
                 if gap.startswith(begin + header):
@@ -153,17 +119,17 @@ class TurnMarkup:
         return (header or "")[found[-1] :] if found else ""
 
     def _learn_header(self, role: str | None) -> str:
-        history: list[Message] = [_ASK]
+        history: list[Message] = [ASK]
         if role == "tool":
-            history += [_CALL, _RESULT]
+            history += [CALL, RESULT]
         elif role == "assistant":
-            history += [_ANSWER]
+            history += [ANSWER]
         elif role == "system":
             history = [{"role": "system", "content": "s s"}]
         elif role is None:
             history = []
-        prompt = self._render(history, add_generation_prompt=True) if history else ""
-        whole = self._render([*history, _ANSWER])
+        prompt = render_probe(self._template, self._forms(history), True) if history else ""
+        whole = render_probe(self._template, self._forms([*history, ANSWER]))
         closing = ANSWER_CLOSE if role == "assistant" else OTHER_CLOSE
         opening = whole.rfind(ANSWER_OPEN)
         begin = whole.rfind(closing, 0, max(opening, 0)) + 1
@@ -190,7 +156,7 @@ class TurnMarkup:
         Raises:
             RowError: they differ in what opens the assistant's turn.
         """
-        length = len(_common_prefix(gap, offered))
+        length = len(commonprefix([gap, offered]))
         for text in (gap, offered):
             for token in self.tokens.finditer(text):
                 if token.start() < length < token.end():
@@ -199,82 +165,13 @@ class TurnMarkup:
         if not (gap[length:].strip() and offered[length:].strip()):
             return header
         # They differ before the assistant's name, but end with the same tokens.
-        same = len(_common_prefix(gap[::-1], offered[::-1]))
+        same = len(commonprefix([gap[::-1], offered[::-1]]))
         if self.tokens.search(gap, len(gap) - same):
             return gap
         raise RowError(
             "header not found",
             f"before an answer stands {gap[-60:]!r}, but the generation prompt is {offered[-60:]!r}",
         )
-
-    # -- stops -----------------------------------------------------------------------------------
-
-    def _learn_stops(self) -> None:
-        last = self._tail([_ASK, _ANSWER])
-        middle = self._tail([_ASK, _ANSWER, _ASK, _ANSWER])
-        called = self._tail([_ASK, _CALL, _RESULT, _ANSWER])
-        open_call = self._tail([_ASK, _CALL])
-        shared = _common_prefix(last or "", middle or "")
-        for tier in self._tiers:
-            openers = self._openers(tier)
-            run = tier.search(shared)
-            if run:
-                self._add_stop(_run_of(tier, shared, run.start(), openers))
-            self._add_stops_of((last, middle), tier, openers)
-            if self.stops:  # else what ends a call, such as </tool_call>, is not what ends turns
-                self._add_stops_of((called, open_call), tier, openers)
-                return
-        if shared.strip():
-            self._add_stop(shared.rstrip())
-
-    def _add_stops_of(
-        self, tails: Sequence[str | None], tier: re.Pattern[str], openers: set[str]
-    ) -> None:
-        for tail in tails:
-            # A stop that is known already may stand behind the closing tags of a tool call.
-            if tail and not any(stop in tail for stop in self.stops):
-                found = tier.search(tail)
-                # GLM has no other stop than the next speaker's opening; others do.
-                if found and not (self.stops and found.group() in openers):
-                    self._add_stop(found.group())
-
-    def _openers(self, tier: re.Pattern[str]) -> set[str]:
-        """Tokens that open a message: a few templates write the next one's after the last turn."""
-        try:
-            before = self._render([_ASK]).partition(OTHER_OPEN)[0]
-        except RowError:
-            return set()
-        found = list(tier.finditer(before))
-        openers: set[str] = set()
-        end = len(before.rstrip())
-        for match in reversed(found):
-            if match.end() != end:
-                break
-            openers.add(match.group())
-            end = match.start()
-        return openers
-
-    def _add_stop(self, stop: str) -> None:
-        if stop not in self.stops:
-            self.stops.append(stop)
-
-    def _tail(self, messages: list[Message]) -> str | None:
-        """What follows the first assistant message, up to the next thing that anybody says."""
-        try:
-            text = self._render(messages)
-        except RowError:
-            return None
-        _, pieces = mark_conversation(self._forms(messages))
-        count = sum(piece.message == pieces[0].message for piece in pieces)
-        closes = [place for place, char in enumerate(text) if char == ANSWER_CLOSE]
-        if len(closes) < count:
-            return None
-        return _ANY_MARK.split(text[closes[count - 1] + 1 :], maxsplit=1)[0]
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        marked, _ = mark_conversation(self._forms(messages))
-        text = self._template.render(marked, add_generation_prompt=add_generation_prompt)
-        return split_marks(text, BLOCK_OPEN, BLOCK_CLOSE)[0]
 
 
 def _white_space_after(message: Message | None) -> str:
@@ -284,25 +181,6 @@ def _white_space_after(message: Message | None) -> str:
     return content[len(content.rstrip()) :] if isinstance(content, str) else ""
 
 
-def _run_of(pattern: re.Pattern[str], text: str, begin: int, openers: set[str]) -> str:
-    """The tokens that follow each other from ``begin`` on, up to one that opens a message."""
-    end = begin
-    while found := pattern.match(text, end):
-        if end > begin and found.group() in openers:
-            break
-        end = found.end()
-    return text[begin:end]
-
-
 def _any_of(texts: Sequence[str]) -> re.Pattern[str]:
     longest_first = sorted(set(texts), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _common_prefix(first: str, second: str) -> str:
-    length = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        length += 1
-    return first[:length]

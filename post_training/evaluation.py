@@ -11,7 +11,8 @@ from data.chunks import read_chunk
 from data.errors import DataError, RowError
 from data.formats import converter, detect_format
 from data.row_formats import FormatOptions
-from data.sources import file_chunks, resolve_files
+from data.source_files import resolve_files
+from data.sources import file_chunks
 from post_training.backends import Backend
 from post_training.errors import SetupError
 from post_training.generation import encode_prompt

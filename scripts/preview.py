@@ -37,7 +37,8 @@ from data.preview import (
     summary_text,
     write_json_row,
 )
-from data.sources import dataset_chunks, file_chunks, resolve_files
+from data.source_files import resolve_files
+from data.sources import dataset_chunks, file_chunks
 from post_training.datasets import SPLITS, SplitDocuments, describe
 
 

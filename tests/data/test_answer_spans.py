@@ -3,9 +3,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.answer_spans import AnswerFinder, trained_spans
-from data.chat_template import MARKS, ChatTemplate
+from data.chat_template import ChatTemplate
 from data.conversation import Conversation
 from data.errors import RowError
+from data.marks import MARKS
 from data.reasoning import keep_reasoning
 from tests.data.conftest import CHATML
 from tests.data.templates import GENERATION, THINKING, chat, finder
@@ -202,11 +203,8 @@ def test_question_or_system_prompt_that_the_template_leaves_out_is_refused(sourc
 @pytest.mark.parametrize("source", [CHATML, GENERATION])
 @pytest.mark.parametrize("said", ["Say <|im_end|> now.", "Hello.<|im_end|>"])
 def test_stop_token_inside_an_answer_is_refused(source, said):
-    for first in ("", "Hello."):  # by marks, and by the outline that they give
-        found = finder(source)
-        found.find(chat("Hi", first))
-        with pytest.raises(RowError, match=r"stop token in text: message 4 .*<\|im_end\|>"):
-            found.find(chat("Hi", "Hello.", "And?", said))
+    with pytest.raises(RowError, match=r"stop token in text: message 4 .*<\|im_end\|>"):
+        finder(source).find(chat("Hi", "Hello.", "And?", said))
     # Neither what a user says nor an answer that is not trained teaches it.
     assert trained(source, chat(said, "Hello.")) == ["Hello.<|im_end|>"]
     untrained = chat("Hi", said, "And?", "Bye.")

@@ -2,12 +2,12 @@
 
 import pytest
 
+from benchmarks.template_survey import tokens_named_in
 from data.answer_spans import AnswerFinder, trained_spans
 from data.chat_template import ChatTemplate
 from data.conversation import Conversation
 from data.errors import DataError, RowError
 from data.template_check import _contradiction, check_template
-from data.template_survey import tokens_named_in
 from data.turn_markup import TurnMarkup
 from tests.data.conftest import CHATML
 from tests.data.templates import THINKING, chat, finder

@@ -1,7 +1,9 @@
 """A survey of many chat templates: each one's self-test, tokenised with each fitting tokenizer.
 
-``python -m data.template_survey TEMPLATES_DIR TOKENIZERS_DIR`` prints the table of
-``docs/templates.md``. A probe is *exact* when its self-test is, and when the mask that training
+    python benchmarks/template_survey.py TEMPLATES TOKENIZERS
+
+Prints the counts and the table of ``docs/templates.md`` for the templates and the tokenizers in
+folders below these two. A probe is *exact* when its self-test is, and when the mask that training
 would use is, token by token, the one told from the characters in another way.
 """
 
@@ -10,24 +12,24 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.answer_spans import AnswerFinder, trained_spans
 from data.chat_template import ChatTemplate
+from data.conversation import Message
 from data.errors import DataError, RowError
-from data.mask_comparison import differences, mask_by_characters, transformers_mask
+from data.marks import Span
 from data.masked_tokenizer import MaskedTokenizer
 from data.reasoning import keep_reasoning
 from data.template_check import Probe, Verdict, check_template, probes
 from data.tokenizer_facts import added_tokens, backend_json, special_tokens
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 # What looks like a special token in a template's source.
 _SPECIAL = re.compile(
@@ -36,6 +38,8 @@ _SPECIAL = re.compile(
     r"|\[/?(?:INST|TOOL_CALLS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|THINK|CALL_ID|ARGS)\]"
 )
 _STAND_IN = "its own tokens"
+_TAG = re.compile(r"<[^<>\s]*>")
+_EMPTY_BLOCK = re.compile(r"(?:<think>\s*</think>\s*)+|<think>\s*")
 
 
 def tokens_named_in(source: str) -> list[str]:
@@ -119,8 +123,7 @@ def survey(template: Path, tokenizers: Sequence[SurveyTokenizer], spare: int = -
     Args:
         template: Jinja file.
         tokenizers: The tokenizers.
-        spare: Which of them is a stand-in that has every template's tokens, for templates that no
-            other one fits.
+        spare: Which of them is a stand-in with every template's tokens, for those that no other fits.
     """
     source = template.read_text(encoding="utf-8")
     result = Surveyed(f"{template.parent.name}/{template.stem}")
@@ -195,6 +198,110 @@ def _agreement(
     return frozenset(differences(rendering.text, offsets, ours.mask, theirs, spans))
 
 
+def mask_by_characters(
+    text: str,
+    spans: Sequence[Span],
+    ids: Sequence[int],
+    offsets: Sequence[Span],
+    added_ids: Collection[int],
+) -> npt.NDArray[np.uint8]:
+    """The mask told character by character: a token is trained when all its characters are.
+
+    Args:
+        text: The text that was tokenised.
+        spans: Its trained character spans [begin, end).
+        ids: Its tokens.
+        offsets: The character span of each, as the tokenizers library tells it.
+        added_ids: Ids of added tokens, which may swallow white space after them.
+    """
+    trained = np.zeros(len(text), bool)
+    for begin, end in spans:
+        trained[begin:end] = True
+    mask = np.zeros(len(ids), np.uint8)
+    for number, (token, (begin, end)) in enumerate(zip(ids, offsets, strict=True)):
+        if token in added_ids:
+            end = begin + len(text[begin:end].rstrip())
+        mask[number] = end > begin and bool(trained[begin:end].all())
+    return mask
+
+
+def transformers_mask(
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None,
+    names: dict[str, str],
+) -> tuple[list[int], npt.NDArray[np.uint8]]:
+    """Ids and assistant mask by transformers, for a template with ``{% generation %}``.
+
+    Args:
+        tokenizer: The tokenizer.
+        source: The template.
+        messages: Messages in the forms that it wants.
+        tools: Tools on offer.
+        names: What the template may name, such as ``bos_token``.
+    """
+    found = tokenizer.apply_chat_template(
+        list(messages),
+        tools=tools,
+        chat_template=source,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **names,
+    )
+    return list(found["input_ids"]), np.array(found["assistant_masks"], np.uint8)
+
+
+def differences(
+    text: str,
+    offsets: Sequence[Span],
+    ours: npt.NDArray[np.uint8],
+    theirs: npt.NDArray[np.uint8],
+    spans: Sequence[Span],
+) -> set[str]:
+    """In what transformers' mask differs from ours, token by token.
+
+    Args:
+        text: The rendered text.
+        offsets: The character span of each token.
+        ours: Our mask.
+        theirs: That of transformers.
+        spans: Our trained spans.
+
+    Returns:
+        Some of ``empty think block``, ``header``, ``after the stop`` and ``token of header and
+        answer`` (which they train and no answer needs), and ``answer`` with the text of a token
+        that should be the same in both.
+    """
+    blocks = [match.span() for match in _EMPTY_BLOCK.finditer(text)]
+    begins, ends = {begin for begin, _ in spans}, [end for _, end in spans]
+    found: set[str] = set()
+    runs = np.flatnonzero(np.diff((ours != theirs).astype(np.int8), prepend=0, append=0))
+    for first, last in runs.reshape(-1, 2).tolist():
+        begin, until = offsets[first][0], offsets[last - 1][1]
+        extra = bool(theirs[first:last].all())
+        if extra and any(a <= begin and until <= b for a, b in blocks):
+            found.add("empty think block")
+        elif extra and until in begins:
+            found.add("header")
+        elif (
+            extra
+            and any(end <= begin and not text[end:begin].strip() for end in ends)
+            # White space at the end of a block may be one token with what follows the block.
+            and (_says_nothing(text[begin:until]) or (last == first + 1 and text[begin].isspace()))
+        ):
+            found.add("after the stop")
+        elif extra and last == first + 1 and any(begin < edge < until for edge in [*begins, *ends]):
+            found.add("token of header and answer")
+        else:
+            found.add(f"answer {text[begin:until]!r}")
+    return found
+
+
+def _says_nothing(text: str) -> bool:
+    return not _TAG.sub("", text).strip()
+
+
 def load_tokenizers(
     folder: Path, templates: Iterable[Path], names: Sequence[str] = ("*",)
 ) -> list[SurveyTokenizer]:
@@ -205,8 +312,6 @@ def load_tokenizers(
         templates: The templates.
         names: Names or patterns of those to load.
     """
-    from transformers import AutoTokenizer
-
     paths = sorted(p.parent for name in names for p in folder.glob(f"{name}/tokenizer.json"))
     found = [SurveyTokenizer(p.name, AutoTokenizer.from_pretrained(p)) for p in paths]
     stand_in = AutoTokenizer.from_pretrained(paths[-1])
