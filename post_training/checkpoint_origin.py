@@ -14,6 +14,7 @@ from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import check_format
 from post_training.hf_config import rope_parameters, sliding_window
 from post_training.megatron_flags import ARCHITECTURE
+from post_training.optimizer_form import check_optimizer, optimizer_form
 
 # What the inverse frequencies of the supported rotary embeddings are computed from.
 ROPE_KEYS = (
@@ -44,7 +45,7 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
     found = {
         "architecture": architecture,
         "ckpt_format": args.ckpt_format,
-        "optimizer": args.optimizer,
+        "optimizer_form": optimizer_form(args),
         "no_save_optim": args.no_save_optim,
         "transformer_impl": args.transformer_impl,
     }
@@ -73,7 +74,7 @@ def check_origin(args: argparse.Namespace, checkpoint: Path) -> None:
         checkpoint: the folder to be loaded.
 
     Raises:
-        SetupError: it is another model's, of another format, or holds no state of this run's optimizer.
+        SetupError: it is another model's, of another format, or its optimizer's state is not this run's.
     """
     written = _origin_of(checkpoint)
     check_format(args, checkpoint, written)
@@ -84,16 +85,4 @@ def check_origin(args: argparse.Namespace, checkpoint: Path) -> None:
                 f"{checkpoint} is another model's checkpoint: its {key} is {before}, this run's "
                 f"is {here['architecture'][key]}; choose another --output-dir or --load"
             )
-    if args.no_load_optim or args.finetune or args.skip_train:
-        return
-    if written.get("no_save_optim"):
-        raise SetupError(
-            f"{checkpoint} holds no optimizer state (it was saved with --no-save-optim): add "
-            f"--no-load-optim to go on with a new optimizer, or choose another --output-dir"
-        )
-    before = written.get("optimizer", args.optimizer)
-    if before != args.optimizer:
-        raise SetupError(
-            f"{checkpoint} holds the state of --optimizer {before}, this run's is {args.optimizer}: give "
-            f"the same, or --no-load-optim to go on with a new optimizer"
-        )
+    check_optimizer(args, checkpoint, written)

@@ -94,6 +94,9 @@ _REASONS: dict[str, str] = {
     "a run counts iterations; use the flag that ends in -iters": (
         "lr_decay_samples lr_warmup_samples lr_wsd_decay_samples"
     ),
+    "learning rate and weight decay go as this run's flags say (docs/checkpoints.md)": (
+        "use_checkpoint_opt_param_scheduler override_opt_param_scheduler"
+    ),
     "every evaluation covers the whole split and reports each source (docs/evaluation.md)": (
         "full_validation multiple_validation_sets validation_set_names"
     ),

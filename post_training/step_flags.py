@@ -33,9 +33,6 @@ def check_step_flags(args: argparse.Namespace) -> None:
         count = getattr(args, name)
         if count is not None and count < 0:
             raise SetupError(f"{_flag(name)} {count}: must be at least 1")
-    if args.use_checkpoint_opt_param_scheduler and "override_opt_param_scheduler" in args.derived:
-        args.override_opt_param_scheduler = False
-        args.derived.remove("override_opt_param_scheduler")
     _check_weight_decay(args)
     check_learning_rate(args)
 

@@ -94,7 +94,6 @@ def test_what_cannot_work_is_refused(given, flags, told):
         {"lr": 0.0},
         {"save_retain_interval": 1000},
         {**RAISED, "start_weight_decay": 0.0, "end_weight_decay": 0.1},
-        {"use_checkpoint_opt_param_scheduler": True},
     ],
 )
 def test_what_works_is_taken_by_megatrons_schedule_at_every_step(given, monkeypatch, flags):
