@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
+from post_training.architecture import ARCHITECTURE
 from post_training.checkpoints import read_manifest
 from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import check_format
 from post_training.hf_config import rope_parameters, sliding_window
-from post_training.megatron_flags import ARCHITECTURE
 from post_training.optimizer_form import check_optimizer, optimizer_form
 
 # What the inverse frequencies of the supported rotary embeddings are computed from.

@@ -12,13 +12,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelConfig
 
-from post_training.arguments import parse_arguments, sft_defaults
+from post_training.architecture import ARCHITECTURE
+from post_training.arguments import parse_arguments
+from post_training.defaults import platform_defaults, sft_defaults
 from post_training.errors import SetupError
 from post_training.hf_config import load_hf_config, megatron_flags
-from post_training.machine_flags import platform_defaults
 from post_training.megatron_flags import (
     ALREADY_SO,
-    ARCHITECTURE,
     KEPT,
     NEEDS_TRANSFORMER_ENGINE,
     PART_OF,
