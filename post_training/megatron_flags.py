@@ -52,6 +52,7 @@ KEPT = frozenset(
 ALREADY_SO = {
     "attention_softmax_in_fp32": "every attention kernel here computes the softmax in fp32",
     "deprecated_use_mcore_models": "all models are made of megatron-core",
+    "masked_softmax_fusion": "no attention here uses Megatron's softmax",
     "num_workers": "packs are read without loader processes",
     # Its default is the number of processes, so that config.yaml of a run on another number has it.
     "inprocess_active_world_size": "--inprocess-restart is refused",
