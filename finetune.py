@@ -20,9 +20,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from post_training import platform
+from post_training.command_line import CommandLine
 from post_training.platform import cuda_connections
 
-cuda_connections.choose(sys.argv[1:])
+COMMAND = CommandLine(sys.argv[1:])
+cuda_connections.choose(COMMAND.asks_for_fsdp2())
 platform.apply()
 
 import torch
@@ -203,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = False
     args: argparse.Namespace | None = None
     try:
-        args = parse_arguments(argv)
+        args = parse_arguments(COMMAND if argv is None else argv)
         run_lock.hold(args)
         checkpoint = resume.choose_checkpoint(args)
         check_weights(args, checkpoint)

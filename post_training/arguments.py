@@ -9,31 +9,23 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
-from post_training import layout
-from post_training.config_file import apply_config_file, apply_settings
+from post_training.command_line import CommandLine
+from post_training.completion import complete
+from post_training.config_file import apply_settings
+from post_training.defaults import fsdp2_defaults, platform_defaults, sft_defaults
 from post_training.errors import SetupError, failed_condition
-from post_training.eval_only import prepare_evaluation
-from post_training.expert_flags import complete_expert_flags
-from post_training.fsdp_layout import fsdp2_defaults
-from post_training.hf_config import load_hf_config, megatron_flags, sliding_window
+from post_training.hf_config import load_hf_config, megatron_flags
 from post_training.machine_flags import (
     has_grouped_gemm,
     has_packed_kernel,
     has_transformer_engine,
-    platform_defaults,
 )
 from post_training.megatron_flags import REFUSED, MegatronFlags
-from post_training.platform import device_type
-from post_training.saving import complete_save_flags
-from post_training.schedule_flags import check_schedule_flags
-from post_training.step_flags import check_step_flags
-from post_training.wandb_login import check_wandb
 
 
 def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -112,51 +104,13 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     return parser
 
 
-def sft_defaults() -> dict[str, Any]:
-    """Where finetuning wants another default than Megatron's pretraining."""
-    return {
-        "micro_batch_size": 1,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "calculate_per_token_loss": True,
-        "cp_comm_type": ["all_gather"],
-        "use_distributed_optimizer": True,
-        # Lets a checkpoint be resumed with another number of processes on any axis.
-        "dist_ckpt_optim_fully_reshardable": True,
-        "dataloader_type": "external",
-        "ckpt_format": "torch_dist",
-        "async_strategy": "mcore",
-        "exit_signal_handler": True,
-        "log_interval": 1,
-        "tensorboard_log_interval": 1,
-        "save_interval": 500,
-        "eval_interval": 500,
-        # None: the whole split.
-        "eval_iters": None,
-        "lr": 1e-5,
-        "lr_decay_style": "cosine",
-        "weight_decay": 0.0,
-        "adam_beta2": 0.95,
-        "seq_length": 2048,
-        "rerun_mode": "disabled",
-        # Each token travels to the ranks of its experts only, not to all.
-        "moe_token_dispatcher_type": "alltoall",
-        # As in transformers: off unless it is asked for (`post_training/expert_flags.py`).
-        "moe_router_load_balancing_type": "none",
-        "moe_aux_loss_coeff": None,
-        # Training on with more steps stretches the schedule, which a checkpoint would fix otherwise.
-        "override_opt_param_scheduler": True,
-        "num_workers": 0,
-    }
-
-
 def parse_arguments(
-    argv: Sequence[str] | None = None, *, settings: Mapping[str, Any] | None = None
+    command: CommandLine | Sequence[str] | None = None, *, settings: Mapping[str, Any] | None = None
 ) -> argparse.Namespace:
     """Resolve and check all arguments; no process group is needed and none is started.
 
     Args:
-        argv: the command line without the program's name; `sys.argv[1:]` by default.
+        command: the command line, or its words without the program's name; `sys.argv[1:]` by default.
         settings: in the place of a `--config` file, what one would say.
 
     Returns:
@@ -168,16 +122,8 @@ def parse_arguments(
     """
     from megatron.training.arguments import parse_args
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config")
-    early.add_argument("--hf-model")
-    early.add_argument("--transformer-impl")
-    early.add_argument("--fp32", action="store_true")
-    early.add_argument("--trust-remote-code", action="store_true")
-    early.add_argument("--use-torch-fsdp2", action="store_true")
-    early.add_argument("--yaml-cfg")
-    known, _ = early.parse_known_args(argv)
+    if not isinstance(command, CommandLine):
+        command = CommandLine(sys.argv[1:] if command is None else command, settings)
 
     derived: dict[str, Any] = {}
     hf_config: Any = None
@@ -193,15 +139,12 @@ def parse_arguments(
             if action.dest == "moe_paged_stash_buffer_size_factor_cuda" and action.help:
                 action.help = action.help.replace("%)", "%%)").replace("%%%)", "%%)")
         setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010
-        if settings is not None:
-            written = apply_settings(parser, settings, "settings")
-        else:
-            written = apply_config_file(parser, known.config) if known.config else {}
-        if known.yaml_cfg or written.get("yaml_cfg"):
+        written = apply_settings(parser, command.settings, command.source)
+        if command.value("yaml_cfg", written):
             # Megatron would read it in the place of all flags.
             raise SetupError(f"--yaml-cfg is not supported: {REFUSED['yaml_cfg']}")
-        name = known.hf_model or written.get("hf_model")
-        transformer_impl = known.transformer_impl or written.get("transformer_impl")
+        name = command.value("hf_model", written)
+        transformer_impl = command.value("transformer_impl", written)
         use_te = has_transformer_engine()
         if transformer_impl == "transformer_engine" and not use_te:
             raise SetupError(
@@ -209,13 +152,13 @@ def parse_arguments(
                 "its package (pip install '.[te]'); leave the flag out to use the local attention"
             )
         if use_te and transformer_impl is None:
-            use_te = has_packed_kernel(fp32=known.fp32 or bool(written.get("fp32")))
+            use_te = has_packed_kernel(fp32=bool(command.value("fp32", written)))
         derived.update(sft_defaults())
         derived.update(platform_defaults(use_te and transformer_impl != "local"))
-        if known.use_torch_fsdp2 or written.get("use_torch_fsdp2"):
+        if command.value("use_torch_fsdp2", written):
             derived.update(fsdp2_defaults())
         if name:
-            trust = known.trust_remote_code or bool(written.get("trust_remote_code"))
+            trust = bool(command.value("trust_remote_code", written))
             hf_config = load_hf_config(name, trust_remote_code=trust)
             architecture.update(megatron_flags(hf_config))
             derived.update(architecture)
@@ -227,7 +170,7 @@ def parse_arguments(
         return parser
 
     previous = sys.argv
-    sys.argv = [previous[0], *argv]
+    sys.argv = [previous[0], *command.argv]
     try:
         args = parse_args(prepare)
     finally:
@@ -236,10 +179,7 @@ def parse_arguments(
     megatron.check(args, derived, architecture)
     args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
     args.hf_config = hf_config
-    _complete(args)
-    layout.check(args)
-    if args.tensor_model_parallel_size == 1:
-        args.sequence_parallel = False  # after the check, whose proposal may turn to a larger size
+    complete(args)
     return args
 
 
@@ -277,81 +217,3 @@ def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     near = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
     hint = f"; did you mean {near[0]}?" if near else " (finetune.py --help lists all)"
     raise SetupError(f"{flag}: no such flag{hint}")
-
-
-def _complete(args: argparse.Namespace) -> None:
-    """Fill in what follows from other flags."""
-    if not args.output_dir:
-        raise SetupError("--output-dir is missing: name a folder for checkpoints, metrics and logs")
-    if args.hf_model is None and args.num_layers is None:
-        raise SetupError(
-            "--hf-model is missing: name a HuggingFace folder or hub name "
-            "(or describe a model with --num-layers, --hidden-size and so on)"
-        )
-    args.eval_only = args.skip_train = args.eval_only or args.skip_train
-    if args.eval_only:
-        prepare_evaluation(args)
-    if not args.calculate_per_token_loss:
-        raise SetupError(
-            "calculate_per_token_loss: false is refused: every trained token of a batch weighs the same"
-        )
-    if args.ckpt_format not in ("torch_dist", "torch_dcp"):
-        raise SetupError(
-            f"--ckpt-format {args.ckpt_format}: only torch_dist (and torch_dcp with --use-torch-fsdp2) "
-            f"can be continued; leave the flag out"
-        )
-    if args.train_samples:
-        raise SetupError("--train-samples: use --train-iters or --num-epochs")
-    if not args.skip_train and bool(args.train_iters) == bool(args.num_epochs):
-        raise SetupError("give either --train-iters or --num-epochs")
-    if args.optimizer == "sgd" and "use_distributed_optimizer" in args.derived:
-        # Megatron's distributed optimizer keeps the state of Adam, not that of torch's SGD.
-        args.use_distributed_optimizer = args.dist_ckpt_optim_fully_reshardable = False
-    args.data_begins_at = 0  # see resume.DataPosition
-    complete_save_flags(args)
-    # What lies in the output folder moves with it: config.yaml does not name these.
-    args.in_output_dir = []
-    _fill(args, "save", os.path.join(args.output_dir, "checkpoints"))
-    if not args.eval_only:
-        _fill(args, "tensorboard_dir", os.path.join(args.output_dir, "tensorboard"))
-    if args.wandb_project:
-        check_wandb()
-        _fill(args, "wandb_exp_name", os.path.basename(os.path.normpath(args.output_dir)))
-        _fill(args, "wandb_save_dir", args.output_dir)
-    if device_type() == "cuda" and not (args.fp32 or args.fp16 or args.bf16):
-        # Written to config.yaml as if it had been given: an export on a CPU keeps it.
-        args.bf16 = True
-    if args.fp32 and (args.fp16 or args.bf16):
-        raise SetupError("--fp32 contradicts --fp16 and --bf16")
-    if args.profile and not args.use_pytorch_profiler and device_type() != "cuda":
-        raise SetupError("--profile: it is for nsys on CUDA; add --use-pytorch-profiler")
-    if args.cross_entropy_loss_fusion and not args.bf16:
-        raise SetupError(
-            "--cross-entropy-loss-fusion rounds its gradients to bf16; add --bf16 or leave it out"
-        )
-    if args.hf_config is not None:
-        window = sliding_window(args.hf_config)
-        if window is not None and args.seq_length > window:
-            raise SetupError(
-                f"--seq-length {args.seq_length}: the model attends to {window} tokens only (sliding "
-                f"window), which is not supported; use --seq-length {window} or less"
-            )
-        # Rotary positions are computed, not learned: the model's limit is advice, not a table size.
-        args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
-        args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
-    elif args.vocab_size and not args.padded_vocab_size:
-        args.padded_vocab_size = layout.padded_vocabulary(args.vocab_size, args)
-    check_schedule_flags(args)
-    check_step_flags(args)
-    complete_expert_flags(args)
-    if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
-        # Megatron trains experts with tensor parallelism only this way.
-        args.sequence_parallel = True
-        args.derived.append("sequence_parallel")
-
-
-def _fill(args: argparse.Namespace, name: str, value: str) -> None:
-    """Set an argument that nobody gave, and remember that it follows from the output folder."""
-    if not getattr(args, name):
-        setattr(args, name, value)
-        args.in_output_dir.append(name)

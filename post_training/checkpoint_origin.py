@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
+from post_training.architecture import ARCHITECTURE
 from post_training.checkpoints import Checkpoint
 from post_training.errors import SetupError
 from post_training.fsdp_checkpoint import check_format
 from post_training.hf_config import rope_parameters, sliding_window
-from post_training.megatron_flags import ARCHITECTURE
+from post_training.optimizer_form import check_optimizer, optimizer_form
 
 # What the inverse frequencies of the supported rotary embeddings are computed from.
 ROPE_KEYS = (
@@ -43,7 +44,7 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
     found = {
         "architecture": architecture,
         "ckpt_format": args.ckpt_format,
-        "optimizer": args.optimizer,
+        "optimizer_form": optimizer_form(args),
         "no_save_optim": args.no_save_optim,
         "transformer_impl": args.transformer_impl,
     }
@@ -72,7 +73,7 @@ def check_origin(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
         checkpoint: what is to be loaded.
 
     Raises:
-        SetupError: it is another model's, of another format, or holds no state of this run's optimizer.
+        SetupError: it is another model's, of another format, or its optimizer's state is not this run's.
     """
     written = _origin_of(checkpoint)
     check_format(args, checkpoint, written)
@@ -83,16 +84,4 @@ def check_origin(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} is another model's checkpoint: its {key} is {before}, this run's "
                 f"is {here['architecture'][key]}; choose another --output-dir or --load"
             )
-    if args.no_load_optim or args.finetune or args.skip_train:
-        return
-    if written.get("no_save_optim"):
-        raise SetupError(
-            f"{checkpoint.path} holds no optimizer state (it was saved with --no-save-optim): add "
-            f"--no-load-optim to go on with a new optimizer, or choose another --output-dir"
-        )
-    before = written.get("optimizer", args.optimizer)
-    if before != args.optimizer:
-        raise SetupError(
-            f"{checkpoint.path} holds the state of --optimizer {before}, this run's is {args.optimizer}: "
-            f"give the same, or --no-load-optim to go on with a new optimizer"
-        )
+    check_optimizer(args, checkpoint, written)

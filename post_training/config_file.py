@@ -71,6 +71,11 @@ def _converted(where: str, action: argparse.Action, value: Any) -> Any:
     return [result] if several else result
 
 
+def flag_name(key: object) -> str:
+    """A key of a file as the destination name of a flag."""
+    return str(key).lstrip("-").replace("-", "_")
+
+
 def read_config_file(path: str | Path) -> Mapping[str, Any]:
     """The YAML mapping of flag names in a file; empty where it says nothing.
 
@@ -91,11 +96,6 @@ def read_config_file(path: str | Path) -> Mapping[str, Any]:
             f"--config {path}: expects a mapping of flags, found {type(content).__name__}"
         )
     return content
-
-
-def apply_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """Set defaults of `parser` from a file; as `apply_settings`, whose errors name it."""
-    return apply_settings(parser, read_config_file(path), f"--config {path}")
 
 
 def apply_settings(
@@ -121,7 +121,7 @@ def apply_settings(
     for key, value in content.items():
         if key == DERIVED or key in recomputed:
             continue
-        name = str(key).lstrip("-").replace("-", "_")
+        name = flag_name(key)
         where = f"{source}: {key}"
         if name in by_dest:
             defaults[name] = _converted(where, by_dest[name], value)

@@ -1,28 +1,12 @@
-"""What `--use-torch-fsdp2` sets, and what it does not go with."""
+"""What `--use-torch-fsdp2` does not go with."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
 
 from post_training.errors import SetupError
 from post_training.platform import cuda_connections, device_type
-
-
-def fsdp2_defaults() -> dict[str, Any]:
-    """Where `--use-torch-fsdp2` wants another default than other layouts."""
-    flags: dict[str, Any] = {
-        # FSDP2 shards the optimizer itself.
-        "use_distributed_optimizer": False,
-        "dist_ckpt_optim_fully_reshardable": False,
-        "gradient_accumulation_fusion": False,
-        "ckpt_format": "torch_dcp",
-    }
-    if device_type() == "cuda":
-        # Built on the host and sharded from there: no device ever holds the whole model.
-        flags["use_cpu_initialization"] = True
-    return flags
 
 
 def check_sizes(args: argparse.Namespace) -> None:

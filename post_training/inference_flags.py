@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 
+from post_training.architecture import ARCHITECTURE
 from post_training.arguments import parse_arguments
 from post_training.config_file import DERIVED
 from post_training.errors import SetupError
 from post_training.hf_config import load_hf_config, sliding_window
 from post_training.machine_flags import has_transformer_engine
-from post_training.megatron_flags import ARCHITECTURE
 from post_training.output import MODEL_FOLDER
 
 # What a model is made from and computes with. Left out although it touches numbers: noise that regularises

@@ -11,39 +11,10 @@ from typing import Any, TextIO
 import torch
 
 from post_training import checkpoints
-from post_training.errors import RunStopped, SetupError
+from post_training.errors import RunStopped
 from post_training.model_size import checkpoint_bytes, shown_bytes
-from post_training.platform import device_type
 from post_training.platform.checkpoint_saving import WRITER_KILLED, reason_of, save_hooks
 from post_training.watchdog import watchdog
-
-
-def complete_save_flags(args: argparse.Namespace) -> None:
-    """Check the flags about saving, and set what `--async-save` needs.
-
-    Raises:
-        SetupError: a flag that cannot work here.
-    """
-    if args.keep_checkpoints is not None and args.keep_checkpoints < 1:
-        raise SetupError(f"--keep-checkpoints {args.keep_checkpoints}: must be at least 1")
-    if args.non_persistent_save_interval:
-        raise SetupError(
-            "--non-persistent-save-interval: such checkpoints are not resumed from; use --save-interval "
-            "with --keep-checkpoints"
-        )
-    for name in ("async_save", "verify_integrity") if args.use_torch_fsdp2 else ():
-        if getattr(args, name):
-            flag = f"--{name.replace('_', '-')}"
-            raise SetupError(f"{flag}: not with --use-torch-fsdp2; leave one of them out")
-    if not args.async_save:
-        return
-    if device_type() == "cpu" and args.use_persistent_ckpt_worker:
-        raise SetupError(
-            "--use-persistent-ckpt-worker: on a CPU such a worker would write tensors that training goes "
-            "on changing; leave it out, --async-save forks a process for each save"
-        )
-    args.use_persistent_ckpt_worker = True  # Megatron drops --async-save without it
-    args.derived.append("use_persistent_ckpt_worker")
 
 
 class CheckpointSaver:

@@ -1,4 +1,4 @@
-"""Flags that count steps: how many, how often, and how the learning rate goes over them.
+"""Flags of steps: how many, how often, how the learning rate goes over them, what each computes again.
 
 Megatron looks at most of them only once all processes have started, and then without a word of which flag
 it was (`OptimizerParamScheduler.__init__` in `megatron/core/optimizer_param_scheduler.py`).
@@ -33,9 +33,6 @@ def check_step_flags(args: argparse.Namespace) -> None:
         count = getattr(args, name)
         if count is not None and count < 0:
             raise SetupError(f"{_flag(name)} {count}: must be at least 1")
-    if args.use_checkpoint_opt_param_scheduler and "override_opt_param_scheduler" in args.derived:
-        args.override_opt_param_scheduler = False
-        args.derived.remove("override_opt_param_scheduler")
     _check_weight_decay(args)
     check_learning_rate(args)
 
@@ -108,6 +105,30 @@ def _check_weight_decay(args: argparse.Namespace) -> None:
         raise SetupError(
             f"--weight-decay-incr-style {args.weight_decay_incr_style}: goes from --start-weight-decay up "
             f"to --end-weight-decay, which are {first} and {last}"
+        )
+
+
+def check_recomputation(args: argparse.Namespace) -> None:
+    """Refuse what Megatron would meet only in the first step, if at all.
+
+    Raises:
+        SetupError: naming the flag.
+    """
+    for what in ("embedding", "loss"):
+        if getattr(args, f"account_for_{what}_in_pipeline_split"):
+            raise SetupError(
+                f"--account-for-{what}-in-pipeline-split: give --decoder-first-pipeline-num-layers, "
+                f"--decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout in its place"
+            )
+    count = args.recompute_num_layers
+    if count is not None and count < 1:
+        raise SetupError(f"--recompute-num-layers {count}: must be at least 1")
+    if args.transformer_impl == "transformer_engine":
+        return
+    if "layernorm" in (args.recompute_modules or ()):
+        raise SetupError(
+            "--recompute-modules layernorm needs Transformer Engine; core_attn, mlp and moe work without, "
+            "or --recompute-granularity full"
         )
 
 

@@ -1,19 +1,24 @@
-"""Resuming with torch's own Adam, which Megatron uses where Transformer Engine and Apex are missing.
+"""A checkpoint gives an optimizer its tensors and its step count; what the flags say is this run's.
 
-Upstream: megatron-core 0.19.2, `core/optimizer/distrib_optimizer.py`. Before the first step torch's Adam
+Upstream: megatron-core 0.19.2. `core/optimizer/distrib_optimizer.py` and `optimizer.py` find a param group
+in a checkpoint by its rates, so that another `--lr` finds none, and take betas, epsilon and momentum from
+there, whatever the flags say; they also take groups with the same rates for one. Another number of
+groups (`--decoupled-lr`) does not merge with what was saved. `core/optimizer/grad_scaler.py`: a loss scale
+that was constant leaves nothing behind, in which a dynamic one looks for its own.
+
+Before the first step torch's Adam, which Megatron uses where Transformer Engine and Apex are missing,
 has no state, and `state_dict()`, which loading a checkpoint calls to know what to read, asserts that
 there is exactly one step count. Then `load_state_dict()` gives all parameters the same step tensor:
 Adam's element-wise path adds one to it for every parameter, and the bias correction after a resume is
 another than before. Filling the state in, `_set_main_param_and_optimizer_states()` looks for `step`
 among the tensors of a parameter, where the loader has left it out.
 
-Where they are not missing, their Adam has to go on with what torch's has left: param groups without
-`bias_correction`, which it looks up in every step, and a step count of type float, which the kernel of
-Transformer Engine 2.20 refuses.
+Where they are not missing, their Adam has to go on with what torch's has left: a step count of type float,
+which the kernel of Transformer Engine 2.20 refuses.
 
 With expert parallelism `core/optimizer/optimizer.py` chains two optimizers, for the experts and for the
 rest; without it there is one. What a checkpoint holds of one parameter has the same name in both cases,
-but param groups and settings lie in one dictionary or in two, and one does not load as the other.
+but step count and loss scale lie in one dictionary or in two, and one does not load as the other.
 
 With SGD, which runs without the distributed optimizer, `core/optimizer/__init__.py` names no function
 that makes its state, and loading a checkpoint calls it. Saved before a first step (in fp16 steps are
@@ -23,6 +28,8 @@ skipped until the loss scale fits) there is no state, which a run that loads wou
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,68 +46,43 @@ def _initialise(optimizer: Any) -> None:
             inner.state[parameter].setdefault("step", torch.zeros((), device=device))
 
 
-def _for_any_chain(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Settings of param groups, found for experts and for the rest.
-
-    A group is looked up by its settings, of which "for experts" is one; later ones come first.
-    """
-    flipped = [{**g, "is_expert_parallel": not g["is_expert_parallel"]} for g in groups]
-    return [*flipped, *groups]
-
-
-def fit_whole_to_chain(state: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
-    """`fit_to_chain` for optimizers that are not distributed, whose states have the form of torch.
-
-    Where there are copies of bf16 weights, torch's own part is in it under "optimizer".
-    """
-    numbered = {key: value for key, value in state.items() if isinstance(key, int)}
-    alone = {key: value for key, value in state.items() if not isinstance(key, int)}
-
-    def groups(part: dict[Any, Any]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = part.get("optimizer", part).get("param_groups", [])
-        return found
-
-    def fitted(part: dict[Any, Any]) -> dict[Any, Any]:
-        # The groups asked for say which parameters, in their order; those behind them are looked up in.
-        own = [{"params": group["params"]} for group in groups(part)]
-        if "optimizer" in part:
-            return {**rest, **part, "optimizer": {**part["optimizer"], "param_groups": own + saved}}
-        return {**part, "param_groups": own + saved}
-
-    parts = [part for part in (alone, *numbered.values()) if part]
-    if len([part for part in parts if any("lr" in group for group in groups(part))]) == optimizers:
-        return state
-    rest = {key: value for part in parts for key, value in part.items() if key == "grad_scaler"}
-    saved = [group for part in parts for group in groups(part) if "lr" in group]
-    saved = [{**group, "params": []} for group in _for_any_chain(saved)]
-    return fitted(alone) if optimizers == 1 else {i: fitted(numbered[i]) for i in range(optimizers)}
-
-
 def fit_to_chain(state: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
-    """Settings of as many optimizers as there are now, from those of as many as there were.
+    """The state for as many optimizers as there are now, from that of as many as there were.
 
     Args:
-        state: what was loaded: settings as they were saved, merged with the tensors as they are asked for.
-            Either stands under the numbers of the chained optimizers, or directly where there is one.
+        state: what was loaded: param groups, step count and loss scale as they were saved, merged with the
+            tensors as they are asked for. Either stands under the numbers of the chained optimizers, or
+            directly where there is one. Torch's own part is in it under "optimizer", but for fp32 without
+            the distributed optimizer.
         optimizers: how many are chained now.
 
     Returns:
-        `state` itself where the numbers agree; else a copy in the form for `optimizers`.
+        `state` itself where the numbers agree; else a copy in the form for `optimizers`, in which all have
+        what was saved of the first: its step count and loss scale are those of all.
     """
     numbered = {key: value for key, value in state.items() if isinstance(key, int)}
     alone = {key: value for key, value in state.items() if not isinstance(key, int)}
-    asked = [alone] if optimizers == 1 else [numbered.get(i, {}) for i in range(optimizers)]
-    saved = [each for each in (alone, *numbered.values()) if "optimizer" in each]
-    fits = len(saved) == optimizers and all("optimizer" in each for each in asked)
-    if fits or not saved or not all("param_state" in each for each in asked):
+    parts = (alone, *numbered.values())
+    saved = [part for part in parts if "param_groups" in part.get("optimizer", part)]
+    if not saved or len(saved) == optimizers:
         return state
-    groups = _for_any_chain(
-        [group for each in saved for group in each["optimizer"]["param_groups"]]
-    )
-    settings = {key: value for key, value in saved[0].items() if key != "param_state"}
-    settings["optimizer"] = {**saved[0]["optimizer"], "param_groups": groups}
-    fitted = [{**settings, "param_state": each["param_state"]} for each in asked]
-    return fitted[0] if optimizers == 1 else dict(enumerate(fitted))
+    first = saved[0]
+    inner = first.get("optimizer", first)
+    steps = {k: v for k, v in inner.get("state", {}).items() if k == "common_step"}
+    tensors = ("param_state", "state", "fp32_from_fp16_params", "param_groups")
+    common = {key: value for key, value in first.items() if key not in tensors}
+
+    def fitted(part: dict[Any, Any]) -> dict[Any, Any]:
+        asked = part.get("optimizer", part)
+        own = {
+            "param_groups": inner["param_groups"],
+            "state": {**asked.get("state", {}), **steps},
+        }
+        return {**common, **part, **({"optimizer": own} if "optimizer" in first else own)}
+
+    if optimizers == 1:
+        return fitted(alone)
+    return {number: fitted(numbered.get(number, {})) for number in range(optimizers)}
 
 
 def _load_chains_of_any_length() -> None:
@@ -111,12 +93,72 @@ def _load_chains_of_any_length() -> None:
     @functools.wraps(load_state_dict)
     def load_any(self: Any, state: Any) -> None:
         if isinstance(state, dict):
-            distributed = self.chained_optimizers[0].config.use_distributed_optimizer
-            fit = fit_to_chain if distributed else fit_whole_to_chain
-            state = fit(state, len(self.chained_optimizers))
+            state = fit_to_chain(state, len(self.chained_optimizers))
         load_state_dict(self, state)
 
     setattr(ChainedOptimizer, "load_state_dict", load_any)  # noqa: B010
+
+
+def settings_of(
+    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Param groups as this run's flags make them, with the step count of a checkpoint's.
+
+    Args:
+        groups: this run's.
+        saved: those of the checkpoint, however many; a step count, where there is one, is that of all.
+
+    Returns:
+        A copy of each of `groups`, without its parameters.
+    """
+    step = next((group["step"] for group in saved if group.get("step") is not None), None)
+    # Torch's Adam leaves a float behind, which the fused ones do not take; it takes either.
+    count = {} if step is None else {"step": int(step) if isinstance(step, float) else step}
+    return [{**{k: v for k, v in group.items() if k != "params"}, **count} for group in groups]
+
+
+def own_groups(
+    groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """`settings_of`, with the numbers of the parameters as torch's `state_dict()` gives them."""
+    numbers = itertools.count()
+    return [
+        {**settings, "params": list(itertools.islice(numbers, len(group["params"])))}
+        for group, settings in zip(groups, settings_of(groups, saved), strict=True)
+    ]
+
+
+def _keep_own_settings() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    load_state_dict = DistributedOptimizer.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def load_into_own_groups(self: Any, state: Any) -> None:
+        saved = state["optimizer"]["param_groups"]
+        settings = settings_of(self.optimizer.param_groups, saved)
+        load_state_dict(self, {**state, "optimizer": {"param_groups": settings}})
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            # Upstream takes groups with the same rates for one.
+            group.update(own)
+
+    setattr(DistributedOptimizer, "load_state_dict", load_into_own_groups)  # noqa: B010
+    own = functools.wraps(MegatronOptimizer._filter_and_reorder_param_groups)(own_groups)
+    setattr(MegatronOptimizer, "_filter_and_reorder_param_groups", staticmethod(own))  # noqa: B010
+
+
+def _start_loss_scale() -> None:
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    load_state_dict = DynamicGradScaler.load_state_dict
+
+    @functools.wraps(load_state_dict)
+    def load_or_start(self: Any, state: dict[str, Any]) -> None:
+        if state:
+            load_state_dict(self, state)
+
+    setattr(DynamicGradScaler, "load_state_dict", load_or_start)  # noqa: B010
 
 
 def start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
@@ -132,45 +174,25 @@ def start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def complete_groups(state: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A state dictionary of torch's Adam for that of Transformer Engine or Apex, or of those as it is.
-
-    Args:
-        state: param groups, with whole step counts where there are any, and states of parameters.
-        defaults: settings for the groups that lack them.
-    """
-    groups = [{**defaults, **group} for group in state["param_groups"]]
-    for group in groups:
-        if isinstance(group.get("step"), float):
-            group["step"] = int(group["step"])
-    return {**state, "param_groups": groups}
-
-
-def _go_on_with_torchs_adam(fused_adam: Any) -> None:
-    load_state_dict = fused_adam.load_state_dict
-
-    @functools.wraps(load_state_dict)
-    def load_of_any_adam(self: Any, state: dict[str, Any]) -> None:
-        load_state_dict(self, complete_groups(state, self.defaults))
-
-    setattr(fused_adam, "load_state_dict", load_of_any_adam)  # noqa: B010
-
-
-def _shard_momentum() -> None:
+def _shard_tensors() -> None:
     from megatron.core.optimizer import optimizer as module
 
-    def with_momentum(sharded_state_dict: Any) -> Any:
+    def tensors_alone(sharded_state_dict: Any) -> Any:
         @functools.wraps(sharded_state_dict)
-        def shard(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def shard(self: Any, model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
             if self.config.optimizer == "sgd":
                 self.init_state_fn = start_momentum
                 start_momentum(self.optimizer)
-            return sharded_state_dict(self, *args, **kwargs)
+            state = sharded_state_dict(self, model, is_loading, **kwargs)
+            if is_loading:
+                # Lists of another length do not merge with those that were saved.
+                del state.get("optimizer", state)["param_groups"]
+            return state
 
         return shard
 
     for owner in (module.FP32Optimizer, module.Float16OptimizerWithFloat16Params):
-        setattr(owner, "sharded_state_dict", with_momentum(owner.sharded_state_dict))  # noqa: B010
+        setattr(owner, "sharded_state_dict", tensors_alone(owner.sharded_state_dict))  # noqa: B010
 
 
 def apply() -> None:
@@ -178,9 +200,10 @@ def apply() -> None:
     from megatron.core.optimizer import distrib_optimizer
 
     _load_chains_of_any_length()
-    _shard_momentum()
+    _keep_own_settings()
+    _start_loss_scale()
+    _shard_tensors()
     if distrib_optimizer.HAVE_APEX_OR_TE:
-        _go_on_with_torchs_adam(distrib_optimizer.Adam)
         return
     owner = distrib_optimizer.DistributedOptimizer
     state_dict, load_state_dict = owner.state_dict, owner.load_state_dict

@@ -6,11 +6,11 @@ import pytest
 import yaml
 
 from post_training import checkpoints, output, resume
+from post_training.architecture import ARCHITECTURE
 from post_training.arguments import parse_arguments
 from post_training.checkpoint_origin import check_origin, origin
 from post_training.errors import SetupError
 from post_training.hf_config import load_hf_config, megatron_flags
-from post_training.megatron_flags import ARCHITECTURE
 
 
 @pytest.fixture

@@ -4,7 +4,12 @@ import pytest
 import yaml
 
 from post_training.arguments import parse_arguments
-from post_training.config_file import apply_config_file, resolved_config, write_config
+from post_training.config_file import (
+    apply_settings,
+    read_config_file,
+    resolved_config,
+    write_config,
+)
 from post_training.errors import SetupError
 
 
@@ -23,7 +28,7 @@ def parser():
 def parse(parser, tmp_path, text, *argv):
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    apply_config_file(parser, str(file))
+    apply_settings(parser, read_config_file(file), f"--config {file}")
     return parser.parse_args(argv)
 
 
@@ -75,7 +80,7 @@ def test_mistakes_are_named(parser, tmp_path, text, expected):
 
 def test_missing_file(parser, tmp_path):
     with pytest.raises(SetupError, match=r"--config .*nowhere\.yaml: No such file"):
-        apply_config_file(parser, str(tmp_path / "nowhere.yaml"))
+        read_config_file(tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

@@ -10,6 +10,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 from transformers import AutoConfig, AutoTokenizer
 
+from post_training.architecture import ARCHITECTURE
 from post_training.arguments import add_finetune_arguments, parse_arguments, validate
 from post_training.config_file import resolved_config, write_config
 from post_training.errors import SetupError
@@ -18,7 +19,7 @@ from post_training.inference_flags import (
     arguments_of_hf_model,
     arguments_of_run,
 )
-from post_training.megatron_flags import ARCHITECTURE, NEEDS_CUDA, NEEDS_TRANSFORMER_ENGINE
+from post_training.megatron_flags import NEEDS_CUDA, NEEDS_TRANSFORMER_ENGINE
 from post_training.output import MODEL_FOLDER
 from tests.helpers.models import edit_json
 

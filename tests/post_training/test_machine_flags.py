@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 
-from post_training import arguments, machine_flags
+from post_training import arguments, completion, defaults
 from post_training.arguments import parse_arguments
 
 
@@ -14,8 +14,8 @@ def gpu(monkeypatch):
     """A function that makes flags believe in a GPU, and in Transformer Engine on it."""
 
     def pretend(capability=(9, 0), packages=()):
-        monkeypatch.setattr(machine_flags, "device_type", lambda: "cuda")
-        monkeypatch.setattr(arguments, "device_type", lambda: "cuda")
+        for module in (completion, defaults):
+            monkeypatch.setattr(module, "device_type", lambda: "cuda")
         monkeypatch.setattr(arguments, "has_transformer_engine", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: capability)
         for name in packages:

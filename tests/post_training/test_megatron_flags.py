@@ -12,13 +12,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelConfig
 
-from post_training.arguments import parse_arguments, sft_defaults
+from post_training.architecture import ARCHITECTURE
+from post_training.arguments import parse_arguments
+from post_training.defaults import platform_defaults, sft_defaults
 from post_training.errors import SetupError
 from post_training.hf_config import load_hf_config, megatron_flags
-from post_training.machine_flags import platform_defaults
 from post_training.megatron_flags import (
     ALREADY_SO,
-    ARCHITECTURE,
     KEPT,
     NEEDS_TRANSFORMER_ENGINE,
     PART_OF,
@@ -145,6 +145,7 @@ UNUSED = re.compile(
     r"|core/transformer/experimental_attention_variant/"
     r"|training/(datasets|tokenizer)/|training/(inprocess_restart|yaml_arguments)\.py"
 )
+NOT_READERS = {"arguments.py", "architecture.py", "defaults.py", "megatron_flags.py"}
 READ = re.compile(r"\.(\w+)\b(?!\s*=[^=])")
 """An attribute that is not set here."""
 NAMED = re.compile(r"[\"'](\w+)[\"']")
@@ -162,7 +163,7 @@ def test_every_flag_that_is_taken_has_a_reader(megatron):
     for path in files:
         source = path.read_text()
         read.update(READ.findall(source))
-        if path.name not in ("arguments.py", "megatron_flags.py"):
+        if path.name not in NOT_READERS:
             read.update(NAMED.findall(source))
     taken = megatron.flags.defaults.keys() - megatron.flags.refused.keys()
     assert taken - read == ALREADY_SO.keys()

@@ -1,4 +1,4 @@
-"""Steps, intervals and learning rates that cannot work are refused by name, before any process starts."""
+"""What cannot work of steps, intervals and learning rates is refused by name, before any process starts."""
 
 import argparse
 import types
@@ -9,6 +9,7 @@ from megatron.training import training
 from post_training.arguments import parse_arguments, validate
 from post_training.errors import SetupError
 from post_training.step_flags import check_learning_rate, check_step_flags
+from tests.helpers.launch import NO_PROCESS_GROUP, finetune
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,6 @@ def test_what_cannot_work_is_refused(given, flags, told):
         {"lr": 0.0},
         {"save_retain_interval": 1000},
         {**RAISED, "start_weight_decay": 0.0, "end_weight_decay": 0.1},
-        {"use_checkpoint_opt_param_scheduler": True},
     ],
 )
 def test_what_works_is_taken_by_megatrons_schedule_at_every_step(given, monkeypatch, flags):
@@ -128,3 +128,35 @@ def test_a_condition_without_a_message_is_named(given):
     line = "`assert args.log_memory_interval % args.log_interval == 0` fails in arguments.py, line "
     assert str(error.value).startswith(f"Megatron refuses these flags: {line}")
     assert str(error.value).endswith(", where log_memory_interval is 3, log_interval is 2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--recompute-num-layers", "0"], "--recompute-num-layers 0: must be at least 1"),
+        (["--recompute-modules", "layernorm"], "layernorm needs Transformer Engine; core_attn"),
+        (["--tp-comm-overlap"], "--tp-comm-overlap needs Transformer Engine"),
+        (["--account-for-embedding-in-pipeline-split"], "--decoder-first-pipeline-num-layers"),
+        (["--account-for-loss-in-pipeline-split"], "--pipeline-model-parallel-layout in its place"),
+        (["--pipeline-model-parallel-layout", "Ex|tL"], "layout Ex|tL: Invalid layer character: x"),
+    ],
+)
+def test_a_step_that_cannot_be_carried_out_is_refused(parse, flags, expected):
+    with pytest.raises(SetupError) as error:
+        parse(*flags)
+    assert expected in str(error.value)
+
+
+@pytest.mark.slow
+def test_the_models_own_checks_come_before_any_process_group(hf_model, chat_data, tmp_path):
+    """Of Megatron's configuration, in one message for all ranks."""
+    run = finetune(
+        tmp_path / "out",
+        *("--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)),
+        *("--train-iters", "3", "--recompute-granularity", "full"),
+        world=2,
+        environment={NO_PROCESS_GROUP: "1"},
+    )
+    assert run.statuses == [2, 2] and "Traceback" not in run.console
+    (line,) = [line for line in run.console.splitlines() if line.startswith("error")]
+    assert line.startswith("error: Megatron refuses these flags") and "recompute_method" in line

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from post_training.platform.optimizer_state import (
-    _go_on_with_torchs_adam,
     _initialise,
     fit_to_chain,
-    fit_whole_to_chain,
+    own_groups,
+    settings_of,
     start_momentum,
 )
 from tests.helpers import megatron_model
@@ -103,21 +104,20 @@ DENSE, EXPERTS = (
 TENSORS: list[dict[Any, Any]] = [{"param_state": "dense"}, {"param_state": "experts"}]
 
 
-def _groups(state):
-    # As upstream looks them up: later ones win.
-    return {g["is_expert_parallel"]: g["step"] for g in state["optimizer"]["param_groups"]}
+def _steps(state):
+    return [group["step"] for group in state["optimizer"]["param_groups"]]
 
 
 def test_settings_of_two_optimizers_serve_one():
     state = fit_to_chain({0: DENSE, 1: EXPERTS, "param_state": "all"}, 1)
     assert (state["param_state"], state["kind"]) == ("all", "f")
-    assert _groups(state)[False] == 5
+    assert _steps(state) == [5]
 
 
 def test_settings_of_one_optimizer_serve_two():
     state = fit_to_chain({**DENSE, 0: TENSORS[0], 1: TENSORS[1]}, 2)
     assert [state[i]["param_state"] for i in (0, 1)] == ["dense", "experts"]
-    assert _groups(state[0])[False] == _groups(state[1])[True] == 5
+    assert _steps(state[0]) == _steps(state[1]) == [5]
 
 
 def test_settings_that_fit_are_left_alone():
@@ -130,13 +130,8 @@ def test_settings_that_fit_are_left_alone():
 def _torch_state(optimizers):
     """What is asked for (parameters 0, 1 and the expert 2), and what was saved, without distribution."""
     ids = [[0, 1, 2]] if optimizers == 1 else [[0, 1], [2]]
-    asked = [
-        {"state": dict.fromkeys(own, "momentum"), "param_groups": [{"params": own}]} for own in ids
-    ]
-    saved = [
-        {"param_groups": [{"lr": 0.5, "is_expert_parallel": experts}]}
-        for experts in (False, True)[:optimizers]
-    ]
+    asked = [{"state": dict.fromkeys(own, "momentum")} for own in ids]
+    saved = [{"state": {"common_step": 3}, "param_groups": [{"lr": 0.5}]} for _ in ids]
     return asked, saved
 
 
@@ -150,23 +145,16 @@ def test_settings_of_torch_fit_another_number_of_optimizers(copies, before, afte
     merged = (asked[0] if after == 1 else dict(enumerate(asked))) | (
         saved[0] if before == 1 else dict(enumerate(saved))
     )
-    state = fit_whole_to_chain(merged, after)
+    state = fit_to_chain(merged, after)
     parts = [state] if after == 1 else [state[0], state[1]]
-    for part, experts in zip(parts, (False, True), strict=False):
+    for part, own in zip(parts, _torch_state(after)[0], strict=True):
         if copies:
             assert (part["fp32_from_fp16_params"], part["grad_scaler"]) == ("copies", "scale")
             part = part["optimizer"]
-        (own,) = (group["params"] for group in _torch_state(after)[0][experts]["param_groups"])
-        assert part["state"].keys() == set(own)
-        assert part["param_groups"][0] == {"params": own}
-        assert {g["is_expert_parallel"]: g["lr"] for g in part["param_groups"][1:]}[experts] == 0.5
-
-
-def test_settings_of_torch_that_fit_are_left_alone():
-    merged = {"state": {}, "param_groups": [{"params": [0], "lr": 0.5}]}
-    assert fit_whole_to_chain(merged, 1) is merged
-    pair = {0: merged, 1: merged}
-    assert fit_whole_to_chain(pair, 2) is pair
+        assert part == {
+            "state": {**own["state"], "common_step": 3},
+            "param_groups": [{"lr": 0.5}],
+        }, "the tensors as asked for; the count of steps as it was saved"
 
 
 def test_still_needed_upstream_takes_settings_as_they_come():
@@ -183,25 +171,55 @@ def test_still_needed_upstream_takes_settings_as_they_come():
         )
 
 
-class FusedAdam(torch.optim.Optimizer):
-    """Settings and step count as in Transformer Engine's and Apex's."""
+def test_settings_are_this_runs_and_the_step_count_that_of_the_checkpoint():
+    own = {"params": ["weight"], "lr": 0.5, "betas": (0.8, 0.9), "bias_correction": True}
+    for count, found in ((7.0, 7), (7, 7), (None, None)):
+        saved = {"lr": 0.1, "betas": (0.9, 0.95), "amsgrad": False, "step": count}
+        (settings,) = settings_of([own], [{"lr": 0.2}, saved])
+        assert settings.pop("step", None) == found
+        assert settings == {k: v for k, v in own.items() if k != "params"}
+    # The kernel of Transformer Engine 2.20 refuses a float, which torch's Adam leaves behind.
+    assert type(settings_of([own], [{"step": 7.0}])[0]["step"]) is int
 
-    def __init__(self, params):
-        super().__init__(params, {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.95)})
+
+def test_groups_with_the_same_rates_keep_their_parameters():
+    groups = [{"params": ["a", "b"], "lr": 0.5}, {"params": ["c"], "lr": 0.5}]
+    assert [group["params"] for group in own_groups(groups, [])] == [[0, 1], [2]]
 
 
-def test_a_fused_adam_goes_on_with_what_torchs_has_left():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    group = {"params": [0], "lr": 0.5, "betas": (0.8, 0.9), "step": 7.0, "amsgrad": False}
-    own: Any = type("Own", (FusedAdam,), {})
-    _go_on_with_torchs_adam(own)
-    for kind, corrected in ((own, True), (FusedAdam, None)):  # as it is upstream
-        optimizer = kind([parameter])
-        optimizer.load_state_dict({"state": {}, "param_groups": [dict(group)]})
-        (found,) = optimizer.param_groups
-        assert (found["lr"], found["betas"], found["step"]) == (0.5, (0.8, 0.9), 7)
-        assert found.get("bias_correction") is corrected
-        assert type(found["step"]) is (int if corrected else float)
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [([], "KeyError"), (["--optimizer", "sgd"], "Could not find parameter group")],
+    ids=["adam", "sgd"],
+)
+def test_still_needed_upstream_finds_no_group_with_another_rate(argv, flags, told):
+    with pytest.raises(AssertionError, match=told):
+        run_rank(_loaded_by_upstream, [*argv, *flags])
+
+
+def _loaded_by_upstream(argv):
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+    upstream: Any = MegatronOptimizer._filter_and_reorder_param_groups
+    setattr(MegatronOptimizer, upstream.__name__, staticmethod(upstream.__wrapped__))
+    load: Any = DistributedOptimizer.load_state_dict
+    setattr(DistributedOptimizer, load.__name__, load.__wrapped__.__wrapped__)
+    _, (_, optimizer, _) = megatron_model.set_up(argv)
+    state = optimizer.state_dict()
+    groups = state.get("optimizer", state)["param_groups"]
+    optimizer.load_state_dict(state)
+    for group in groups:
+        group["max_lr"] = 0.5
+    optimizer.load_state_dict(state)
+
+
+def test_still_needed_upstream_finds_no_scale_where_it_was_constant():
+    scaler = DynamicGradScaler(2.0, 1.0, 2.0, 0.5, 1, 1)
+    scaler.load_state_dict({})
+    assert scaler.scale == 2
+    with pytest.raises(KeyError):
+        DynamicGradScaler.load_state_dict.__wrapped__(scaler, {})
 
 
 def test_torchs_adam_goes_on_with_what_a_fused_one_has_left():

@@ -4,15 +4,15 @@ import sys
 
 import pytest
 
+from post_training.completion import _check_wandb
 from post_training.errors import SetupError
-from post_training.wandb_login import check_wandb
 from tests.helpers.launch import LIMIT
 
 CHECK = """
 from post_training.errors import SetupError
-from post_training.wandb_login import check_wandb
+from post_training.completion import _check_wandb
 try:
-    check_wandb()
+    _check_wandb()
     print("good")
 except SetupError as error:
     print(error)
@@ -22,7 +22,7 @@ except SetupError as error:
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_a_missing_package_is_said():
     with pytest.raises(SetupError, match="not installed"):
-        check_wandb()
+        _check_wandb()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
