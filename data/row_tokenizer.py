@@ -22,7 +22,8 @@ from data.errors import DataError, RowError
 from data.formats import converter
 from data.masked_tokenizer import MaskedTokenizer, TokenizedText
 from data.row_checks import ends_in_thought
-from data.worker_messages import Shard, TokenizeOptions
+from data.shard import Shard
+from data.worker_messages import TokenizeOptions
 
 OVERLONG = "longer than --seq-length"
 NOTHING_TO_TRAIN = "nothing to train"

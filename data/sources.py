@@ -290,6 +290,12 @@ def _format(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSIONS else suffix
 
 
+def compressed_format(path: Path) -> str:
+    """How the bytes of a file are read, such as ``.jsonl.gz``."""
+    suffix = path.suffix.lower()
+    return _format(path) + (suffix if suffix in COMPRESSIONS else "")
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[IO[bytes]]:
     suffix = path.suffix.lower()

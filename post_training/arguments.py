@@ -307,7 +307,7 @@ def _complete(args: argparse.Namespace) -> None:
     if args.optimizer == "sgd" and "use_distributed_optimizer" in args.derived:
         # Megatron's distributed optimizer keeps the state of Adam, not that of torch's SGD.
         args.use_distributed_optimizer = args.dist_ckpt_optim_fully_reshardable = False
-    args.data_begins_at = 0  # see resume.DataPosition
+    args.data_begins_at = 0  # see position.DataPosition
     complete_save_flags(args)
     # What lies in the output folder moves with it: config.yaml does not name these.
     args.in_output_dir = []

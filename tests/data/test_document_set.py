@@ -46,6 +46,21 @@ def test_sets_are_read_like_documents(parts, tokenizer):
     assert mixture.max_token_id == max(part.max_token_id for part in parts)
 
 
+def test_contents_are_those_of_the_parts_and_what_was_chosen(parts, tokenizer):
+    names = ["a", "b", "c"]
+    mixture = mix_documents(parts, [1, 2, 1], names, 0)
+    assert mixture.contents == mix_documents(parts, [2, 4, 2], ["x", "y", "z"], 0).contents
+    others = [
+        mix_documents(parts, [1, 2, 1], names, 1),
+        mix_documents(parts, [1, 2, 2], names, 0),
+        *split_documents(parts[0], [8, 1, 1]),
+        *split_documents(parts[0], [7, 1, 2]),
+        *split_documents(parts[2], [8, 1, 1]),
+    ]
+    seen = {each.contents for each in (*others, mixture, *parts)}
+    assert len(seen) == len(others) + 1 + len(parts)
+
+
 def test_split_does_not_move_documents_when_data_is_added(tokenizer):
     few, more = (
         prepare_rows(make_rows(n), tokenizer=tokenizer, seq_length=256) for n in (100, 160)
