@@ -1,6 +1,6 @@
 """Tokenised documents as memory-mapped arrays, in a folder named by everything that they depend on.
 
-    <cache_dir>/<key>/manifest.json    format, counts, report; written last
+    <cache_dir>/<key>/manifest.json    format, counts, report, hash of the contents; written last
     <cache_dir>/<key>/input_ids.bin    int32  [total_tokens]
     <cache_dir>/<key>/loss_mask.bin    uint8  [total_tokens]
     <cache_dir>/<key>/offsets.bin      int64  [num_documents + 1]

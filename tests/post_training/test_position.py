@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import importlib.metadata
 import json
 import shutil
 
@@ -173,7 +174,7 @@ def relative(folder, monkeypatch):
 
 
 def other_library(folder, monkeypatch):
-    monkeypatch.setattr(prepare.importlib.metadata, "version", lambda name: "99.1")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "99.1")
     return prepared(folder)
 
 
