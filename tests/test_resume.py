@@ -120,7 +120,7 @@ def test_other_data_in_a_copied_checkpoint(resumes, tmp_path):
 
 
 def test_the_same_documents_by_another_path(resumes, tmp_path):
-    """A moved copy, relative, in a cache of its own, with other workers and another spelling of all else."""
+    """A moved copy, relative, in a cache of its own; with other workers and a moved base model."""
     straight, stopped = resumes.straight(BY_NAME["one"]), resumes.stopped(BY_NAME["one"])
     shutil.copytree(stopped.folder, tmp_path / "out")
     shutil.copytree(resumes.folder / "dense", tmp_path / "model")
