@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -54,8 +56,9 @@ def test_contents_are_those_of_the_parts_and_what_was_chosen(parts, tokenizer):
         mix_documents(parts, [1, 2, 1], names, 1),
         mix_documents(parts, [1, 2, 2], names, 0),
         *split_documents(parts[0], [8, 1, 1]),
-        *split_documents(parts[0], [7, 1, 2]),
-        *split_documents(parts[2], [8, 1, 1]),
+        replace(mixture, parts=[parts[0], parts[1], parts[0]]),
+        replace(mixture, part_of=np.roll(mixture.part_of, 1)),
+        replace(mixture, index_of=np.roll(mixture.index_of, 1)),
     ]
     seen = {each.contents for each in (*others, mixture, *parts)}
     assert len(seen) == len(others) + 1 + len(parts)
