@@ -58,6 +58,7 @@ from post_training.layer_spec import uses_packed_attention
 from post_training.loss import loss_func, trained_token_loss
 from post_training.platform import checkpoint_queue
 from post_training.platform.training_hooks import hooks
+from post_training.position import DataPosition, find_position
 from post_training.run_log import RunLog
 from post_training.safeguards import install_safeguards
 from post_training.saving import CheckpointSaver
@@ -155,7 +156,7 @@ def finetune(
     tokenizer: Any,
     documents: dict[str, SplitDocuments],
     checkpoint: Checkpoint | None,
-    position: resume.DataPosition | None,
+    position: DataPosition | None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
@@ -211,7 +212,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_weights(args, checkpoint)
         output.prepare_output(args)
         tokenizer, documents = prepare_data(args)
-        position = resume.find_position(args, tokenizer, documents, checkpoint)
+        position = find_position(args, tokenizer, documents, checkpoint)
         if rank == 0:
             print(describe(documents, tokenizer, args), file=console)
         console = output.redirect_logs(args)

@@ -11,11 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from data.arguments import add_data_arguments, prepare_documents_from_args
+    from data.arguments import add_data_arguments
     from data.dataset import SFTDataset
     from data.document_set import DocumentSet
     from data.errors import DataError
     from data.prepare import prepare_documents
+    from data.splits import prepare_documents_from_args
     from data.token_cache import Documents
 
 __all__ = [
@@ -35,7 +36,7 @@ _HOME = {
     "SFTDataset": "data.dataset",
     "add_data_arguments": "data.arguments",
     "prepare_documents": "data.prepare",
-    "prepare_documents_from_args": "data.arguments",
+    "prepare_documents_from_args": "data.splits",
 }
 
 

@@ -23,8 +23,8 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from data.errors import DataError
-from data.token_cache import CACHE_FORMAT, MANIFEST, Documents
-from data.worker_messages import Shard
+from data.shard import Shard
+from data.token_cache import CACHE_FORMAT, MANIFEST, Documents, map_documents
 
 BAD_ROWS = "bad_rows.jsonl"
 ALL_FILES = (
@@ -163,13 +163,14 @@ class FolderSink:
                     ends = np.cumsum(np.frombuffer(block, np.int64)) + total
                     total = int(ends[-1])
                     offsets.write(ends.astype(np.int64).tobytes())
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": CACHE_FORMAT,
             "fingerprint": fingerprint,
             "documents": documents,
             "tokens": total,
             "report": report_of(self.finished.counts, self.finished.bad_rows) | extra,
         }
+        manifest["contents"] = map_documents(self.folder, manifest).contents
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for name in (*ALL_FILES, "offsets.bin", MANIFEST):
             with (self.folder / name).open("rb") as file:

@@ -208,9 +208,13 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
 
         Where the plan ends (``epochs``) is no part of it: a run may be continued for more epochs.
         """
+        return self.plan_hash_of(self.documents.contents)
+
+    def plan_hash_of(self, documents: str) -> str:
+        """The same for documents of another name: that of their cache, in versions before."""
         parts = [
             PLAN_VERSION,
-            self.documents.fingerprint,
+            documents,
             self.seq_length,
             self.seed,
             self.packing,

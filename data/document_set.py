@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,14 +30,14 @@ class DocumentSet:
         parts: Where the documents are.
         part_of: int64 ``[num_documents]``, the part of each document.
         index_of: int64 ``[num_documents]``, its index in that part.
-        fingerprint: Hash of everything that the contents depend on.
+        chosen_by: Of each part, the flags that chose from it.
         report: Counts of the parts together, and what was mixed or split.
     """
 
     parts: Sequence[Documents]
     part_of: IntArray
     index_of: IntArray
-    fingerprint: str
+    chosen_by: Sequence[str]
     report: dict[str, Any] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -45,6 +46,14 @@ class DocumentSet:
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
         """Document ``index``: ids int32 ``[tokens]`` and mask uint8 ``[tokens]``; views."""
         return self.parts[int(self.part_of[index])][int(self.index_of[index])]
+
+    @cached_property
+    def contents(self) -> str:
+        """Hash of the parts' contents and of what was chosen of them."""
+        digest = hashlib.sha256("".join(part.contents for part in self.parts).encode())
+        digest.update(self.part_of.data)
+        digest.update(self.index_of.data)
+        return digest.hexdigest()[:32]
 
     @property
     def lengths(self) -> IntArray:
@@ -110,9 +119,6 @@ def mix_documents(
         part_of.append(np.full(len(chosen), number, np.int64))
         index_of.append(chosen.astype(np.int64))
         achieved.append(int(size[chosen].sum()))
-    key = hashlib.sha256()
-    for part, weight in zip(parts, weights, strict=True):
-        key.update(f"{part.fingerprint} {weight} {seed} ".encode())
     mixture = {
         name: {
             "weight": float(share),
@@ -129,7 +135,7 @@ def mix_documents(
         parts,
         np.concatenate(part_of),
         np.concatenate(index_of),
-        key.hexdigest()[:32],
+        [f"{weight} {seed} " for weight in weights],
         {**sum_reports([part.report for part in parts]), "mixture": mixture},
     )
 
@@ -159,7 +165,6 @@ def split_documents(documents: Documents, ratios: Sequence[float]) -> list[Docum
     sets = []
     for number in range(len(shares)):
         chosen = np.flatnonzero(part == number).astype(np.int64)
-        text = f"{documents.fingerprint} {list(shares)} {number}"
         report = {**documents.report, "split": {"ratio": float(shares[number]), "of": len(hashes)}}
         report["documents_in_split"] = len(chosen)
         sets.append(
@@ -167,7 +172,7 @@ def split_documents(documents: Documents, ratios: Sequence[float]) -> list[Docum
                 [documents],
                 np.zeros(len(chosen), np.int64),
                 chosen,
-                hashlib.sha256(text.encode()).hexdigest()[:32],
+                [f"{list(shares)} {number}"],
                 report,
             )
         )

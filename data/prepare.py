@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import data
 from data.cache_build import FolderSink, MemorySink, feed
 from data.cache_folder import build_once
 from data.chunks import Chunk, read_chunk
@@ -25,12 +25,13 @@ from data.hf_datasets import load_dataset
 from data.prepare_options import PrepareOptions, tokenize_options
 from data.row_formats import FormatOptions
 from data.row_tokenizer import RowTokenizer
-from data.source_files import resolve_files
+from data.shard import Shard
+from data.source_files import compressed_format, resolve_files
 from data.sources import dataset_chunks, file_chunks
 from data.token_cache import Documents, open_documents
 from data.tokenizer_facts import text_hash
 from data.worker import WorkerPool
-from data.worker_messages import Shard, TokenizeOptions
+from data.worker_messages import TokenizeOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,14 +39,14 @@ if TYPE_CHECKING:
 # Below this many bytes starting worker processes costs more than it saves.
 _WORKER_BYTES = 6 << 20
 _MAX_WORKERS = 32
-# Modules that ids, masks and shards depend on: their text is part of every cache key.
-_CODE = (
-    "answer_spans", "block_spans", "cache_build", "chat_template", "chunks", "conversation", "formats",
-    "marked_rendering", "marks", "masked_tokenizer", "messages", "probe_messages", "reasoning",
-    "row_checks", "row_formats", "row_renderer", "row_tokenizer", "source_files", "sources",
-    "template_forms", "token_mask", "tool_call_ids", "turn_edges", "turn_markup", "turn_stops",
-    "user_converter",
-)  # fmt: skip
+# Paths that are named where documents are said to be made from others than before.
+_NAMES_SHOWN = 3
+# Libraries whose version may change ids or masks.
+_LIBRARIES = ("tokenizers", "jinja2")
+# Folders of this package whose code ids, masks and shards depend on: it is part of every cache key. A key
+# says only whether to tokenise again; whether documents are the same, their contents say.
+_CODE_FOLDERS = (".",)
+_PACKAGE = Path(data.__file__).parent
 
 
 def prepare_documents(
@@ -100,6 +101,7 @@ def prepare_documents(
             digest=digest_files(paths, folder),
             size=sum(path.stat().st_size for path in paths),
             names=[str(path) for path in paths],
+            kinds=[compressed_format(path) for path in paths],
         )
     return _Preparation(source, tokenizer, settings).documents(folder)
 
@@ -177,6 +179,7 @@ class _Source:
     digest: str
     size: int
     names: list[str]
+    kinds: Sequence[str] = ()
 
 
 class _Preparation:
@@ -188,33 +191,37 @@ class _Preparation:
         self.options, self.facts = tokenize_options(tokenizer, settings)
 
     def documents(self, cache_dir: Path | None) -> Documents:
+        made_of = self._made_of()
         if cache_dir is None:
-            return self._in_memory()
-        fingerprint = self._key()
-        return open_documents(build_once(cache_dir, fingerprint, self._build))
+            documents = self._in_memory()
+        else:
+            key = text_hash(json.dumps(made_of))
+            documents = open_documents(build_once(cache_dir, key, self._build))
+        # The cache is the same under any names of the files, so what names them is added here.
+        report = documents.report | {
+            "sources": self.source.names,
+            "made_of": {"path": self._shown_names(), **made_of},
+            "warnings": documents.report["warnings"] + self._warnings(documents.report),
+        }
+        return replace(documents, report=report)
 
     def _build(self, folder: Path, target: Path) -> None:
         sink = FolderSink(folder)
         try:
             chunks = islice(self.source.chunks(), sink.finished.done, None)
             feed(sink, self._shards(chunks, self._with_format()))
-            counts = sink.finished.counts
-            self._require_documents(counts)
-            sink.publish(target, target.name, self.facts | {"sources": self.source.names})
+            self._require_documents(sink.finished.counts)
+            sink.publish(target, target.name, self.facts)
         finally:
             sink.close()
 
     def _in_memory(self) -> Documents:
         sink = MemorySink()
         feed(sink, self._shards(self.source.chunks(), self._with_format()))
-        counts = sink.counts
-        self._require_documents(counts)
+        self._require_documents(sink.counts)
         documents = sink.documents("")
-        contents = hashlib.sha256(documents.input_ids.tobytes())
-        contents.update(documents.loss_mask.tobytes())
-        contents.update(documents.offsets.tobytes())
-        report = documents.report | self.facts | {"sources": self.source.names}
-        return replace(documents, fingerprint=contents.hexdigest()[:32], report=report)
+        report = documents.report | self.facts
+        return replace(documents, fingerprint=documents.contents, report=report)
 
     def _shards(self, chunks: Iterable[Chunk], options: TokenizeOptions) -> Iterator[Shard]:
         count = self.settings.workers
@@ -244,7 +251,7 @@ class _Preparation:
         return options
 
     def _require_documents(self, counts: Counter[str]) -> None:
-        """Refuse data without documents, and warn of what the template leaves out of them.
+        """Refuse data without documents.
 
         Raises:
             DataError: there is nothing to train on.
@@ -262,40 +269,58 @@ class _Preparation:
                 f"{self.source.name}: no row can be trained; {read:,} read{dropped}. "
                 "Check the rows, --seq-length, --loss-on, --reasoning and the chat template."
             )
-        if crossing := counts["boundary tokens"]:
-            self.facts["warnings"].append(
-                f"{crossing:,} tokens of {self.source.name} hold the end of a header and the "
+
+    def _warnings(self, report: dict[str, Any]) -> list[str]:
+        """What the template, or the rows, leave out of the training."""
+        name = self.source.name
+        warnings = []
+        if crossing := report["boundary_tokens"]:
+            warnings.append(
+                f"{crossing:,} tokens of {name} hold the end of a header and the "
                 "beginning of an answer (or its end and what follows): they are not trained"
             )
-        if unclosed := counts["unclosed thoughts"]:
-            self.facts["warnings"].append(
-                f"{unclosed:,} rows of {self.source.name} have an answer that ends inside its "
+        if unclosed := report["unclosed_thoughts"]:
+            warnings.append(
+                f"{unclosed:,} rows of {name} have an answer that ends inside its "
                 "<think> block: the model learns to stop there (--reasoning last or mask refuses it)"
             )
-        if untold := counts["tools not shown"]:
-            self.facts["warnings"].append(
-                f"{untold:,} rows of {self.source.name} have tools on offer that the chat template "
+        if untold := report["tools_not_shown"]:
+            warnings.append(
+                f"{untold:,} rows of {name} have tools on offer that the chat template "
                 "does not show to the model; --chat-template FILE gives one that does"
             )
+        return warnings
 
-    def _key(self) -> str:
-        """Hash of everything that the documents depend on."""
-        options = {k: v for k, v in vars(self.options).items() if k not in ("tokenizer", "mapping")}
-        parts = [
-            self.source.digest,
-            json.dumps(self.source.names),
-            self.options.tokenizer,
-            json.dumps(options, sort_keys=True, default=str),
-            json.dumps(vars(self.options.mapping), sort_keys=True),
-            json.dumps([importlib.metadata.version(name) for name in ("tokenizers", "jinja2")]),
-            _code_hash(),
-        ]
-        if self.options.format:
-            parts.append(hashlib.sha256(converter_source(self.options.format)).hexdigest())
-        return text_hash(*parts)
+    def _shown_names(self) -> str:
+        """The names of the sources; of many the first, and a hash of all."""
+        names = self.source.names
+        if len(names) <= _NAMES_SHOWN:
+            return ", ".join(names)
+        return f"{names[0]} and {len(names) - 1} more ({text_hash(*names)[:8]})"
+
+    def _made_of(self) -> dict[str, str]:
+        """What the documents are made of and by, hashed: the cache's key is made of it."""
+        options = vars(self.options) | {"mapping": vars(self.options.mapping)}
+        options["kinds"] = self.source.kinds
+        template = options.pop("template")
+        names = ("tokenizer", "special_tokens", "special", "added")
+        tokenizer = [options.pop(name) for name in names]
+        libraries = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
+        name = self.options.format
+        return {
+            "bytes of the files": self.source.digest,
+            "tokenizer": text_hash(json.dumps(tokenizer)),
+            "chat template": text_hash(template),
+            "data flags": text_hash(json.dumps(options, sort_keys=True, default=str)),
+            "converter": text_hash(converter_source(name).hex()) if name else "",
+            "libraries": ", ".join(libraries),
+            "code of this project": _code_hash(),
+        }
 
 
 @functools.cache
 def _code_hash() -> str:
-    here = Path(__file__).parent
-    return text_hash(*((here / f"{name}.py").read_text(encoding="utf-8") for name in _CODE))
+    sources = [
+        source for folder in _CODE_FOLDERS for source in sorted((_PACKAGE / folder).glob("*.py"))
+    ]
+    return text_hash(*(source.read_text(encoding="utf-8") for source in sources))

@@ -20,7 +20,8 @@ from data.marks import Span
 from data.masked_tokenizer import MaskedTokenizer, TokenizedText
 from data.row_checks import ends_in_thought
 from data.row_renderer import RowRenderer, RowText
-from data.worker_messages import Shard, TokenizeOptions
+from data.shard import Shard
+from data.worker_messages import TokenizeOptions
 
 OVERLONG = "longer than --seq-length"
 NOTHING_TO_TRAIN = "nothing to train"

@@ -60,6 +60,12 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
+def compressed_format(path: Path) -> str:
+    """How the bytes of a file are read, such as ``.jsonl.gz``."""
+    suffix = path.suffix.lower()
+    return file_format(path) + (suffix if suffix in COMPRESSIONS else "")
+
+
 def file_format(path: Path) -> str:
     """The suffix that says what a file holds: that of its name without a suffix of compression."""
     suffix = path.suffix.lower()

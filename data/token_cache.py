@@ -1,6 +1,6 @@
 """Tokenised documents as memory-mapped arrays, in a folder named by everything that they depend on.
 
-    <cache_dir>/<key>/manifest.json    format, counts, report; written last
+    <cache_dir>/<key>/manifest.json    format, counts, report, hash of the contents; written last
     <cache_dir>/<key>/input_ids.bin    int32  [total_tokens]
     <cache_dir>/<key>/loss_mask.bin    uint8  [total_tokens]
     <cache_dir>/<key>/offsets.bin      int64  [num_documents + 1]
@@ -13,6 +13,7 @@ sees it can use it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,9 +41,11 @@ class Documents:
         provenance: int64 ``[num_documents, 2]``: number of the source, row number in it (both from
             0).
         hashes: uint64 ``[num_documents]``: hash of each document's tokens.
-        fingerprint: Hash of everything that the contents depend on.
+        fingerprint: Name of the cache: a hash of what it was made from, and by which code.
         report: Counts: rows read, rows kept, rows dropped by reason, tokens, trained tokens, and
             what was detected.
+        contents: Hash of ids, masks and their order, whatever they were made from: equal documents have
+            equal ones. Computed where it is not given.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -52,6 +55,14 @@ class Documents:
     hashes: npt.NDArray[np.uint64]
     fingerprint: str
     report: dict[str, Any] = field(default_factory=dict)
+    contents: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.contents:
+            digest = hashlib.sha256()
+            for array in (self.input_ids, self.loss_mask, self.offsets):
+                digest.update(array.data)  # a mapped file is read as the hash goes over it
+            object.__setattr__(self, "contents", digest.hexdigest()[:32])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -81,8 +92,17 @@ def open_documents(folder: Path) -> Documents:
     Raises:
         DataError: the folder is not a complete cache of this format.
     """
+    return map_documents(folder, cache_manifest(folder))
+
+
+def cache_manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of a published cache folder says.
+
+    Raises:
+        DataError: the folder is not a complete cache of this format.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
         raise DataError(
             f"{folder}: not a complete token cache ({error}). Remove the folder and run again."
@@ -93,6 +113,19 @@ def open_documents(folder: Path) -> Documents:
             f"this version reads {CACHE_FORMAT}. "
             "Remove the folder and run again."
         )
+    return manifest
+
+
+def map_documents(folder: Path, manifest: dict[str, Any]) -> Documents:
+    """Memory-map the arrays of a folder.
+
+    Args:
+        folder: With all the files of a cache.
+        manifest: What its manifest says, or will say.
+
+    Raises:
+        DataError: a file has not the size that the manifest says.
+    """
     tokens, documents = int(manifest["tokens"]), int(manifest["documents"])
     return Documents(
         input_ids=_map(folder / "input_ids.bin", np.int32, (tokens,)),
@@ -102,6 +135,7 @@ def open_documents(folder: Path) -> Documents:
         hashes=_map(folder / "hashes.bin", np.uint64, (documents,)),
         fingerprint=manifest["fingerprint"],
         report=manifest["report"],
+        contents=manifest.get("contents", ""),
     )
 
 

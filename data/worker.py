@@ -24,7 +24,8 @@ from typing import IO, Any
 from data.chunks import Chunk
 from data.errors import DataError
 from data.row_tokenizer import RowTokenizer
-from data.worker_messages import Shard, TokenizeOptions
+from data.shard import Shard
+from data.worker_messages import TokenizeOptions
 
 _COLLECT_EVERY = 100
 _HEADER = struct.Struct("<Q")

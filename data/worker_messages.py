@@ -1,12 +1,9 @@
-"""What goes to the workers that tokenise, and what comes back; plain data."""
+"""What goes to the workers that tokenise; plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
 
 from data.answer_spans import LossOn, Reasoning
 from data.row_formats import FormatOptions
@@ -50,28 +47,3 @@ class TokenizeOptions:
     reasoning: Reasoning = "keep"
     loss_on: LossOn = "all"
     separator: int | None = None
-
-
-@dataclass
-class Shard:
-    """The documents of one chunk.
-
-    Attributes:
-        input_ids: int32 ``[tokens]``.
-        loss_mask: uint8 ``[tokens]``.
-        lengths: int64 ``[documents]``.
-        provenance: int64 ``[documents, 2]``: source and row number.
-        hashes: uint64 ``[documents]``: hash of each document's tokens.
-        counts: Rows read, kept and dropped by reason, turns, tokens.
-        bad_rows: (place, reason, detail) of rows that were skipped.
-        error: The message of a row that stops the run.
-    """
-
-    input_ids: npt.NDArray[np.int32]
-    loss_mask: npt.NDArray[np.uint8]
-    lengths: npt.NDArray[np.int64]
-    provenance: npt.NDArray[np.int64]
-    hashes: npt.NDArray[np.uint64]
-    counts: dict[str, int]
-    bad_rows: list[tuple[str, str, str]]
-    error: str | None = None

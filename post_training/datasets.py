@@ -6,22 +6,21 @@ import argparse
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from data import Documents, DocumentSet, SFTDataset
-from data.arguments import (
+from data.cache_build import BAD_ROWS
+from data.document_set import shared_documents
+from data.provenance import document_place, source_names, source_of
+from data.splits import (
     DataSplit,
-    default_cache_dir,
+    cache_dir,
     parse_weighted,
     prepare_documents_from_args,
     training_sources,
 )
-from data.cache_build import BAD_ROWS
-from data.document_set import shared_documents
-from data.provenance import document_place, source_names, source_of
 from post_training.errors import SetupError
 from post_training.tokenizer import load_tokenizer
 
@@ -146,12 +145,12 @@ def first_prompts(documents: dict[str, SplitDocuments], count: int) -> list[list
 
 
 def check_same_documents(documents: dict[str, SplitDocuments], device: torch.device | str) -> None:
-    """Compare the documents' fingerprints over all ranks, once they can talk to each other.
+    """Compare the documents' contents over all ranks, once they can talk to each other.
 
     Raises:
-        SetupError: on every rank, when machines see different files or caches.
+        SetupError: on every rank, when machines have prepared different documents.
     """
-    text = "".join(documents[split].fingerprint for split in SPLITS if split in documents)
+    text = "".join(documents[split].contents for split in SPLITS if split in documents)
     digest = int(hashlib.sha256(text.encode()).hexdigest()[:15], 16)
     bounds = torch.tensor([digest, -digest], dtype=torch.int64, device=device)
     torch.distributed.all_reduce(bounds, op=torch.distributed.ReduceOp.MAX)
@@ -212,9 +211,7 @@ def _describe_part(part: Documents, use: str, args: argparse.Namespace) -> str:
     name = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     dropped = {k: v for k, v in (report.get("dropped") or {}).items() if v}
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
-    listed = (
-        Path(args.data_cache_dir or default_cache_dir()).expanduser() / part.fingerprint / BAD_ROWS
-    )
+    listed = cache_dir(args) / part.fingerprint / BAD_ROWS
     trained = report.get("trained_tokens", 0) / max(1, report.get("tokens", 0))
     return (
         f"{name}: format {report.get('format')}, masks by {report.get('mask_method')}; "

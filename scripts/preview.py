@@ -17,12 +17,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import IO, Any
 
-from data.arguments import (
-    add_data_arguments,
-    option_fields,
-    parse_weighted,
-    prepare_documents_from_args,
-)
+from data.arguments import add_data_arguments
 from data.chunks import Chunk
 from data.errors import DataError
 from data.hf_datasets import load_dataset
@@ -39,6 +34,7 @@ from data.preview import (
 )
 from data.source_files import resolve_files
 from data.sources import dataset_chunks, file_chunks
+from data.splits import option_fields, parse_weighted, prepare_documents_from_args
 from post_training.datasets import SPLITS, SplitDocuments, describe
 
 

@@ -3,11 +3,14 @@
 `python tests/resume.py --table` goes from every layout to every other.
 """
 
+import os
+import shutil
+
 import pytest
 
 from tests.equivalence import OVERLAP, STEP_BOUND
 from tests.helpers.checkpoint import same_tensors
-from tests.helpers.launch import finetune, run_rank
+from tests.helpers.launch import ROOT, finetune, run_rank
 from tests.helpers.rows import make_rows, write_rows
 from tests.resume import DROPOUT, LAYOUTS, TABLES, Layout, Resumes, difference, numbers
 
@@ -114,3 +117,19 @@ def test_other_data_in_a_copied_checkpoint(resumes, tmp_path):
     assert [step["iteration"] for step in parts.steps] == [4, 5, 6]
     parts = finetune(tmp_path / "parts", *one, *words).ok()
     assert numbers(parts) == numbers(run)
+
+
+def test_the_same_documents_by_another_path(resumes, tmp_path):
+    """A moved copy, relative, in a cache of its own; with other workers and a moved base model."""
+    straight, stopped = resumes.straight(BY_NAME["one"]), resumes.stopped(BY_NAME["one"])
+    shutil.copytree(stopped.folder, tmp_path / "out")
+    shutil.copytree(resumes.folder / "dense", tmp_path / "model")
+    (tmp_path / "moved").mkdir()
+    shutil.copy(resumes.folder / "train.jsonl", tmp_path / "moved/other.jsonl")
+    data = os.path.relpath(tmp_path / "moved", ROOT)
+    words = ["--finetune-data-files", data, "--data-workers", "1", "--data-cache-dir"]
+    words += [str(tmp_path / "cache"), "--hf-model", str(tmp_path / "model/../model")]
+    run = finetune(tmp_path / "out", *resumes.words, *words).ok()
+    assert numbers(run) == numbers(straight)
+    (note,) = [line for line in run.console.splitlines() if line.startswith("note:")]
+    assert note.endswith(f"train.jsonl, now {data}/other.jsonl)")

@@ -3,14 +3,10 @@ import json
 
 import pytest
 
-from data.arguments import (
-    add_data_arguments,
-    parse_weighted,
-    prepare_documents_from_args,
-    training_sources,
-)
+from data.arguments import add_data_arguments
 from data.document_set import DocumentSet
 from data.errors import DataError
+from data.splits import parse_weighted, prepare_documents_from_args, training_sources
 from tests.data.conftest import make_rows
 
 
@@ -58,7 +54,7 @@ def test_split_ratio_cuts_disjoint_splits_that_cover_all(tokenizer, tmp_path, fi
         len(texts(part)) for part in parts
     )
     assert 0.7 < len(parts[0]) / 600 < 0.9
-    assert len({part.fingerprint for part in parts}) == 3
+    assert len({part.contents for part in parts}) == 3
 
 
 def test_split_that_gets_no_row_is_refused(tokenizer, tmp_path, files):

@@ -16,8 +16,8 @@ from data import cache_folder
 from data.cache_build import JOURNAL, FolderSink, feed
 from data.errors import DataError
 from data.prepare import prepare_documents
+from data.shard import Shard
 from data.token_cache import open_documents
-from data.worker_messages import Shard
 from tests.data.conftest import make_rows
 from tests.helpers.launch import forkserver
 

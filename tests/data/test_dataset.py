@@ -160,7 +160,7 @@ def test_rows_datasets_and_their_names_are_accepted_as_they_are(tokenizer, rows,
 
     from_rows = SFTDataset(None, rows, tokenizer, SEQ)
     from_dataset = SFTDataset(None, datasets.Dataset.from_list(rows), tokenizer, SEQ)
-    assert from_rows.documents.fingerprint == from_dataset.documents.fingerprint
+    assert from_rows.documents.contents == from_dataset.documents.contents
     assert from_rows.plan_hash == from_dataset.plan_hash
     # A local copy of a well-known dataset, whose training split has another name.
     folder = tmp_path / "ultrachat_200k"

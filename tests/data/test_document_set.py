@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,6 +46,22 @@ def test_sets_are_read_like_documents(parts, tokenizer):
     assert np.array_equal(mixture[len(mixture) - 1][0], parts[part][index][0])
     assert mixture.provenance.shape == (len(mixture), 2)
     assert mixture.max_token_id == max(part.max_token_id for part in parts)
+
+
+def test_contents_are_those_of_the_parts_and_what_was_chosen(parts, tokenizer):
+    names = ["a", "b", "c"]
+    mixture = mix_documents(parts, [1, 2, 1], names, 0)
+    assert mixture.contents == mix_documents(parts, [2, 4, 2], ["x", "y", "z"], 0).contents
+    others = [
+        mix_documents(parts, [1, 2, 1], names, 1),
+        mix_documents(parts, [1, 2, 2], names, 0),
+        *split_documents(parts[0], [8, 1, 1]),
+        replace(mixture, parts=[parts[0], parts[1], parts[0]]),
+        replace(mixture, part_of=np.roll(mixture.part_of, 1)),
+        replace(mixture, index_of=np.roll(mixture.index_of, 1)),
+    ]
+    seen = {each.contents for each in (*others, mixture, *parts)}
+    assert len(seen) == len(others) + 1 + len(parts)
 
 
 def test_split_does_not_move_documents_when_data_is_added(tokenizer):

@@ -10,9 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import data.prepare
 from data.errors import DataError
-from data.prepare import _CODE, named_settings, prepare_documents, prepare_rows
+from data.prepare import _CODE_FOLDERS, named_settings, prepare_documents, prepare_rows
 from data.prepare_options import PrepareOptions
+from data.provenance import document_place
 from data.tokenizer_facts import template_source
 from tests.data.conftest import CHATML, make_rows
 from tests.data.templates import GENERATION, THINKING
@@ -404,16 +406,60 @@ def test_peak_memory_does_not_grow_with_the_data(tokenizer, tmp_path):
 
 
 def test_every_module_that_rows_pass_through_is_part_of_the_key():
-    """A cache of an earlier version must not be taken for one of this version."""
+    """Another version of them tokenises anew."""
     code = (
         "import sys, data.row_tokenizer; print(*[m for m in sys.modules if m.startswith('data.')])"
     )
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
-    no_content = {"data.errors", "data.worker_messages"}
-    assert {*output.split()} - no_content <= {f"data.{name}" for name in _CODE}
+    files = {Path(*name.split(".")).with_suffix(".py") for name in output.split()}
+    files.discard(Path("data/errors.py"))
+    assert len(files) > 20
+    assert {file.parent for file in files} <= {Path("data", name) for name in _CODE_FOLDERS}
     assert "torch" not in output and "transformers" not in output
+
+
+def test_a_change_of_code_is_another_key(tokenizer, rows, tmp_path, monkeypatch):
+    """Also of a file that is new: there is no list of names."""
+    file = write_rows(tmp_path / "a.jsonl", rows[:9])
+    folder = tmp_path / "package" / _CODE_FOLDERS[0]
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(data.prepare, "_PACKAGE", tmp_path / "package")
+    seen = []
+    for text in ("x = 1", "x = 2"):
+        (folder / "new.py").write_text(text)
+        data.prepare._code_hash.cache_clear()
+        seen.append(prepare(tokenizer, [file], tmp_path / "cache"))
+    data.prepare._code_hash.cache_clear()
+    assert seen[0].fingerprint != seen[1].fingerprint
+    assert seen[0].contents == seen[1].contents
+
+
+def test_a_cache_is_found_under_any_spelling_and_names_the_files_of_today(
+    tokenizer, rows, tmp_path, monkeypatch
+):
+    untold = {"question": "Who?", "answer": "<think>\nLet me"}
+    cache = tmp_path / "cache"
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        write_rows(tmp_path / "data" / f"{part}.jsonl", [rows[part], untold])
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    first = prepare(tokenizer, [str(tmp_path / "data")], cache)
+    for spelling in ("data", "data/*.jsonl", "./link", str(tmp_path / "link"), "moved"):
+        if spelling == "moved":
+            Path("data").rename(spelling)
+        again = prepare(tokenizer, [spelling], cache)
+        assert same(first, again) and again.fingerprint == first.fingerprint
+        folder = Path(spelling.removesuffix("/*.jsonl"))
+        assert again.report["sources"] == [str(folder / f"{part}.jsonl") for part in range(2)]
+        assert document_place(again, 3) == f"{folder}/1.jsonl:2"
+        assert [str(folder) in warning for warning in again.report["warnings"]] == [True]
+    # The same bytes, read as another kind of file.
+    lines = prepare(tokenizer, ["moved/0.jsonl"], cache)
+    Path("moved/0.jsonl").rename("moved/0.json")
+    assert prepare(tokenizer, ["moved/0.json"], cache).fingerprint != lines.fingerprint
 
 
 @pytest.mark.parametrize(

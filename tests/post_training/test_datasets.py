@@ -1,10 +1,15 @@
 import argparse
 import json
+import os
 
 import pytest
+import torch
 
+from data import prepare_documents
 from data.arguments import add_data_arguments
-from post_training.datasets import describe, prepare_data
+from post_training.datasets import check_same_documents, describe, prepare_data
+from post_training.errors import SetupError
+from tests.helpers.launch import run_ranks
 from tests.helpers.models import make_tokenizer
 
 SEQ = 256
@@ -84,6 +89,29 @@ def test_a_split_shows_what_is_its_own(prepared):
         tokens = int(documents[split].lengths.sum())
         assert f"{split}: {len(documents[split])} documents, {tokens:,} tokens" in text
     assert 0 < len(documents["valid"]) < 59
+
+
+def _compared(folder, spelling, rank_1):
+    """Whether this rank finds that all have prepared the same documents."""
+    torch.distributed.init_process_group("gloo")
+    os.chdir(folder)
+    name = [spelling, rank_1][torch.distributed.get_rank()]
+    train = prepare_documents(
+        files=[name], tokenizer=make_tokenizer(), seq_length=SEQ, cache_dir=None
+    )
+    try:
+        check_same_documents({"train": train}, "cpu")
+    except SetupError:
+        return False
+    return True
+
+
+def test_ranks_compare_documents_and_not_paths(tmp_path):
+    for name, answer in (("a", "so"), ("b", "so"), ("c", "no")):
+        row = {"question": "Why?", "answer": answer}
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    assert run_ranks(_compared, 2, tmp_path, "a.jsonl", f"{tmp_path}/b.jsonl") == [True, True]
+    assert run_ranks(_compared, 2, tmp_path, "a.jsonl", "c.jsonl") == [False, False]
 
 
 def test_documents_that_are_held_out_and_trained_are_counted_and_shown(prepared):

@@ -1,29 +1,16 @@
 """What a run continues from, and what it refuses. That the numbers go on is in `tests/test_resume.py`."""
 
-import argparse
 import json
 import sys
 
 import pytest
 import yaml
 
-from data import prepare_documents
 from post_training import checkpoints, output, resume
-from post_training.arguments import parse_arguments
 from post_training.errors import RunStopped, SetupError
+from post_training.position import find_position
 from tests.helpers.models import make_tokenizer
-
-
-@pytest.fixture
-def parse(hf_model, tmp_path, monkeypatch):
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        monkeypatch.setenv(name, value)
-
-    def parse(*flags, out="out"):
-        words = ["--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path / out)]
-        return parse_arguments([*words, "--train-iters", "9", "--global-batch-size", "4", *flags])
-
-    return parse
+from tests.helpers.positions import SEQ, begins_at, make_checkpoint, position_of
 
 
 @pytest.fixture
@@ -31,22 +18,10 @@ def args(parse):
     return parse()
 
 
-def make_checkpoint(folder, iteration=5, facts=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    path = checkpoints.begin_save(folder, iteration)
-    (path / "__0_0.distcp").write_bytes(b"weights")
-    checkpoints.finish_save(folder, iteration, facts or {})
-    return path
-
-
 def chosen(args):
     """The folder that a run continues from."""
     checkpoint = resume.choose_checkpoint(args)
     return checkpoint and checkpoint.path
-
-
-def manifest_of(checkpoint):
-    return json.loads((checkpoint / checkpoints.MANIFEST).read_text())
 
 
 # --- which checkpoint ----------------------------------------------------------------------------
@@ -125,72 +100,6 @@ def test_a_damaged_checkpoint_is_told_of_and_the_tracker_mended(parse, tmp_path,
         resume.choose_checkpoint(parse())
 
 
-# --- which data ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def documents(chat_data):
-    return prepare_documents(
-        files=[str(chat_data.file)],
-        tokenizer=make_tokenizer(),
-        seq_length=192,
-        cache_dir=None,
-        on_bad_row="error",
-    )
-
-
-@pytest.fixture(scope="module")
-def other_documents(chat_data, tmp_path_factory):
-    lines = chat_data.file.read_text().splitlines(keepends=True)
-    file = tmp_path_factory.mktemp("other") / "train.jsonl"
-    file.write_text("".join(lines[:-1]))
-    return prepare_documents(
-        files=[str(file)],
-        tokenizer=make_tokenizer(),
-        seq_length=192,
-        cache_dir=None,
-        on_bad_row="error",
-    )
-
-
-def position_of(args: argparse.Namespace, documents, checkpoint=None):
-    found = checkpoint and checkpoints.Checkpoint.at(checkpoint)
-    return resume.find_position(args, make_tokenizer(), {"train": documents}, found)
-
-
-def begins_at(args: argparse.Namespace, documents, checkpoint):
-    """Consumed packs at which a run that continues from `checkpoint` begins its data."""
-    position_of(args, documents, checkpoint)
-    return args.data_begins_at
-
-
-SEQ = ("--seq-length", "192")
-
-
-@pytest.fixture
-def saved(parse, documents, tmp_path):
-    """Saves what a run of these flags has consumed, and gives the checkpoint."""
-
-    def save(consumed, *flags, out="out", iteration=5, **more):
-        args = parse(*SEQ, *flags, out=out)
-        position = position_of(args, documents)
-        args.consumed_train_samples = consumed
-        args.virtual_pipeline_model_parallel_size = None
-        facts = position.facts() | more
-        return make_checkpoint(tmp_path / out / "checkpoints", iteration, facts)
-
-    return save
-
-
-def test_the_checkpoint_says_where_in_the_data_it_is(saved, documents):
-    facts = manifest_of(saved(28))
-    packs = 24  # of the 60 documents, at this length
-    assert facts["consumed_samples"] == 28
-    assert (facts["data"]["epoch"], facts["data"]["pack"]) == divmod(28, packs)
-    assert facts["data"]["documents"] == documents.fingerprint
-    assert len(facts["data"]["plan_hash"]) == 32
-
-
 def test_a_copied_checkpoint_knows_its_model(parse, saved, tmp_path):
     copied = saved(28).parent.rename(tmp_path / "elsewhere")
     load = ["--load", str(copied)]
@@ -199,99 +108,6 @@ def test_a_copied_checkpoint_knows_its_model(parse, saved, tmp_path):
     args.num_layers = 4
     with pytest.raises(SetupError, match=r"its num_layers is 2, this run's is 4"):
         resume.choose_checkpoint(args)
-
-
-def test_the_same_data_goes_on(parse, documents, saved):
-    checkpoint = saved(28)
-    for flags in ([], ["--restart-data"], ["--micro-batch-size", "2"]):
-        assert begins_at(parse(*SEQ, *flags), documents, checkpoint) == 0
-
-
-def test_more_epochs_of_the_same_data_go_on(parse, documents, saved):
-    flags = ["--train-iters", "0", "--num-epochs"]
-    checkpoint = saved(28, *flags, "2")
-    args = parse(*SEQ, *flags, "3")
-    assert begins_at(args, documents, checkpoint) == 0
-    assert args.train_iters == 18
-
-
-def test_warm_up_must_fit_into_the_epochs(parse, documents):
-    """Whose steps are known only now."""
-    args = parse(*SEQ, "--train-iters", "0", "--num-epochs", "1", "--lr-warmup-iters", "6")
-    with pytest.raises(SetupError, match=r"at step 6 \(--num-epochs 1\); use fewer than 6"):
-        position_of(args, documents, None)
-
-
-def test_packs_that_filler_stands_for_are_told_of(parse, documents, saved, capsys):
-    """A finished run that is given more epochs: its last batch was filled up behind the last one."""
-    flags = ["--train-iters", "0", "--num-epochs"]
-    checkpoint = saved(28, *flags, "1")  # 24 packs, and a batch of filler
-    position_of(parse(*SEQ, *flags, "1"), documents, checkpoint)
-    assert capsys.readouterr().err == ""
-    position_of(parse(*SEQ, *flags, "2"), documents, checkpoint)
-    assert "held 4 empty packs" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("flags", "told"),
-    [
-        (["--seq-length", "200"], "--seq-length was 192, now 200"),
-        (["--seed", "7"], "--seed was 1234, now 7"),
-        (["--packing", "none"], "--packing was best-fit, now none"),
-    ],
-    ids=["seq-length", "seed", "packing"],
-)
-def test_another_plan_is_refused(parse, documents, saved, flags, told):
-    checkpoint = saved(8)
-    with pytest.raises(SetupError, match=told + ".*--restart-data"):
-        position_of(parse(*SEQ, *flags), documents, checkpoint)
-    assert begins_at(parse(*SEQ, *flags, "--restart-data"), documents, checkpoint) == 8
-
-
-def test_other_data_is_refused_even_in_a_copied_checkpoint(parse, other_documents, saved, tmp_path):
-    checkpoint = saved(8)
-    with pytest.raises(SetupError, match=r"the training data differs.*--restart-data"):
-        position_of(parse(*SEQ), other_documents, checkpoint)
-    copied = checkpoint.rename(tmp_path / checkpoint.name)
-    with pytest.raises(SetupError, match=r"the training data differs.*--restart-data"):
-        position_of(parse(*SEQ, out="new"), other_documents, copied)
-
-
-def test_another_global_batch_is_refused(parse, documents, saved):
-    checkpoint = saved(8)
-    for flags in ([], ["--restart-data"]):
-        with pytest.raises(SetupError, match=r"--global-batch-size 4, this run's is 8"):
-            args = parse(*SEQ, "--global-batch-size", "8", *flags)
-            position_of(args, documents, checkpoint)
-
-
-def test_other_base_weights_are_refused_in_the_own_folder_only(parse, documents, saved):
-    checkpoint = saved(8, base_weights="of another model")
-    with pytest.raises(SetupError, match="other weights than those of --hf-model"):
-        position_of(parse(*SEQ), documents, checkpoint)
-    assert begins_at(parse(*SEQ, out="new"), documents, checkpoint) == 0
-
-
-def test_restarted_data_is_not_restarted_again(parse, documents, other_documents, saved, tmp_path):
-    """The same command, given again, continues."""
-    checkpoint = saved(8, out="old")
-    args = parse(*SEQ, "--restart-data", "--load", str(checkpoint.parent))
-    position = position_of(args, other_documents, checkpoint)
-    assert args.data_begins_at == 8
-    args.consumed_train_samples = 20
-    args.virtual_pipeline_model_parallel_size = None
-    own = make_checkpoint(tmp_path / "out/checkpoints", 7, position.facts())
-    assert manifest_of(own)["data"]["pack"] == 12
-    assert begins_at(args, other_documents, own) == 8
-    assert begins_at(parse(*SEQ), other_documents, own) == 8, "without the flag too"
-
-
-def test_epochs_count_from_where_the_data_began_anew(parse, other_documents, saved):
-    checkpoint = saved(8)
-    words = ["--restart-data", "--train-iters", "0", "--num-epochs", "2"]
-    args = parse(*SEQ, *words)
-    plan = position_of(args, other_documents, checkpoint).plan
-    assert args.train_iters == 8 // 4 + -(-2 * plan.packs_per_epoch() // 4)
 
 
 def test_a_checkpoint_that_does_not_know_its_data_gives_only_weights(parse, documents, tmp_path):
@@ -329,7 +145,7 @@ def fall_back(documents):
 
     def fall(args, documents=documents):
         checkpoint = resume.choose_checkpoint(args)
-        position = resume.find_position(args, make_tokenizer(), {"train": documents}, checkpoint)
+        position = find_position(args, make_tokenizer(), {"train": documents}, checkpoint)
         resume.Fallback(args, checkpoint, position, sys.stderr).take("it cannot be read")
 
     return fall

@@ -1,0 +1,33 @@
+"""The documents of one chunk, on their way from where they are tokenised to a cache; plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass
+class Shard:
+    """The documents of one chunk.
+
+    Attributes:
+        input_ids: int32 ``[tokens]``.
+        loss_mask: uint8 ``[tokens]``.
+        lengths: int64 ``[documents]``.
+        provenance: int64 ``[documents, 2]``: source and row number.
+        hashes: uint64 ``[documents]``: hash of each document's tokens.
+        counts: Rows read, kept and dropped by reason, turns, tokens.
+        bad_rows: (place, reason, detail) of rows that were skipped.
+        error: The message of a row that stops the run.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    loss_mask: npt.NDArray[np.uint8]
+    lengths: npt.NDArray[np.int64]
+    provenance: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
+    counts: dict[str, int]
+    bad_rows: list[tuple[str, str, str]]
+    error: str | None = None

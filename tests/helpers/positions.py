@@ -1,0 +1,34 @@
+"""Checkpoints that say where in the data they were saved."""
+
+import argparse
+import json
+
+from post_training import checkpoints
+from post_training.position import find_position
+from tests.helpers.models import make_tokenizer
+
+
+def position_of(args: argparse.Namespace, documents, checkpoint=None):
+    found = checkpoint and checkpoints.Checkpoint.at(checkpoint)
+    return find_position(args, make_tokenizer(), {"train": documents}, found)
+
+
+def begins_at(args: argparse.Namespace, documents, checkpoint):
+    """Consumed packs at which a run that continues from `checkpoint` begins its data."""
+    position_of(args, documents, checkpoint)
+    return args.data_begins_at
+
+
+def make_checkpoint(folder, iteration=5, facts=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = checkpoints.begin_save(folder, iteration)
+    (path / "__0_0.distcp").write_bytes(b"weights")
+    checkpoints.finish_save(folder, iteration, facts or {})
+    return path
+
+
+def manifest_of(checkpoint):
+    return json.loads((checkpoint / checkpoints.MANIFEST).read_text())
+
+
+SEQ = ("--seq-length", "192")
