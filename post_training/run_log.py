@@ -7,11 +7,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from post_training.datasets import SplitDocuments, sources_of
 from post_training.flops import model_flops, peak_flops
 from post_training.platform import current_device
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
@@ -32,19 +31,17 @@ class RunLog:
     """Hears of every step and evaluation, and writes them down on rank 0."""
 
     def __init__(
-        self, args: argparse.Namespace, console: TextIO, documents: Mapping[str, SplitDocuments]
+        self, args: argparse.Namespace, console: TextIO, source_names: Mapping[str, Sequence[str]]
     ) -> None:
         """Register with the training hooks.
 
         Args:
             args: validated arguments.
             console: where the progress bar is drawn.
-            documents: prepared documents by split.
+            source_names: by split, where losses of several sources are told apart.
         """
         self.args = args
-        self.source_names = {
-            split: sources_of(args, split, documents[split]).names for split in documents
-        }
+        self.source_names = source_names
         self.folder = Path(args.output_dir)
         self.is_writer = args.rank == 0
         self.progress = Progress(

@@ -16,6 +16,8 @@ from torch import Tensor
 # In the environment: the token that a fault befalls, and where to note optimizer steps.
 TOKEN = "TEST_FAULT_TOKEN"
 STEPS = "TEST_OPTIMIZER_STEPS"
+# And the file to which plans are counted.
+PLANS = "TEST_PLANS"
 
 
 def _finetune() -> Any:
@@ -300,3 +302,19 @@ def slow_save() -> None:
         return right(*args, **kwargs)
 
     training.save_checkpoint = slow
+
+
+def count_plans() -> None:
+    """No fault: each plan of an epoch, and each filling of packs, is a line of the file `$PLANS`."""
+    from data import epoch_plans
+
+    def counted(name: str, function: Any) -> Any:
+        def call(lengths: Any, *args: Any, **options: Any) -> Any:
+            with open(os.environ[PLANS], "a") as file:
+                file.write(f"{os.environ['RANK']} {name} {len(lengths)} {options.get('epoch')}\n")
+            return function(lengths, *args, **options)
+
+        return call
+
+    for name in ("plan_epoch", "fill_packs"):
+        setattr(epoch_plans, name, counted(name, getattr(epoch_plans, name)))

@@ -9,6 +9,7 @@ import yaml
 from data import prepare_documents
 from post_training import checkpoints, output, resume
 from post_training.arguments import parse_arguments
+from post_training.datasets import plan_split
 from post_training.errors import SetupError
 from tests.helpers.models import make_tokenizer
 
@@ -147,7 +148,8 @@ def other_documents(chat_data, tmp_path_factory):
 
 
 def position_of(args: argparse.Namespace, documents, checkpoint=None):
-    return resume.find_position(args, make_tokenizer(), {"train": documents}, checkpoint)
+    train = plan_split(args, "train", documents, make_tokenizer())
+    return resume.find_position(args, train, checkpoint)
 
 
 def begins_at(args: argparse.Namespace, documents, checkpoint):
