@@ -105,12 +105,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         self.epochs = 1 if num_packed_samples is None and epochs is None else epochs
         self.pad_id = _padding_id(tokenizer)
         self.plans = EpochPlans(
-            self.documents.lengths,
-            seq_length,
-            seed=seed,
-            packing=packing,
-            shuffle=shuffle,
-            balance_every=global_batch_size,
+            self.documents.lengths, seq_length, seed, packing, shuffle, global_batch_size
         )
         if num_packed_samples is None:
             assert self.epochs is not None
@@ -165,8 +160,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         ids = np.full(self.seq_length, self.pad_id, np.int64)
         mask = np.zeros(self.seq_length, np.uint8)
         documents = self.document_indices(global_index)
-        lengths = np.zeros(self.seq_length, np.int64)
-        lengths[: len(documents)] = self.plans.lengths[documents]
+        lengths = self.plans.lengths[documents]
         at = 0
         for document in documents:
             document_ids, document_mask = self.documents[int(document)]
@@ -174,8 +168,9 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             ids[at:end] = document_ids
             mask[at:end] = document_mask
             at = end
-        pieces = with_padding(lengths[: len(documents)].tolist(), self.seq_length)
+        pieces = with_padding(lengths.tolist(), self.seq_length)
         positions = np.concatenate([np.arange(piece) for piece in pieces])
+        lengths = np.pad(lengths, (0, self.seq_length - len(lengths)))
         return {
             "input_ids": torch.from_numpy(ids),
             "loss_mask": torch.from_numpy(mask),

@@ -1,14 +1,16 @@
 """From packs of the dataset to what a pipeline stage computes on.
 
-pack of SFTDataset     input_ids, loss_mask   [seq_length]   and its document_lengths
-MicroBatchIterator     the same, and groups   [micro batch, seq_length]
-broadcast              to all tensor parallel ranks, on the host
-row                    A A A A B B B · · C C C C C C · ·     the packs joined: [tokens]
-  row_lengths          4       3     2   6           2       pads (·) are pretend documents
-  position_ids         0 1 2 3 0 1 2 0 1 0 1 2 3 4 5 0 1     follow from the lengths, like the rest
-assemble_batch         labels shifted inside documents; PackedDocuments, RoutedDocuments,
-                       TrainedTokens; of all this a context parallel rank's part
-to_device              Batch, which `forward_step` computes on
+    SFTDataset             input_ids, loss_mask, document_lengths of a pack: [seq_length]
+    MicroBatchIterator     the same and groups (sources of tokens): [micro batch, seq_length]
+    broadcast              to all ranks of the tensor parallel group, on the host
+    row                    A A A A B B B . . C C C C C C . .     packs joined: [tokens]; padding is .
+      row_lengths          4       3     2   6           2       padding in pretend documents
+      position_ids         0 1 2 3 0 1 2 0 1 0 1 2 3 4 5 0 1
+    assemble_batch         labels shifted, PackedDocuments, RoutedDocuments, TrainedTokens: of the row,
+                           or of the part that a context parallel rank holds
+    to_device              Batch, which `forward_step` computes on
+
+Where a document begins is told by the lengths alone, which travel beside the tokens.
 """
 
 from __future__ import annotations
