@@ -158,6 +158,7 @@ def test_packs_past_the_last_epoch_are_filler_with_zero_mask(documents, tokenize
     assert len(dataset) == 2 * per_epoch + 5
     assert dataset[2 * per_epoch - 1]["loss_mask"].any()
     for index in range(2 * per_epoch, len(dataset)):
+        assert dataset.locate(index) == (2, index - 2 * per_epoch)
         pack = dataset[index]
         assert not pack["loss_mask"].any()
         assert (pack["input_ids"] == tokenizer.pad_token_id).all()
