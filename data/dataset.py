@@ -168,8 +168,8 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             ids[at:end] = document_ids
             mask[at:end] = document_mask
             at = end
-        pieces = with_padding(lengths.tolist(), self.seq_length)
-        positions = np.concatenate([np.arange(piece) for piece in pieces])
+        pieces = np.array(with_padding(lengths.tolist(), self.seq_length))
+        positions = np.arange(self.seq_length) - np.repeat(np.cumsum(pieces) - pieces, pieces)
         lengths = np.pad(lengths, (0, self.seq_length - len(lengths)))
         return {
             "input_ids": torch.from_numpy(ids),

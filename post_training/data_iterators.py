@@ -49,9 +49,10 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
         self.source_of = source_of
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        """The next micro batch: the fields of the packs and `groups`, each `[micro batch, seq_length]`.
+        """The next micro batch: each field `[micro batch, seq_length]`.
 
-        `groups` int64: the number of each token's source; 0 in padding, and where they are not told apart.
+        Those of the packs without `position_ids`, which follow from the lengths; and `groups` int64, the
+        number of each token's source, 0 in padding and where sources are not told apart.
         """
         begin = time.perf_counter()
         if self.repeat and self.next_index >= self.repeat:
@@ -61,18 +62,19 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
         indices = range(self.next_index, self.next_index + self.micro_batch_size)
         packs = [self.dataset[index] for index in indices]
         self.next_index += self.micro_batch_size
-        for index, pack in zip(indices, packs, strict=True):
+        fields = ("input_ids", "loss_mask", "document_lengths")
+        batch = {name: torch.stack([pack[name] for pack in packs]) for name in fields}
+        batch["groups"] = torch.zeros_like(batch["input_ids"])
+        for index, pack, groups in zip(indices, packs, batch["groups"], strict=True):
             lengths = pack["document_lengths"][pack["document_lengths"] > 0]
             counters.add_documents(lengths.tolist())
-            pack["groups"] = torch.zeros_like(pack["input_ids"])
             if self.source_of is not None:
                 documents = self.dataset.document_indices(self.dataset.global_index(index))
                 sources = torch.tensor(
                     [self.source_of(int(d)) for d in documents], dtype=torch.int64
                 )
                 marks = torch.repeat_interleave(sources, lengths)
-                pack["groups"][: len(marks)] = marks
-        batch = {name: torch.stack([pack[name] for pack in packs]) for name in packs[0]}
+                groups[: len(marks)] = marks
         counters.data_seconds += time.perf_counter() - begin
         return batch
 
