@@ -42,14 +42,13 @@ from post_training.arguments import parse_arguments, validate
 from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.checkpoints import Checkpoint
 from post_training.data_iterators import MicroBatchIterator, split_iterators
+from post_training.data_report import describe
 from post_training.datasets import (
-    SplitDocuments,
+    Split,
     check_same_documents,
-    describe,
     evaluation_batches,
     first_prompts,
     prepare_data,
-    sources_of,
 )
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.finish import ending_together, report_end
@@ -75,8 +74,7 @@ def train_valid_test_sft_datasets_provider(
     vp_stage: int | None = None,
     *,
     args: argparse.Namespace,
-    tokenizer: Any,
-    documents: dict[str, SplitDocuments],
+    splits: dict[str, Split],
 ) -> tuple[MicroBatchIterator | None, ...]:
     """Iterators over this data parallel rank's micro batches of each split.
 
@@ -84,8 +82,7 @@ def train_valid_test_sft_datasets_provider(
         num_samples: packs that Megatron wants of train, valid and test.
         vp_stage: virtual pipeline stage, each of which reads the same data.
         args: validated arguments.
-        tokenizer: the HuggingFace tokenizer.
-        documents: prepared documents by split.
+        splits: by name, planned.
 
     Returns:
         An iterator or None for train, valid and test; None on all but tensor parallel rank 0.
@@ -95,8 +92,7 @@ def train_valid_test_sft_datasets_provider(
     return split_iterators(
         num_samples,
         args,
-        tokenizer,
-        documents,
+        splits,
         num_shards=parallel_state.get_data_parallel_world_size(),
         shard_index=parallel_state.get_data_parallel_rank(),
     )
@@ -153,8 +149,7 @@ def non_loss_data_func(
 def finetune(
     args: argparse.Namespace,
     console: TextIO,
-    tokenizer: Any,
-    documents: dict[str, SplitDocuments],
+    splits: dict[str, Split],
     checkpoint: Checkpoint | None,
     position: DataPosition | None,
 ) -> None:
@@ -163,12 +158,11 @@ def finetune(
     checkpoint_queue.apply(args)
     watchdog.start(args, console)
     resume.Fallback(args, checkpoint, position, console)
-    names = {split: sources_of(args, split, documents[split]).names for split in documents}
-    run_log = RunLog(args, console, names)
+    run_log = RunLog(args, console, {name: split.sources.names for name, split in splits.items()})
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
-    install_safeguards(args, forward_step, tokenizer, documents, run_log)
-    hooks.evaluation_iterations = evaluation_batches(args, tokenizer, documents)
+    install_safeguards(args, forward_step, splits.get("train"), run_log)
+    hooks.evaluation_iterations = evaluation_batches(args, splits)
     # Each split has its own number of batches; to Megatron this says only whether there are any.
     args.eval_iters = 1 if hooks.evaluation_iterations else 0
 
@@ -176,12 +170,12 @@ def finetune(
         # Called once the model and a checkpoint are loaded: the first step comes next.
         if not vp_stage:
             watchdog.meet()
-            check_same_documents(documents, platform.current_device())
+            check_same_documents(splits, platform.current_device())
             run_log.begin(args.iteration)
             if saver is not None:
                 saver.started(args.iteration)
         return train_valid_test_sft_datasets_provider(
-            num_samples, vp_stage, args=args, tokenizer=tokenizer, documents=documents
+            num_samples, vp_stage, args=args, splits=splits
         )
 
     # Every tensor parallel rank hears where training begins; only the first of each group reads data.
@@ -193,7 +187,7 @@ def finetune(
             ModelType.encoder_or_decoder,
             forward_step,
             non_loss_data_func=functools.partial(
-                non_loss_data_func, run_log=run_log, prompts=first_prompts(documents, 4)
+                non_loss_data_func, run_log=run_log, prompts=first_prompts(splits, 4)
             ),
         )
     report_end(args, console, graceful, run_log.last_iteration, EXPORTER)
@@ -211,17 +205,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         checkpoint = resume.choose_checkpoint(args)
         check_weights(args, checkpoint)
         output.prepare_output(args)
-        tokenizer, documents = prepare_data(args)
-        position = find_position(args, tokenizer, documents, checkpoint)
+        tokenizer, splits = prepare_data(args)
+        position = find_position(args, splits.get("train"), checkpoint)
         if rank == 0:
-            print(describe(documents, tokenizer, args), file=console)
+            print(describe(splits, args), file=console)
         console = output.redirect_logs(args)
         if not args.eval_only:
             output.save_config(args)
             output.save_model_folder(args, tokenizer)
         validate(args)
         started = True
-        finetune(args, console, tokenizer, documents, checkpoint, position)
+        finetune(args, console, splits, checkpoint, position)
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)

@@ -1,10 +1,11 @@
 """The map-style dataset of packs that training reads.
 
-    documents      [ A......  B...  C..  D.... ]   variable length
-    pack           [ A......  C..  ·· ]  [ D....  B... ]   seq_length tokens each, · is padding
-    position_ids   [ 0123456  012  01 ]  [ 01234  0123 ]   restarts where a document begins
-    global plan    epoch 0: g0 g1 g2 | epoch 1: g3 g4 g5 | ...   one endless list of packs
-    shards (2)     shard 0: g0 g2 g4 ...   shard 1: g1 g3 g5 ...
+    documents         [ A......  B...  C..  D.... ]   variable length
+    pack              [ A......  C..  ·· ]  [ D....  B... ]   seq_length tokens each, · is padding
+    document_lengths  [ 7 3 0 ..         ]  [ 5 4 0 ..    ]   of the documents, not of padding
+    position_ids      [ 0123456  012  01 ]  [ 01234  0123 ]   restarts where a document begins
+    global plan       epoch 0: g0 g1 g2 | epoch 1: g3 g4 g5 | ...   one endless list of packs
+    shards (2)        shard 0: g0 g2 g4 ...   shard 1: g1 g3 g5 ...
 
 A global batch is a run of consecutive global packs, so it is the same set at any data-parallel
 size, and a position in training is one number: consumed packs. It stays valid when the parallel
@@ -13,9 +14,9 @@ layout changes.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +26,10 @@ import torch
 from torch.utils.data import Dataset
 
 from data.document_set import DocumentSet
+from data.epoch_plans import EpochPlans
 from data.errors import DataError
-from data.pack_filling import IntArray, fill_packs
-from data.packing import PACKING_MODES, PLAN_VERSION, PackingMode, PackingPlan, plan_epoch
+from data.pack_filling import IntArray
+from data.packing import PACKING_MODES, PLAN_VERSION, PackingMode
 from data.token_cache import Documents
 
 if TYPE_CHECKING:
@@ -36,11 +38,19 @@ if TYPE_CHECKING:
 # Padding is cut into pretend documents of this many tokens, so that its attention costs next to
 # nothing.
 PADDING_SEGMENT = 256
-_PLANS_KEPT = 2
+
+
+def with_padding(document_lengths: Sequence[int], seq_length: int) -> list[int]:
+    """Lengths of the documents of a pack and of the pretend ones of its padding: ``seq_length`` in all."""
+    whole, rest = divmod(seq_length - sum(document_lengths), PADDING_SEGMENT)
+    return [*document_lengths, *[PADDING_SEGMENT] * whole, *[rest] * (rest > 0)]
 
 
 class SFTDataset(Dataset[dict[str, torch.Tensor]]):
     """Packs of one shard, by local index.
+
+    An epoch is planned when a pack of it is read. ``shard`` gives other packs of the same plan,
+    which is then made only once.
 
     Args:
         num_packed_samples: Packs that this run uses over all shards, taken from the endless plan
@@ -82,18 +92,9 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         epochs: int | None = None,
         global_batch_size: int | None = None,
     ) -> None:
-        if num_shards < 1 or not 0 <= shard_index < num_shards:
-            raise DataError(
-                f"shard_index {shard_index} of num_shards {num_shards}: "
-                "the index must be 0 to num_shards - 1."
-            )
+        _check_shard(num_packed_samples, num_shards, shard_index)
         if packing not in PACKING_MODES:
             raise DataError(f"--packing {packing}: unknown; known are {', '.join(PACKING_MODES)}.")
-        if num_packed_samples is not None and num_packed_samples < 0:
-            raise DataError(
-                f"num_packed_samples is {num_packed_samples}; "
-                "it must be 0 or more, or None for one epoch."
-            )
         self.documents = _as_documents(hf_dataset, tokenizer, seq_length)
         if len(self.documents) == 0:
             raise DataError(
@@ -101,30 +102,37 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
                 f"Rows by fate: {json.dumps(self.documents.report.get('dropped', {}))}."
             )
         self.seq_length = seq_length
-        self.num_shards = num_shards
-        self.shard_index = shard_index
-        self.seed = seed
-        self.packing = packing
-        self.shuffle = shuffle
-        self.global_batch_size = global_batch_size
         self.epochs = 1 if num_packed_samples is None and epochs is None else epochs
         self.pad_id = _padding_id(tokenizer)
-        self._lengths = self.documents.lengths
-        self._plans: OrderedDict[int, PackingPlan] = OrderedDict()
-        self._filled: tuple[IntArray, int] | None = None
-        if packing == "best-fit" and int(self._lengths.max()) <= seq_length:
-            self._filled = fill_packs(self._lengths, seq_length)
-        self._ends: list[int] = []  # global index at which each known epoch ends
-        self._plan(
-            0
-        )  # before data workers fork, and so that a document that does not fit is refused at once
+        self.plans = EpochPlans(
+            self.documents.lengths, seq_length, seed, packing, shuffle, global_batch_size
+        )
         if num_packed_samples is None:
             assert self.epochs is not None
-            self.num_packed_samples = sum(
-                self.packs_per_epoch(epoch) for epoch in range(self.epochs)
-            )
-        else:
-            self.num_packed_samples = num_packed_samples
+            num_packed_samples = self.plans.begin(self.epochs)
+        self.num_packed_samples = num_packed_samples
+        self.num_shards = num_shards
+        self.shard_index = shard_index
+
+    def shard(
+        self, num_shards: int = 1, shard_index: int = 0, *, num_packed_samples: int | None = None
+    ) -> SFTDataset:
+        """Other packs of the same plan, which is shared.
+
+        Args:
+            num_shards: Data-parallel size.
+            shard_index: Data-parallel rank.
+            num_packed_samples: Packs over all shards; None for as many as here.
+
+        Raises:
+            DataError: an impossible shard.
+        """
+        _check_shard(num_packed_samples, num_shards, shard_index)
+        part = copy.copy(self)
+        part.num_shards, part.shard_index = num_shards, shard_index
+        if num_packed_samples is not None:
+            part.num_packed_samples = num_packed_samples
+        return part
 
     def __len__(self) -> int:
         """Packs of this shard."""
@@ -136,71 +144,66 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         Returns:
             ``input_ids`` int64 ``[seq_length]``; ``loss_mask`` uint8 ``[seq_length]``, 1 where this
             token itself is trained (not shifted); ``position_ids`` int64 ``[seq_length]``, 0 where
-            a document or a stretch of padding begins.
+            a document or a stretch of padding begins; ``document_lengths`` int64 ``[seq_length]``,
+            tokens of each document in its order, 0 behind the last, so that packs can be stacked.
         """
+        return self.global_pack(self.global_index(index))
+
+    def global_index(self, index: int) -> int:
+        """Where pack ``index`` of this shard is in the global plan."""
         if not -len(self) <= index < len(self):
             raise IndexError(f"pack {index} of a shard with {len(self)} packs")
-        return self.global_pack((index % len(self)) * self.num_shards + self.shard_index)
+        return (index % len(self)) * self.num_shards + self.shard_index
 
     def global_pack(self, global_index: int) -> dict[str, torch.Tensor]:
         """The pack at ``global_index`` of the global plan, as ``__getitem__`` returns it."""
         ids = np.full(self.seq_length, self.pad_id, np.int64)
         mask = np.zeros(self.seq_length, np.uint8)
-        positions = np.empty(self.seq_length, np.int64)
+        documents = self.document_indices(global_index)
+        lengths = self.plans.lengths[documents]
         at = 0
-        for document in self.document_indices(global_index):
+        for document in documents:
             document_ids, document_mask = self.documents[int(document)]
             end = at + len(document_ids)
             ids[at:end] = document_ids
             mask[at:end] = document_mask
-            positions[at:end] = np.arange(end - at)
             at = end
-        positions[at:] = np.arange(self.seq_length - at) % PADDING_SEGMENT
+        pieces = np.array(with_padding(lengths.tolist(), self.seq_length))
+        positions = np.arange(self.seq_length) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        lengths = np.pad(lengths, (0, self.seq_length - len(lengths)))
         return {
             "input_ids": torch.from_numpy(ids),
             "loss_mask": torch.from_numpy(mask),
             "position_ids": torch.from_numpy(positions),
+            "document_lengths": torch.from_numpy(lengths),
         }
 
-    def document_indices(self, global_index: int) -> np.ndarray:
+    def document_indices(self, global_index: int) -> IntArray:
         """Documents in a global pack, int64 ``[documents in the pack]``; none in a filler pack."""
         epoch, pack = self.locate(global_index)
         if self.epochs is not None and epoch >= self.epochs:
             return np.empty(0, np.int64)
-        return self._plan(epoch).pack(pack)
+        return self.plans.plan(epoch).pack(pack)
+
+    def document_lengths(self, global_index: int) -> list[int]:
+        """Tokens of each document in a global pack."""
+        lengths: list[int] = self.plans.lengths[self.document_indices(global_index)].tolist()
+        return lengths
 
     def locate(self, global_index: int) -> tuple[int, int]:
         """(epoch, pack index in it) of a global index; past the end: (epochs, how far past)."""
         if global_index < 0:
             raise IndexError(global_index)
-        if self.packing != "sequential":
-            # The number of packs depends on the lengths alone, so no epoch in between has to be
-            # planned.
-            epoch, pack = divmod(global_index, self.packs_per_epoch(0))
-            if self.epochs is not None and epoch >= self.epochs:
-                return self.epochs, global_index - self.epochs * self.packs_per_epoch(0)
-            return epoch, pack
-        epoch, begins = 0, 0
-        while self.epochs is None or epoch < self.epochs:
-            ends = begins + self.packs_per_epoch(epoch)
-            if global_index < ends:
-                return epoch, global_index - begins
-            epoch, begins = epoch + 1, ends
-        return epoch, global_index - begins
+        return self.plans.locate(global_index, self.epochs)
 
     def packs_per_epoch(self, epoch: int = 0) -> int:
         """Packs in one epoch, over all shards."""
-        if self.packing != "sequential":
-            epoch = 0
-        while len(self._ends) <= epoch:
-            before = self._ends[-1] if self._ends else 0
-            self._ends.append(before + len(self._plan(len(self._ends))))
-        return self._ends[epoch] - (self._ends[epoch - 1] if epoch else 0)
+        return self.plans.packs(epoch)
 
     @property
     def fill(self) -> float:
         """Share of real tokens in the packs of the first epoch."""
-        return float(self._lengths.sum()) / (self.packs_per_epoch(0) * self.seq_length)
+        return float(self.plans.lengths.sum()) / (self.packs_per_epoch(0) * self.seq_length)
 
     @property
     def plan_hash(self) -> str:
@@ -216,40 +219,25 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             PLAN_VERSION,
             documents,
             self.seq_length,
-            self.seed,
-            self.packing,
-            self.shuffle,
-            self.global_batch_size,
+            self.plans.seed,
+            self.plans.packing,
+            self.plans.shuffle,
+            self.plans.balance_every,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
-    def _begin(self, epoch: int) -> int:
-        """Packs before an epoch in the endless plan."""
-        if epoch == 0:
-            return 0
-        if self.packing != "sequential":
-            return epoch * self.packs_per_epoch(0)
-        self.packs_per_epoch(epoch - 1)
-        return self._ends[epoch - 1]
 
-    def _plan(self, epoch: int) -> PackingPlan:
-        plan = self._plans.get(epoch)
-        if plan is None:
-            plan = plan_epoch(
-                self._lengths,
-                self.seq_length,
-                seed=self.seed,
-                epoch=epoch,
-                mode=self.packing,
-                shuffle=self.shuffle,
-                balance_every=self.global_batch_size,
-                begins_at=self._begin(epoch),
-                filled=self._filled,
-            )
-            self._plans[epoch] = plan
-            while len(self._plans) > _PLANS_KEPT:
-                self._plans.popitem(last=False)
-        return plan
+def _check_shard(num_packed_samples: int | None, num_shards: int, shard_index: int) -> None:
+    if num_shards < 1 or not 0 <= shard_index < num_shards:
+        raise DataError(
+            f"shard_index {shard_index} of num_shards {num_shards}: "
+            "the index must be 0 to num_shards - 1."
+        )
+    if num_packed_samples is not None and num_packed_samples < 0:
+        raise DataError(
+            f"num_packed_samples is {num_packed_samples}; "
+            "it must be 0 or more, or None for one epoch."
+        )
 
 
 def _as_documents(

@@ -49,6 +49,25 @@ class PackingPlan:
         return self.documents[self.pack_offsets[index] : self.pack_offsets[index + 1]]
 
 
+def check_lengths(lengths: IntArray, seq_length: int) -> None:
+    """Refuse documents that no pack of ``seq_length`` tokens can hold.
+
+    Args:
+        lengths: int64 ``[num_documents]``.
+        seq_length: Tokens in a pack.
+
+    Raises:
+        DataError: a document is empty or longer than ``seq_length``.
+    """
+    if len(lengths) and (lengths.min() < 1 or lengths.max() > seq_length):
+        worst = int(np.argmax(lengths)) if lengths.max() > seq_length else int(np.argmin(lengths))
+        raise DataError(
+            f"document {worst} has {lengths[worst]} tokens; "
+            f"a pack holds 1 to {seq_length} (--seq-length). "
+            "Prepare the documents with the same --seq-length and an --overlong policy."
+        )
+
+
 def plan_epoch(
     lengths: npt.NDArray[np.integer],
     seq_length: int,
@@ -83,13 +102,7 @@ def plan_epoch(
         DataError: a document is empty or longer than ``seq_length``.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
-    if len(sizes) and (sizes.min() < 1 or sizes.max() > seq_length):
-        worst = int(np.argmax(sizes)) if sizes.max() > seq_length else int(np.argmin(sizes))
-        raise DataError(
-            f"document {worst} has {sizes[worst]} tokens; "
-            f"a pack holds 1 to {seq_length} (--seq-length). "
-            "Prepare the documents with the same --seq-length and an --overlong policy."
-        )
+    check_lengths(sizes, seq_length)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(sizes)) if shuffle else np.arange(len(sizes))
     if mode == "best-fit":

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from data import SFTDataset
-from post_training.datasets import SPLITS, SplitDocuments, packs_of, sources_of
+from post_training.datasets import SPLITS, Split
 from post_training.platform.training_hooks import hooks
 from post_training.step_counters import counters
 
@@ -41,7 +40,7 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
             micro_batch_size: packs in a micro batch.
             start: local index of the first pack.
             repeat: begin again at 0 after this many packs (evaluation); 0: end after the last one.
-            source_of: the number of a document's source; the loss mask then carries 1 + that number.
+            source_of: the number of a document's source, which is then the group of its tokens.
         """
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
@@ -50,7 +49,11 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
         self.source_of = source_of
 
     def __next__(self) -> dict[str, torch.Tensor]:
-        """The next micro batch: each field `[micro batch, seq_length]`."""
+        """The next micro batch: each field `[micro batch, seq_length]`.
+
+        Those of the packs without `position_ids`, which follow from the lengths; and `groups` int64, the
+        number of each token's source, 0 in padding and where sources are not told apart.
+        """
         begin = time.perf_counter()
         if self.repeat and self.next_index >= self.repeat:
             self.next_index = 0
@@ -59,16 +62,19 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
         indices = range(self.next_index, self.next_index + self.micro_batch_size)
         packs = [self.dataset[index] for index in indices]
         self.next_index += self.micro_batch_size
-        for index, pack in zip(indices, packs, strict=True):
-            shard = self.dataset.shard_index
-            documents = self.dataset.document_indices(index * self.dataset.num_shards + shard)
-            lengths = [len(self.dataset.documents[int(d)][0]) for d in documents]
-            counters.add_documents(lengths)
-            if self.source_of is not None and len(documents):
-                groups = torch.tensor([1 + self.source_of(int(d)) for d in documents])
-                marks = torch.repeat_interleave(groups, torch.tensor(lengths)).to(torch.uint8)
-                pack["loss_mask"][: len(marks)] *= marks
-        batch = {name: torch.stack([pack[name] for pack in packs]) for name in packs[0]}
+        fields = ("input_ids", "loss_mask", "document_lengths")
+        batch = {name: torch.stack([pack[name] for pack in packs]) for name in fields}
+        batch["groups"] = torch.zeros_like(batch["input_ids"])
+        for index, pack, groups in zip(indices, packs, batch["groups"], strict=True):
+            lengths = pack["document_lengths"][pack["document_lengths"] > 0]
+            counters.add_documents(lengths.tolist())
+            if self.source_of is not None:
+                documents = self.dataset.document_indices(self.dataset.global_index(index))
+                sources = torch.tensor(
+                    [self.source_of(int(d)) for d in documents], dtype=torch.int64
+                )
+                marks = torch.repeat_interleave(sources, lengths)
+                groups[: len(marks)] = marks
         counters.data_seconds += time.perf_counter() - begin
         return batch
 
@@ -76,8 +82,7 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
 def split_iterators(
     num_samples: Sequence[int],
     args: argparse.Namespace,
-    tokenizer: Any,
-    documents: dict[str, SplitDocuments],
+    splits: Mapping[str, Split],
     *,
     num_shards: int,
     shard_index: int,
@@ -87,33 +92,27 @@ def split_iterators(
     Args:
         num_samples: packs that Megatron wants of each.
         args: validated arguments.
-        tokenizer: the HuggingFace tokenizer.
-        documents: prepared documents by split.
+        splits: by name.
         num_shards: data parallel size.
         shard_index: data parallel rank.
     """
     result: list[MicroBatchIterator | None] = []
-    for split, samples in zip(SPLITS, num_samples, strict=True):
-        if split not in documents or (split == "train" and args.skip_train):
+    for name, samples in zip(SPLITS, num_samples, strict=True):
+        if name not in splits:
             result.append(None)
             continue
-        options: dict[str, Any] = {"num_shards": num_shards, "shard_index": shard_index}
-        if split == "train":
-            options |= {
-                "num_packed_samples": samples,
-                "epochs": args.num_epochs,
-                "global_batch_size": args.global_batch_size,
-            }
+        split = splits[name]
+        if name == "train":
+            packs = split.packs.shard(num_shards, shard_index, num_packed_samples=samples)
             start = (args.consumed_train_samples - args.data_begins_at) // num_shards
             micro, repeat = args.micro_batch_size, 0
         else:
+            packs = split.packs.shard(num_shards, shard_index)
             start, micro = 0, args.eval_micro_batch_size
             # Every evaluation reads the same packs, from the first one.
-            batches = hooks.evaluation_iterations.get(split, 0)
+            batches = hooks.evaluation_iterations.get(name, 0)
             repeat = batches * args.eval_global_batch_size // num_shards
-        dataset = packs_of(documents[split], tokenizer, args, split, **options)
-        source_of = sources_of(args, split, documents[split]).of
         result.append(
-            MicroBatchIterator(dataset, micro, start=start, repeat=repeat, source_of=source_of)
+            MicroBatchIterator(packs, micro, start=start, repeat=repeat, source_of=split.sources.of)
         )
     return tuple(result)

@@ -11,8 +11,8 @@ the second time with some tokens of one document replaced.
     1  the same document, earlier: must not move (causality)
     2  the same document, later: must move, or the check would see nothing
 
-Which tokens are watched, and as what, travels in the loss mask, through tensor parallel broadcasts and
-context parallel cuts like the mask of training. No gradient is computed and nothing of the run is
+The loss mask tells which tokens are watched and the groups as what, through tensor parallel broadcasts
+and context parallel cuts like those of training. No gradient is computed and nothing of the run is
 touched: not the data position, not the random state, not the counters.
 
 With experts the second pass sends every token to the experts of the first (`router.same_experts`), so that
@@ -37,6 +37,7 @@ from torch import Tensor
 
 from data import SFTDataset
 from post_training.errors import RunStopped
+from post_training.packed_sequences import row_lengths
 from post_training.platform import current_device
 from post_training.platform.training_hooks import TrainStart
 from post_training.router import same_experts
@@ -160,30 +161,26 @@ def _choose_packs(dataset: SFTDataset, start: int, size: int) -> tuple[Micro, li
     last = max(0, len(dataset) - size)
     chosen = min(start, last)
     for first in range(chosen, min(chosen + LOOKED_AT * size, last + 1), size):
-        numbers = [
-            index * dataset.num_shards + dataset.shard_index for index in range(first, first + size)
-        ]
+        numbers = [dataset.global_index(index) for index in range(first, first + size)]
         if sum(len(dataset.document_indices(number)) for number in numbers) > 1:
             chosen = first
             break
     packs = [dataset[index] for index in range(chosen, chosen + size)]
     batch = {name: torch.stack([pack[name] for pack in packs]) for name in packs[0]}
-    starts = torch.nonzero(batch["position_ids"].flatten() == 0).flatten()
-    ends = [*starts[1:].tolist(), batch["position_ids"].numel()]
-    return batch, [end - begin for begin, end in zip(starts.tolist(), ends, strict=True)]
+    return batch, row_lengths(batch["document_lengths"])
 
 
 def perturbed(packs: Micro, lengths: list[int], vocabulary: int) -> tuple[Micro, Micro]:
     """Two versions of a micro batch that differ in one document, with watched tokens in the mask.
 
     Args:
-        packs: `input_ids`, `loss_mask` and `position_ids`, each [micro batch, seq_length].
+        packs: `input_ids`, `loss_mask` and `document_lengths`, each [micro batch, seq_length].
         lengths: tokens of each document, in order; padding counts as documents.
         vocabulary: number of token ids.
 
     Returns:
-        Both with the same `loss_mask`: 0, or 1 + the token's group. About as many tokens are watched as
-        are trained in `packs`, so that the logits take no more memory than a step's.
+        Both with the same `loss_mask`, 1 where a token is watched, and `groups`. About as many tokens are
+        watched as are trained in `packs`, so that the logits take no more memory than a step's.
     """
     ends = torch.tensor(lengths).cumsum(0)
     long_enough = [number for number, length in enumerate(lengths) if length >= 4]
@@ -196,24 +193,27 @@ def perturbed(packs: Micro, lengths: list[int], vocabulary: int) -> tuple[Micro,
     last = min(begin + max(2, 2 * length // 3), end)
 
     shape = packs["input_ids"].shape
-    position = packs["position_ids"].flatten()
-    row = torch.arange(position.numel())
-    trained = int((packs["loss_mask"] > 0).sum())
-    stride = max(1, position.numel() // max(trained, 1))
+    row = torch.arange(packs["input_ids"].numel())
+    trained = int(packs["loss_mask"].sum())
+    watched = row % max(1, len(row) // max(trained, 1)) == 0
     # A regular choice, and the first label of each document: its loss sees the fewest neighbours.
-    watched = (row % stride == 0) | (position == 1)
-    groups = torch.where((begin <= row) & (row < end), 1 + LATER, 1 + OTHERS)
-    groups[begin:first] = 1 + EARLIER
-    groups[first:last] = 0  # their own labels change
+    begins = ends - torch.tensor(lengths)
+    watched[begins[begins + 1 < ends] + 1] = True
+    groups = torch.where((begin <= row) & (row < end), LATER, OTHERS)
+    groups[begin:first] = EARLIER
     watched[last : min(last + 4, end)] = True
     watched[max(begin, first - 4) : first] = True
-    mask = (groups * watched).to(torch.uint8).view(shape)
+    watched[first:last] = False  # their own labels change
 
     ids = packs["input_ids"].flatten()
     other = ids.clone()
     # Another token for certain, and one that the model knows.
     other[first:last] = (ids[first:last] + vocabulary // 2) % vocabulary
-    same = {"loss_mask": mask, "position_ids": packs["position_ids"]}
+    same = {
+        "loss_mask": watched.to(torch.uint8).view(shape),
+        "groups": groups.view(shape),
+        "document_lengths": packs["document_lengths"],
+    }
     return (
         {"input_ids": ids.view(shape), **same},
         {"input_ids": other.view(shape), **same},

@@ -3,42 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from post_training.nonfinite import guard
 from post_training.step_counters import counters
+from post_training.trained_tokens import TrainedTokens
 
 
-@dataclass(frozen=True)
-class TrainedTokens:
-    """Which rows of a micro batch have a label, and with which weight."""
+class StepLosses:
+    """The losses of one step's micro batches on the last pipeline stage; the one instance is `step_losses`.
 
-    indices: Tensor
-    """Positions in the flattened micro batch: int64 [trained]. Never empty, see `from_mask`."""
-    weights: Tensor
-    """1 for a trained token, 0 for the stand-in of an empty micro batch: float32 [trained]."""
-    groups: Tensor
-    """Which group each belongs to, from 0: int64 [trained]. A group is a source of a mixture, or what the
-    isolation check tells apart."""
+    Nothing is kept until somebody wants to read it.
+    """
 
-    @classmethod
-    def from_mask(cls, mask: Tensor) -> TrainedTokens:
-        """Find the trained tokens of `mask`: uint8 [tokens], 0 or 1 + the number of the token's group.
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] | None = None
 
-        A micro batch without any (a filler pack) keeps its first token at weight 0, because
-        collectives of an empty tensor are not defined on every backend.
+    def start(self) -> None:
+        """Keep losses from now on, until `take` is called."""
+        self._kept = []
+
+    def keep(self, indices: Tensor, losses: Tensor, total: Tensor) -> Tensor:
+        """Remember one micro batch of training.
+
+        Args:
+            indices: positions of trained tokens in this rank's part of the row: int64 [trained].
+            losses: float32 [trained].
+            total: their sum, a scalar with gradient.
+
+        Returns:
+            `total`, bit for bit, with the same gradient where it is finite and NaN where not: so the
+            norm of the whole gradient tells of a bad loss on any rank.
         """
-        indices = torch.nonzero(mask).flatten()
-        if indices.numel() == 0:
-            nothing = mask.new_zeros(1, dtype=torch.int64)
-            return cls(nothing, nothing.float(), nothing)
-        groups = mask.index_select(0, indices).long() - 1
-        return cls(indices, torch.ones_like(indices, dtype=torch.float32), groups)
+        if self._kept is None or not total.requires_grad:
+            return total
+        self._kept.append((indices, losses.detach()))
+        # 1 for a finite total; infinity times 0 is not a number.
+        return total * (1 + 0 * total.detach())
+
+    def take(self) -> list[tuple[Tensor, Tensor]]:
+        """(indices, losses) of each micro batch since the last call, which are then forgotten."""
+        kept = self._kept or []
+        self.start()
+        return kept
+
+
+step_losses = StepLosses()
 
 
 def hide_vocabulary_padding(logits: Tensor, vocabulary: int, tp_rank: int) -> Tensor:
@@ -128,4 +141,5 @@ def loss_func(trained: TrainedTokens, losses: Tensor) -> tuple[Tensor, Tensor, d
     count = trained.weights.sum()
     report = torch.stack([total.detach(), count])
     counters.add_losses(weighted.detach(), trained.weights, trained.groups)
-    return guard.watch(trained.indices, weighted, total), count.to(torch.int), {"lm loss": report}
+    total = step_losses.keep(trained.indices, weighted, total)
+    return total, count.to(torch.int), {"lm loss": report}

@@ -2,8 +2,8 @@
 
 Whether one happened is read off the gradient norm, which Megatron computes over all ranks and copies to
 the host once a step anyway: no other collective, and no waiting for the device inside a step. To that
-end a loss that is not finite makes its gradient NaN. Only then do the ranks tell each other whose loss
-it was.
+end a loss that is not finite makes its gradient NaN (`StepLosses.keep`). Only then do the ranks tell each
+other whose loss it was.
 
 Megatron's own check (`--no-check-for-nan-in-loss-and-grad` switches either off) waits for the device at
 every gradient bucket, and ends one rank, without a word about the data, while the others hang.
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,11 +22,12 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from data import SFTDataset
+from data.dataset import with_padding
 from data.provenance import document_place
 from post_training.checkpoints import latest_checkpoint
 from post_training.context_parallel import ContextParallelCut
 from post_training.errors import RunStopped
-from post_training.packed_sequences import document_bounds
+from post_training.loss import step_losses
 from post_training.saving import finish_pending_save
 
 # Documents that a message names.
@@ -49,39 +50,17 @@ class BadLoss:
 
 
 class NonFiniteGuard:
-    """Watches the losses of a step on the last pipeline stage; the one instance is `guard`."""
+    """Looks at the losses of a step once its gradient norm is known."""
 
-    def __init__(self) -> None:
-        self.args: argparse.Namespace | None = None
-        self._packs: Callable[[], SFTDataset] | None = None
-        self._seen: list[tuple[Tensor, Tensor]] = []
-
-    def start(self, args: argparse.Namespace, packs: Callable[[], SFTDataset]) -> None:
-        """Watch from now on.
+    def __init__(self, args: argparse.Namespace, packs: SFTDataset) -> None:
+        """Have losses kept from now on.
 
         Args:
             args: validated arguments.
-            packs: makes the packing plan of the training data, to name documents.
+            packs: the training data, to name documents.
         """
         self.args, self._packs = args, packs
-        self._seen = []
-
-    def watch(self, indices: Tensor, losses: Tensor, total: Tensor) -> Tensor:
-        """Remember one micro batch's losses until the end of the step.
-
-        Args:
-            indices: positions of trained tokens in this rank's part of the row: int64 [trained].
-            losses: float32 [trained].
-            total: their sum, a scalar with gradient.
-
-        Returns:
-            `total`, bit for bit, with the same gradient where it is finite and NaN where not.
-        """
-        if self.args is None or not total.requires_grad:
-            return total
-        self._seen.append((indices, losses.detach()))
-        # 1 for a finite total; infinity times 0 is not a number.
-        return total * (1 + 0 * total.detach())
+        step_losses.start()
 
     def check(self, norm: float) -> None:
         """Look at a step's gradient norm, before the optimizer uses the gradient; on all ranks.
@@ -89,8 +68,8 @@ class NonFiniteGuard:
         Raises:
             RunStopped: on every rank, when the norm is not finite.
         """
-        seen, self._seen = self._seen, []
-        if self.args is None or math.isfinite(norm):
+        seen = step_losses.take()
+        if math.isfinite(norm):
             return
         found = [
             _bad_loss(number, self._positions(number, indices.cpu()), losses.cpu())
@@ -109,26 +88,26 @@ class NonFiniteGuard:
         size = parallel_state.get_context_parallel_world_size()
         if size == 1:
             return indices
-        assert self._packs is not None
-        dataset, rank = self._packs(), parallel_state.get_data_parallel_rank()
-        packs = [dataset.global_pack(number) for number in self._pack_numbers(micro_batch, rank)]
-        bounds = document_bounds(torch.cat([pack["position_ids"] for pack in packs]))
+        rank = parallel_state.get_data_parallel_rank()
+        lengths = [
+            length
+            for number in self._pack_numbers(micro_batch, rank)
+            for length in with_padding(self._packs.document_lengths(number), self.args.seq_length)
+        ]
         cut = ContextParallelCut.make(
-            bounds, size=size, rank=parallel_state.get_context_parallel_rank()
+            [0, *accumulate(lengths)], size=size, rank=parallel_state.get_context_parallel_rank()
         )
         return cut.local_indices[indices]
 
     def _pack_numbers(self, micro_batch: int, data_parallel_rank: int) -> list[int]:
         """The packs of a micro batch of this step, as numbers in the global plan."""
         args = self.args
-        assert args is not None
         shards, size = args.data_parallel_size, args.micro_batch_size
         first = (args.consumed_train_samples - args.data_begins_at) // shards + micro_batch * size
         return [local * shards + data_parallel_rank for local in range(first, first + size)]
 
     def _message(self, norm: float, found: list[BadLoss]) -> str:
         args = self.args
-        assert args is not None and self._packs is not None
         step = args.curr_iteration + 1
         checkpoint = latest_checkpoint(args.save)
         kept = (
@@ -149,10 +128,9 @@ class NonFiniteGuard:
             first = args.consumed_train_samples - args.data_begins_at
             size = args.global_batch_size
             places = sorted(
-                document_place(dataset.documents, int(document))
-                for dataset in [self._packs()]
+                document_place(self._packs.documents, int(document))
                 for pack in range(first, first + size)
-                for document in dataset.document_indices(pack)
+                for document in self._packs.document_indices(pack)
             )
             lines.append(f"  one of packs {first} to {first + size - 1}: {_listed(places)}")
         skipped = " ".join(str(each) for each in [*args.iterations_to_skip, step])
@@ -165,8 +143,7 @@ class NonFiniteGuard:
 
     def _places(self, found: list[BadLoss]) -> list[str]:
         args = self.args
-        assert args is not None and self._packs is not None
-        dataset = self._packs()
+        dataset = self._packs
         # One row for each document: tensor and context parallel ranks may all have seen it.
         places: dict[str, None] = {}
         for bad in sorted(found, key=lambda each: (each.micro_batch, each.data_parallel_rank)):
@@ -206,9 +183,8 @@ def _bad_loss(micro_batch: int, positions: Tensor, losses: Tensor) -> BadLoss:
 
 def _document_at(dataset: SFTDataset, pack: int, position: int) -> int | None:
     """The document of a pack that a position lies in; None in its padding."""
-    end = 0
-    for document in dataset.document_indices(pack):
-        end += len(dataset.documents[int(document)][0])
+    ends = accumulate(dataset.document_lengths(pack))
+    for document, end in zip(dataset.document_indices(pack), ends, strict=True):
         if position < end:
             return int(document)
     return None
@@ -217,6 +193,3 @@ def _document_at(dataset: SFTDataset, pack: int, position: int) -> int | None:
 def _listed(places: list[str]) -> str:
     more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
     return ", ".join(places[:NAMED]) + more
-
-
-guard = NonFiniteGuard()

@@ -1,7 +1,11 @@
-"""Which tokens of a micro batch belong together: the one description every layer works from."""
+"""Which tokens of a micro batch belong together: the one description every layer works from.
+
+All of it follows from the lengths of the documents of a row, which packs carry and padding is part of.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -9,6 +13,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from data.dataset import with_padding
 from post_training.context_parallel import ContextParallelCut
 
 
@@ -24,21 +29,17 @@ class RoutedDocuments:
     """Tokens of each document that have a label: float32 [documents]."""
 
     @classmethod
-    def from_row(cls, position_ids: Tensor, label_mask: Tensor, documents: int) -> RoutedDocuments:
+    def from_row(cls, lengths: Sequence[int], label_mask: Tensor) -> RoutedDocuments:
         """Describe the documents of a whole row.
 
         Args:
-            position_ids: int64 [tokens], 0 where a document begins.
-            label_mask: 1, or 1 + the number of its source, where the label is trained: [tokens].
-            documents: how many there are.
+            lengths: tokens of each document.
+            label_mask: 1 where the label is trained, else 0: [tokens].
         """
-        of_token = (position_ids == 0).cumsum(0) - 1
-
-        def total(values: Tensor) -> Tensor:
-            sums = torch.zeros(documents, dtype=torch.float32)
-            return sums.index_add_(0, of_token, values.float())
-
-        return cls(of_token, total(torch.ones_like(label_mask)), total(label_mask > 0))
+        each = torch.tensor(lengths)
+        of_token = torch.repeat_interleave(torch.arange(len(lengths)), each)
+        trained = torch.zeros(len(lengths)).index_add_(0, of_token, label_mask.float())
+        return cls(of_token, each.float(), trained)
 
     def part(self, local_indices: Tensor) -> RoutedDocuments:
         """The same for the tokens that a context parallel rank holds (int64 [local tokens])."""
@@ -72,15 +73,14 @@ class PackedDocuments(PackedSeqParams):
     """For models with experts."""
 
     @classmethod
-    def from_position_ids(cls, position_ids: Tensor, *, qkv_format: str) -> PackedDocuments:
-        """Find the documents: one begins wherever the position is 0.
+    def from_lengths(cls, lengths: list[int], *, qkv_format: str) -> PackedDocuments:
+        """Describe a row that holds documents of these lengths, on the host.
 
         Args:
-            position_ids: on the host: int64 [tokens]; the first is 0.
+            lengths: tokens of each document.
             qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec.
         """
-        bounds = document_bounds(position_ids)
-        lengths = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        bounds = [0, *accumulate(lengths)]
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
         longest = max(lengths)
         return cls(
@@ -89,7 +89,7 @@ class PackedDocuments(PackedSeqParams):
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            position_ids=position_ids,
+            position_ids=positions_in_documents(lengths),
             query_lengths=lengths,
             key_lengths=lengths,
         )
@@ -121,10 +121,24 @@ class PackedDocuments(PackedSeqParams):
         )
 
 
-def document_bounds(position_ids: Tensor) -> list[int]:
-    """Where each document of a row begins, and the number of tokens in the row.
+def row_lengths(document_lengths: Tensor) -> list[int]:
+    """Tokens of each document of packs that are joined to a row; padding is cut in pretend documents.
 
     Args:
-        position_ids: int64 [tokens]; 0 where a document begins, and at the first token.
+        document_lengths: int64 [packs, seq_length], 0 behind the last document of each pack.
+
+    Returns:
+        Lengths that add up to all tokens of the row.
     """
-    return [*torch.nonzero(position_ids == 0).flatten().tolist(), position_ids.numel()]
+    return [
+        length
+        for pack in document_lengths
+        for length in with_padding(pack[pack > 0].tolist(), len(pack))
+    ]
+
+
+def positions_in_documents(lengths: Sequence[int]) -> Tensor:
+    """Position of each token of a row inside its document: int64 [tokens]."""
+    each = torch.tensor(lengths)
+    begins = each.cumsum(0) - each
+    return torch.arange(int(each.sum())) - torch.repeat_interleave(begins, each)

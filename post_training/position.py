@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 from data import DocumentSet, SFTDataset
@@ -13,7 +12,7 @@ from data.earlier_caches import cache_has_documents
 from data.splits import cache_dir
 from post_training.checkpoint_origin import origin
 from post_training.checkpoints import Checkpoint, checkpoint_path
-from post_training.datasets import SplitDocuments, packs_of
+from post_training.datasets import Split
 from post_training.errors import SetupError
 from post_training.hf_config import local_model_folder
 from post_training.platform.random_states import layout_of
@@ -179,14 +178,16 @@ class DataPosition:
 
 
 def find_position(
-    args: argparse.Namespace,
-    tokenizer: Any,
-    documents: Mapping[str, SplitDocuments],
-    checkpoint: Checkpoint | None,
+    args: argparse.Namespace, train: Split | None, checkpoint: Checkpoint | None
 ) -> DataPosition | None:
     """The place in the training data to go on at, and with `--num-epochs` the steps to its end.
 
     Sets `args.train_iters` from `--num-epochs`.
+
+    Args:
+        args: parsed arguments.
+        train: the training data; None when nothing is trained.
+        checkpoint: what the run continues from.
 
     Returns:
         None when nothing is trained.
@@ -195,17 +196,9 @@ def find_position(
         SetupError: as `DataPosition.check`; or the learning rate cannot go as its flags say over the steps
             of `--num-epochs`.
     """
-    if args.skip_train:
+    if train is None:
         return None
-    plan = packs_of(
-        documents["train"],
-        tokenizer,
-        args,
-        "train",
-        epochs=args.num_epochs or 1,
-        global_batch_size=args.global_batch_size,
-    )
-    plan.epochs = args.num_epochs
+    plan = train.packs
     position = DataPosition(args, plan)
     position.check(checkpoint)
     if args.num_epochs:

@@ -35,7 +35,8 @@ from data.preview import (
 from data.source_files import resolve_files
 from data.sources import dataset_chunks, file_chunks
 from data.splits import option_fields, parse_weighted, prepare_documents_from_args
-from post_training.datasets import SPLITS, SplitDocuments, describe
+from post_training.data_report import describe
+from post_training.datasets import SPLITS, Split, plan_split
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,13 +111,13 @@ def _preview(args: argparse.Namespace) -> None:
         with open_output(args.html) as page:
             page.write(html_page(pages, summaries))
     print("\nthe run")
-    documents: dict[str, SplitDocuments] = {}
+    args.num_epochs, args.eval_global_batch_size = None, args.global_batch_size or 1
+    splits: dict[str, Split] = {}
     for split in SPLITS:
-        prepared = prepare_documents_from_args(args, split, tokenizer)
-        if prepared is not None:
-            documents[split] = prepared
-    args.eval_global_batch_size = args.global_batch_size or 1
-    print(describe(documents, tokenizer, args))
+        documents = prepare_documents_from_args(args, split, tokenizer)
+        if documents is not None:
+            splits[split] = plan_split(args, split, documents, tokenizer)
+    print(describe(splits, args))
 
 
 def _sources(

@@ -9,6 +9,7 @@ import torch
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_ranks
 from tests.helpers.models import VOCABULARY
+from tests.helpers.packs import make_pack, stacked
 
 A, B = 40, 24
 
@@ -18,16 +19,13 @@ def document(length: int, seed: int) -> torch.Tensor:
 
 
 def pack(*documents: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.cat(documents),
-        "loss_mask": torch.ones(sum(map(len, documents)), dtype=torch.uint8),
-        "position_ids": torch.cat([torch.arange(len(d)) for d in documents]),
-    }
+    ids = torch.cat(documents)
+    mask = torch.ones(len(ids), dtype=torch.uint8)
+    return make_pack(ids, mask, [len(document) for document in documents])
 
 
 def micro_batches(packs: list[dict[str, torch.Tensor]], size: int) -> list[dict[str, torch.Tensor]]:
-    groups = [packs[i : i + size] for i in range(0, len(packs), size)]
-    return [{name: torch.stack([p[name] for p in group]) for name in group[0]} for group in groups]
+    return [stacked(packs[i : i + size]) for i in range(0, len(packs), size)]
 
 
 @pytest.mark.parametrize(

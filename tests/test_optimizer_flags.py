@@ -190,7 +190,7 @@ def written(tmp_path):
         checkpoint = checkpoints.begin_save(tmp_path, 5)
         (checkpoint / "__0_0.distcp").write_bytes(b"weights")
         checkpoints.finish_save(tmp_path, 5, {"origin": origin(args)})
-        return checkpoint
+        return checkpoints.Checkpoint.at(checkpoint)
 
     return write
 

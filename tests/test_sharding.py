@@ -22,22 +22,20 @@ def _packs_read(argv):
     from post_training.datasets import prepare_data
 
     args = parse_arguments(argv)
-    tokenizer, documents = prepare_data(args)
+    _, splits = prepare_data(args)
     validate_args(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
     args.consumed_train_samples = 0
-    train, *_ = finetune.train_valid_test_sft_datasets_provider(
-        [8, 0, 0], args=args, tokenizer=tokenizer, documents=documents
-    )
+    train, *_ = finetune.train_valid_test_sft_datasets_provider([8, 0, 0], args=args, splits=splits)
     rank = parallel_state.get_data_parallel_rank()
     if train is None:
         return rank, None
     shard = train.dataset
-    places = [i * shard.num_shards + shard.shard_index for i in range(len(shard))]
+    places = [shard.global_index(i) for i in range(len(shard))]
     for index, place in enumerate(places):
-        found = shard[index]["position_ids"]
-        assert int((found == 0).sum()) >= len(shard.document_indices(place)) > 0
+        found = shard[index]["document_lengths"]
+        assert int((found > 0).sum()) == len(shard.document_indices(place)) > 0
     return rank, places
 
 

@@ -5,8 +5,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data import epoch_plans
 from data.dataset import PADDING_SEGMENT, SFTDataset
 from data.errors import DataError
+from data.packing import plan_epoch
 from data.prepare import prepare_rows
 
 SEQ = 128
@@ -22,13 +24,12 @@ def make(documents, tokenizer, packs=None, shards=1, shard=0, **options):
 
 
 def split_pack(pack):
-    """Documents of a pack as (ids, mask), told apart by position_ids alone; padding is left out."""
-    starts = [*torch.nonzero(pack["position_ids"] == 0).flatten().tolist(), SEQ]
-    parts = [
-        (pack["input_ids"][a:b].tolist(), pack["loss_mask"][a:b].tolist())
-        for a, b in zip(starts, starts[1:], strict=False)
-    ]
-    return [part for part in parts if any(part[1])]
+    """Documents of a pack as (ids, mask)."""
+    lengths = pack["document_lengths"][pack["document_lengths"] > 0].tolist()
+    parts = (
+        pack[name].split([*lengths, SEQ - sum(lengths)]) for name in ("input_ids", "loss_mask")
+    )
+    return [(ids.tolist(), mask.tolist()) for ids, mask in zip(*parts, strict=True)][: len(lengths)]
 
 
 def test_pack_has_the_promised_tensors(documents, tokenizer):
@@ -37,7 +38,41 @@ def test_pack_has_the_promised_tensors(documents, tokenizer):
         "input_ids": (torch.int64, (SEQ,)),
         "loss_mask": (torch.uint8, (SEQ,)),
         "position_ids": (torch.int64, (SEQ,)),
+        "document_lengths": (torch.int64, (SEQ,)),
     }
+
+
+def test_positions_restart_where_a_document_begins(documents, tokenizer):
+    dataset = make(documents, tokenizer)
+    for index in range(len(dataset)):
+        lengths = [len(documents[d][0]) for d in dataset.document_indices(index)]
+        assert dataset.document_lengths(index) == lengths
+        pack = dataset[index]
+        assert pack["document_lengths"].tolist() == lengths + [0] * (SEQ - len(lengths))
+        expected = [at for length in (*lengths, SEQ - sum(lengths)) for at in range(length)]
+        assert pack["position_ids"].tolist() == expected
+
+
+def test_shards_share_the_plan_of_their_dataset(documents, tokenizer, monkeypatch):
+    planned = []
+
+    def plan(*args, **options):
+        planned.append(options["epoch"])
+        return plan_epoch(*args, **options)
+
+    monkeypatch.setattr(epoch_plans, "plan_epoch", plan)
+    whole = make(documents, tokenizer, 0, seed=5, global_batch_size=4)
+    assert not planned, "its size and places are known without"
+    packs = whole.packs_per_epoch() + 3
+    for rank in range(4):
+        shard = whole.shard(4, rank, num_packed_samples=packs)
+        alone = make(documents, tokenizer, packs, 4, rank, seed=5, global_batch_size=4)
+        assert len(shard) == len(alone) and len(whole) == 0
+        assert shard.plan_hash == alone.plan_hash
+        before = len(planned)
+        again = [shard[i]["input_ids"] for i in range(len(shard))]
+        assert len(planned) - before == (2 if rank == 0 else 0)
+        assert all(torch.equal(ids, alone[i]["input_ids"]) for i, ids in enumerate(again))
 
 
 @pytest.mark.parametrize("packing", ["best-fit", "sequential", "none"])
@@ -101,7 +136,7 @@ def test_locate_follows_the_concatenated_epochs(documents, tokenizer, packing):
     assert len(dataset) == 10**6
     # Every epoch holds each document once, in another order.
     epochs = [
-        [d for p in range(dataset.packs_per_epoch(e)) for d in dataset._plan(e).pack(p)]
+        [d for p in range(dataset.packs_per_epoch(e)) for d in dataset.plans.plan(e).pack(p)]
         for e in range(3)
     ]
     assert all(sorted(epoch) == list(range(len(documents))) for epoch in epochs)
@@ -123,6 +158,7 @@ def test_packs_past_the_last_epoch_are_filler_with_zero_mask(documents, tokenize
     assert len(dataset) == 2 * per_epoch + 5
     assert dataset[2 * per_epoch - 1]["loss_mask"].any()
     for index in range(2 * per_epoch, len(dataset)):
+        assert dataset.locate(index) == (2, index - 2 * per_epoch)
         pack = dataset[index]
         assert not pack["loss_mask"].any()
         assert (pack["input_ids"] == tokenizer.pad_token_id).all()

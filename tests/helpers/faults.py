@@ -24,6 +24,8 @@ HANG_TIMEOUT = "TEST_HANG_TIMEOUT"
 DISK = "TEST_DISK"
 # Where a run stays until it is killed: `step N`, or `save K FILE`.
 HOLD = "TEST_HOLD"
+# And the file to which plans are counted.
+PLANS = "TEST_PLANS"
 
 
 def _finetune() -> Any:
@@ -391,3 +393,19 @@ def fill_disk_in_a_save() -> None:
         return mark
 
     setattr(CheckpointSaver, "begin", begin)  # noqa: B010
+
+
+def count_plans() -> None:
+    """No fault: each plan of an epoch, and each filling of packs, is a line of the file `$PLANS`."""
+    from data import epoch_plans
+
+    def counted(name: str, function: Any) -> Any:
+        def call(lengths: Any, *args: Any, **options: Any) -> Any:
+            with open(os.environ[PLANS], "a") as file:
+                file.write(f"{os.environ['RANK']} {name} {len(lengths)} {options.get('epoch')}\n")
+            return function(lengths, *args, **options)
+
+        return call
+
+    for name in ("plan_epoch", "fill_packs"):
+        setattr(epoch_plans, name, counted(name, getattr(epoch_plans, name)))

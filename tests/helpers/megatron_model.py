@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tests.helpers.packs import stacked
 
 
 def set_up(argv: Sequence[str]) -> tuple[Any, Any]:
@@ -135,14 +138,14 @@ def _of_whole_row(losses: Tensor, pack: dict[str, Tensor]) -> Tensor:
     """Losses of all trained tokens of a row, from those of each context parallel rank's part."""
     from megatron.core import parallel_state
 
-    from post_training.batch import FIELDS, shift_labels
+    from post_training.batch import shift_labels
     from post_training.context_parallel import ContextParallelCut
-    from post_training.packed_sequences import document_bounds
+    from post_training.packed_sequences import row_lengths
 
-    tokens, loss_mask, positions = (pack[name].flatten() for name in FIELDS)
-    _, mask = shift_labels(tokens, loss_mask, positions)
+    lengths = row_lengths(pack["document_lengths"])
+    _, mask = shift_labels(pack["input_ids"].flatten(), pack["loss_mask"].flatten(), lengths)
     group = parallel_state.get_context_parallel_group()
-    bounds = document_bounds(positions)
+    bounds = [0, *itertools.accumulate(lengths)]
     local = ContextParallelCut.make(bounds, size=group.size(), rank=group.rank()).local_indices
     row = torch.zeros(len(mask))
     row[local[mask[local].bool()]] = losses
@@ -206,10 +209,7 @@ def expert_totals(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> Any:
         parallel_state.get_data_parallel_world_size(),
     )
     own, micro = packs[rank::ranks], args.micro_batch_size
-    batches = [
-        {name: torch.stack([pack[name] for pack in own[i : i + micro]]) for name in own[0]}
-        for i in range(0, len(own), micro)
-    ]
+    batches = [stacked(own[i : i + micro]) for i in range(0, len(own), micro)]
     for chunk in built[0]:
         chunk.train()
     reads = parallel_state.get_tensor_model_parallel_rank() == 0

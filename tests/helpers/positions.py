@@ -4,13 +4,15 @@ import argparse
 import json
 
 from post_training import checkpoints
+from post_training.datasets import plan_split
 from post_training.position import find_position
 from tests.helpers.models import make_tokenizer
 
 
 def position_of(args: argparse.Namespace, documents, checkpoint=None):
     found = checkpoint and checkpoints.Checkpoint.at(checkpoint)
-    return find_position(args, make_tokenizer(), {"train": documents}, found)
+    train = plan_split(args, "train", documents, make_tokenizer())
+    return find_position(args, train, found)
 
 
 def begins_at(args: argparse.Namespace, documents, checkpoint):

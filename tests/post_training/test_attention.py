@@ -33,8 +33,7 @@ def inputs(groups):
 
 
 def documents(lengths=LENGTHS):
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return PackedDocuments.from_position_ids(positions, qkv_format="sbhd")
+    return PackedDocuments.from_lengths(lengths, qkv_format="sbhd")
 
 
 def dense_reference(query, key, value):

@@ -88,12 +88,10 @@ def sources():
 
 
 def documents_in(batch):
-    """Ids of each document in each pack of a micro batch, told apart by position ids alone."""
-    for ids, mask, positions in zip(*batch.values(), strict=True):
-        starts = [*torch.nonzero(positions == 0).flatten().tolist(), SEQ]
-        pieces = [(ids[a:b], mask[a:b]) for a, b in pairwise(starts)]
-        # Padding begins a piece of its own; it has no label.
-        yield [tuple(piece.tolist()) for piece, labels in pieces if labels.any()]
+    """Ids of each document in each pack of a micro batch."""
+    for ids, lengths in zip(batch["input_ids"], batch["document_lengths"], strict=True):
+        ends = [0, *lengths[lengths > 0].cumsum(0).tolist()]
+        yield [tuple(ids[begin:end].tolist()) for begin, end in pairwise(ends)]
 
 
 @pytest.mark.slow

@@ -5,12 +5,16 @@ import os
 import pytest
 import torch
 
-from data import prepare_documents
+from data import SFTDataset, prepare_documents
 from data.arguments import add_data_arguments
-from post_training.datasets import check_same_documents, describe, prepare_data
+from post_training.data_report import describe
+from post_training.datasets import Sources, Split, check_same_documents, prepare_data
 from post_training.errors import SetupError
-from tests.helpers.launch import run_ranks
+from tests.helpers import faults
+from tests.helpers.launch import finetune, run_ranks
 from tests.helpers.models import make_tokenizer
+from tests.helpers.reference import Recipe
+from tests.helpers.rows import make_rows, write_rows
 
 SEQ = 256
 
@@ -38,12 +42,14 @@ def prepared(tmp_path):
         )
         settings = {
             "seq_length": SEQ, "seed": 1, "global_batch_size": 2, "eval_global_batch_size": 2,
-            "skip_train": False, "vocab_size": None, "hf_tokenizer": str(tmp_path / "tokenizer"),
+            "skip_train": False,
+            "num_epochs": None, "vocab_size": None, "hf_tokenizer": str(tmp_path / "tokenizer"),
             "hf_model": None, "trust_remote_code": False,
         }  # fmt: skip
         vars(args).update(settings)
-        loaded, documents = prepare_data(args)
-        return describe(documents, loaded, args), documents, tmp_path
+        _, splits = prepare_data(args)
+        documents = {name: split.documents for name, split in splits.items()}
+        return describe(splits, args), documents, tmp_path
 
     return prepare
 
@@ -99,8 +105,9 @@ def _compared(folder, spelling, rank_1):
     train = prepare_documents(
         files=[name], tokenizer=make_tokenizer(), seq_length=SEQ, cache_dir=None
     )
+    packs = SFTDataset(None, train, make_tokenizer(), SEQ)
     try:
-        check_same_documents({"train": train}, "cpu")
+        check_same_documents({"train": Split(packs, Sources([], None))}, "cpu")
     except SetupError:
         return False
     return True
@@ -123,3 +130,35 @@ def test_documents_that_are_held_out_and_trained_are_counted_and_shown(prepared)
     rows = [json.dumps({"question": f"How {i}?", "answer": "yes"}) for i in range(9)]
     (folder / "b.jsonl").write_text("\n".join(rows) + "\n")
     assert "warning" not in prepared(*files)[0]
+
+
+def test_a_run_plans_each_epoch_of_a_split_once_where_it_is_read(hf_model, tmp_path):
+    """And how many packs there are is found out once on every rank."""
+    counts = {"finetune": 60, "valid": 20, "test": 12}
+    files = {
+        name: write_rows(tmp_path / f"{name}.jsonl", make_rows(count, seed=count))
+        for name, count in counts.items()
+    }
+    recipe = Recipe().flags()
+    run = finetune(
+        tmp_path / "out",
+        *(
+            "--hf-model",
+            str(hf_model("qwen3")),
+            "--tensor-model-parallel-size",
+            "2",
+            "--no-save-optim",
+        ),
+        *(word for name, file in files.items() for word in (f"--{name}-data-files", str(file))),
+        *("--num-epochs", "2", *recipe[recipe.index("--global-batch-size") :]),
+        world=2,
+        environment={faults.PLANS: str(tmp_path / "plans")},
+        inject=faults.count_plans,
+    ).ok()
+    assert {each["split"] for each in run.evaluations} == {"valid", "test"}
+    made = sorted((tmp_path / "plans").read_text().splitlines())
+    read = [
+        f"0 plan_epoch {count} {epoch}" for count, epoch in ((60, 0), (60, 1), (20, 0), (12, 0))
+    ]
+    sized = [f"{rank} fill_packs {count} None" for rank in (0, 1) for count in counts.values()]
+    assert made == sorted(read + sized)

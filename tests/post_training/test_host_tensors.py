@@ -3,12 +3,13 @@ import torch
 from post_training.batch import assemble_batch
 from post_training.host_tensors import host_group, to_device
 from tests.helpers.launch import run_ranks
+from tests.helpers.packs import make_pack, stacked
 
 META = torch.device("meta")
 
 
 def test_every_tensor_of_a_batch_is_moved_and_one_that_is_named_twice_only_once():
-    packs = torch.tensor([[5, 6, 7, 8], [0, 1, 0, 1], [0, 1, 0, 1]])
+    packs = stacked([make_pack(torch.tensor([5, 6, 7, 8]), torch.tensor([0, 1, 0, 1]), [2, 2])])
     for cp_size in (1, 2):
         batch = assemble_batch(packs, qkv_format="sbhd", cp_size=cp_size, experts=True)
         moved = to_device(batch, META)
@@ -25,7 +26,8 @@ def test_every_tensor_of_a_batch_is_moved_and_one_that_is_named_twice_only_once(
 
 
 def test_on_a_cpu_nothing_is_copied():
-    batch = assemble_batch(torch.tensor([[5, 6], [0, 1], [0, 1]]), qkv_format="sbhd")
+    packs = stacked([make_pack(torch.tensor([5, 6]), torch.tensor([0, 1]), [2])])
+    batch = assemble_batch(packs, qkv_format="sbhd")
     assert to_device(batch, torch.device("cpu")) is batch
 
 

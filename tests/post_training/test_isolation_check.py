@@ -16,6 +16,7 @@ from post_training.isolation_check import (
 )
 from tests.helpers import faults
 from tests.helpers.launch import finetune
+from tests.helpers.packs import make_pack, stacked
 from tests.helpers.reference import Recipe
 
 VOCABULARY = 391
@@ -23,13 +24,11 @@ RECIPE = Recipe(steps=3)
 
 
 def packs_of(*lengths, trained=0.5):
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    tokens = sum(lengths)
     generator = torch.Generator().manual_seed(1)
-    return {
-        "input_ids": torch.randint(0, VOCABULARY, (1, len(positions)), generator=generator),
-        "loss_mask": (torch.rand(1, len(positions), generator=generator) < trained).byte(),
-        "position_ids": positions.unsqueeze(0),
-    }
+    ids = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+    mask = (torch.rand(tokens, generator=generator) < trained).byte()
+    return stacked([make_pack(ids, mask, lengths)])
 
 
 def test_what_is_replaced_and_what_is_watched():
@@ -37,25 +36,27 @@ def test_what_is_replaced_and_what_is_watched():
     packs = packs_of(*lengths)
     same, other = perturbed(packs, lengths, VOCABULARY)
     assert torch.equal(same["input_ids"], packs["input_ids"])
-    assert torch.equal(same["loss_mask"], other["loss_mask"])
+    assert all(torch.equal(same[name], other[name]) for name in ("loss_mask", "groups"))
     changed = torch.nonzero((same["input_ids"] != other["input_ids"]).flatten()).flatten().tolist()
     # The middle third of a document with neighbours on either side.
     assert changed == [*range(14, 18)]
     assert other["input_ids"].max() < VOCABULARY
-    groups = same["loss_mask"].flatten().tolist()
-    assert set(groups[:10] + groups[22:]) == {0, 1 + OTHERS}
-    assert set(groups[10:14]) == {1 + EARLIER}
-    assert groups[14:18] == [0] * 4
-    assert set(groups[18:22]) == {1 + LATER}
+    groups, mask = same["groups"].flatten().tolist(), same["loss_mask"].flatten().tolist()
+    # In each of the other documents the first label, whose loss sees the fewest neighbours.
+    assert all(mask[second] == 1 for second in (1, 23, 43))
+    assert set(mask[:10]) == {0, 1}
+    assert set(groups[:10] + groups[30:]) == {OTHERS}
+    assert set(groups[10:14]) == {EARLIER} and mask[10:14] == [1] * 4
+    assert mask[14:18] == [0] * 4
+    assert set(groups[18:22]) == {LATER} and mask[18:22] == [1] * 4
     # About as many as are trained: the check takes no more memory than a step.
-    watched = sum(group > 0 for group in groups)
-    assert watched <= int(packs["loss_mask"].sum()) * 1.5 + len(lengths) + 8
+    assert sum(mask) <= int(packs["loss_mask"].sum()) * 1.5 + len(lengths) + 8
 
 
 @pytest.mark.parametrize("lengths", [[3], [4], [2, 2], [1, 1, 5], [200], [3, 300]])
 def test_odd_packs_do_no_harm(lengths):
     same, other = perturbed(packs_of(*lengths), lengths, VOCABULARY)
-    assert same["loss_mask"].max() <= 1 + LATER
+    assert same["loss_mask"].max() <= 1 and same["groups"].max() <= LATER
     assert (same["input_ids"] != other["input_ids"]).any()
 
 

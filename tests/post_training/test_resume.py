@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from post_training import checkpoints, output, resume
+from post_training.datasets import plan_split
 from post_training.errors import RunStopped, SetupError
 from post_training.position import find_position
 from tests.helpers.models import make_tokenizer
@@ -145,7 +146,8 @@ def fall_back(documents):
 
     def fall(args, documents=documents):
         checkpoint = resume.choose_checkpoint(args)
-        position = find_position(args, make_tokenizer(), {"train": documents}, checkpoint)
+        train = plan_split(args, "train", documents, make_tokenizer())
+        position = find_position(args, train, checkpoint)
         resume.Fallback(args, checkpoint, position, sys.stderr).take("it cannot be read")
 
     return fall

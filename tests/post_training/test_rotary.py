@@ -14,8 +14,7 @@ def original():
 
 
 def packed(qkv_format="sbhd", lengths=LENGTHS):
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return PackedDocuments.from_position_ids(positions, qkv_format=qkv_format)
+    return PackedDocuments.from_lengths(lengths, qkv_format=qkv_format)
 
 
 def test_positions_restart_at_every_document(original):

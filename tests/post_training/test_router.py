@@ -5,32 +5,28 @@ from post_training.packed_sequences import RoutedDocuments
 from tests.helpers import megatron_model, reference
 from tests.helpers.launch import finetune, run_ranks
 from tests.helpers.models import VOCABULARY, load_model
+from tests.helpers.packs import make_pack
 from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, write_rows
 
 LENGTHS = (40, 12)
 
 
-def make_pack(seed: int) -> dict[str, torch.Tensor]:
+def random_pack(seed: int) -> dict[str, torch.Tensor]:
     """Two documents and padding, which has no label."""
     generator = torch.Generator().manual_seed(seed)
     real = sum(LENGTHS)
     mask = torch.zeros(64, dtype=torch.uint8)
     mask[:real] = torch.randint(0, 2, (real,), generator=generator)
     mask[LENGTHS[0] - 1] = mask[real - 1] = 1
-    lengths = (*LENGTHS, 64 - real)
-    return {
-        "input_ids": torch.randint(0, VOCABULARY, (64,), generator=generator),
-        "loss_mask": mask,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
-    }
+    return make_pack(torch.randint(0, VOCABULARY, (64,), generator=generator), mask, LENGTHS)
 
 
 @pytest.fixture(scope="module")
 def case(hf_model):
     """A model, packs, and by a plain HuggingFace model: tokens by expert, and the auxiliary loss."""
     folder = hf_model("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1])
-    packs = [make_pack(seed) for seed in range(4)]
+    packs = [random_pack(seed) for seed in range(4)]
     model = load_model(folder)
     tokens, balance, trained = torch.zeros(3, 4), 0.0, 0
     with torch.no_grad():
@@ -123,9 +119,7 @@ def test_nothing_is_evaluated_with_noise(hf_model, tmp_path):
 
 
 def test_documents_of_a_row():
-    positions = torch.tensor([0, 1, 2, 0, 0, 1])
-    # In a mixture the mask tells the source, too: here the second and the third.
-    routed = RoutedDocuments.from_row(positions, torch.tensor([0, 2, 2, 0, 3, 0]), documents=3)
+    routed = RoutedDocuments.from_row([3, 1, 2], torch.tensor([0, 1, 1, 0, 1, 0]))
     assert routed.of_token.tolist() == [0, 0, 0, 1, 2, 2]
     assert routed.lengths.tolist() == [3, 1, 2]
     assert routed.trained.tolist() == [2, 0, 1]
