@@ -20,11 +20,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from post_training import platform
-from post_training.command_line import CommandLine
-from post_training.platform import cuda_connections
+from post_training.arguments.command_line import CommandLine
+from post_training.machine import environment
 
 COMMAND = CommandLine(sys.argv[1:])
-cuda_connections.choose(COMMAND.asks_for_fsdp2())
+environment.choose(COMMAND.asks_for_fsdp2())
 platform.apply()
 
 import torch
@@ -37,33 +37,35 @@ from megatron.training.global_vars import set_global_variables
 
 from data import DataError
 from model_provider import check_weights, model_config
-from post_training import output, resume, run_lock
-from post_training.arguments import parse_arguments, validate
-from post_training.batch import Batch, join_stage_input, read_batch, split_stage_output
-from post_training.checkpoints import Checkpoint
-from post_training.data_iterators import MicroBatchIterator, split_iterators
-from post_training.data_report import describe
-from post_training.datasets import (
+from post_training.arguments.parser import parse_arguments, validate
+from post_training.batch.assemble import Batch, join_stage_input, read_batch, split_stage_output
+from post_training.batch.data_report import describe
+from post_training.batch.iterators import MicroBatchIterator, split_iterators
+from post_training.batch.splits import (
     Split,
     check_same_documents,
     evaluation_batches,
     first_prompts,
     prepare_data,
 )
+from post_training.checkpoint import resume
+from post_training.checkpoint.position import DataPosition, find_position
+from post_training.checkpoint.saver import CheckpointSaver
+from post_training.checkpoint.store import Checkpoint
+from post_training.distillation.acceptance import report_acceptance
 from post_training.errors import RunStopped, SetupError, tell
-from post_training.finish import ending_together, report_end
-from post_training.full_disk import no_room, tell_no_room
-from post_training.layer_spec import uses_packed_attention
-from post_training.loss import loss_func, trained_token_loss
-from post_training.platform import checkpoint_queue
+from post_training.job import output, run_lock
+from post_training.job.finish import ending_together, report_end
+from post_training.job.signals import GracefulExit
+from post_training.job.watchdog import tell_failure, watchdog
+from post_training.machine.device import current_device
+from post_training.machine.disk import no_room, tell_no_room
+from post_training.metrics.run_log import RunLog
+from post_training.model.layer_spec import uses_packed_attention
+from post_training.platform.checkpoints import writer_queue
 from post_training.platform.training_hooks import hooks
-from post_training.position import DataPosition, find_position
-from post_training.run_log import RunLog
-from post_training.safeguards import install_safeguards
-from post_training.saving import CheckpointSaver
-from post_training.signals import GracefulExit
-from post_training.speculative import report_acceptance
-from post_training.watchdog import tell_failure, watchdog
+from post_training.training.loss import loss_func, trained_token_loss
+from post_training.training.safeguards import install_safeguards
 
 # Exports a run to HuggingFace, as a command.
 EXPORTER = Path(__file__).resolve().parent / "scripts" / "export_hf.py"
@@ -155,7 +157,7 @@ def finetune(
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
-    checkpoint_queue.apply(args)
+    writer_queue.apply(args)
     watchdog.start(args, console)
     resume.Fallback(args, checkpoint, position, console)
     run_log = RunLog(args, console, {name: split.sources.names for name, split in splits.items()})
@@ -170,7 +172,7 @@ def finetune(
         # Called once the model and a checkpoint are loaded: the first step comes next.
         if not vp_stage:
             watchdog.meet()
-            check_same_documents(splits, platform.current_device())
+            check_same_documents(splits, current_device())
             run_log.begin(args.iteration)
             if saver is not None:
                 saver.started(args.iteration)

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
-from post_training.checkpoints import Checkpoint
+from post_training.checkpoint.store import Checkpoint
 from post_training.errors import SetupError
-from post_training.hf_check import check_hf_weights
-from post_training.hf_config import inverse_frequencies, local_model_folder
-from post_training.hf_weights import load_hf_weights
-from post_training.layer_spec import decoder_block_spec
-from post_training.platform import device_type
-from post_training.rotary import PackedRotaryEmbedding
-from post_training.router import follow_documents
+from post_training.hf.check import check_hf_weights
+from post_training.hf.config import inverse_frequencies, local_model_folder
+from post_training.hf.weights import load_hf_weights
+from post_training.machine.device import device_type
+from post_training.model.layer_spec import decoder_block_spec
+from post_training.model.rotary import PackedRotaryEmbedding
+from post_training.model.router import follow_documents
 
 
 def model_config(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:

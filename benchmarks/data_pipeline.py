@@ -123,10 +123,10 @@ def _ours(tokenizer: Any, path: Path, cache: Path, seq_length: int) -> tuple[flo
 
 
 def _rendered(tokenizer: Any, path: Path) -> list[str]:
-    from data.chunks import read_chunk
-    from data.prepare_options import PrepareOptions, tokenize_options
-    from data.row_renderer import RowRenderer
-    from data.sources import file_chunks
+    from data.prepare.options import PrepareOptions, tokenize_options
+    from data.sources.chunks import read_chunk
+    from data.sources.readers import file_chunks
+    from data.tokenise.row_renderer import RowRenderer
 
     settings = PrepareOptions(seq_length=1 << 20, conversation_format="question")
     rows = RowRenderer(tokenize_options(tokenizer, settings)[0])

@@ -27,7 +27,7 @@ import torch  # noqa: E402
 from random_model import make_qwen3  # noqa: E402
 
 import finetune  # noqa: E402
-from post_training.platform.tensor_devices import FACTORIES, NEW_FACTORIES  # noqa: E402
+from post_training.platform.cpu.tensor_devices import FACTORIES, NEW_FACTORIES  # noqa: E402
 
 calls: Counter[str] = Counter()
 

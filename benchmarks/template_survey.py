@@ -21,15 +21,15 @@ import numpy as np
 import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from data.answer_spans import AnswerFinder, trained_spans
-from data.chat_template import ChatTemplate
-from data.conversation import Message
 from data.errors import DataError, RowError
-from data.marks import Span
-from data.masked_tokenizer import MaskedTokenizer
-from data.reasoning import keep_reasoning
-from data.template_check import Probe, Verdict, check_template, probes
-from data.tokenizer_facts import added_tokens, backend_json, special_tokens
+from data.masking.answers import AnswerFinder, trained_spans
+from data.masking.self_test import Probe, Verdict, check_template, probes
+from data.rows.conversation import Message
+from data.templates.marks import Span
+from data.templates.reasoning import keep_reasoning
+from data.templates.template import ChatTemplate
+from data.templates.tokenizer_facts import added_tokens, backend_json, special_tokens
+from data.tokenise.masked_tokenizer import MaskedTokenizer
 
 # What looks like a special token in a template's source.
 _SPECIAL = re.compile(

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data.arguments import add_data_arguments
-    from data.dataset import SFTDataset
-    from data.document_set import DocumentSet
+    from data.documents.documents import Documents
+    from data.documents.mixture import DocumentSet
     from data.errors import DataError
-    from data.prepare import prepare_documents
-    from data.splits import prepare_documents_from_args
-    from data.token_cache import Documents
+    from data.packs.dataset import SFTDataset
+    from data.prepare.prepare import prepare_documents
+    from data.prepare.splits import prepare_documents_from_args
 
 __all__ = [
     "DataError",
@@ -31,12 +31,12 @@ __all__ = [
 
 _HOME = {
     "DataError": "data.errors",
-    "DocumentSet": "data.document_set",
-    "Documents": "data.token_cache",
-    "SFTDataset": "data.dataset",
+    "DocumentSet": "data.documents.mixture",
+    "Documents": "data.documents.documents",
+    "SFTDataset": "data.packs.dataset",
     "add_data_arguments": "data.arguments",
-    "prepare_documents": "data.prepare",
-    "prepare_documents_from_args": "data.splits",
+    "prepare_documents": "data.prepare.prepare",
+    "prepare_documents_from_args": "data.prepare.splits",
 }
 
 

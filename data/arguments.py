@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 
-from data.formats import FORMATS
-from data.packing import PACKING_MODES
+from data.packs.plan import PACKING_MODES
+from data.rows.registry import FORMATS
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -16,11 +16,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from data.chunks import Chunk, read_chunk
 from data.errors import DataError
-from data.packing import PackingMode, plan_epoch
-from data.row_tokenizer import PreviewRow, RowTokenizer
-from data.worker_messages import TokenizeOptions
+from data.packs.plan import PackingMode, plan_epoch
+from data.sources.chunks import Chunk, read_chunk
+from data.tokenise.options import TokenizeOptions
+from data.tokenise.row_tokenizer import PreviewRow, RowTokenizer
 
 _TRAINED, _SPECIAL, _PLAIN, _RESET = "\033[32m", "\033[35m", "\033[2m", "\033[0m"
 _HISTOGRAM_BINS = 10

@@ -24,10 +24,14 @@ from post_training import platform
 platform.apply()
 
 from data import DataError
-from post_training.backends import add_model_arguments, add_sampling_arguments, open_backend
 from post_training.errors import SetupError
-from post_training.evaluation import evaluate, read_questions
-from post_training.quiet import hush
+from post_training.inference.backends import (
+    add_model_arguments,
+    add_sampling_arguments,
+    open_backend,
+)
+from post_training.inference.exact_match import evaluate, read_questions
+from post_training.inference.quiet import hush
 
 
 def main() -> int:

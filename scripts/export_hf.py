@@ -22,9 +22,9 @@ from post_training import platform
 platform.apply()
 
 from post_training.errors import SetupError
-from post_training.hf_export import export_hf
-from post_training.inference import load_model
-from post_training.quiet import hush, quiet_libraries
+from post_training.export.hf import export_hf
+from post_training.inference.load import load_model
+from post_training.inference.quiet import hush, quiet_libraries
 
 
 def main() -> int:

@@ -18,14 +18,14 @@ from post_training import platform
 
 platform.apply()
 
-from post_training.backends import (
+from post_training.errors import SetupError
+from post_training.inference.backends import (
     add_model_arguments,
     add_sampling_arguments,
     open_backend,
 )
-from post_training.errors import SetupError
-from post_training.generation import encode_prompt
-from post_training.quiet import hush
+from post_training.inference.generate import encode_prompt
+from post_training.inference.quiet import hush
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a CUDA machine: does the GPU compute what the CPU computes, and how fast do 1B and 8B models train?
-#   bash scripts/gpu_check.sh [OPTION...]          options: python scripts/gpu_check.py --help
+#   bash scripts/gpu_check.sh [OPTION...]          options: python scripts/gpu/check.py --help
 #   bash scripts/gpu_check.sh --device cpu         tests the check itself on a machine without CUDA
 #
 # SFT_NO_ENV=1 takes `python` and its packages as they are instead of setting .venv up.
@@ -14,4 +14,4 @@ if [[ ${SFT_NO_ENV:-} != 1 ]]; then
     environment
 fi
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec python scripts/gpu_check.py "$@"
+exec python scripts/gpu/check.py "$@"

@@ -18,11 +18,10 @@ from itertools import chain
 from typing import IO, Any
 
 from data.arguments import add_data_arguments
-from data.chunks import Chunk
 from data.errors import DataError
-from data.hf_datasets import load_dataset
-from data.prepare import first_format, named_settings
-from data.prepare_options import PrepareOptions, tokenize_options
+from data.prepare.options import PrepareOptions, tokenize_options
+from data.prepare.prepare import first_format, named_settings
+from data.prepare.splits import option_fields, parse_weighted, prepare_documents_from_args
 from data.preview import (
     coloured,
     html_page,
@@ -32,11 +31,12 @@ from data.preview import (
     summary_text,
     write_json_row,
 )
-from data.source_files import resolve_files
-from data.sources import dataset_chunks, file_chunks
-from data.splits import option_fields, parse_weighted, prepare_documents_from_args
-from post_training.data_report import describe
-from post_training.datasets import SPLITS, Split, plan_split
+from data.sources.chunks import Chunk
+from data.sources.files import resolve_files
+from data.sources.hub import load_dataset
+from data.sources.readers import dataset_chunks, file_chunks
+from post_training.batch.data_report import describe
+from post_training.batch.splits import SPLITS, Split, plan_split
 
 
 def main(argv: list[str] | None = None) -> int:

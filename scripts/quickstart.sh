@@ -23,8 +23,8 @@ rm -rf "$folder"
 mkdir -p "$folder"
 
 step "making a base model, its tokenizer and a dataset"
-python scripts/quickstart_task.py --out "$folder/task"
-read -r -a flags < <(python scripts/quickstart_task.py --print-flags)
+python scripts/quickstart/task.py --out "$folder/task"
+read -r -a flags < <(python scripts/quickstart/task.py --print-flags)
 
 step "held-out questions before training"
 python scripts/evaluate.py --hf-model "$folder/task/base" --data "$folder/task/test.jsonl" \
@@ -42,4 +42,4 @@ python scripts/evaluate.py --output-dir "$folder/run" --data "$folder/task/test.
 python scripts/evaluate.py --hf-model "$folder/run/hf" --backend transformers \
     --data "$folder/task/test.jsonl" --max-new-tokens 48 --json "$folder/transformers.json"
 
-python scripts/quickstart_report.py "$folder" "$((SECONDS - began))"
+python scripts/quickstart/report.py "$folder" "$((SECONDS - began))"

@@ -1,145 +1,148 @@
-"""Megatron's FSDP2 wrapper gives wrong gradients, and its `torch_dcp` checkpoints cannot be resumed.
+"""FSDP2: torch's fully sharded data parallelism under Megatron's `pretrain()`.
 
-Upstream: megatron-core 0.19.2. `TorchFullyShardedDataParallel` is replaced where models are wrapped by
-`post_training.fsdp.FullyShardedModel`, which says why. `training/checkpointing.py`: `load_checkpoint()`
-asks the optimizer for `state_dict(is_loading=True)`, which neither `FP32Optimizer` nor `ChainedOptimizer`
-takes; it asks even where there is none (`--skip-train`), and reads the state in place even where a new
-one is wanted (`--finetune`, `--no-load-optim`), and it asks for parts that the checkpoint may lack. The
-random states of all ranks are saved under one name, of which one remains; ranks draw different amounts
-(attention over packed documents), so each keeps its own here.
+Every rank holds a slice of each parameter, of its gradient and of its optimizer state. A unit (a decoder
+layer, the embedding) is gathered when it is needed and given back right after. Any model can be wrapped:
+units are classes that it names itself (`_fsdp_modules`) besides Megatron's own.
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
 from typing import Any
 
 import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import TorchFullyShardedDataParallel
+from megatron.core.distributed.data_parallel_base import _BaseDataParallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from post_training.machine.device import device_type
 
 
-class OptimizerToLoad:
-    """What `load_checkpoint()` takes for the optimizer of a `torch_dcp` checkpoint."""
+def keep_fp32_shards(args: argparse.Namespace) -> None:
+    """Leave mixed precision to FSDP2: shards, gradients and optimizer in fp32, computation in bf16.
 
-    def __init__(self, optimizer: Any) -> None:
-        """Stand for `optimizer`, or for none (None): then nothing is read for it."""
-        self.optimizer = optimizer
-        self.is_stub_optimizer = optimizer is None or optimizer.is_stub_optimizer
+    Megatron would turn the whole model into bf16 and keep fp32 copies in the optimizer; the sum of
+    gradients over micro batches would then be kept in bf16, eight bits of it.
 
-    def state_dict(self, is_loading: bool = True) -> Any:
-        """The state to be read into: tensors of the live optimizer."""
-        if self.is_stub_optimizer:
-            return {}
-        for part in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
-            initialise(part.optimizer)
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state: Any) -> None:
-        """Take over what was read."""
-        self.optimizer.load_state_dict(state)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimizer, which Megatron completes after loading."""
-        return [] if self.is_stub_optimizer else list(self.optimizer.param_groups)
-
-    def reload_model_params(self, state_dict: Any = None) -> None:
-        """The weights are the fp32 ones: there are no copies of them to renew."""
-
-
-class SchedulerToLoad:
-    """What `load_checkpoint()` takes for a learning rate schedule that is not there."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to read."""
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        """Nothing was read."""
-
-
-def initialise(optimizer: torch.optim.Optimizer | None) -> None:
-    """Give a new optimizer the state that it has after a step, without changing a weight.
-
-    A step with zero gradients at learning rate 0 works for every kind of optimizer.
+    Args:
+        args: validated arguments; `bf16` and `params_dtype` change, `fsdp_compute_dtype` is new.
     """
-    if optimizer is None or optimizer.state:
-        return
-    groups = optimizer.param_groups
-    rates = [group["lr"] for group in groups]
-    for group in groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
+    args.fsdp_compute_dtype = None
+    # Without training Megatron wraps nothing.
+    if args.use_torch_fsdp2 and not args.skip_train and args.bf16:
+        args.fsdp_compute_dtype = torch.bfloat16
+        args.bf16, args.params_dtype = False, torch.float32
 
 
-def _rng_key() -> str:
-    distributed = torch.distributed
-    return f"rank {distributed.get_rank()} of {distributed.get_world_size()}"
+class FullyShardedModel(TorchFullyShardedDataParallel):
+    """Megatron's FSDP2 wrapper with the right gradients, tied embeddings and mixed precision.
+
+    Upstream (megatron-core 0.19.2, `core/distributed/torch_fully_sharded_data_parallel.py`) leaves
+    gradients as FSDP2 averages them over ranks, whatever the loss: with `--calculate-per-token-loss` they
+    must be summed and divided by the tokens of the global batch. It reduces and accumulates them in the
+    dtype of the weights, and shards the embedding apart from an output layer that uses the same weights.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        ddp_config: Any,
+        module: torch.nn.Module,
+        disable_bucketing: bool = False,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        """Shard `module` in place.
+
+        Args:
+            config: its `TransformerConfig`; computation is in `autocast_dtype`.
+            ddp_config: a `TorchFullyShardedDataParallelConfig`.
+            module: the model, the same on every rank.
+            disable_bucketing: as in Megatron's other wrappers; FSDP2 has no buckets.
+            process_group: over which to shard; by default data and context parallel ranks.
+        """
+        _BaseDataParallel.__init__(self, config=config, module=module)
+        self.ddp_config = ddp_config
+        self.process_group = process_group or parallel_state.get_data_parallel_group(
+            with_context_parallel=True
+        )
+        self.device_mesh = DeviceMesh.from_group(self.process_group, device_type())
+        compute = config.autocast_dtype
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if compute == config.params_dtype else compute,
+            reduce_dtype=torch.float32,
+            # Activations have the right dtype already; the angles of rotary embeddings need all of fp32.
+            cast_forward_inputs=False,
+        )
+        options: dict[str, Any] = {
+            "mesh": self.device_mesh,
+            "reshard_after_forward": ddp_config.reshard_after_forward,
+            "mp_policy": policy,
+        }
+        # FSDP2 makes new parameters: what Megatron and its optimizer know of the old ones goes over.
+        attributes = {
+            name: {**vars(parameter), "is_torch_fsdp2_param": True}
+            for name, parameter in module.named_parameters()
+        }
+        classes = _unit_classes(config, module)
+        previous: list[FSDPModule] = []
+        for unit in list(module.modules()):
+            if unit is module or not isinstance(unit, classes):
+                continue
+            sharded = fully_shard(unit, **options)
+            if config.recompute_granularity is not None:
+                # Recomputing a layer must not change the order in which layers are fetched.
+                sharded.set_modules_to_backward_prefetch(previous)
+                previous = [sharded]
+        fully_shard(module, **options)
+        for name, parameter in module.named_parameters():
+            for key, value in attributes[name].items():
+                setattr(parameter, key, value)
+        if config.calculate_per_token_loss:
+            for unit in module.modules():
+                if isinstance(unit, FSDPModule):
+                    # A sum, written in the way that gloo knows too.
+                    unit.set_force_sum_reduction_for_comms(True)
+                    unit.set_gradient_divide_factor(1.0)
+
+    def scale_gradients(self, scaling_factor: float | torch.Tensor) -> None:
+        """Multiply all gradients; Megatron divides them so by the tokens of the global batch.
+
+        Args:
+            scaling_factor: a number, or a tensor of one element.
+        """
+        gradients = [_local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        if isinstance(scaling_factor, torch.Tensor):
+            scaling_factor = scaling_factor.reshape(())
+        torch._foreach_mul_(gradients, scaling_factor)
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _unit_classes(config: Any, module: torch.nn.Module) -> tuple[type, ...]:
+    """Classes of the modules that are gathered and given back as one."""
+    classes: set[type] = {TransformerLayer}
+    if not getattr(module, "share_embeddings_and_output_weights", False):
+        # Tied weights stay with the root, which is whole from the embedding to the output layer.
+        classes.add(LanguageModelEmbedding)
+        if config.transformer_impl != "local":
+            # The output layer. The local spec's layers are made of the same class.
+            classes.add(tensor_parallel.ColumnParallelLinear)
+    for part in module.modules():
+        classes.update(getattr(part, "_fsdp_modules", ()))
+    return tuple(classes)
 
 
 def apply() -> None:
-    """Put the wrapper in the places of Megatron's, and mend what loads `torch_dcp` checkpoints."""
-    from megatron.training import checkpointing, training
-    from megatron.training.global_vars import get_args
+    """Put the wrapper in the places of Megatron's."""
+    from megatron.training import training
     from megatron.training.models import dist_utils
-    from torch.distributed.checkpoint import FileSystemReader
-
-    from post_training.fsdp import FullyShardedModel
-    from post_training.platform.checkpoint_loading import agreed
 
     setattr(dist_utils, "TorchFullyShardedDataParallel", FullyShardedModel)  # noqa: B010
     setattr(training, "torch_FSDP", FullyShardedModel)  # noqa: B010
-
-    get_rng_state = checkpointing.get_rng_state
-    load_checkpoint = checkpointing.load_checkpoint
-    load_base_checkpoint = checkpointing._load_base_checkpoint
-
-    @functools.wraps(get_rng_state)
-    def state_of_this_rank(ckpt_format: str, *args: Any, **kwargs: Any) -> Any:
-        states = get_rng_state(ckpt_format, *args, **kwargs)
-        return {_rng_key(): states[0]} if ckpt_format == "torch_dcp" else states
-
-    @functools.wraps(load_checkpoint)
-    def load_what_is_wanted(
-        ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        flags = get_args()
-        if flags.ckpt_format == "torch_dcp":
-            anew = flags.finetune or flags.no_load_optim
-            optimizer = OptimizerToLoad(None if anew else optimizer)
-            if anew or opt_param_scheduler is None:
-                opt_param_scheduler = SchedulerToLoad()
-        return load_checkpoint(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
-
-    @agreed
-    def tensors_in(folder: str) -> Any:
-        return FileSystemReader(folder).read_metadata().state_dict_metadata
-
-    @functools.wraps(load_base_checkpoint)
-    def load_what_is_there(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        wanted = kwargs.get("sharded_state_dict")
-        if args.ckpt_format != "torch_dcp" or wanted is None:
-            return load_base_checkpoint(load_dir, args, *rest, **kwargs)
-        keys = tensors_in(checkpointing.get_load_checkpoint_path_by_args(args))
-        there = {key.partition(".")[0] for key in keys} - {"rng_state"}
-        if any(key.startswith(f"rng_state.{_rng_key()}.") for key in keys):
-            # Else another number of processes saved, and no state there would be right.
-            there.add("rng_state")
-        kwargs["sharded_state_dict"] = {k: v for k, v in wanted.items() if k in there and v != {}}
-        state, *found = agreed(load_base_checkpoint)(load_dir, args, *rest, **kwargs)
-        state = {**wanted, **state}
-        # Megatron looks its own state up in a list of those of all ranks.
-        state["rng_state"] = [state["rng_state"][_rng_key()]] * args.world_size
-        return (state, *found)
-
-    for owner, name, replacement in (
-        (checkpointing, "load_checkpoint", load_what_is_wanted),
-        (training, "load_checkpoint", load_what_is_wanted),
-        (checkpointing, "_load_base_checkpoint", load_what_is_there),
-        (checkpointing, "get_rng_state", state_of_this_rank),
-    ):
-        setattr(owner, name, replacement)

@@ -40,7 +40,7 @@ def _why_broken() -> str | None:
 
 def apply() -> None:
     """Hide what cannot work: on a CPU all of them, on CUDA a Transformer Engine that does not import."""
-    from post_training.platform import device_type, warn_once
+    from post_training.machine.device import device_type, warn_once
 
     if device_type() == "cpu":
         hide(tuple(name for name in (*TRANSFORMER_ENGINE, *APEX) if name not in sys.modules))

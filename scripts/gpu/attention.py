@@ -8,10 +8,10 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from post_training.attention import PackedAttention
-from post_training.context_parallel import ContextParallelCut
-from post_training.host_tensors import to_device
-from post_training.packed_sequences import PackedDocuments
+from post_training.batch.context_parallel import ContextParallelCut
+from post_training.batch.host_tensors import to_device
+from post_training.batch.packed_documents import PackedDocuments
+from post_training.model.attention import PackedAttention
 
 HEADS, GROUPS, HEAD_DIM = 8, 2, 64
 BOUNDS = [0, 700, 705, 1100, 2048]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.template_survey import load_tokenizers, summary, survey, table
-from data.masked_tokenizer import MaskedTokenizer
+from data.tokenise.masked_tokenizer import MaskedTokenizer
 
 
 @pytest.fixture(scope="module")

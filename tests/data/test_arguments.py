@@ -4,9 +4,9 @@ import json
 import pytest
 
 from data.arguments import add_data_arguments
-from data.document_set import DocumentSet
+from data.documents.mixture import DocumentSet
 from data.errors import DataError
-from data.splits import parse_weighted, prepare_documents_from_args, training_sources
+from data.prepare.splits import parse_weighted, prepare_documents_from_args, training_sources
 from tests.data.conftest import make_rows
 
 

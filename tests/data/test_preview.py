@@ -3,9 +3,9 @@ import sys
 
 import pytest
 
-from data.chunks import RawRow
 from data.preview import row_title
-from data.row_tokenizer import PreviewRow
+from data.sources.chunks import RawRow
+from data.tokenise.row_tokenizer import PreviewRow
 from scripts.preview import main
 from tests.data.conftest import make_rows
 

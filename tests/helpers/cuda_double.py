@@ -334,7 +334,8 @@ def _pretend_collectives() -> None:
 def pretend() -> None:
     """Make this process believe in a GPU; before the platform layer and Megatron are imported."""
     torch.cuda.is_available = lambda: True
-    from post_training.platform import compilation, cuda_runtime
+    from post_training.platform import compilation
+    from post_training.platform.cpu import cuda_runtime
 
     # Streams and events without a device, and no compiler.
     compilation.apply()
@@ -373,10 +374,10 @@ def pretend() -> None:
     from post_training import platform
 
     platform.apply()
-    from post_training.platform import cpu_rng
+    from post_training.platform.cpu import rng
 
     # One generator: a GPU has its own.
-    cpu_rng.apply()
+    rng.apply()
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def _finetune() -> Any:
 
 def leaky_attention() -> None:
     """Attention that sees one long document where there are several."""
-    from post_training.attention import PackedAttention
+    from post_training.model.attention import PackedAttention
 
     right = PackedAttention.forward
 
@@ -48,7 +48,7 @@ def leaky_attention() -> None:
 
 def _leak(weight: float) -> None:
     """Every value grows by `weight` of the mean of all values of the row."""
-    from post_training.attention import PackedAttention
+    from post_training.model.attention import PackedAttention
 
     right = PackedAttention.forward
 
@@ -335,7 +335,7 @@ def stay_at_step_7() -> None:
 
 def hold_for_a_kill() -> None:
     """The run stays where the environment says: before a step, or in the K-th save, which makes a file."""
-    from post_training.saving import CheckpointSaver
+    from post_training.checkpoint.saver import CheckpointSaver
 
     what, number, *file = os.environ[HOLD].split(" ", 2)
     left = int(number)
@@ -382,7 +382,7 @@ def fill(disk: Path) -> None:
 
 def fill_disk_in_a_save() -> None:
     """Something else takes the space between the look at the disk and the first byte of a checkpoint."""
-    from post_training.saving import CheckpointSaver
+    from post_training.checkpoint.saver import CheckpointSaver
 
     right = CheckpointSaver.begin
 
@@ -397,7 +397,7 @@ def fill_disk_in_a_save() -> None:
 
 def count_plans() -> None:
     """No fault: each plan of an epoch, and each filling of packs, is a line of the file `$PLANS`."""
-    from data import epoch_plans
+    from data.packs import epoch_plans
 
     def counted(name: str, function: Any) -> Any:
         def call(lengths: Any, *args: Any, **options: Any) -> Any:

@@ -26,16 +26,16 @@ def set_up(argv: Sequence[str]) -> tuple[Any, Any]:
     from megatron.training.global_vars import set_global_variables
 
     from model_provider import model_config
-    from post_training import resume
-    from post_training.arguments import parse_arguments, validate
-    from post_training.platform import checkpoint_queue
+    from post_training.arguments.parser import parse_arguments, validate
+    from post_training.checkpoint import resume
+    from post_training.platform.checkpoints import writer_queue
 
     args = parse_arguments(list(argv))
     checkpoint = resume.choose_checkpoint(args)
     validate(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
-    checkpoint_queue.apply(args)
+    writer_queue.apply(args)
     container = pretrain_cfg_container_from_args(args, model_config(args, checkpoint))
     built = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
@@ -64,7 +64,7 @@ def unwrapped(built: Any) -> Any:
 
 def exported(argv: Sequence[str]) -> dict[str, Tensor]:
     """HuggingFace tensors of the model (or checkpoint) that `argv` names; one rank."""
-    from post_training.hf_weights import hf_state_dict
+    from post_training.hf.weights import hf_state_dict
 
     args, built = set_up(argv)
     state = hf_state_dict(unwrapped(built), args.hf_config)
@@ -73,8 +73,8 @@ def exported(argv: Sequence[str]) -> dict[str, Tensor]:
 
 def exported_from_run(output_dir: str) -> dict[str, Tensor]:
     """HuggingFace tensors of a run's newest checkpoint, read as the tools read it; one rank."""
-    from post_training.hf_weights import hf_state_dict
-    from post_training.inference import load_model
+    from post_training.hf.weights import hf_state_dict
+    from post_training.inference.load import load_model
 
     loaded = load_model(output_dir=output_dir)
     return hf_state_dict(loaded.model, loaded.args.hf_config)
@@ -138,9 +138,9 @@ def _of_whole_row(losses: Tensor, pack: dict[str, Tensor]) -> Tensor:
     """Losses of all trained tokens of a row, from those of each context parallel rank's part."""
     from megatron.core import parallel_state
 
-    from post_training.batch import shift_labels
-    from post_training.context_parallel import ContextParallelCut
-    from post_training.packed_sequences import row_lengths
+    from post_training.batch.assemble import shift_labels
+    from post_training.batch.context_parallel import ContextParallelCut
+    from post_training.batch.packed_documents import row_lengths
 
     lengths = row_lengths(pack["document_lengths"])
     _, mask = shift_labels(pack["input_ids"].flatten(), pack["loss_mask"].flatten(), lengths)
@@ -160,7 +160,7 @@ def rank() -> int:
 
 def exported_and_logits(argv: Sequence[str], ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """`exported` and `logits` of one set-up model."""
-    from post_training.hf_weights import hf_state_dict
+    from post_training.hf.weights import hf_state_dict
 
     args, built = set_up(argv)
     model = unwrapped(built).eval()
@@ -180,12 +180,12 @@ def save_weights(args: Any, chunks: list[Any], iteration: int = 1) -> None:
     """Write a complete checkpoint without an optimizer, on all ranks."""
     from megatron.training.checkpointing import save_checkpoint
 
-    from post_training import checkpoints
+    from post_training.checkpoint import store
 
     args.no_save_optim = True
     save_checkpoint(iteration, chunks, None, None, 0)
     if rank() == 0:
-        checkpoints.finish_save(args.save, iteration, {})
+        store.finish_save(args.save, iteration, {})
 
 
 def expert_totals(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> Any:
@@ -200,7 +200,7 @@ def expert_totals(argv: Sequence[str], packs: list[dict[str, Tensor]]) -> Any:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     import finetune
-    from post_training.step_counters import counters
+    from post_training.metrics.step_counters import counters
 
     args, built = set_up(argv)
     counters.watch_experts(args.num_layers, args.num_experts)

@@ -102,9 +102,9 @@ def build(words: Sequence[str], load: Path | None = None) -> Built:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from model_provider import model_config
-    from post_training.arguments import parse_arguments, validate
-    from post_training.checkpoints import chosen_checkpoint
-    from post_training.platform import checkpoint_queue
+    from post_training.arguments.parser import parse_arguments, validate
+    from post_training.checkpoint.store import chosen_checkpoint
+    from post_training.platform.checkpoints import writer_queue
 
     args = parse_arguments(list(words))
     args.load, args.ckpt_step = (None, None) if load is None else (str(load), 1)
@@ -115,7 +115,7 @@ def build(words: Sequence[str], load: Path | None = None) -> Built:
     global_vars.set_global_variables(args, build_tokenizer=False)
     if not parallel_state.is_initialized():
         training.initialize_megatron()
-    checkpoint_queue.apply(args)
+    writer_queue.apply(args)
     chunks, optimizer, schedule = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},

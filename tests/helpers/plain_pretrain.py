@@ -24,7 +24,7 @@ from megatron.training.argument_utils import (
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import set_global_variables
 
-from post_training.hf_config import load_hf_config, megatron_flags
+from post_training.hf.config import load_hf_config, megatron_flags
 
 
 class MockData(torch.utils.data.Dataset[torch.Tensor]):

@@ -3,14 +3,14 @@
 import argparse
 import json
 
-from post_training import checkpoints
-from post_training.datasets import plan_split
-from post_training.position import find_position
+from post_training.batch.splits import plan_split
+from post_training.checkpoint import store
+from post_training.checkpoint.position import find_position
 from tests.helpers.models import make_tokenizer
 
 
 def position_of(args: argparse.Namespace, documents, checkpoint=None):
-    found = checkpoint and checkpoints.Checkpoint.at(checkpoint)
+    found = checkpoint and store.Checkpoint.at(checkpoint)
     train = plan_split(args, "train", documents, make_tokenizer())
     return find_position(args, train, found)
 
@@ -23,14 +23,14 @@ def begins_at(args: argparse.Namespace, documents, checkpoint):
 
 def make_checkpoint(folder, iteration=5, facts=None):
     folder.mkdir(parents=True, exist_ok=True)
-    path = checkpoints.begin_save(folder, iteration)
+    path = store.begin_save(folder, iteration)
     (path / "__0_0.distcp").write_bytes(b"weights")
-    checkpoints.finish_save(folder, iteration, facts or {})
+    store.finish_save(folder, iteration, facts or {})
     return path
 
 
 def manifest_of(checkpoint):
-    return json.loads((checkpoint / checkpoints.MANIFEST).read_text())
+    return json.loads((checkpoint / store.MANIFEST).read_text())
 
 
 SEQ = ("--seq-length", "192")

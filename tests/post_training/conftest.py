@@ -23,7 +23,7 @@ def parse(hf_model, tmp_path, monkeypatch):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
 
-    from post_training.arguments import parse_arguments
+    from post_training.arguments.parser import parse_arguments
 
     def parse(*flags, out="out"):
         words = ["--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path / out)]

@@ -1,71 +1,100 @@
-"""That a resumed run continues bit for bit is in `tests/test_fsdp2.py`."""
-
-import inspect
+from argparse import Namespace
+from typing import Any
 
 import pytest
 import torch
 
-from post_training.platform.fsdp2 import initialise
+from tests.helpers import megatron_model
+from tests.helpers.launch import run_rank, run_ranks
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.1),
-        lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
-    ],
-    ids=["adam", "sgd"],
-)
-def test_a_new_optimizer_gets_its_state_and_changes_nothing(make):
-    parameter = torch.nn.Parameter(torch.randn(4))
-    before = parameter.detach().clone()
-    optimizer = make([parameter])
-    initialise(optimizer)
-    assert parameter.equal(before) and parameter.grad is None
-    assert optimizer.param_groups[0]["lr"] == 0.1
-    state = optimizer.state[parameter]
-    assert state and {"exp_avg", "momentum_buffer"} & state.keys()
-    # One that has trained keeps what it has.
-    parameter.grad = torch.ones(4)
+@pytest.fixture
+def argv(hf_model, tmp_path):
+    words = megatron_model.flags(str(hf_model("qwen3")), str(tmp_path / "out"))
+    return [*words, "--use-torch-fsdp2"]
+
+
+def _linear(world_size_flags, per_token):
+    """Gradient of a sharded matrix whose loss on rank r is (r + 1) times the sum of its elements."""
+    import dataclasses
+
+    from post_training.platform.fsdp2 import FullyShardedModel
+
+    _, (chunks, _, _) = megatron_model.set_up(world_size_flags)
+    config = dataclasses.replace(chunks[0].config, calculate_per_token_loss=per_token)
+    matrix = torch.nn.Linear(4, 4, bias=False)
+    sharded = FullyShardedModel(config, chunks[0].ddp_config, matrix)
+    for _ in range(2):  # micro batches
+        (sharded(torch.eye(4)).sum() * (megatron_model.rank() + 1)).backward()
+    gradient: Any = matrix.weight.grad
+    before = gradient.full_tensor()
+    sharded.scale_gradients(torch.tensor([0.5]))
+    return before, gradient.full_tensor()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("per_token", "expected"), [(True, 2 * 3.0), (False, 2 * 1.5)])
+def test_gradients_are_summed_for_a_loss_by_token_and_scaled(argv, per_token, expected):
+    """Upstream averages them over ranks and never divides them by the tokens."""
+    for before, after in run_ranks(_linear, 2, argv, per_token):
+        torch.testing.assert_close(before, torch.full((4, 4), expected))
+        torch.testing.assert_close(after, torch.full((4, 4), expected / 2))
+
+
+def _units(argv):
+    from torch.distributed.fsdp import FSDPModule
+
+    _, (chunks, _, _) = megatron_model.set_up(argv)
+    return [name for name, part in chunks[0].module.named_modules() if isinstance(part, FSDPModule)]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_units(hf_model, tmp_path, tied):
+    words = megatron_model.flags(str(hf_model("qwen3", tied=tied)), str(tmp_path / "out"))
+    found = run_rank(_units, [*words, "--use-torch-fsdp2"])
+    layers = ["decoder.layers.0", "decoder.layers.1"]
+    # Tied weights belong to the root, "", which is whole from the embedding to the output layer.
+    assert found == ["", *([] if tied else ["embedding"]), *layers]
+
+
+def _precision(argv):
+    """Dtypes of shards, gradients and moments, of a layer's computation, and of its rotary angles."""
+    args, (chunks, optimizer, _) = megatron_model.set_up(argv)
+    (model,) = chunks
+    seen = {}
+
+    def look(module, positional, named):
+        seen["hidden"] = named["hidden_states"].dtype
+        seen["angles"] = named["rotary_pos_emb"].dtype
+        seen["weight"] = module.mlp.linear_fc2.weight.dtype
+
+    model.module.decoder.layers[1].register_forward_pre_hook(look, with_kwargs=True)
+    row = torch.arange(16).unsqueeze(0)
+    model(row, row, None).float().sum().backward()
+    parameters = list(model.module.parameters())
+    seen["shards"] = {p.dtype for p in parameters}
+    seen["gradients"] = {p.grad.dtype for p in parameters}
     optimizer.step()
-    kept = {name: value.clone() for name, value in state.items()}
-    initialise(optimizer)
-    assert all(state[name].equal(value) for name, value in kept.items())
+    seen["moments"] = {
+        state["exp_avg"].dtype
+        for part in optimizer.chained_optimizers
+        for state in part.optimizer.state.values()
+    }
+    return seen
 
 
-def test_wrapper_is_in_place():
-    from megatron.training import training
-    from megatron.training.models import dist_utils
-
-    from post_training.fsdp import FullyShardedModel
-
-    assert dist_utils.TorchFullyShardedDataParallel is FullyShardedModel
-    assert training.torch_FSDP is FullyShardedModel
-
-
-def test_still_needed_upstream_neither_sums_nor_scales_gradients():
-    from megatron.core.distributed import TorchFullyShardedDataParallel
-    from megatron.core.distributed.data_parallel_base import _BaseDataParallel
-
-    upstream = TorchFullyShardedDataParallel
-    assert upstream.scale_gradients is _BaseDataParallel.scale_gradients
-    source = inspect.getsource(upstream)
-    assert "divide_factor" not in source and "mp_policy" not in source
+def test_bf16_computes_on_fp32_shards(argv):
+    """Upstream accumulates gradients in bf16, the dtype of its weights."""
+    found = run_rank(_precision, [*argv, "--bf16"])
+    assert found["hidden"] is torch.bfloat16
+    assert found["angles"] is torch.float32, "positions of a long document need all of fp32"
+    for what in ("shards", "gradients", "moments"):
+        assert found[what] == {torch.float32}
 
 
-def test_still_needed_upstream_cannot_load_into_its_optimizers():
-    from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
-    from megatron.training import checkpointing
+def test_without_training_nothing_is_wrapped():
+    from post_training.platform.fsdp2 import keep_fp32_shards
 
-    source = inspect.getsource(inspect.unwrap(checkpointing.load_checkpoint))
-    assert "optimizer.state_dict(is_loading=True)" in source
-    for owner in (ChainedOptimizer, FP32Optimizer):
-        assert "is_loading" not in inspect.signature(owner.state_dict).parameters
-
-
-def test_still_needed_upstream_refuses_tied_embeddings():
-    """`post_training.arguments.validate` goes round it."""
-    from megatron.training import arguments
-
-    message = "--use-torch-fsdp2 requires --untie-embeddings-and-output-weights"
-    assert message in inspect.getsource(arguments.validate_args)
+    args = Namespace(use_torch_fsdp2=True, skip_train=True, bf16=True, params_dtype=torch.bfloat16)
+    keep_fp32_shards(args)
+    assert args.fsdp_compute_dtype is None and args.bf16 and args.params_dtype is torch.bfloat16

@@ -8,23 +8,27 @@ from post_training.platform import compilation
 
 CPU_ONLY = {
     "compilation",
-    "cuda_runtime",
-    "tensor_devices",
-    "cpu_rng",
-    "cpu_initialize",
-    "cpu_collectives",
+    "cpu.cuda_runtime",
+    "cpu.tensor_devices",
+    "cpu.rng",
+    "cpu.initialize",
+    "cpu.collectives",
 }
 FOLDER = Path(platform.__file__).parent
+FILES = {
+    ".".join(path.relative_to(FOLDER).with_suffix("").parts): path
+    for path in FOLDER.rglob("[!_]*.py")
+}
 
 
 @pytest.fixture
 def applied(monkeypatch):
     """Names of the modules that `apply()` calls, in order, instead of their effects."""
     calls: list[str] = []
-    for file in FOLDER.glob("[!_]*.py"):
-        module = importlib.import_module(f"post_training.platform.{file.stem}")
+    for file in FILES:
+        module = importlib.import_module(f"post_training.platform.{file}")
         if hasattr(module, "apply"):
-            monkeypatch.setattr(module, "apply", lambda name=file.stem: calls.append(name))
+            monkeypatch.setattr(module, "apply", lambda name=file: calls.append(name))
     monkeypatch.setattr(platform, "_applied", False)
     return calls
 
@@ -44,29 +48,15 @@ def test_on_cpu_every_file_is_applied_once(applied, monkeypatch):
     assert set(applied) >= CPU_ONLY
     assert len(applied) == len(set(applied))
     assert set(applied) == {
-        f.stem for f in FOLDER.glob("[!_]*.py") if "\ndef apply() ->" in f.read_text()
+        name for name, path in FILES.items() if "\ndef apply() ->" in path.read_text()
     }
     # torch's names are replaced before Megatron is imported, which reads them.
-    for early in ("tensor_devices", "kernel_packages"):
+    for early in ("cpu.tensor_devices", "kernel_packages"):
         assert applied.index(early) < applied.index("megatron_post_training")
 
 
 def test_every_file_has_its_test():
-    tests = {file.stem for file in Path(__file__).parent.glob("test_*.py")}
-    assert {f"test_{file.stem}" for file in FOLDER.glob("[!_]*.py")} <= tests
-
-
-def test_a_process_without_a_launcher_is_rank_0_of_1(monkeypatch):
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    for name in names:
-        # Set first, so that the test's end takes away what is written in between.
-        monkeypatch.setenv(name, "x")
-        monkeypatch.delenv(name)
-    platform._stand_alone()
-    import os
-
-    assert [os.environ[name] for name in names[:4]] == ["0", "0", "1", "1"]
-    port = os.environ["MASTER_PORT"]
-    os.environ["RANK"] = "3"
-    platform._stand_alone()
-    assert os.environ["RANK"] == "3" and os.environ["MASTER_PORT"] == port
+    here = Path(__file__).parent
+    for path in FILES.values():
+        place = path.relative_to(FOLDER)
+        assert (here / place.with_name(f"test_{place.name}")).is_file(), place

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from post_training import platform
+from post_training.machine import device
 from post_training.platform import kernel_packages
 from tests.helpers.launch import LIMIT
 
@@ -38,7 +38,7 @@ def installed(tmp_path, monkeypatch):
 
 def test_on_cpu_no_package_of_kernels_imports(installed, monkeypatch):
     installed("raise SystemExit('a CPU must not even try')")
-    monkeypatch.setattr(platform, "device_type", lambda: "cpu")
+    monkeypatch.setattr(device, "device_type", lambda: "cpu")
     kernel_packages.apply()
     for name in (*NAMES, "transformer_engine.pytorch"):
         with pytest.raises(ImportError):
@@ -49,7 +49,7 @@ def test_on_cpu_what_is_loaded_already_stays(installed, monkeypatch):
     installed()
     import amp_C
 
-    monkeypatch.setattr(platform, "device_type", lambda: "cpu")
+    monkeypatch.setattr(device, "device_type", lambda: "cpu")
     kernel_packages.apply()
     assert sys.modules["amp_C"] is amp_C
 
@@ -66,7 +66,7 @@ def test_on_cuda_a_broken_install_is_told_in_a_line_and_passed_over(
     installed, monkeypatch, capsys, source, reason
 ):
     installed(**source)
-    monkeypatch.setattr(platform, "device_type", lambda: "cuda")
+    monkeypatch.setattr(device, "device_type", lambda: "cuda")
     monkeypatch.setenv("LOCAL_RANK", "0")
     kernel_packages.apply()
     told = capsys.readouterr().err
@@ -80,13 +80,13 @@ def test_on_cuda_a_broken_install_is_told_in_a_line_and_passed_over(
 
 def test_on_cuda_a_whole_install_stays(installed, monkeypatch, capsys):
     installed()
-    monkeypatch.setattr(platform, "device_type", lambda: "cuda")
+    monkeypatch.setattr(device, "device_type", lambda: "cuda")
     kernel_packages.apply()
     assert importlib.import_module("transformer_engine.pytorch") and not capsys.readouterr().err
 
 
 def test_on_cuda_without_an_install_nothing_is_said(installed, monkeypatch, capsys):
-    monkeypatch.setattr(platform, "device_type", lambda: "cuda")
+    monkeypatch.setattr(device, "device_type", lambda: "cuda")
     kernel_packages.apply()
     assert not capsys.readouterr().err and "transformer_engine" not in sys.modules
 

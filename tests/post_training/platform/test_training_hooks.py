@@ -1,4 +1,4 @@
-"""That steps and evaluations are reported with the right numbers is in `tests/test_finetune.py`."""
+"""That steps and evaluations are reported with the right numbers is in `tests/runs/test_finetune.py`."""
 
 import inspect
 

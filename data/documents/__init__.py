@@ -1,0 +1,1 @@
+"""Stores, mixes and traces tokenised documents."""

@@ -1,0 +1,1 @@
+"""Finds, and proves, what the assistant wrote."""

@@ -1,0 +1,188 @@
+"""The second, marked rendering of a conversation, and the proof that it is the first one.
+
+Marks stand around everything that anybody said. Taking them out must give the first rendering back,
+character by character, and every mark must have come out, in order; then their places are exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from data.errors import RowError
+from data.rows.conversation import Message, begin_of_last_turn
+from data.templates.marks import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    BLOCK_CLOSE,
+    BLOCK_OPEN,
+    OTHER_CLOSE,
+    OTHER_OPEN,
+    Piece,
+    Span,
+    mark_conversation,
+    split_marks,
+)
+from data.templates.template import ChatTemplate
+
+_MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
+
+
+@dataclass(frozen=True)
+class MarkedRendering:
+    """What marks told about a conversation.
+
+    Attributes:
+        pieces: The assistant's pieces that came out.
+        spans: Where each of them stands in the text.
+        others: Where the text of other roles stands.
+    """
+
+    pieces: list[Piece]
+    spans: list[Span]
+    others: list[Span]
+
+
+def render_marked(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[dict[str, Any]] | None,
+    text: str,
+    may_drop_reasoning: bool,
+) -> MarkedRendering:
+    """Render once more with marks, and check that nothing else changes.
+
+    Args:
+        template: The template.
+        messages: The messages, in the forms that it wants.
+        tools: The tools on offer.
+        text: The rendering without marks.
+        may_drop_reasoning: Whether reasoning of turns before the last may be left out.
+
+    Raises:
+        RowError: the template treats marked text differently, or leaves some of it out.
+    """
+    problem = RowError("marks lost", "the template was not rendered")
+    # Some templates look into what others said, or repeat the name of a called tool.
+    for mark_others, mark_names in ((True, True), (True, False), (False, True)):
+        marked, pieces = mark_conversation(messages, mark_others, mark_names)
+        try:
+            rendered = template.render(marked, tools)
+            rendered = split_marks(rendered, BLOCK_OPEN, BLOCK_CLOSE)[0]
+            spans, others = split_two_kinds(rendered)
+        except RowError as error:
+            problem = error
+            continue
+        plain = _MARK.sub("", rendered)
+        if plain != text:
+            problem = RowError("marks change the text", _first_difference(plain, text))
+            continue
+        last = begin_of_last_turn(messages)
+        try:
+            pieces = _match(
+                pieces, [text[a:b] for a, b in spans], last if may_drop_reasoning else 0
+            )
+            if not mark_names:
+                _require_marked_calls(messages)
+        except RowError as error:
+            if error.reason != "marks lost":
+                raise
+            problem = error
+            continue
+        silent = {i for i, message in enumerate(messages) if message["role"] == "assistant"}
+        silent -= {piece.message for piece in pieces}
+        if silent:
+            where = f"message {min(silent) + 1} comes out without a mark"
+            problem = RowError("answer dropped", where)
+            continue
+        return MarkedRendering(pieces, spans, others)
+    raise problem
+
+
+def split_two_kinds(marked: str) -> tuple[list[Span], list[Span]]:
+    """Character spans of answer marks and of other marks, in the text without any of them.
+
+    Raises:
+        RowError: marks are lost, doubled or nested.
+    """
+    answers: list[Span] = []
+    others: list[Span] = []
+    places = list(_MARK.finditer(marked))
+    if len(places) % 2:
+        raise RowError("marks lost", "the template cuts a message's text")
+    for number, (begin, end) in enumerate(pairwise(places)):
+        if number % 2:
+            continue
+        pair = begin.group() + end.group()
+        span = (begin.start() - number, end.start() - number - 1)
+        if pair == ANSWER_OPEN + ANSWER_CLOSE:
+            answers.append(span)
+        elif pair == OTHER_OPEN + OTHER_CLOSE:
+            others.append(span)
+        else:
+            raise RowError("marks lost", "the template cuts or nests a message's text")
+    return answers, others
+
+
+def _require_marked_calls(messages: Sequence[Message]) -> None:
+    """See that the last call of each message has a mark although names have none.
+
+    Raises:
+        RowError: one has no arguments, so nothing tells where it ends.
+    """
+    for number, message in enumerate(messages, 1):
+        last = message["tool_calls"][-1]["function"] if message.get("tool_calls") else None
+        if last is not None and not last["arguments"]:
+            raise RowError(
+                "marks lost",
+                f"the call of {last['name']!r} in message {number} has no arguments, and the "
+                "template repeats its name: where the call ends cannot be told",
+            )
+
+
+def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[Piece]:
+    """Pair the pieces that were marked with the texts that came out; nothing may be missing.
+
+    Reasoning of messages before ``may_drop_before`` may be.
+    """
+    matched: list[Piece] = []
+    dropped: list[Piece] = []
+    rest = iter(pieces)
+    for text in texts:
+        for piece in rest:
+            if piece.text is None or piece.text == text:
+                matched.append(piece)
+                break
+            dropped.append(piece)
+        else:
+            raise RowError("marks lost", f"the template moves or repeats {text[:40]!r}")
+    dropped += rest
+    for piece in dropped:
+        if piece.kind != "reasoning":
+            what = "a tool call" if piece.kind == "tool" else piece.kind
+            raise RowError(
+                "answer dropped",
+                f"the template leaves out {what} of message {piece.message + 1}: "
+                f"{(piece.text or '')[:60]!r}; --chat-template FILE gives one that writes it",
+            )
+    for piece in dropped:
+        if piece.message >= may_drop_before:
+            raise RowError(
+                "reasoning dropped",
+                f"the template leaves out the reasoning of message {piece.message + 1}; "
+                "give a template that keeps it, or train only the last turn's (--reasoning last)",
+            )
+    return matched
+
+
+def _first_difference(found: str, expected: str) -> str:
+    at = 0
+    while at < min(len(found), len(expected)) and found[at] == expected[at]:
+        at += 1
+    return (
+        f"at character {at} the template writes {found[at : at + 40]!r} for a marked and "
+        f"{expected[at : at + 40]!r} for the plain conversation"
+    )

@@ -1,0 +1,1 @@
+"""Plans packs and serves them as SFTDataset."""

@@ -1,0 +1,1 @@
+"""Goes from flags to cached documents."""

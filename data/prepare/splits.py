@@ -1,0 +1,245 @@
+"""The documents of each split of a run, as the flags say: from files, datasets, mixtures and ratios."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data.documents.documents import Documents
+from data.documents.mixture import DocumentSet, mix_documents, split_documents
+from data.errors import DataError
+from data.prepare.prepare import prepare_documents
+from data.rows.converters import FormatOptions
+from data.sources.digest import file_digests
+from data.sources.files import resolve_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DataSplit = Literal["train", "valid", "test"]
+_SPLITS: tuple[DataSplit, ...] = ("train", "valid", "test")
+
+
+def prepare_documents_from_args(
+    args: argparse.Namespace, split: DataSplit, tokenizer: PreTrainedTokenizerBase
+) -> Documents | DocumentSet | None:
+    """Prepare the documents of one split as the flags say.
+
+    Args:
+        args: Parsed flags, with ``seq_length`` beside those of ``add_data_arguments``.
+        split: ``train``, ``valid`` or ``test``.
+        tokenizer: The HuggingFace tokenizer.
+
+    Returns:
+        The documents; None for a validation or test split that was not asked for.
+
+    Raises:
+        DataError: the flags or the data have to be put right.
+    """
+    _check_splits(args)
+    if split == "train" or args.split_ratio is not None:
+        files = args.finetune_data_files or ()
+        if not files and not args.finetune_hf_dataset:
+            raise DataError(
+                "there is no training data: give --finetune-data-files or --finetune-hf-dataset."
+            )
+        documents = _prepare(args, files, args.finetune_hf_dataset, tokenizer, "train")
+        if args.split_ratio is None:
+            return documents
+        if not isinstance(documents, Documents):
+            raise DataError("--split-ratio cannot cut a weighted mixture; give separate files.")
+        ratios = _ratios(args.split_ratio)
+        parts = split_documents(documents, ratios)
+        for name, ratio, part in zip(_SPLITS, ratios, parts, strict=True):
+            if (ratio or name == "train") and not len(part):
+                raise DataError(
+                    f"--split-ratio {args.split_ratio}: no row of {len(documents)} fell into the "
+                    f"{name} split. Give it a larger share, or files of its own."
+                )
+        index = _SPLITS.index(split)
+        return parts[index] if ratios[index] or split == "train" else None
+    files = getattr(args, f"{split}_data_files") or ()
+    return _prepare(args, files, None, tokenizer, split) if files else None
+
+
+def _files_flag(split: DataSplit) -> str:
+    return "--finetune-data-files" if split == "train" else f"--{split}-data-files"
+
+
+def parse_weighted(entries: Sequence[str]) -> list[tuple[str, float | None]]:
+    """Split ``PATH=WEIGHT`` entries; a path that exists as written is never split."""
+    parsed: list[tuple[str, float | None]] = []
+    for entry in entries:
+        path, equals, weight = entry.rpartition("=")
+        if equals and not Path(entry).exists():
+            try:
+                parsed.append((path, float(weight)))
+                continue
+            except ValueError:
+                pass  # an equals sign in a name, not a weight
+        parsed.append((entry, None))
+    return parsed
+
+
+def training_sources(args: argparse.Namespace) -> list[str]:
+    """What training data was given, without weights: files, folders and globs, then the dataset."""
+    hub = [args.finetune_hf_dataset] if args.finetune_hf_dataset else []
+    return [name for name, _ in parse_weighted([*(args.finetune_data_files or ()), *hub])]
+
+
+def _prepare(
+    args: argparse.Namespace,
+    files: Sequence[str],
+    hf_dataset: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    split: DataSplit,
+) -> Documents | DocumentSet:
+    flag = _files_flag(split)
+    parsed = parse_weighted(files)
+    hub = parse_weighted([hf_dataset] if hf_dataset else [])
+    sources = [*parsed, *hub]
+    weighted = [weight for _, weight in sources if weight is not None]
+    if not weighted:
+        return _prepare_one(args, files, hf_dataset, tokenizer, flag)
+    if len(weighted) != len(sources):
+        plain = next(number for number, (_, weight) in enumerate(sources) if weight is None)
+        raise DataError(
+            f"{flag if plain < len(parsed) else '--finetune-hf-dataset'} {sources[plain][0]}: give "
+            "every source a weight (PATH=WEIGHT), or none."
+        )
+    _require_distinct([path for path, _ in parsed], flag)
+    parts = [_prepare_one(args, [path], None, tokenizer, flag) for path, _ in parsed]
+    parts += [_prepare_one(args, (), name, tokenizer, flag) for name, _ in hub]
+    return mix_documents(parts, weighted, [name for name, _ in sources], _seed(args))
+
+
+def _require_distinct(sources: Sequence[str], flag: str) -> None:
+    """Refuse a file that is in two sources of a mixture: its rows would be repeated."""
+    seen: dict[Path, int] = {}
+    for number, source in enumerate(sources):
+        for path in resolve_files([source], flag):
+            other = seen.setdefault(path.resolve(), number)
+            if other != number:
+                raise DataError(
+                    f"{flag} {source}: {path} is in {sources[other]} as well, and a mixture repeats "
+                    "no row. Give each file to one source."
+                )
+
+
+def _prepare_one(
+    args: argparse.Namespace,
+    files: Sequence[str],
+    hf_dataset: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    flag: str,
+) -> Documents:
+    return prepare_documents(
+        files=files,
+        hf_dataset=hf_dataset,
+        split=args.finetune_data_split,
+        tokenizer=tokenizer,
+        seq_length=args.seq_length,
+        cache_dir=cache_dir(args),
+        files_flag=flag,
+        **option_fields(args),
+    )
+
+
+def option_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as fields of ``PrepareOptions``."""
+    return {
+        "on_bad_row": args.on_bad_row,
+        "overlong": args.overlong,
+        "chat_template": args.chat_template,
+        "conversation_format": args.conversation_format,
+        "format_options": FormatOptions(
+            args.system_key,
+            args.prompt_key,
+            args.query_key,
+            args.response_key,
+            args.messages_key,
+        ),
+        "reasoning": args.reasoning,
+        "loss_on": args.loss_on,
+        "separator": args.separator,
+        "workers": args.data_workers,
+        "template_variables": _variables(args.chat_template_variables),
+    }
+
+
+def cache_dir(args: argparse.Namespace) -> Path:
+    """The folder of token caches: ``--data-cache-dir``, or one for all runs of the user."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(args.data_cache_dir or Path(base) / "sft-data").expanduser()
+
+
+def _check_splits(args: argparse.Namespace) -> None:
+    """Refuse splits and files that overlap, or that are given twice."""
+    if args.finetune_data_split != "train" and not args.finetune_hf_dataset:
+        raise DataError(
+            f"--finetune-data-split {args.finetune_data_split}: only --finetune-hf-dataset has "
+            "splits. Leave it out."
+        )
+    if args.split_ratio is not None and (args.valid_data_files or args.test_data_files):
+        raise DataError("give either --split-ratio or --valid-data-files and --test-data-files.")
+    flags: dict[Path, str] = {}
+    for split in _SPLITS:
+        flag, name = _files_flag(split), _files_flag(split)[2:].replace("-", "_")
+        files = [path for path, _ in parse_weighted(getattr(args, name) or ())]
+        for path in resolve_files(files, flag):
+            other = flags.setdefault(path.resolve(), flag)
+            if other != flag:
+                raise DataError(
+                    f"{flag} {path}: this file is also in {other}. Splits must not overlap; "
+                    "give other files, or cut one file with --split-ratio."
+                )
+    # Only files of one size can be copies of each other.
+    sizes: dict[int, list[Path]] = {}
+    for path in flags:
+        sizes.setdefault(path.stat().st_size, []).append(path)
+    alike = [path for same in sizes.values() if len(same) > 1 for path in same]
+    seen: dict[str, Path] = {}
+    for path, digest in zip(alike, file_digests(alike, cache_dir(args)), strict=True):
+        first = seen.setdefault(digest, path)
+        if flags[first] != flags[path]:
+            raise DataError(
+                f"{flags[path]} {path}: a copy of {first}, which is in {flags[first]}. Splits must "
+                "not overlap; give other files, or cut one file with --split-ratio."
+            )
+        if first != path:
+            raise DataError(
+                f"{flags[path]} {path}: a copy of {first}, whose rows would be trained twice. Leave "
+                "one of them out."
+            )
+
+
+def _ratios(text: str) -> list[float]:
+    try:
+        ratios = [float(part) for part in text.split(",")]
+    except ValueError:
+        ratios = []
+    if len(ratios) not in (2, 3):
+        raise DataError(
+            f"--split-ratio {text}: expected two or three shares, such as 0.98,0.01,0.01."
+        )
+    return [*ratios, 0.0][:3]
+
+
+def _variables(text: str | None) -> tuple[tuple[str, Any], ...]:
+    if text is None:
+        return ()
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"--chat-template-variables {text}: not valid JSON ({error}).") from error
+    if not isinstance(values, dict):
+        raise DataError(f"--chat-template-variables {text}: expected a JSON object.")
+    return tuple(values.items())
+
+
+def _seed(args: argparse.Namespace) -> int:
+    return int(getattr(args, "seed", 1234))

@@ -1,0 +1,1 @@
+"""Turns a row of any format into one conversation."""

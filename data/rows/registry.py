@@ -1,0 +1,175 @@
+"""The registry of row formats: each is a function from a row to a conversation.
+
+To add a format for yourself, write such a function and name it with
+``--conversation-format package.module:function``; it gets the row and returns either a
+``Conversation`` (with ``trained``, one truth value a message, where only some answers are to be
+trained) or a list of OpenAI messages. To add one here, write it in ``data/rows/converters.py`` and enter it
+in FORMATS.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.rows.conversation import Conversation
+from data.rows.converters import (
+    ANSWER_COLUMNS,
+    MESSAGE_COLUMNS,
+    QUESTION_COLUMNS,
+    FormatOptions,
+    Row,
+    alpaca_row,
+    columns_of,
+    fields_row,
+    messages_row,
+    preference_row,
+    question_row,
+)
+from data.rows.user_converter import UserConverter
+
+Converter = Callable[[Row], Conversation]
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """How to read a well-known dataset of the hub.
+
+    Attributes:
+        format: Its row format.
+        options: Its columns.
+        split: The split to train on, where it is not ``train``.
+    """
+
+    format: str
+    options: FormatOptions = field(default_factory=FormatOptions)
+    split: str = "train"
+
+
+NAMED_DATASETS: dict[str, NamedDataset] = {
+    "Open-Orca/OpenOrca": NamedDataset(
+        "fields", FormatOptions("system_prompt", "question", None, "response")
+    ),
+    "Open-Orca/SlimOrca": NamedDataset("sharegpt"),
+    "nvidia/Daring-Anteater": NamedDataset("sharegpt"),
+    "Magpie-Align/Magpie-Llama-3.1-Pro-MT-300K-Filtered": NamedDataset("sharegpt"),
+    "HuggingFaceH4/ultrachat_200k": NamedDataset("messages", split="train_sft"),
+}
+
+FORMATS: dict[str, Callable[[Row, FormatOptions], Conversation]] = {
+    "messages": messages_row,
+    "sharegpt": messages_row,
+    "alpaca": alpaca_row,
+    "question": question_row,
+    "preference": preference_row,
+    "fields": fields_row,
+}
+
+
+_PAIR_KEYS = ("system_key", "prompt_key", "query_key", "response_key")
+# The fields of FormatOptions that each format reads; a converter of the user's reads none.
+_KEYS = {
+    "messages": ("system_key", "messages_key"),
+    "sharegpt": ("system_key", "messages_key"),
+    "alpaca": _PAIR_KEYS,
+    "question": _PAIR_KEYS,
+    "preference": ("system_key", "prompt_key"),
+    "fields": _PAIR_KEYS,
+}
+
+
+def detect_format(row: Any, options: FormatOptions) -> str:
+    """The name of the format that a row is in.
+
+    Raises:
+        DataError: none fits; the message names the columns that were found.
+    """
+    if not isinstance(row, Mapping):
+        raise DataError(f"the row is {type(row).__name__}, not an object with columns.")
+    if options.messages_key is not None:
+        return "messages"
+    answers = options.query_key or options.response_key or "output" in row
+    if options.names_fields and ("chosen" not in row or answers):
+        return "fields"
+    if "chosen" in row:
+        return "preference"
+    for name in MESSAGE_COLUMNS:
+        if row.get(name) is not None:
+            items = row[name]
+            first = items[0] if isinstance(items, Sequence) and items else None
+            return "sharegpt" if isinstance(first, Mapping) and "from" in first else "messages"
+    if "instruction" in row and any(name in row for name in ANSWER_COLUMNS):
+        return "alpaca"
+    if any(n in row for n in QUESTION_COLUMNS) and any(n in row for n in ANSWER_COLUMNS):
+        return "question"
+    raise DataError(
+        f"cannot tell the format of rows with columns {columns_of(row)}. Expected one of "
+        f"{', '.join(MESSAGE_COLUMNS)}; 'chosen'; or one of {', '.join(QUESTION_COLUMNS)} with one "
+        f"of {', '.join(ANSWER_COLUMNS)}. Name the columns with --prompt-key and --response-key, "
+        "or --messages-key, or give --conversation-format."
+    )
+
+
+def converter(name: str, options: FormatOptions) -> Converter:
+    """The function of a format, by its name in FORMATS or as ``package.module:function``.
+
+    Raises:
+        DataError: there is no such format or function, or it has no use for an option.
+    """
+    _require_keys_of_use(name, options)
+    if name in FORMATS:
+        convert = FORMATS[name]
+        return lambda row: convert(row, options)
+    module_name, _, function_name = name.partition(":")
+    if not function_name:
+        raise DataError(
+            f"--conversation-format {name}: unknown; known are {', '.join(FORMATS)}, or "
+            "package.module:function for a function of your own."
+        )
+    if str(Path.cwd()) not in sys.path:
+        # A script has its own folder there; workers are given all of it.
+        sys.path.append(str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except Exception as error:  # whatever the module does when it is imported
+        raise DataError(
+            f"--conversation-format {name}: {error or type(error).__name__}. The module must be "
+            "importable from here."
+        ) from error
+    if not callable(function):
+        kind = type(function).__name__
+        raise DataError(f"--conversation-format {name}: is a {kind}, expected a function of a row.")
+    return UserConverter(name, function)
+
+
+def _require_keys_of_use(name: str, options: FormatOptions) -> None:
+    read = _KEYS.get(name, ())
+    for key, column in vars(options).items():
+        if column is not None and key not in read:
+            flags = ", ".join(_flag(other) for other in read) or "no column flag"
+            raise DataError(
+                f"{_flag(key)} {column}: rows of the format {name} are read without it "
+                f"(that format takes {flags}). Leave it out, or give another --conversation-format."
+            )
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def converter_source(name: str) -> bytes:
+    """The file of the module that a user's converter is in; empty for one of FORMATS.
+
+    Raises:
+        DataError: there is no such function.
+    """
+    if name in FORMATS:
+        return b""
+    converter(name, FormatOptions())
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return Path(file).read_bytes() if file else b""

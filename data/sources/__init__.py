@@ -1,0 +1,1 @@
+"""Finds files and hub datasets and cuts them into chunks."""

@@ -1,0 +1,1 @@
+"""Renders conversations, and learns what a template writes around turns."""

@@ -1,0 +1,1 @@
+"""Turns rendered rows into ids and masks, in worker processes."""

@@ -1,0 +1,49 @@
+"""What goes to the workers that tokenise; plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from data.masking.answers import LossOn, Reasoning
+from data.rows.converters import FormatOptions
+
+OnBadRow = Literal["error", "skip"]
+Overlong = Literal["drop", "error", "trim-turns"]
+
+
+@dataclass(frozen=True)
+class TokenizeOptions:
+    """Everything that the ids and masks of a row depend on; plain data, sent to workers.
+
+    Attributes:
+        tokenizer: The tokenizers library's JSON.
+        special_tokens: Names and texts that templates may use, such as ``eos_token``.
+        special: Texts of special tokens.
+        added: Ids and texts of all added tokens.
+        template: Jinja source.
+        variables: Further template variables.
+        format: Name of the rows' format, resolved.
+        mapping: Column names and converters for it.
+        seq_length: Longest document.
+        overlong: What happens to longer ones.
+        on_bad_row: What happens to rows that cannot be used.
+        reasoning: Which reasoning is trained.
+        loss_on: Which turns are trained.
+        separator: Token id appended to every document, never trained; None for none.
+    """
+
+    tokenizer: str
+    special_tokens: dict[str, str]
+    special: tuple[str, ...]
+    added: dict[int, str]
+    template: str
+    variables: dict[str, Any]
+    format: str
+    mapping: FormatOptions
+    seq_length: int
+    overlong: Overlong = "drop"
+    on_bad_row: OnBadRow = "error"
+    reasoning: Reasoning = "keep"
+    loss_on: LossOn = "all"
+    separator: int | None = None

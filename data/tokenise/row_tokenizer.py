@@ -1,0 +1,230 @@
+"""Rows of one chunk to token ids and masks: the part of preparing that runs in worker processes.
+
+Imports neither torch nor transformers, so that a worker starts in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import numpy as np
+import numpy.typing as npt
+
+from data.documents.shard import Shard
+from data.errors import DataError, RowError
+from data.masking.refusals import ends_in_thought
+from data.sources.chunks import Chunk, RawRow, read_chunk
+from data.templates.marks import Span
+from data.tokenise.masked_tokenizer import MaskedTokenizer, TokenizedText
+from data.tokenise.options import TokenizeOptions
+from data.tokenise.row_renderer import RowRenderer, RowText
+
+OVERLONG = "longer than --seq-length"
+NOTHING_TO_TRAIN = "nothing to train"
+_BATCH = 256
+
+
+@dataclass
+class PreviewRow:
+    """One row's fate, for previews.
+
+    Attributes:
+        raw: The row as it was read.
+        status: ``kept``, ``trimmed`` or ``dropped``.
+        reason: Why it was dropped, else empty.
+        text: The rendered text.
+        input_ids: Token ids; empty when there are none.
+        loss_mask: Mask.
+        offsets: Character span of each token.
+    """
+
+    raw: RawRow
+    status: str
+    reason: str
+    text: str = ""
+    input_ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    offsets: list[Span] = field(default_factory=list)
+
+
+class RowTokenizer:
+    """Tokenises chunks of rows.
+
+    Args:
+        options: What to do.
+    """
+
+    def __init__(self, options: TokenizeOptions) -> None:
+        self.options = options
+        self.tokenizer = MaskedTokenizer(options.tokenizer, options.added)
+        self.renderer = RowRenderer(options)
+
+    def chunk(self, chunk: Chunk) -> Shard:
+        """Tokenise the rows of one chunk; under ``error`` the first bad row's message is set."""
+        counts: Counter[str] = Counter()
+        ids: list[npt.NDArray[np.int32]] = []
+        masks: list[npt.NDArray[np.uint8]] = []
+        provenance: list[tuple[int, int]] = []
+        bad: list[tuple[str, str, str]] = []
+        error: str | None = None
+        try:
+            for result in self.rows(read_chunk(chunk), counts, bad):
+                pending, encoding, mask = result
+                ids.append(encoding)
+                masks.append(mask)
+                provenance.append((pending.raw.source, pending.raw.number))
+        except DataError as problem:
+            error = str(problem)
+        lengths = np.array([len(document) for document in ids], np.int64)
+        flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
+        counts["max token id"] = int(flat.max()) if len(flat) else -1
+        counts["trained tokens"] = sum(int(np.count_nonzero(mask)) for mask in masks)
+        counts["tokens"] = len(flat)
+        return Shard(
+            input_ids=flat,
+            loss_mask=np.concatenate(masks) if masks else np.empty(0, np.uint8),
+            lengths=lengths,
+            provenance=np.array(provenance, np.int64).reshape(-1, 2),
+            hashes=np.frombuffer(
+                b"".join(blake2b(document, digest_size=8).digest() for document in ids), np.uint64
+            ),
+            counts=dict(counts),
+            bad_rows=bad,
+            error=error,
+        )
+
+    def rows(
+        self, raws: Iterator[RawRow], counts: Counter[str], bad: list[tuple[str, str, str]]
+    ) -> Iterator[tuple[RowText, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
+        """Documents of rows, batch by batch, with the counts kept up to date.
+
+        Raises:
+            DataError: a row that stops the run.
+        """
+        batch: list[RowText] = []
+        for raw in raws:
+            counts["read"] += 1
+            try:
+                batch.append(self.renderer.render(raw))
+            except RowError as error:
+                # The rows before it come first, so that the first fault in the file is reported.
+                yield from self._tokenize(batch, counts, bad)
+                batch = []
+                self._bad(raw, error, counts, bad)
+            if len(batch) == _BATCH:
+                yield from self._tokenize(batch, counts, bad)
+                batch = []
+        yield from self._tokenize(batch, counts, bad)
+
+    def preview(self, raw: RawRow, counts: Counter[str]) -> PreviewRow:
+        """One row with its text, ids and mask, or why it would be dropped."""
+        bad: list[tuple[str, str, str]] = []
+        trimmed = counts["trimmed"]
+        try:
+            documents = list(self.rows(iter([raw]), counts, bad))
+        except DataError as error:  # an over-long document under --overlong error
+            counts[f"dropped: {OVERLONG}"] += 1
+            return PreviewRow(raw, "dropped", str(error))
+        if not documents:
+            _, reason, detail = bad[-1]
+            text = ""
+            with contextlib.suppress(RowError):
+                text = self.renderer.render(raw).text
+            return PreviewRow(raw, "dropped", f"{reason}: {detail}", text)
+        pending, ids, mask = documents[0]
+        offsets = self.tokenizer.offsets(pending.text)
+        status = "trimmed" if counts["trimmed"] > trimmed else "kept"
+        return PreviewRow(raw, status, "", pending.text, ids.tolist(), mask.tolist(), offsets)
+
+    def _tokenize(
+        self, batch: Sequence[RowText], counts: Counter[str], bad: list[tuple[str, str, str]]
+    ) -> Iterator[tuple[RowText, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
+        if not batch:
+            return
+        texts = [pending.text for pending in batch]
+        tokenized = self.tokenizer.tokenize(texts, [pending.spans for pending in batch])
+        for pending, tokens in zip(batch, tokenized, strict=True):
+            try:
+                ids, mask, crossed, trimmed = self._document(pending, tokens)
+            except RowError as error:
+                if error.reason in (OVERLONG, NOTHING_TO_TRAIN):
+                    if error.reason == OVERLONG and self.options.overlong == "error":
+                        raise DataError(
+                            f"{pending.raw.place}: {error.detail}. Raise --seq-length, or pass "
+                            "--overlong drop or trim-turns."
+                        ) from error
+                    counts[f"dropped: {error.reason}"] += 1
+                    bad.append((pending.raw.place, error.reason, error.detail))
+                else:
+                    self._bad(pending.raw, error, counts, bad)
+                continue
+            counts["kept"] += 1
+            counts["trimmed"] += trimmed
+            counts["turns"] += pending.turns
+            counts["stopped turns"] += pending.stopped
+            counts["boundary tokens"] += crossed
+            if pending.conversation.tools and not self.renderer.finder.forms.shows_tools:
+                counts["tools not shown"] += 1
+            if "<think>" in pending.text and ends_in_thought(pending.conversation.messages):
+                counts["unclosed thoughts"] += 1
+            yield pending, ids, mask
+
+    def _document(
+        self, pending: RowText, tokens: TokenizedText
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int, bool]:
+        """Ids and mask of a row, shortened if need be.
+
+        Raises:
+            RowError: it is too long, or nothing in it is trained.
+        """
+        separator = self.options.separator
+        room = self.options.seq_length - (separator is not None)
+        trimmed = False
+        if len(tokens.ids) > room:
+            length = len(tokens.ids)
+            if self.options.overlong == "trim-turns":
+                shorter = self.renderer.without_oldest_turns(
+                    pending, lambda text: self.tokenizer.count(text) <= room
+                )
+                if shorter is not None:
+                    pending.text, pending.spans = shorter.text, shorter.spans
+                    pending.turns, pending.stopped = shorter.turns, shorter.stopped
+                    (tokens,) = self.tokenizer.tokenize([shorter.text], [shorter.spans])
+                    trimmed = True
+            if not trimmed:
+                raise RowError(OVERLONG, f"{length} tokens, --seq-length is {room}")
+        ids, mask = tokens.ids, tokens.mask
+        if not mask.any():
+            raise RowError(NOTHING_TO_TRAIN, "no token of this row is trained")
+        if separator is not None:
+            if (ids == separator).any():
+                text = self.options.added[separator]
+                raise RowError("separator in text", f"the row holds the separator {text!r}")
+            ids, mask = _with_last(ids, separator), _with_last(mask, 0)
+        return ids, mask, tokens.crossing, trimmed
+
+    def _bad(
+        self,
+        raw: RawRow,
+        error: RowError,
+        counts: Counter[str],
+        bad: list[tuple[str, str, str]],
+    ) -> None:
+        if self.options.on_bad_row == "error":
+            raise DataError(
+                f"{raw.place}: {error}. Fix the row, or pass --on-bad-row skip to leave out and "
+                "count such rows."
+            ) from error
+        counts[f"dropped: {error.reason}"] += 1
+        bad.append((raw.place, error.reason, error.detail))
+
+
+def _with_last[T: np.generic](array: npt.NDArray[T], value: int) -> npt.NDArray[T]:
+    longer = np.empty(len(array) + 1, array.dtype)  # np.append takes five times as long
+    longer[:-1] = array
+    longer[-1] = value
+    return longer

@@ -1,0 +1,219 @@
+"""Command line, `--config` file and HuggingFace model folder, resolved into one Megatron namespace.
+
+Megatron's own parser is the source of truth: this module adds flags to it and sets defaults in it.
+What a user writes wins over what is derived; what contradicts the model is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from data.arguments import add_data_arguments
+from post_training.arguments.command_line import CommandLine
+from post_training.arguments.completion import complete
+from post_training.arguments.config_file import apply_settings
+from post_training.arguments.defaults import fsdp2_defaults, platform_defaults, sft_defaults
+from post_training.arguments.refused import REFUSED, MegatronFlags
+from post_training.errors import SetupError, failed_condition
+from post_training.hf.config import load_hf_config, megatron_flags
+from post_training.machine.kernels import (
+    has_grouped_gemm,
+    has_packed_kernel,
+    has_transformer_engine,
+)
+
+
+def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add this project's flags to Megatron's parser."""
+    group = parser.add_argument_group("supervised finetuning")
+    group.add_argument(
+        "--config", metavar="FILE.yaml", help="flags from a file; the command line wins"
+    )
+    group.add_argument(
+        "--output-dir", metavar="DIR", help="where everything of this run is written"
+    )
+    group.add_argument(
+        "--hf-model",
+        metavar="PATH_OR_NAME",
+        help="HuggingFace folder or hub name: architecture, tokenizer and weights come from it",
+    )
+    group.add_argument(
+        "--hf-tokenizer",
+        metavar="PATH_OR_NAME",
+        help="another tokenizer than the model's (or the only one, with Megatron flags)",
+    )
+    group.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="take only architecture and tokenizer from --hf-model and start from random weights",
+    )
+    group.add_argument(
+        "--num-epochs",
+        type=int,
+        metavar="N",
+        help="train for N passes over the data instead of --train-iters",
+    )
+    group.add_argument(
+        "--save-hf",
+        action="store_true",
+        help="write OUTPUT_DIR/hf, a HuggingFace folder, when training ends",
+    )
+    group.add_argument(
+        "--eval-only",
+        action="store_true",
+        help="evaluate the validation and test data and leave: no training, no optimizer",
+    )
+    group.add_argument(
+        "--isolation-check",
+        action="store_true",
+        default=True,
+        help="before the first step, see that a changed document moves no other's loss (default)",
+    )
+    group.add_argument(
+        "--no-isolation-check", dest="isolation_check", action="store_false", help="do not look"
+    )
+    group.add_argument(
+        "--hang-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="end the job when a rank makes no progress for so long, six times as long in set-up, the "
+        "first step and saving (default: --distributed-timeout-minutes; 0: never)",
+    )
+    group.add_argument(
+        "--keep-checkpoints",
+        type=int,
+        metavar="N",
+        help="keep the newest N complete checkpoints and remove older ones (default: keep all)",
+    )
+    group.add_argument(
+        "--restart-data",
+        action="store_true",
+        help="where the checkpoint was saved in other data: keep its weights, optimizer and step, and "
+        "begin this data at its beginning",
+    )
+    group.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU (default: bf16)")
+    group.add_argument(
+        "--no-progress", action="store_true", help="no progress bar, a line every --log-interval"
+    )
+    add_data_arguments(parser)
+    return parser
+
+
+def parse_arguments(
+    command: CommandLine | Sequence[str] | None = None, *, settings: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
+    """Resolve and check all arguments; no process group is needed and none is started.
+
+    Args:
+        command: the command line, or its words without the program's name; `sys.argv[1:]` by default.
+        settings: in the place of a `--config` file, what one would say.
+
+    Returns:
+        The namespace that goes into Megatron's `validate_args`. Besides Megatron's own names it holds
+        this project's flags, `hf_config` (or None) and `derived` (flags that nobody wrote).
+
+    Raises:
+        SetupError: an unknown key, a missing or contradictory flag, a layout that cannot work.
+    """
+    from megatron.training.arguments import parse_args
+
+    if not isinstance(command, CommandLine):
+        command = CommandLine(sys.argv[1:] if command is None else command, settings)
+
+    derived: dict[str, Any] = {}
+    hf_config: Any = None
+    megatron: MegatronFlags
+    architecture: dict[str, Any] = {}
+
+    def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        nonlocal hf_config, megatron
+        megatron = MegatronFlags(parser)
+        add_finetune_arguments(parser)
+        for action in parser._actions:
+            # One of Megatron's help texts has a bare percent sign, on which argparse stumbles.
+            if action.dest == "moe_paged_stash_buffer_size_factor_cuda" and action.help:
+                action.help = action.help.replace("%)", "%%)").replace("%%%)", "%%)")
+        setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010
+        written = apply_settings(parser, command.settings, command.source)
+        if command.value("yaml_cfg", written):
+            # Megatron would read it in the place of all flags.
+            raise SetupError(f"--yaml-cfg is not supported: {REFUSED['yaml_cfg']}")
+        name = command.value("hf_model", written)
+        transformer_impl = command.value("transformer_impl", written)
+        use_te = has_transformer_engine()
+        if transformer_impl == "transformer_engine" and not use_te:
+            raise SetupError(
+                "--transformer-impl transformer_engine: Transformer Engine needs a CUDA device and "
+                "its package (pip install '.[te]'); leave the flag out to use the local attention"
+            )
+        if use_te and transformer_impl is None:
+            use_te = has_packed_kernel(fp32=bool(command.value("fp32", written)))
+        derived.update(sft_defaults())
+        derived.update(platform_defaults(use_te and transformer_impl != "local"))
+        if command.value("use_torch_fsdp2", written):
+            derived.update(fsdp2_defaults())
+        if name:
+            trust = bool(command.value("trust_remote_code", written))
+            hf_config = load_hf_config(name, trust_remote_code=trust)
+            architecture.update(megatron_flags(hf_config))
+            derived.update(architecture)
+            if derived["transformer_impl"] == "transformer_engine" and "num_experts" in derived:
+                derived["moe_grouped_gemm"] = has_grouped_gemm()
+        unknown = derived.keys() - {action.dest for action in parser._actions}
+        assert not unknown, f"not flags of this Megatron: {sorted(unknown)}"
+        parser.set_defaults(**{key: v for key, v in derived.items() if key not in written})
+        return parser
+
+    previous = sys.argv
+    sys.argv = [previous[0], *command.argv]
+    try:
+        args = parse_args(prepare)
+    finally:
+        sys.argv = previous
+
+    megatron.check(args, derived, architecture)
+    args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
+    args.hf_config = hf_config
+    complete(args)
+    return args
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Let Megatron check the arguments and derive what it derives.
+
+    Raises:
+        SetupError: Megatron refuses them.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import validate_args
+
+    from post_training.platform.fsdp2 import keep_fp32_shards
+
+    untied = args.untie_embeddings_and_output_weights
+    # Megatron refuses tied embeddings with FSDP2, for its own wrapper's sake.
+    args.untie_embeddings_and_output_weights = untied or args.use_torch_fsdp2
+    try:
+        validate_args(args)
+        gpt_config_from_args(args)  # the model's own checks
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = str(error) or failed_condition(error, args)
+        raise SetupError(f"Megatron refuses these flags: {reason}") from error
+    args.untie_embeddings_and_output_weights = untied
+    keep_fp32_shards(args)
+
+
+def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Say in one line what argparse would say below hundreds of lines of usage."""
+    unknown = message.removeprefix("unrecognized arguments: ")
+    if unknown == message:
+        raise SetupError(message.removeprefix("argument "))
+    flag = unknown.split()[0]
+    known = [option for action in parser._actions for option in action.option_strings]
+    near = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
+    hint = f"; did you mean {near[0]}?" if near else " (finetune.py --help lists all)"
+    raise SetupError(f"{flag}: no such flag{hint}")

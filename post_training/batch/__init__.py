@@ -1,0 +1,1 @@
+"""Goes from packs to what a pipeline stage computes on."""

@@ -1,0 +1,1 @@
+"""Saves, chooses and resumes checkpoints."""

@@ -1,0 +1,87 @@
+"""What a checkpoint was written by, kept in its manifest: a copied checkpoint takes it along."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import yaml
+
+from post_training.arguments.architecture import ARCHITECTURE
+from post_training.checkpoint.optimizer_form import check_optimizer, optimizer_form
+from post_training.checkpoint.store import Checkpoint
+from post_training.checkpoint.torch_dcp import check_format
+from post_training.errors import SetupError
+from post_training.hf.config import rope_parameters, sliding_window
+
+# What the inverse frequencies of the supported rotary embeddings are computed from.
+ROPE_KEYS = (
+    "rope_type",
+    "rope_theta",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+def origin(args: argparse.Namespace) -> dict[str, Any]:
+    """What the manifest says of the model and the optimizer, in the types of JSON.
+
+    Args:
+        args: resolved arguments, before Megatron's validation fills in more, as they are also when a
+            checkpoint is chosen.
+
+    Returns:
+        The architecture, the format, and what else decides whether optimizer and weights can be read.
+    """
+    architecture = {key: getattr(args, key) for key in ARCHITECTURE}
+    if args.hf_config is not None:
+        rope = rope_parameters(args.hf_config)
+        architecture["rope_parameters"] = {k: rope[k] for k in ROPE_KEYS if rope.get(k) is not None}
+        architecture["sliding_window"] = sliding_window(args.hf_config)
+    found = {
+        "architecture": architecture,
+        "ckpt_format": args.ckpt_format,
+        "optimizer_form": optimizer_form(args),
+        "no_save_optim": args.no_save_optim,
+        "transformer_impl": args.transformer_impl,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
+    return plain
+
+
+def _origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What is known of who wrote a checkpoint: from its manifest, or `config.yaml` two folders up."""
+    manifest = checkpoint.manifest or {}
+    if "origin" in manifest:
+        written: dict[str, Any] = manifest["origin"]
+        return written
+    config_file = checkpoint.path.parent.parent / "config.yaml"
+    if not config_file.is_file():
+        return {}
+    config: dict[str, Any] = yaml.safe_load(config_file.read_text()) or {}
+    return config | {"architecture": {k: config[k] for k in ARCHITECTURE if k in config}}
+
+
+def check_origin(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that this run cannot go on with.
+
+    Args:
+        args: resolved arguments.
+        checkpoint: what is to be loaded.
+
+    Raises:
+        SetupError: it is another model's, of another format, or its optimizer's state is not this run's.
+    """
+    written = _origin_of(checkpoint)
+    check_format(args, checkpoint, written)
+    here = origin(args)
+    for key, before in written.get("architecture", {}).items():
+        if key in here["architecture"] and before != here["architecture"][key]:
+            raise SetupError(
+                f"{checkpoint.path} is another model's checkpoint: its {key} is {before}, this run's "
+                f"is {here['architecture'][key]}; choose another --output-dir or --load"
+            )
+    check_optimizer(args, checkpoint, written)

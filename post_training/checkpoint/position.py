@@ -1,0 +1,224 @@
+"""The place of a run in its training data, and whether a later run may go on there."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from typing import Any
+
+from data import DocumentSet, SFTDataset
+from data.documents.earlier_caches import cache_has_documents
+from data.prepare.splits import cache_dir
+from post_training.arguments.schedule import check_learning_rate
+from post_training.batch.splits import Split
+from post_training.checkpoint.origin import origin
+from post_training.checkpoint.store import Checkpoint, checkpoint_path
+from post_training.errors import SetupError
+from post_training.hf.config import local_model_folder
+from post_training.platform.checkpoints.random_states import layout_of
+
+# What a position in the data, a number of packs, depends on besides the documents, which come last: their
+# packs depend on these.
+PLAN_KEYS = ("seq_length", "seed", "packing", "global_batch_size")
+# Of what documents are made of, what is no hash.
+_SHOWN = ("path", "libraries")
+
+
+class DataPosition:
+    """The place in the training data, in a form that a checkpoint keeps and a later run compares.
+
+    A position is a number of packs of one packing plan: with another plan the run would go on without a
+    word, train some documents twice and others never. `args.data_begins_at` is the number of consumed packs
+    (`args.consumed_train_samples`) at which this plan began: 0, or where `--restart-data` put it in place
+    of another.
+    """
+
+    def __init__(self, args: argparse.Namespace, plan: SFTDataset) -> None:
+        """For a run of `plan`; `check()` then tells where in it to go on."""
+        self.args = args
+        self.plan = plan
+        self._facts: dict[str, Any] = {key: getattr(args, key) for key in PLAN_KEYS}
+        self._facts |= {"contents": plan.documents.contents, "plan_hash": plan.plan_hash}
+        documents = plan.documents
+        parts = documents.parts if isinstance(documents, DocumentSet) else [documents]
+        self._made_of = [part.report.get("made_of", {}) for part in parts]
+        self._base_weights = _weights_digest(args)
+        self._origin = origin(args)
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run as it is now."""
+        consumed = int(self.args.consumed_train_samples)
+        epoch, pack = self.plan.locate(consumed - self.args.data_begins_at)
+        ended = self.plan.epochs is not None and epoch >= self.plan.epochs
+        return {
+            "consumed_samples": consumed,
+            "layout": layout_of(self.args),
+            "base_weights": self._base_weights,
+            "origin": self._origin,
+            "data": {
+                **self._facts,
+                "made_of": self._made_of,
+                "begins_at": self.args.data_begins_at,
+                "epoch": epoch,
+                "pack": pack,
+                "filler": pack if ended else 0,
+            },
+        }
+
+    def check(self, checkpoint: Checkpoint | None) -> None:
+        """Find the place in the data that `checkpoint` (None: a fresh start) was saved at.
+
+        Raises:
+            SetupError: the checkpoint was made from other base weights or other data, and the run was not
+                told to start its data anew.
+        """
+        args = self.args
+        if checkpoint is None or args.finetune:
+            return
+        path, manifest = checkpoint.path, checkpoint.manifest
+        assert manifest is not None  # else `choose_checkpoint` has refused it
+        own = path == checkpoint_path(args.save, manifest["iteration"])
+        if own and manifest["base_weights"] != self._base_weights:
+            raise SetupError(
+                f"--output-dir {args.output_dir} holds a run that was started from other weights than "
+                f"those of --hf-model: give the same again, or choose another --output-dir"
+            )
+        before = self._comparable(manifest["data"])
+        batch = before["global_batch_size"]
+        if batch != args.global_batch_size:
+            raise SetupError(
+                f"{path} was saved with --global-batch-size {batch}, this run's is "
+                f"{args.global_batch_size}: a step would be another number of packs; give the same, or "
+                f"--finetune with --load in another --output-dir to start from its weights"
+            )
+        consumed = manifest["consumed_samples"]
+        differs = [key for key in self._facts if before.get(key) != self._facts[key]]
+        if args.restart_data and (differs or not own):
+            args.data_begins_at = consumed
+            return
+        if differs:
+            raise SetupError(
+                f"{path} {self._difference(before, differs)}; give the same again to continue, or "
+                f"--restart-data to keep the weights, optimizer and step and begin the new data at its "
+                f"beginning"
+            )
+        changed = self._changed(before)
+        if changed and args.rank == 0:
+            print(
+                f"note: the documents are those that {path} was saved with, though this differs: "
+                f"{', '.join(changed)}",
+                file=sys.stderr,
+            )
+        args.data_begins_at = before["begins_at"]
+        position = self.plan.locate(consumed - args.data_begins_at)
+        if position != (before["epoch"], before["pack"]):
+            raise SetupError(
+                f"{path} was saved at pack {before['pack']} of epoch {before['epoch']}, which is "
+                f"not where {consumed - args.data_begins_at} packs of this data end {position}: its "
+                f"manifest.json has been changed"
+            )
+
+        if (
+            before["filler"]
+            and (self.plan.epochs or sys.maxsize) > before["epoch"]
+            and args.rank == 0
+        ):
+            print(
+                f"warning: the last batch of {path} held {before['filler']} empty packs behind the "
+                f"last epoch: as many packs of the next epoch are left out",
+                file=sys.stderr,
+            )
+
+    def _comparable(self, before: dict[str, Any]) -> dict[str, Any]:
+        """What a manifest says of the data; a version before named a token cache in place of contents."""
+        if "contents" in before:
+            return before
+        plan, name = self.plan, before["documents"]
+        same = cache_has_documents(cache_dir(self.args), name, plan.documents)
+        if same is None:
+            return before
+        if not same:
+            return {**before, "contents": "other"}
+        planned = before["plan_hash"] == plan.plan_hash_of(name)
+        plan_hash = plan.plan_hash if planned else before["plan_hash"]
+        return {**before, "contents": plan.documents.contents, "plan_hash": plan_hash}
+
+    def _changed(self, before: dict[str, Any]) -> list[str]:
+        """What the documents are made of that was something else before."""
+        if "made_of" not in before:
+            return [
+                f"the version of this project (compared with token cache {before['documents']})"
+            ]
+        changed: dict[str, list[str]] = {}
+        for then, now in zip(before["made_of"], self._made_of, strict=False):
+            for key, value in now.items():
+                if then.get(key) != value:
+                    changed.setdefault(key, []).append(f"{then.get(key)}, now {value}")
+        return [
+            f"{key} ({'; '.join(dict.fromkeys(values))})" if key in _SHOWN else key
+            for key, values in changed.items()
+        ]
+
+    def _difference(self, before: dict[str, Any], differs: list[str]) -> str:
+        other = "was saved in other data:"
+        for key in PLAN_KEYS:
+            if key in differs:
+                flag = f"--{key.replace('_', '-')}"
+                return f"{other} {flag} was {before.get(key)}, now {self._facts[key]}"
+        if "contents" not in before:
+            return (
+                f"cannot be compared with this data: it is of a version before, and the token cache "
+                f"{before['documents']} that it was saved with is not in {cache_dir(self.args)} "
+                f"(--data-cache-dir)"
+            )
+        if "contents" in differs:
+            return f"{other} the training data differs"
+        return f"{other} its packs are planned in another way by this version"
+
+
+def find_position(
+    args: argparse.Namespace, train: Split | None, checkpoint: Checkpoint | None
+) -> DataPosition | None:
+    """The place in the training data to go on at, and with `--num-epochs` the steps to its end.
+
+    Sets `args.train_iters` from `--num-epochs`.
+
+    Args:
+        args: parsed arguments.
+        train: the training data; None when nothing is trained.
+        checkpoint: what the run continues from.
+
+    Returns:
+        None when nothing is trained.
+
+    Raises:
+        SetupError: as `DataPosition.check`; or the learning rate cannot go as its flags say over the steps
+            of `--num-epochs`.
+    """
+    if train is None:
+        return None
+    plan = train.packs
+    position = DataPosition(args, plan)
+    position.check(checkpoint)
+    if args.num_epochs:
+        # Filler packs, which weigh nothing, make the last step full.
+        steps = -(-plan.num_packed_samples // args.global_batch_size)
+        args.train_iters = args.data_begins_at // args.global_batch_size + steps
+        check_learning_rate(args)
+    return position
+
+
+def _weights_digest(args: argparse.Namespace) -> str | None:
+    """A digest of samples of the weight files: the same for the same base model, wherever it lies."""
+    if args.hf_config is None or args.random_weights:
+        return None
+    digest = hashlib.sha256()
+    for path in sorted(local_model_folder(args.hf_model).glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(16):
+                file.seek(size * part // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Teachers, features, drafts and their losses."""

@@ -1,0 +1,1 @@
+"""Writes a model for other libraries and compares its logits."""

@@ -1,0 +1,116 @@
+"""From a Megatron model to a HuggingFace folder that has been read back and compared."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from post_training.errors import SetupError
+from post_training.hf.config import local_model_folder
+from post_training.hf.weights import hf_state_dict
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# Largest difference allowed between logits, relative to the largest one. Both sides compute in fp32,
+# whatever the dtype of the weights: in bf16 they round in different places, which alone moves logits by
+# some percent, and by 15% where a router takes another expert; a wrong rotary base moves them by less.
+TOLERANCE = 1e-5
+GENERATION = "generation_config.json"
+CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 17 + 25 = 42; naïve façade, 東京.\n"
+
+
+def export_hf(
+    chunks: list[torch.nn.Module],
+    config: PretrainedConfig | None,
+    tokenizer: Any,
+    folder: str | Path,
+    *,
+    hf_model: str | None = None,
+    max_shard_size: str = "5GB",
+) -> float:
+    """Write a model as a HuggingFace folder, reload it and compare its logits.
+
+    Everything is written beside `folder` first and moved there when the comparison has passed. That is made
+    in fp32, to which weights of any dtype are turned without loss.
+
+    Args:
+        chunks: the whole unwrapped Megatron model in evaluation mode, as the list's one chunk. It is used
+            up: the list is emptied, so that only one model in fp32 lies in memory at a time.
+        config: the HuggingFace configuration the model was made from.
+        tokenizer: the HuggingFace tokenizer.
+        folder: where to write; replaced if it is an earlier export.
+        hf_model: where generation_config.json is copied from; without one it follows from `config`.
+        max_shard_size: largest safetensors file.
+
+    Returns:
+        Largest difference between a logit of the reloaded model and Megatron's, relative to the largest
+        logit.
+
+    Raises:
+        SetupError: the model was not made from a HuggingFace configuration, `folder` holds something
+            else, or the reloaded model does not agree.
+    """
+    from huggingface_hub import save_torch_state_dict
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if config is None:
+        raise SetupError(
+            "the run was made from Megatron flags: there is no HuggingFace configuration"
+        )
+    target = Path(folder)
+    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
+        raise SetupError(f"--to {target}: exists and is no HuggingFace folder")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+    state = {name: value.cpu() for name, value in hf_state_dict(chunks[0], config).items()}
+    dtype = next(iter(state.values())).dtype
+    config.dtype = dtype
+    config.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    generation = Path(local_model_folder(hf_model), GENERATION) if hf_model else None
+    if generation is not None and generation.is_file():
+        shutil.copyfile(generation, partial / GENERATION)
+    else:
+        GenerationConfig.from_model_config(config).save_pretrained(partial)
+    save_torch_state_dict(
+        state, str(partial), max_shard_size=max_shard_size, metadata={"format": "pt"}
+    )
+    del state
+
+    tokens = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
+    expected = _logits(chunks[0].float(), tokens, config.vocab_size)
+    chunks.clear()
+    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
+    difference = _difference(reloaded, tokens, expected)
+    if not difference <= TOLERANCE:
+        raise SetupError(
+            f"the reloaded model's logits differ from Megatron's by {difference:.2e} of the largest one "
+            f"(allowed {TOLERANCE:.0e}); the export is left in {partial}"
+        )
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return difference
+
+
+@torch.inference_mode()
+def _logits(model: Any, tokens: list[int], vocabulary: int) -> torch.Tensor:
+    """Logits of one sequence by Megatron's model, on the host: float32 [tokens, vocabulary]."""
+    device = next(model.parameters()).device
+    row = torch.tensor([tokens], device=device)
+    out = model(row, torch.arange(len(tokens), device=device).unsqueeze(0), None)
+    return out[0, :, :vocabulary].float().cpu()
+
+
+@torch.inference_mode()
+def _difference(model: Any, tokens: list[int], expected: torch.Tensor) -> float:
+    """Largest difference of logits to `expected` [tokens, vocabulary], relative to the largest one."""
+    row = torch.tensor([tokens], device=next(model.parameters()).device)
+    found = model(row, use_cache=False).logits[0].cpu()
+    return float((found - expected).abs().max() / expected.abs().max())

@@ -1,0 +1,1 @@
+"""Reads HuggingFace configurations, weights and tokenizers."""

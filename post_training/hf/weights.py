@@ -1,0 +1,187 @@
+"""Weights between HuggingFace and Megatron: what `families.model_weights` lists, in both directions.
+
+A HuggingFace model keeps q, k, v, gate and up apart; Megatron fuses q, k, v by query group
+(`[group: queries..., key, value]`) and gate with up, and splits all of them over the tensor parallel
+group. Loading reads only the rows and columns of this rank, export takes a whole model apart again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from post_training.errors import SetupError
+from post_training.hf.checkpoint import HFCheckpoint
+from post_training.hf.families import Weight, model_weights
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..+)")
+_EXPERT = re.compile(r"(.+\.mlp\.experts\.local_experts\.)(\d+)(\..+)")
+_GROUPED_EXPERT = re.compile(r"(.+\.mlp\.experts\.)(linear_fc[12])\.weight(\d+)")
+# Transformer Engine fuses each norm into the linear layer behind it.
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+
+
+def whole_name(name: str, *, first_layer: int = 0, first_expert: int = 0) -> str:
+    """The name of a parameter in a whole model of local layers, as `model_weights` lists it.
+
+    Args:
+        name: its name in its (unwrapped) model chunk, of local layers or Transformer Engine's.
+        first_layer: index in the whole model of the chunk's layer 0.
+        first_expert: index in the whole model of this rank's expert 0.
+    """
+    name = _GROUPED_EXPERT.sub(r"\1local_experts.\3.\2.weight", name)
+    for fused, norm in _FUSED_NORMS.items():
+        name = name.replace(fused, norm)
+    name = _LAYER.sub(lambda m: f"{m[1]}{int(m[2]) + first_layer}{m[3]}", name)
+    return _EXPERT.sub(lambda m: f"{m[1]}{int(m[2]) + first_expert}{m[3]}", name)
+
+
+def _shard(size: int, rank: int, world: int) -> tuple[int, int]:
+    step = size // world
+    return rank * step, (rank + 1) * step
+
+
+def read_parameter(
+    checkpoint: HFCheckpoint,
+    weight: Weight,
+    shape: torch.Size,
+    tp_rank: int,
+    tp_size: int,
+) -> torch.Tensor:
+    """Read this rank's part of one Megatron parameter.
+
+    Args:
+        checkpoint: the HuggingFace weights.
+        weight: what to read.
+        shape: shape of the parameter on this rank.
+        tp_rank: rank in the tensor parallel group.
+        tp_size: size of the tensor parallel group.
+
+    Returns:
+        Values in the file's dtype. Rows of a padded vocabulary are zero.
+    """
+    parts = [checkpoint.slice(name) for name in weight.tensors]
+    if weight.layout == "replicated":
+        return parts[0][:]
+    if weight.layout == "vocabulary":
+        start = tp_rank * shape[0]
+        rows = parts[0][start : min(start + shape[0], parts[0].get_shape()[0])]
+        return torch.nn.functional.pad(rows, (0, 0, 0, shape[0] - rows.shape[0]))
+    if weight.layout == "columns":
+        start, end = _shard(parts[0].get_shape()[1], tp_rank, tp_size)
+        return parts[0][:, start:end]
+    if weight.layout == "gate_up":
+        start, end = _shard(parts[0].get_shape()[0], tp_rank, tp_size)
+        return torch.cat([part[start:end] for part in parts])
+    first, last = _shard(weight.groups, tp_rank, tp_size)
+    by_group = []
+    for part in parts:
+        rows_per_group = part.get_shape()[0] // weight.groups
+        rows = part[first * rows_per_group : last * rows_per_group]
+        by_group.append(rows.reshape(last - first, rows_per_group, *rows.shape[1:]))
+    fused = torch.cat(by_group, dim=1)
+    return fused.reshape(-1, *fused.shape[2:])
+
+
+def split_parameter(weight: Weight, value: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Undo `read_parameter` for a whole (not sharded) parameter.
+
+    Yields:
+        HuggingFace name and tensor; rows of a padded vocabulary are left out.
+    """
+    names, rows = list(weight.tensors), [shape[0] for shape in weight.tensors.values()]
+    if weight.layout == "qkv":
+        by_group = value.reshape(weight.groups, -1, *value.shape[1:])
+        parts = by_group.split([n // weight.groups for n in rows], dim=1)
+    elif weight.layout == "gate_up":
+        parts = value.split(rows)
+    else:
+        parts = (value[: rows[0]],)
+    for name, part, n in zip(names, parts, rows, strict=True):
+        # A copy: safetensors refuses tensors that share memory.
+        yield name, part.reshape(n, *value.shape[1:]).clone(memory_format=torch.contiguous_format)
+
+
+def _weights(
+    chunk: torch.nn.Module, config: PretrainedConfig
+) -> Iterator[tuple[torch.nn.Parameter, Weight]]:
+    """Each parameter of an unwrapped `GPTModel` chunk with what makes it up."""
+    from megatron.core import parallel_state
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    megatron: Any = chunk.config
+    first_layer = get_transformer_layer_offset(megatron, getattr(chunk, "vp_stage", None))
+    experts = megatron.num_moe_experts or 0
+    per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
+    first_expert = per_rank * parallel_state.get_expert_model_parallel_rank()
+    every = model_weights(config)
+    if config.tie_word_embeddings:
+        # The last pipeline stage keeps a copy of the embedding.
+        every["output_layer.weight"] = every["embedding.word_embeddings.weight"]
+    for name, parameter in chunk.named_parameters():
+        yield (
+            parameter,
+            every[whole_name(name, first_layer=first_layer, first_expert=first_expert)],
+        )
+
+
+@torch.no_grad()
+def load_hf_weights(
+    chunks: list[torch.nn.Module], folder: str | Path, config: PretrainedConfig
+) -> None:
+    """Fill model chunks with the weights of a HuggingFace folder; each rank reads its own shard only.
+
+    Args:
+        chunks: unwrapped `GPTModel` chunks of this rank.
+        folder: the HuggingFace folder.
+        config: its configuration.
+
+    Raises:
+        SetupError: a tensor is missing or has another shape than the configuration says.
+    """
+    from megatron.core import parallel_state
+
+    dense = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+    )
+    of_experts = (
+        parallel_state.get_expert_tensor_parallel_rank(),
+        parallel_state.get_expert_tensor_parallel_world_size(),
+    )
+    with HFCheckpoint(folder) as checkpoint:
+        for parameter, weight in (pair for chunk in chunks for pair in _weights(chunk, config)):
+            for missing in (n for n in weight.tensors if n not in checkpoint):
+                raise SetupError(f"--hf-model {folder}: the weights lack the tensor {missing}")
+            rank, size = of_experts if weight.of_expert else dense
+            value = read_parameter(checkpoint, weight, parameter.shape, rank, size)
+            if value.shape != parameter.shape:
+                raise SetupError(
+                    f"--hf-model {folder}: {' + '.join(weight.tensors)} give shape "
+                    f"{tuple(value.shape)} on this rank, config.json says {tuple(parameter.shape)}"
+                )
+            parameter.copy_(value)
+
+
+@torch.no_grad()
+def hf_state_dict(chunk: torch.nn.Module, config: PretrainedConfig) -> dict[str, torch.Tensor]:
+    """HuggingFace tensors of a whole model (one chunk, tensor and pipeline parallel size 1).
+
+    Returns:
+        By HuggingFace name. A tied model has no `lm_head.weight`.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for parameter, weight in _weights(chunk, config):
+        for name, value in split_parameter(weight, parameter.detach()):
+            state.setdefault(name, value)
+    return state

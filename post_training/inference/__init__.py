@@ -1,0 +1,1 @@
+"""One whole model in one process answers."""

@@ -1,0 +1,193 @@
+"""The two ways the tools compute answers: the Megatron model itself, or plain transformers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from post_training.errors import SetupError
+from post_training.hf.config import local_model_folder
+from post_training.inference.generate import Sampling, generate, stop_tokens
+from post_training.inference.load import LoadedModel, load_model
+from post_training.inference.quiet import quiet_libraries
+
+BACKENDS = ("megatron", "transformers")
+
+
+class Backend(Protocol):
+    """Continues token ids."""
+
+    tokenizer: Any
+    source: str
+    sampling: Sampling
+
+    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """New token ids of each prompt, without the stop token.
+
+        An answer of `sampling.max_new_tokens` tokens was cut: none of them ends it.
+        """
+        ...
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say which model answers."""
+    parser.add_argument("--output-dir", help="folder of a run: its newest checkpoint")
+    parser.add_argument("--iteration", type=int, help="another checkpoint of the run")
+    parser.add_argument("--hf-model", help="a HuggingFace folder or hub name instead of a run")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="megatron", help="what computes (default: megatron)"
+    )
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how tokens are chosen."""
+    defaults = Sampling()
+    parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
+    parser.add_argument(
+        "--temperature", type=float, default=defaults.temperature, help="0 (default): greedy"
+    )
+    parser.add_argument("--top-p", type=float, default=defaults.top_p)
+    parser.add_argument("--top-k", type=int, default=defaults.top_k)
+    parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument("--batch-size", type=int, default=32, help="prompts computed at once")
+
+
+def _check_model_arguments(options: argparse.Namespace) -> None:
+    """Refuse flags that name no model, or more than one.
+
+    Raises:
+        SetupError: naming them.
+    """
+    run, folder = options.output_dir, options.hf_model
+    if run is None and folder is None:
+        raise SetupError("give --output-dir (a run) or --hf-model (a HuggingFace folder)")
+    if run is not None and folder is not None:
+        raise SetupError(f"--output-dir {run} and --hf-model {folder}: give one of them")
+    if folder is not None and options.iteration is not None:
+        raise SetupError(
+            f"--iteration {options.iteration}: --hf-model {folder} is no run, it has one set of weights; "
+            f"leave --iteration out, or give --output-dir"
+        )
+    if options.backend == "transformers" and folder is None:
+        raise SetupError(
+            f"--backend transformers reads a HuggingFace folder: export the run with "
+            f"scripts/export_hf.py --output-dir {run}, and give --hf-model in the place of --output-dir"
+        )
+
+
+def open_backend(options: argparse.Namespace) -> Backend:
+    """Load the model that the flags name.
+
+    Raises:
+        SetupError: there is none, or more than one, or the backend cannot read it.
+    """
+    _check_model_arguments(options)
+    if options.batch_size < 1:
+        raise SetupError(f"--batch-size {options.batch_size}: must be at least 1")
+    sampling = Sampling(
+        options.max_new_tokens,
+        options.temperature,
+        options.top_p,
+        options.top_k,
+        options.seed,
+    )
+    if options.backend == "transformers":
+        return TransformersBackend.load(options.hf_model, sampling, options.batch_size)
+    with quiet_libraries():
+        loaded = load_model(
+            output_dir=options.output_dir, hf_model=options.hf_model, iteration=options.iteration
+        )
+    return MegatronBackend(loaded, sampling, options.batch_size)
+
+
+@dataclass
+class MegatronBackend:
+    """The `GPTModel` with Megatron's key/value cache."""
+
+    loaded: LoadedModel
+    sampling: Sampling
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        self.tokenizer = self.loaded.tokenizer
+        self.source = self.loaded.source
+        self.stops = stop_tokens(self.tokenizer, self._generation_config())
+
+    def _generation_config(self) -> Any:
+        from transformers import GenerationConfig
+
+        if not self.loaded.args.hf_model:
+            return None
+        folder = local_model_folder(self.loaded.args.hf_model)
+        if not (folder / "generation_config.json").is_file():
+            return None
+        return GenerationConfig.from_pretrained(folder)
+
+    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """New token ids of each prompt, without the stop token."""
+        return generate(self.loaded, prompts, self.sampling, self.stops, batch_size=self.batch_size)
+
+
+@dataclass
+class TransformersBackend:
+    """Plain `transformers`: what anybody who gets the exported folder will run."""
+
+    model: Any
+    tokenizer: Any
+    source: str
+    sampling: Sampling
+    batch_size: int
+
+    @classmethod
+    def load(cls, folder: str, sampling: Sampling, batch_size: int) -> TransformersBackend:
+        """Load a HuggingFace folder or hub name, in the dtype that its configuration names.
+
+        Raises:
+            SetupError: it cannot be loaded.
+        """
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        try:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise SetupError(f"--hf-model {folder}: {first_line}") from error
+        if torch.cuda.is_available():
+            model = model.cuda()
+        return cls(model, tokenizer, folder, sampling, batch_size)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """New token ids of each prompt, without the stop token."""
+        stops = stop_tokens(self.tokenizer, self.model.generation_config)
+        options: dict[str, Any] = {
+            "max_new_tokens": self.sampling.max_new_tokens,
+            "eos_token_id": sorted(stops),
+            "pad_token_id": min(stops),
+            "do_sample": self.sampling.temperature > 0,
+        }
+        if self.sampling.temperature > 0:
+            torch.manual_seed(self.sampling.seed)
+            options |= {
+                "temperature": self.sampling.temperature,
+                "top_p": self.sampling.top_p,
+                "top_k": self.sampling.top_k,
+            }
+        answers: list[list[int]] = [[] for _ in prompts]
+        # Batches of prompts of one length: nothing is padded.
+        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        while order:
+            length = len(prompts[order[0]])
+            batch = [i for i in order[: self.batch_size] if len(prompts[i]) == length]
+            order = order[len(batch) :]
+            rows = torch.tensor([prompts[i] for i in batch], device=self.model.device)
+            out = self.model.generate(rows, attention_mask=torch.ones_like(rows), **options)
+            for index, row in zip(batch, out[:, length:].tolist(), strict=True):
+                end = next((at for at, token in enumerate(row) if token in stops), len(row))
+                answers[index] = row[:end]
+        return answers

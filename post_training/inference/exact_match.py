@@ -1,0 +1,163 @@
+"""Exact-match accuracy on held-out conversations whose last assistant turn is the right answer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from data.errors import DataError, RowError
+from data.rows.converters import FormatOptions
+from data.rows.registry import converter, detect_format
+from data.sources.chunks import read_chunk
+from data.sources.files import resolve_files
+from data.sources.readers import file_chunks
+from post_training.errors import SetupError
+from post_training.inference.backends import Backend
+from post_training.inference.generate import encode_prompt
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row of an evaluation."""
+
+    place: str
+    """`file:line` or `file, row n`."""
+    messages: list[dict[str, Any]]
+    """The conversation up to the answer."""
+    tools: list[dict[str, Any]] | None
+    answer: str
+    """What the last assistant turn says."""
+    kind: str
+    """The row's `kind` field, or empty."""
+
+
+def read_questions(files: Sequence[str]) -> list[Question]:
+    """Read every row of `files`; formats are those of training data.
+
+    Raises:
+        DataError: a row cannot be read or does not end with an assistant turn. Every row counts, so
+            none is skipped.
+    """
+    questions: list[Question] = []
+    for number, path in enumerate(resolve_files(list(files), "--data")):
+        convert = None
+        for chunk in file_chunks(path, number):
+            for raw in read_chunk(chunk):
+                if raw.error is not None:
+                    raise DataError(f"{raw.place}: {raw.error}")
+                try:
+                    if convert is None:
+                        options = FormatOptions()
+                        convert = converter(detect_format(raw.row, options), options)
+                    conversation = convert(raw.row)
+                except RowError as error:
+                    raise DataError(f"{raw.place}: {error}") from error
+                *prompt, last = conversation.messages or [{}]
+                if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+                    raise DataError(f"{raw.place}: the last message is not an assistant's answer")
+                kind = str(raw.row.get("kind") or "")
+                questions.append(
+                    Question(raw.place, prompt, conversation.tools, last["content"], kind)
+                )
+    if not questions:
+        raise DataError(f"--data {' '.join(files)}: there are no rows")
+    return questions
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an evaluation found."""
+
+    rows: list[dict[str, Any]]
+    """For each question: place, kind, expected, answer, correct, truncated."""
+    max_new_tokens: int
+    """Answers of so many tokens were cut there: `truncated`."""
+
+    def by_kind(self) -> dict[str, tuple[int, int]]:
+        """Correct answers and questions of each kind; of all under `""`, which comes last."""
+        table: dict[str, list[int]] = {}
+        for row in self.rows:
+            for kind in {row["kind"], ""}:
+                counts = table.setdefault(kind, [0, 0])
+                counts[0] += row["correct"]
+                counts[1] += 1
+        everything = table.pop("")
+        return {kind: (a, b) for kind, (a, b) in sorted(table.items())} | {
+            "": (everything[0], everything[1])
+        }
+
+    @property
+    def accuracy(self) -> float:
+        """Correct answers over all questions."""
+        return sum(row["correct"] for row in self.rows) / len(self.rows)
+
+    @property
+    def truncated(self) -> int:
+        """Answers that were cut."""
+        return sum(row["truncated"] for row in self.rows)
+
+    def table(self) -> str:
+        """The counts as aligned text, and how many answers were cut, if any."""
+        lines = [f"{'kind':<24} {'correct':>8} {'rows':>6} {'accuracy':>9}"]
+        for kind, (correct, rows) in self.by_kind().items():
+            lines.append(f"{kind or 'all':<24} {correct:>8} {rows:>6} {correct / rows:>9.1%}")
+        if self.truncated:
+            lines.append(
+                f"{self.truncated} of {len(self.rows)} answers reached --max-new-tokens "
+                f"{self.max_new_tokens}"
+            )
+        return "\n".join(lines)
+
+
+def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
+    """The part of an answer that is compared: all of it, or the last match's first group.
+
+    Returns:
+        Stripped text; None where the pattern does not match.
+    """
+    if pattern is None:
+        return text.strip()
+    matches = list(pattern.finditer(text))
+    if not matches:
+        return None
+    match = matches[-1]
+    return (match[1] if pattern.groups else match[0]).strip()
+
+
+def evaluate(
+    backend: Backend, questions: Sequence[Question], pattern: re.Pattern[str] | None = None
+) -> Scores:
+    """Let the model answer every question and compare.
+
+    Args:
+        backend: what answers.
+        questions: every one counts.
+        pattern: compares only what it finds, in the right answer and in the model's.
+
+    Raises:
+        SetupError: the pattern does not match a right answer.
+    """
+    expected = [extract(question.answer, pattern) for question in questions]
+    for question, value in zip(questions, expected, strict=True):
+        if value is None and pattern is not None:
+            raise SetupError(
+                f"{question.place}: --answer-pattern finds nothing in {question.answer!r}"
+            )
+    prompts = [encode_prompt(backend.tokenizer, q.messages, q.tools) for q in questions]
+    longest = backend.sampling.max_new_tokens
+    rows = []
+    for question, value, ids in zip(questions, expected, backend.generate(prompts), strict=True):
+        text = backend.tokenizer.decode(ids, skip_special_tokens=True)
+        rows.append(
+            {
+                "place": question.place,
+                "kind": question.kind,
+                "expected": value,
+                "answer": text,
+                "correct": extract(text, pattern) == value,
+                "truncated": len(ids) >= longest,
+            }
+        )
+    return Scores(rows, longest)

@@ -1,0 +1,133 @@
+"""One whole model in one process: from a run's checkpoint of any layout, or from a HuggingFace folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from post_training.arguments.config_file import read_config_file
+from post_training.arguments.parser import validate
+from post_training.checkpoint.store import Checkpoint, chosen_checkpoint, latest_checkpoint
+from post_training.checkpoint.torch_dcp import checkpoint_format, load_weights
+from post_training.errors import SetupError
+from post_training.hf.tokenizer import load_tokenizer
+from post_training.inference.arguments import arguments_of_hf_model, arguments_of_run
+from post_training.platform.checkpoints.loading import CheckpointUnreadable
+
+
+@dataclass
+class LoadedModel:
+    """A model ready for inference."""
+
+    model: Any
+    """The unwrapped `GPTModel`, in evaluation mode."""
+    tokenizer: Any
+    args: argparse.Namespace
+    source: str
+    """Where it came from, for messages."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Tokens there really are, without padding."""
+        return int(self.args.vocab_size)
+
+
+def load_model(
+    *,
+    output_dir: str | None = None,
+    hf_model: str | None = None,
+    iteration: int | None = None,
+    checkpoints: str | None = None,
+) -> LoadedModel:
+    """Build the model in this process and load its weights.
+
+    Args:
+        output_dir: folder of a run; its newest complete checkpoint is loaded, whatever parallel layout
+            wrote it.
+        hf_model: a HuggingFace folder or hub name instead.
+        iteration: another checkpoint of the run than the newest.
+        checkpoints: the folder that the run saved in, where it is another than one would look in.
+
+    Raises:
+        SetupError: neither or both are given, or there is no checkpoint, or it is damaged.
+    """
+    if (output_dir is None) == (hf_model is None):
+        raise SetupError("give either --output-dir (a run) or --hf-model (a HuggingFace folder)")
+    if hf_model is not None:
+        args, checkpoint, source = arguments_of_hf_model(hf_model), None, hf_model
+    else:
+        assert output_dir is not None
+        args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration, checkpoints)
+        source = str(checkpoint.path)
+    try:
+        model = _build(args, checkpoint)
+    except CheckpointUnreadable as error:
+        raise SetupError(f"{source}: {error}; --iteration takes another checkpoint") from error
+    return LoadedModel(model, load_tokenizer(args), args, source)
+
+
+def _checkpoint_of_run(
+    folder: Path, iteration: int | None, checkpoints: str | None
+) -> tuple[argparse.Namespace, Checkpoint]:
+    """Arguments that load one checkpoint of a run, and it.
+
+    Raises:
+        SetupError: there is none, or its model cannot be had here.
+    """
+    config_file = folder / "config.yaml"
+    if not config_file.is_file():
+        raise SetupError(f"--output-dir {folder}: holds no run (no config.yaml)")
+    config = read_config_file(config_file)
+    own = folder / "checkpoints"
+    # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
+    usual = own if latest_checkpoint(own) is not None else config.get("save") or own
+    where = str(checkpoints or usual)
+    checkpoint, complaint = chosen_checkpoint(where, iteration)
+    if checkpoint is None:
+        raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
+    if complaint is not None:
+        print(f"warning: {complaint}; using {checkpoint.path}", file=sys.stderr)
+    args = arguments_of_run(folder, config, by_modelopt=checkpoint.has_modelopt)
+    args.load = where
+    # Whatever the tracker file names.
+    args.ckpt_step = checkpoint.iteration
+    return args, checkpoint
+
+
+def _build(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import unwrap_model
+    from megatron.training import checkpointing, training
+    from megatron.training.global_vars import set_global_variables
+
+    from model_provider import model_config
+
+    args.tensorboard_dir = None
+    args.no_load_optim = args.no_load_rng = True
+    args.exit_signal_handler = False
+    args.use_distributed_optimizer = False
+    validate(args)
+    set_global_variables(args, build_tokenizer=False)
+    # A store of its own: no port is opened and nobody is waited for.
+    training.initialize_megatron(store=torch.distributed.HashStore())
+    config = model_config(args, checkpoint)
+    builder = config.get_builder_cls()(config)
+    chunks = builder.build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+    model = unwrap_model(chunks)[0].eval()
+    if checkpoint is not None:
+        if checkpoint_format(checkpoint) == "torch_dcp":
+            load_weights(model, checkpoint)
+        else:
+            checkpointing.load_checkpoint(chunks, None, None)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model

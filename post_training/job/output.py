@@ -1,0 +1,99 @@
+"""The output folder: room on its disk, what lies in it beside checkpoints, and where logs go."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from post_training.arguments.config_file import resolved_config, write_config
+from post_training.errors import SetupError
+from post_training.hf.config import local_model_folder
+from post_training.job import run_lock
+from post_training.layout.model_size import checkpoint_bytes, shown_bytes
+from post_training.machine.disk import log_stream
+
+# In the output folder: configuration, tokenizer and chat template of the model, kept with its weights.
+MODEL_FOLDER = "model"
+
+
+def prepare_output(args: argparse.Namespace) -> None:
+    """Make the output folder and check that it can be written and has room for a checkpoint.
+
+    Raises:
+        SetupError: the folder cannot be made or written, its disk is too full, or another run trains in it.
+    """
+    folder = Path(args.output_dir)
+    try:
+        Path(args.save).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"--output-dir {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise SetupError(f"--output-dir {folder}: cannot be written")
+    run_lock.hold(args, wait=0.0)  # a folder that was there before is held already
+    free = shutil.disk_usage(args.save).free
+    needed = 0 if args.skip_train else checkpoint_bytes(args)
+    if free < needed:
+        raise SetupError(
+            f"--output-dir {folder}: a checkpoint takes {shown_bytes(needed)}, its disk has "
+            f"{shown_bytes(free)} free; make room or choose another folder"
+        )
+
+
+def save_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Write `config.yaml` on rank 0 and return what it holds."""
+    config = resolved_config(args)
+    if args.rank == 0:
+        write_config(config, args.derived, Path(args.output_dir) / "config.yaml")
+    return config
+
+
+def redirect_logs(args: argparse.Namespace) -> TextIO:
+    """Send everything that Megatron and its libraries print to `train.log`.
+
+    Returns:
+        The console as it was: for the progress bar, messages and errors of this project.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    console = log_stream(os.dup(2), owned=True)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    node = args.rank // local_world
+    # One file a node: appends of one machine do not mix inside a line, those of several may.
+    name = "eval" if args.eval_only else "train"
+    name += ".log" if node == 0 else f".node{node}.log"
+    log = os.open(Path(args.output_dir) / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)
+    sys.stdout, sys.stderr = log_stream(1), log_stream(2)
+    logging.captureWarnings(True)
+    return console
+
+
+def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
+    """Keep configuration, tokenizer, chat template and generation defaults beside the checkpoints."""
+    if args.rank != 0:
+        return
+    folder = Path(args.output_dir) / MODEL_FOLDER
+    folder.mkdir(exist_ok=True)
+    if args.chat_template:
+        from data.templates.tokenizer_facts import template_source
+
+        tokenizer.chat_template = template_source(tokenizer, args.chat_template)
+    tokenizer.save_pretrained(folder)
+    if args.hf_config is None:
+        return
+    args.hf_config.save_pretrained(folder)
+    source = local_model_folder(args.hf_model)
+    defaults = source / "generation_config.json"
+    if defaults.is_file() and source.resolve() != folder.resolve():
+        shutil.copyfile(defaults, folder / defaults.name)

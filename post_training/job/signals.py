@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM: finish the step, save, and leave with status 0."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+from types import FrameType
+from typing import TextIO
+
+from post_training.job.watchdog import watchdog
+
+
+class GracefulExit:
+    """Turns the first SIGINT or SIGTERM into Megatron's request to save and exit.
+
+    Megatron's own handler (`--exit-signal-handler`) hears one signal only; after each step all ranks
+    agree on whether one of them has heard it. A second signal ends the process at once.
+    """
+
+    def __init__(self, args: argparse.Namespace, console: TextIO) -> None:
+        """Install the handlers; Megatron's must be in place already.
+
+        Args:
+            args: validated arguments.
+            console: where rank 0 says what happens.
+        """
+        from megatron.training.global_vars import get_signal_handler
+
+        self.received: int | None = None
+        self.console = console if args.rank == 0 else None
+        self.megatron = get_signal_handler()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if watchdog.job_ends():
+            return  # a launcher ends the ranks that are left; there is nobody to save with
+        if self.received is not None:
+            watchdog.stop()  # the others are told the same; nobody died
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+            return
+        self.received = number
+        self.megatron._signal_received = True
+        if self.console is not None:
+            name = signal.Signals(number).name
+            _say(
+                f"\n{name}: saving after this step; once more to leave without saving\n",
+                self.console,
+            )
+
+
+def _say(text: str, stream: TextIO) -> None:
+    """Write from a signal handler, which may have come in the middle of another write to `stream`."""
+    try:
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:  # no file, as in a notebook
+        print(text, end="", file=stream, flush=True)
+        return
+    # The stream's own buffer refuses a second writer: "reentrant call".
+    with contextlib.suppress(OSError):
+        os.write(descriptor, text.encode())

@@ -1,0 +1,1 @@
+"""Says which parallel layouts work, what they hold and what they cost."""

@@ -1,0 +1,1 @@
+"""What this process can learn of its device, disk, kernels and environment."""

@@ -1,0 +1,1 @@
+"""Counts what steps did and writes what a run leaves to read."""

@@ -1,0 +1,62 @@
+"""The layer spec: Transformer Engine's where it is asked for, else the local one, mended."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from post_training.model.attention import PackedAttention
+from post_training.model.norm import LocalNorm
+from post_training.model.router import DocumentRouter
+
+
+def uses_packed_attention(settings: Any) -> bool:
+    """Whether core attention is our own; `settings` are arguments or a transformer config."""
+    return settings.transformer_impl == "local" or settings.context_parallel_size > 1
+
+
+def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """Spec of the decoder layers of one pipeline stage.
+
+    Args:
+        config: a Megatron `GPTModelConfig`.
+        vp_stage: the virtual pipeline stage, or None.
+
+    Returns:
+        Megatron's block spec. For `--transformer-impl local` its core attention is `PackedAttention`
+        and its norms are `LocalNorm`: Megatron's own refuse packed sequences and sequence parallelism.
+        With Transformer Engine the core attention is replaced under context parallelism only, where its
+        kernels want every document padded. Layers with experts get a `DocumentRouter`.
+    """
+    transformer = config.transformer
+    use_te = transformer.transformer_impl == "transformer_engine"
+    block = get_gpt_decoder_block_spec(
+        transformer,
+        use_transformer_engine=use_te,
+        normalization=transformer.normalization,
+        vp_stage=vp_stage,
+    )
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        attention = parts.self_attention.submodules
+        if uses_packed_attention(transformer):
+            attention.core_attention = PackedAttention
+        if isinstance(parts.mlp, functools.partial) and parts.mlp.func is MoELayer:
+            experts = dataclasses.replace(parts.mlp.keywords["submodules"], router=DocumentRouter)
+            parts.mlp = functools.partial(MoELayer, submodules=experts)
+        if use_te:
+            continue
+        parts.input_layernorm = LocalNorm
+        parts.pre_mlp_layernorm = LocalNorm
+        for name in ("q_layernorm", "k_layernorm"):
+            if getattr(attention, name) is not IdentityOp:
+                setattr(attention, name, LocalNorm)
+    if not use_te:
+        block.layer_norm = LocalNorm
+    return block

@@ -1,0 +1,1 @@
+"""Lets Megatron run where there is no CUDA device."""

@@ -1,0 +1,312 @@
+"""Before the first step: a changed document must not move the losses of the others, on this very run.
+
+Two micro batches go forward through the run's own model, layout and schedule: the same real packs twice,
+the second time with some tokens of one document replaced.
+
+    documents   A A A A A A   B B B B B B B B B   C C C C
+    replaced                        x x x
+    watched     0 0 0 0 0     1 1         2 2 2   0 0 0
+
+    0  other documents: must not move            (isolation)
+    1  the same document, earlier: must not move (causality)
+    2  the same document, later: must move, or the check would see nothing
+
+The loss mask tells which tokens are watched and the groups as what, through tensor parallel broadcasts
+and context parallel cuts like those of training. No gradient is computed and nothing of the run is
+touched: not the data position, not the random state, not the counters.
+
+With experts the second pass sends every token to the experts of the first (`router.same_experts`), so that
+there too not one bit may move: what a token gets from its experts is computed anew, only which ones it
+asks is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch import Tensor
+
+from data import SFTDataset
+from post_training.batch.packed_documents import row_lengths
+from post_training.errors import RunStopped
+from post_training.machine.device import current_device
+from post_training.metrics.step_counters import counters
+from post_training.model.router import same_experts
+from post_training.platform.training_hooks import TrainStart
+
+OTHERS, EARLIER, LATER = range(3)
+GROUPS = 3
+# Micro batches that are looked at for one with two documents.
+LOOKED_AT = 64
+
+Micro = dict[str, Tensor]
+ForwardStep = Callable[[Any, torch.nn.Module], tuple[Tensor, Callable[..., Any]]]
+
+
+def reason_not_to_check(args: argparse.Namespace) -> str | None:
+    """Why documents of this run may depend on each other rightly, or may not be run twice; else None."""
+    if args.moe_expert_capacity_factor is not None:
+        return "--moe-expert-capacity-factor drops tokens, by which documents depend on each other"
+    if "sinkhorn" in str(args.moe_router_load_balancing_type):
+        return "sinkhorn routing looks at all tokens of a batch together"
+    if args.moe_router_fusion:
+        return "--moe-router-fusion chooses experts in a kernel that cannot be told to repeat it"
+    if args.fp8 or args.fp4:
+        return "fp8 and fp4 share scaling factors between documents, and remember them"
+    if args.cuda_graph_impl != "none":
+        return "CUDA graphs fix what is run"
+    return None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was seen over all ranks."""
+
+    tokens: list[int]
+    """Tokens watched of each group."""
+    moved: list[int]
+    """Those of each group whose loss is another one, by as little as a bit."""
+    worst: list[float]
+    """The largest change of a token's loss in each group, in nats."""
+
+    def complaint(self) -> str | None:
+        """What is wrong, or None."""
+        for group, what in (
+            (OTHERS, "documents of a pack see each other: a change in one moved"),
+            (EARLIER, "attention is not causal: a change of later tokens moved"),
+        ):
+            if self.moved[group]:
+                return (
+                    f"{what} the losses of {self.moved[group]} of {self.tokens[group]} tokens that must "
+                    f"not depend on it, by up to {self.worst[group]:.3g}"
+                )
+        if not self.moved[LATER]:
+            return (
+                f"the check sees nothing: tokens were replaced, and none of {self.tokens[LATER]} "
+                f"losses that depend on them changed"
+            )
+        return None
+
+
+def check_isolation(
+    start: TrainStart,
+    *,
+    forward_step: ForwardStep,
+    args: argparse.Namespace,
+    say: Callable[[str], None],
+) -> None:
+    """Run the check; every rank must call it.
+
+    Args:
+        start: model and training data of the run.
+        forward_step: the run's own.
+        args: validated arguments.
+        say: tells the outcome on rank 0.
+
+    Raises:
+        RunStopped: on every rank, when documents leak into each other.
+    """
+    if not args.isolation_check or args.iteration >= (args.train_iters or 0):
+        return
+    reason = reason_not_to_check(args)
+    if reason is not None:
+        say(f"isolation of documents is not checked: {reason}")
+        return
+    began = time.perf_counter()
+    micro_batches = _micro_batches(start.data_iterator, args)
+    with _undisturbed(start.model):
+        before, after = _losses(start.model, micro_batches, forward_step, args)
+    verdict = _compare(before, after)
+    complaint = verdict.complaint()
+    if complaint is not None:
+        raise RunStopped(
+            f"before step {args.iteration + 1}: {complaint}. Nothing was trained. With attention of your "
+            f"own, make it heed `packed_seq_params`; where this is wanted, --no-isolation-check"
+        )
+    if not verdict.tokens[OTHERS]:
+        say("isolation of documents is not checked: no pack looked at holds two of them")
+        return
+    say(
+        f"isolation checked in {time.perf_counter() - began:.2f} s: {verdict.tokens[OTHERS]} losses stay "
+        f"the same bit for bit when another document changes, {verdict.tokens[LATER]} of its own follow"
+    )
+
+
+def _micro_batches(data_iterator: Any, args: argparse.Namespace) -> tuple[Micro, Micro] | None:
+    """The packs as they are and with one document changed; None where another rank reads the data."""
+    if isinstance(data_iterator, list):
+        data_iterator = data_iterator[0]  # virtual stages read the same
+    if data_iterator is None:
+        return None
+    size = args.eval_micro_batch_size
+    packs, lengths = _choose_packs(data_iterator.dataset, data_iterator.next_index, size)
+    vocabulary = args.vocab_size or args.padded_vocab_size
+    return perturbed(packs, lengths, vocabulary)
+
+
+def _choose_packs(dataset: SFTDataset, start: int, size: int) -> tuple[Micro, list[int]]:
+    """The first micro batch from `start` on with two documents, and the documents' lengths.
+
+    Lengths count padding as documents and add up to all tokens of the micro batch.
+    """
+    last = max(0, len(dataset) - size)
+    chosen = min(start, last)
+    for first in range(chosen, min(chosen + LOOKED_AT * size, last + 1), size):
+        numbers = [dataset.global_index(index) for index in range(first, first + size)]
+        if sum(len(dataset.document_indices(number)) for number in numbers) > 1:
+            chosen = first
+            break
+    packs = [dataset[index] for index in range(chosen, chosen + size)]
+    batch = {name: torch.stack([pack[name] for pack in packs]) for name in packs[0]}
+    return batch, row_lengths(batch["document_lengths"])
+
+
+def perturbed(packs: Micro, lengths: list[int], vocabulary: int) -> tuple[Micro, Micro]:
+    """Two versions of a micro batch that differ in one document, with watched tokens in the mask.
+
+    Args:
+        packs: `input_ids`, `loss_mask` and `document_lengths`, each [micro batch, seq_length].
+        lengths: tokens of each document, in order; padding counts as documents.
+        vocabulary: number of token ids.
+
+    Returns:
+        Both with the same `loss_mask`, 1 where a token is watched, and `groups`. About as many tokens are
+        watched as are trained in `packs`, so that the logits take no more memory than a step's.
+    """
+    ends = torch.tensor(lengths).cumsum(0)
+    long_enough = [number for number, length in enumerate(lengths) if length >= 4]
+    # Near the middle, so that there are neighbours on either side; not the last, whom nobody follows.
+    inner = [number for number in long_enough if number < len(lengths) - 1] or long_enough
+    changed = min(inner, key=lambda number: abs(2 * number + 1 - len(lengths)), default=0)
+    end = int(ends[changed])
+    begin, length = end - lengths[changed], lengths[changed]
+    first = min(begin + max(1, length // 3), end)
+    last = min(begin + max(2, 2 * length // 3), end)
+
+    shape = packs["input_ids"].shape
+    row = torch.arange(packs["input_ids"].numel())
+    trained = int(packs["loss_mask"].sum())
+    watched = row % max(1, len(row) // max(trained, 1)) == 0
+    # A regular choice, and the first label of each document: its loss sees the fewest neighbours.
+    begins = ends - torch.tensor(lengths)
+    watched[begins[begins + 1 < ends] + 1] = True
+    groups = torch.where((begin <= row) & (row < end), LATER, OTHERS)
+    groups[begin:first] = EARLIER
+    watched[last : min(last + 4, end)] = True
+    watched[max(begin, first - 4) : first] = True
+    watched[first:last] = False  # their own labels change
+
+    ids = packs["input_ids"].flatten()
+    other = ids.clone()
+    # Another token for certain, and one that the model knows.
+    other[first:last] = (ids[first:last] + vocabulary // 2) % vocabulary
+    same = {
+        "loss_mask": watched.to(torch.uint8).view(shape),
+        "groups": groups.view(shape),
+        "document_lengths": packs["document_lengths"],
+    }
+    return (
+        {"input_ids": ids.view(shape), **same},
+        {"input_ids": other.view(shape), **same},
+    )
+
+
+@contextmanager
+def _undisturbed(model: list[torch.nn.Module]) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards everything is as it was."""
+    from megatron.training import training
+
+    args = training.get_args()
+    modes = [chunk.training for chunk in model]
+    on_cuda = current_device().type == "cuda"
+    host = torch.get_rng_state()
+    device = torch.cuda.get_rng_state() if on_cuda else None
+    tracked = get_cuda_rng_tracker().get_states()
+    # With overlapped gathers the first forward pass would wait for one that nobody has started.
+    hooked = training.should_disable_forward_pre_hook(args)
+    if hooked:
+        training.disable_forward_pre_hook(model, param_sync=False)
+    for chunk in model:
+        chunk.eval()
+    try:
+        with torch.no_grad(), same_experts(model):
+            yield
+    finally:
+        for chunk, mode in zip(model, modes, strict=True):
+            chunk.train(mode)
+        if hooked:
+            training.enable_forward_pre_hook(model)
+        torch.set_rng_state(host)
+        if device is not None:
+            torch.cuda.set_rng_state(device)
+        get_cuda_rng_tracker().set_states(tracked)
+        counters.reset()
+
+
+def _losses(
+    model: list[torch.nn.Module],
+    micro_batches: tuple[Micro, Micro] | None,
+    forward_step: ForwardStep,
+    args: argparse.Namespace,
+) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Losses and groups of the watched tokens of both versions; empty but on the last stage."""
+    collected: list[tuple[Tensor, Tensor]] = []
+
+    def step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        output, loss = forward_step(iterator, chunk)
+        trained = loss.args[0]  # type: ignore[attr-defined]
+
+        def collect(losses: Tensor, non_loss_data: bool = False) -> Tensor:
+            flat = losses.flatten()
+            if flat.numel() != trained.indices.numel():
+                flat = flat.index_select(0, trained.indices)
+            real = trained.weights > 0  # not the stand-in of a part without watched tokens
+            collected.append((flat[real].float(), trained.groups[real]))
+            return losses
+
+        return output, collect
+
+    # An interleaved pipeline wants a multiple of its stages.
+    repeats = parallel_state.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
+    iterators = [iter(list(micro_batches or ()) * repeats) for _ in model]
+    reads = micro_batches is not None
+    data: Any = iterators if len(model) > 1 else iterators[0]
+    get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=data if reads else ([None] * len(model) if len(model) > 1 else None),
+        model=model,
+        num_microbatches=2 * repeats,
+        seq_length=args.seq_length,
+        micro_batch_size=args.eval_micro_batch_size,
+        decoder_seq_length=args.seq_length,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
+    return collected[0:1], collected[1:2]
+
+
+def _compare(before: list[tuple[Tensor, Tensor]], after: list[tuple[Tensor, Tensor]]) -> Verdict:
+    """Count over all ranks what moved; every rank of a tensor parallel group sees the same."""
+    sums = torch.zeros(2, GROUPS, dtype=torch.float64, device=current_device())
+    worst = torch.zeros_like(sums[0])
+    first_of_group = parallel_state.get_tensor_model_parallel_rank() == 0
+    for (old, groups), (new, _) in zip(before, after, strict=True):
+        # Not a number before and after is no change; the step itself will complain of it.
+        same = (old == new) | (torch.isnan(old) & torch.isnan(new))
+        change = torch.where(same, 0.0, (new.double() - old.double()).abs()).nan_to_num(torch.inf)
+        worst.index_reduce_(0, groups, change, "amax")
+        if first_of_group:
+            sums.index_add_(1, groups, torch.stack([torch.ones_like(change), (~same).double()]))
+    torch.distributed.all_reduce(sums)
+    torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
+    tokens, moved = ([round(count) for count in row] for row in sums.tolist())
+    return Verdict(tokens, moved, worst.tolist())

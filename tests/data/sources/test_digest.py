@@ -1,0 +1,49 @@
+import os
+
+import pytest
+
+from data.errors import DataError
+from data.sources.digest import digest_files
+
+
+def old(path, text, age=100):
+    path.write_text(text)
+    past = path.stat().st_mtime - age
+    os.utime(path, (past, past))
+    return path
+
+
+def test_digest_follows_contents_and_order(tmp_path):
+    a, b = old(tmp_path / "a", "one"), old(tmp_path / "b", "two")
+    assert digest_files([a, b], None) == digest_files([a, b], None) != digest_files([b, a], None)
+    before = digest_files([a], None)
+    old(a, "other")
+    assert digest_files([a], None) != before
+
+
+def test_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    a, memory = old(tmp_path / "a", "one"), tmp_path / "memory"
+    first = digest_files([a], memory)
+    monkeypatch.setattr("hashlib.file_digest", None)  # reading the file again would fail
+    assert digest_files([a], memory) == first
+    monkeypatch.undo()
+    old(a, "two", age=50)
+    assert digest_files([a], memory) != first
+
+
+def test_file_written_a_moment_ago_is_not_remembered(tmp_path):
+    a, memory = tmp_path / "a", tmp_path / "memory"
+    old(a, "one", age=-60)  # of a clock that is ahead, so that it is a moment ago for long
+    digest_files([a], memory)
+    assert not (memory / "digests.json").exists()
+
+
+def test_damaged_memory_is_no_trouble(tmp_path):
+    a = old(tmp_path / "a", "one")
+    (tmp_path / "digests.json").write_text("{broken")
+    assert digest_files([a], tmp_path) == digest_files([a], None)
+
+
+def test_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(DataError, match="gone"):
+        digest_files([tmp_path / "gone"], None)

@@ -1,0 +1,321 @@
+"""The equivalence matrix: what every parallel layout is compared with, and how far it may differ.
+
+    python tests/numerics/equivalence.py --table              all cases, as a table; exit status 1 if one differs
+    python tests/numerics/equivalence.py --table --only cp2   the cases with "cp2" in their name
+
+The truth is a HuggingFace model in a plain PyTorch loop: fp32, one process, each document alone
+(`tests/helpers/reference.py`). `tests/numerics/test_layouts.py` runs the same cases under pytest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ == "__main__":
+    # In place of this folder, where tests/data would hide the package data.
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import transformers
+
+from tests.helpers import megatron_model, reference
+from tests.helpers.launch import Finished, finetune, run_rank
+from tests.helpers.models import save_model
+from tests.helpers.reference import Recipe, Trajectory
+from tests.helpers.rows import make_rows, write_rows
+
+STEP_BOUND = 1e-5
+"""Largest relative difference of a step's loss and of its gradient norm."""
+UPDATE_BOUNDS = {"adam": 1e-3, "sgd": 1e-5}
+"""Largest relative L2 difference of final minus initial weights. Adam's first steps amplify rounding."""
+
+ADAM, SGD, UNPACKED = Recipe(), Recipe(optimizer="sgd", lr=0.05), Recipe(packing="none")
+BALANCED = Recipe(balance=0.1)
+# Of one document a row one embedding weight of Llama (of Qwen3-MoE, too) has a gradient of nearly 0,
+# whose rounding decides about Adam's step: it alone is the difference, on one process too.
+UNPACKED_SGD = Recipe(packing="none", optimizer="sgd", lr=0.05)
+TP2 = ("--tensor-model-parallel-size", "2")
+PP2 = ("--pipeline-model-parallel-size", "2")
+PP3 = ("--pipeline-model-parallel-size", "3")
+PP4 = ("--pipeline-model-parallel-size", "4")
+CP2 = ("--context-parallel-size", "2")
+CP4 = ("--context-parallel-size", "4")
+VPP2 = ("--num-virtual-stages-per-pipeline-rank", "2")
+VPP1LAYER = ("--num-layers-per-virtual-pipeline-stage", "1")
+EP2 = ("--expert-model-parallel-size", "2")
+EP4 = ("--expert-model-parallel-size", "4")
+ETP1 = ("--expert-tensor-parallel-size", "1")
+ETP2 = ("--expert-tensor-parallel-size", "2")
+ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
+SP = ("--sequence-parallel",)
+FSDP2 = ("--use-torch-fsdp2",)
+FIRST1 = ("--decoder-first-pipeline-num-layers", "1")
+LAST1 = ("--decoder-last-pipeline-num-layers", "1")
+ONE_THEN_TWO = ("--pipeline-model-parallel-layout", "Et|ttL")
+RECOMPUTE = (
+    *("--recompute-granularity", "full", "--recompute-method", "uniform"),
+    *("--recompute-num-layers", "1"),
+)
+SELECTIVE = ("--recompute-granularity", "selective")
+OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
+MBS2 = ("--micro-batch-size", "2")
+MBS4 = ("--micro-batch-size", "4")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model on one parallel layout."""
+
+    layout: str
+    """Its name in the table."""
+    flags: tuple[str, ...] = ()
+    world: int = 1
+    family: str = "qwen3"
+    layers: int = 2
+    tied: bool = False
+    dense: tuple[int, ...] = ()
+    """Layers without experts, in a model that has some."""
+    recipe: Recipe = ADAM
+    slow: bool = True
+
+    @property
+    def name(self) -> str:
+        """What pytest and --only call it."""
+        words = [self.family, *(["tied"] if self.tied else []), *(["mixed"] if self.dense else [])]
+        words += [self.layout]
+        words += [self.recipe.optimizer] if self.recipe.optimizer != "adam" else []
+        words += ["unpacked"] if self.recipe.packing == "none" else []
+        words += ["balanced"] if self.recipe.balance else []
+        return "-".join(words)
+
+
+CASES = (
+    # One process, then each axis alone.
+    Case("one", slow=False),
+    Case("mbs2", MBS2),
+    Case("mbs4", MBS4),
+    Case("dp2", (), 2, slow=False),
+    Case("tp2", TP2, 2),
+    Case("tp2-sp", TP2 + SP, 2, slow=False),
+    Case("pp2", PP2, 2, slow=False),
+    Case("pp2-mbs2", PP2 + MBS2, 2),
+    Case("cp2", CP2, 2, slow=False),
+    Case("cp2-mbs2", CP2 + MBS2, 2),
+    Case("pp3", PP3, 3, layers=6),
+    Case("pp4", PP4, 4, layers=4),
+    Case("cp4", CP4, 4),
+    # Their products.
+    Case("tp2-pp2", TP2 + PP2, 4),
+    Case("tp2-sp-pp2-mbs2", TP2 + SP + PP2 + MBS2, 4),
+    Case("tp2-dp2", TP2, 4),
+    Case("tp2-cp2", TP2 + CP2, 4),
+    Case("tp2-sp-cp2-mbs2", TP2 + SP + CP2 + MBS2, 4),
+    Case("pp2-cp2-mbs2", PP2 + CP2 + MBS2, 4),
+    Case("cp2-dp2", CP2, 4),
+    Case("tp2-pp2-dp2", TP2 + PP2, 8),
+    Case("tp2-pp2-cp2", TP2 + PP2 + CP2, 8),
+    # Stages of unlike size.
+    Case("pp2-first1", PP2 + FIRST1, 2, layers=3),
+    Case("pp3-first1-last1-mbs2", PP3 + FIRST1 + LAST1 + MBS2, 3, layers=4),
+    Case("pp2-layout", PP2 + ONE_THEN_TWO, 2, layers=3),
+    # Activations computed twice, and messages during computation.
+    Case("pp2-recompute", PP2 + RECOMPUTE, 2),
+    Case("cp2-recompute-attention", CP2 + SELECTIVE, 2),
+    Case("fsdp2x2-recompute", FSDP2 + RECOMPUTE, 2),
+    Case("dp2-overlap", OVERLAP, 2),
+    Case("pp2-vpp2-dp2-overlap", PP2 + VPP2 + OVERLAP, 4, layers=4),
+    # Without packing, and with another optimizer, under which the update itself is as close as a loss.
+    Case("one", recipe=UNPACKED),
+    Case("tp2-cp2", TP2 + CP2, 4, recipe=UNPACKED),
+    Case("pp2-mbs4", PP2 + MBS4, 2, recipe=UNPACKED),
+    Case("tp2-sp-pp2-vpp2", TP2 + SP + PP2 + VPP2, 4, family="qwen2", layers=4, recipe=UNPACKED),
+    Case("dp2-mbs2", MBS2, 2, family="llama", recipe=UNPACKED_SGD),
+    Case("ep2", EP2, 2, family="qwen3_moe", recipe=UNPACKED_SGD),
+    Case("one", recipe=SGD),
+    Case("dp2", (), 2, recipe=SGD),
+    Case("tp2-sp", TP2 + SP, 2, recipe=SGD),
+    Case("pp2-cp2", PP2 + CP2, 4, recipe=SGD),
+    # Families.
+    Case("one", family="llama", slow=False),
+    Case("tp2", TP2, 2, family="llama"),
+    Case("pp2", PP2, 2, family="llama"),
+    Case("cp2", CP2, 2, family="llama"),
+    Case("one", family="mistral"),
+    Case("tp2-sp", TP2 + SP, 2, family="mistral"),
+    Case("pp2-mbs2", PP2 + MBS2, 2, family="mistral"),
+    Case("one", family="qwen2"),
+    Case("tp2-sp", TP2 + SP, 2, family="qwen2"),
+    Case("cp2", CP2, 2, family="qwen2"),
+    Case("pp2-dp2", PP2, 4, family="qwen2"),
+    Case("tp2-pp2-mbs4", TP2 + PP2 + MBS4, 4, family="llama"),
+    Case("one", family="ernie4_5"),
+    Case("tp2-sp", TP2 + SP, 2, family="ernie4_5", tied=True),
+    Case("one", family="seed_oss"),
+    Case("tp2-sp", TP2 + SP, 2, family="seed_oss"),
+    Case("one", family="smollm3"),
+    Case("pp2", PP2, 2, family="smollm3", tied=True),
+    Case("one", family="mixtral"),
+    Case("tp2-sp", TP2 + SP, 2, family="mixtral"),
+    Case("one", family="qwen3_moe"),
+    Case("mbs4", MBS4, 1, family="qwen3_moe"),
+    Case("dp2", (), 2, family="qwen3_moe"),
+    Case("pp2", PP2, 2, family="qwen3_moe"),
+    Case("tp2-sp", TP2 + SP, 2, family="qwen3_moe"),
+    Case("cp2", CP2, 2, family="qwen3_moe"),
+    # Interleaved pipeline schedules: each rank holds several pieces of the model.
+    Case("pp2-vpp2", PP2 + VPP2, 2, layers=4),
+    Case("pp2-vpp2-mbs2", PP2 + VPP1LAYER + MBS2, 2, layers=4),
+    Case("pp2-vpp3", PP2 + VPP1LAYER, 2, family="llama", layers=6, tied=True),
+    Case("tp2-sp-pp2-vpp2-mbs2", TP2 + SP + PP2 + VPP2 + MBS2, 4, layers=4),
+    Case("pp2-vpp2-cp2", PP2 + VPP2 + CP2, 4, layers=4),
+    Case("pp2-vpp2-ep2", PP2 + VPP2 + EP2, 4, family="qwen3_moe", layers=4),
+    # Experts over ranks that read different packs.
+    Case("ep2", EP2, 2, family="qwen3_moe", slow=False),
+    Case("ep2-mbs2", EP2 + MBS2, 2, family="qwen3_moe"),
+    Case("ep2-allgather", EP2 + ALLGATHER, 2, family="qwen3_moe"),
+    Case("ep2-dp2", EP2, 4, family="qwen3_moe"),
+    Case("ep4", EP4, 4, family="qwen3_moe"),
+    Case("ep2-tp2", EP2 + TP2, 4, family="qwen3_moe"),
+    Case("ep2-tp2-allgather", EP2 + TP2 + ALLGATHER, 4, family="qwen3_moe"),
+    Case("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2, family="qwen3_moe"),
+    Case("ep2-etp2", EP2 + ETP2, 4, family="qwen3_moe", layers=3, dense=(0,)),
+    Case("ep2-pp2-mbs2", EP2 + PP2 + MBS2, 4, family="qwen3_moe"),
+    Case("ep2-cp2", EP2 + CP2, 4, family="qwen3_moe"),
+    Case("ep2-tp2-pp2", EP2 + TP2 + PP2, 8, family="qwen3_moe"),
+    # Every weight, gradient and moment cut over all ranks.
+    Case("fsdp2x2", FSDP2, 2),
+    Case("fsdp2x1-mbs2", FSDP2 + MBS2, 1),
+    Case("fsdp2x2-mbs2", FSDP2 + MBS2, 2),
+    Case("fsdp2x4", FSDP2, 4),
+    Case("fsdp2x2-cp2", FSDP2 + CP2, 2),
+    Case("fsdp2x4-cp2-mbs2", FSDP2 + CP2 + MBS2, 4),
+    Case("fsdp2x2", FSDP2, 2, recipe=UNPACKED),
+    Case("fsdp2x2", FSDP2, 2, recipe=SGD),
+    Case("fsdp2x2", FSDP2, 2, family="llama"),
+    Case("fsdp2x2", FSDP2, 2, family="qwen2"),
+    Case("fsdp2x2", FSDP2, 2, family="qwen3_moe"),
+    # With the load balancing loss.
+    Case("one", family="qwen3_moe", recipe=BALANCED),
+    Case("mbs4", MBS4, family="qwen3_moe", recipe=BALANCED),
+    Case("dp2", (), 2, family="qwen3_moe", recipe=BALANCED),
+    Case("cp2", CP2, 2, family="qwen3_moe", recipe=BALANCED),
+    Case("pp2-mbs2", PP2 + MBS2, 2, family="qwen3_moe", recipe=BALANCED),
+    Case("pp2-vpp2", PP2 + VPP2, 2, family="qwen3_moe", layers=4, recipe=BALANCED),
+    Case("ep2-tp2", EP2 + TP2, 4, family="qwen3_moe", recipe=BALANCED),
+    Case("ep2-tp2-cp2", EP2 + TP2 + CP2, 4, family="qwen3_moe", recipe=BALANCED),
+    Case("fsdp2x2", FSDP2, 2, family="qwen3_moe", recipe=BALANCED),
+    # Input and output embeddings that are one matrix, on one stage and on two.
+    Case("one", family="qwen2", tied=True),
+    Case("pp2", PP2, 2, family="qwen2", tied=True),
+    Case("tp2", TP2, 2, family="llama", tied=True),
+    Case("tp2-sp", TP2 + SP, 2, family="llama", tied=True),
+    Case("pp2-mbs2", PP2 + MBS2, 2, family="llama", tied=True),
+    Case("cp2", CP2, 2, family="llama", tied=True),
+    Case("tp2-pp2", TP2 + PP2, 4, family="llama", tied=True),
+    Case("fsdp2x2", FSDP2, 2, family="llama", tied=True),
+    Case("fsdp2x1", FSDP2, 1, family="qwen2", tied=True),
+    Case("fsdp2x4-cp2", FSDP2 + CP2, 4, family="qwen2", tied=True),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far a run is from the truth."""
+
+    run: Finished
+    truth: Trajectory
+    loss: float
+    """Largest relative difference of a step's loss."""
+    grad_norm: float
+    """Largest relative difference of a step's gradient norm."""
+    update: float
+    """Relative L2 difference of the whole update."""
+
+    def holds(self, recipe: Recipe) -> bool:
+        """Whether all differences are within their bounds."""
+        steps = max(self.loss, self.grad_norm)
+        return steps < STEP_BOUND and self.update < UPDATE_BOUNDS[recipe.optimizer]
+
+
+class Matrix:
+    """Runs cases; models and truths are made once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.rows = make_rows(60)
+        self.data_file = write_rows(folder / "train.jsonl", self.rows)
+        self.truth = functools.cache(self._truth)
+
+    def _truth(
+        self, family: str, layers: int, tied: bool, dense: tuple[int, ...], recipe: Recipe
+    ) -> tuple[Path, Trajectory]:
+        folder = self.folder / f"{family}-{layers}-{tied}-{dense}"
+        if not folder.exists():
+            options = {"mlp_only_layers": list(dense)} if dense else {}
+            save_model(folder, family, tied=tied, num_hidden_layers=layers, **options)
+        return folder, reference.train(folder, self.rows, self.data_file, recipe)
+
+    def compare(self, case: Case, output: Path) -> Comparison:
+        """Train `case` through finetune.py and read its checkpoint, whatever wrote it, on one process."""
+        model, truth = self.truth(case.family, case.layers, case.tied, case.dense, case.recipe)
+        run = finetune(
+            output,
+            *("--hf-model", str(model), "--finetune-data-files", str(self.data_file)),
+            *(*case.recipe.flags(), "--no-save-optim", *case.flags),
+            world=case.world,
+        ).ok()
+        weights = run_rank(megatron_model.exported_from_run, str(run.folder))
+        norms = [step["grad_norm"] for step in run.steps]
+        return Comparison(
+            run,
+            truth,
+            reference.relative(run.losses, truth.losses),
+            reference.relative(norms, truth.grad_norms),
+            reference.update_error(weights, truth),
+        )
+
+
+def print_table(cases: list[Case]) -> bool:
+    """Run cases and print a line for each; returns whether all hold."""
+    print(f"{'case':38} {'ranks':>5}  {'loss':>8}  {'grad norm':>9}  {'update':>8}", flush=True)
+    good = 0
+    with tempfile.TemporaryDirectory() as folder:
+        matrix = Matrix(Path(folder))
+        for number, case in enumerate(cases):
+            found = matrix.compare(case, Path(folder, f"run{number}"))
+            holds = found.holds(case.recipe)
+            good += holds
+            print(
+                f"{case.name:38} {case.world:5}  {found.loss:8.1e}  {found.grad_norm:9.1e}  "
+                f"{found.update:8.1e}  {'equal' if holds else 'DIFFERS'}",
+                flush=True,
+            )
+    print(
+        f"{good} of {len(cases)} cases equal HuggingFace in a plain loop over {ADAM.steps} steps: loss and "
+        f"grad norm within {STEP_BOUND:g} relative at each step, the whole update within "
+        f"{UPDATE_BOUNDS['adam']:g} (Adam) and {UPDATE_BOUNDS['sgd']:g} (SGD)"
+    )
+    return good == len(cases)
+
+
+def main() -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--table", action="store_true", required=True, help="run and print all cases"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
+    options = parser.parse_args()
+    transformers.utils.logging.disable_progress_bar()
+    cases = [case for case in CASES if options.only in case.name]
+    if not cases:
+        parser.error(f"--only {options.only}: no such case")
+    return 0 if print_table(cases) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

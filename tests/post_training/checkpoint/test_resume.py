@@ -1,0 +1,200 @@
+"""What a run continues from, and what it refuses. That the numbers go on is in `tests/runs/test_resume.py`."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from post_training.batch.splits import plan_split
+from post_training.checkpoint import resume, store
+from post_training.checkpoint.position import find_position
+from post_training.errors import RunStopped, SetupError
+from post_training.job import output
+from tests.helpers.models import make_tokenizer
+from tests.helpers.positions import SEQ, begins_at, make_checkpoint, position_of
+
+
+@pytest.fixture
+def args(parse):
+    return parse()
+
+
+def chosen(args):
+    """The folder that a run continues from."""
+    checkpoint = resume.choose_checkpoint(args)
+    return checkpoint and checkpoint.path
+
+
+# --- which checkpoint ----------------------------------------------------------------------------
+
+
+def test_a_fresh_folder_has_nothing_to_continue(args):
+    assert chosen(args) is None and args.load is None
+
+
+def test_own_checkpoint_comes_before_load(parse, tmp_path):
+    other = make_checkpoint(tmp_path / "other/checkpoints")
+    load = ["--load", str(other.parent)]
+    args = parse(*load)
+    assert chosen(args) == other and args.ckpt_step == 5
+    own = make_checkpoint(tmp_path / "out/checkpoints", 7)
+    args = parse(*load)
+    assert chosen(args) == own
+    assert args.load == args.save and args.ckpt_step == 7
+    # --ckpt-step is about --load, which this run has left behind.
+    args = parse(*load, "--ckpt-step", "5")
+    assert chosen(args) == own and args.ckpt_step == 7
+
+
+def test_an_older_checkpoint_of_its_own(parse, tmp_path):
+    old = make_checkpoint(tmp_path / "out/checkpoints", 3)
+    make_checkpoint(tmp_path / "out/checkpoints", 6)
+    args = parse("--ckpt-step", "3")
+    assert chosen(args) == old
+    assert (tmp_path / "out/checkpoints" / store.TRACKER).read_text() == "6"
+
+
+def test_config_yaml_does_not_pin_the_checkpoint(args, tmp_path):
+    make_checkpoint(tmp_path / "out/checkpoints")
+    resume.choose_checkpoint(args)
+    assert args.ckpt_step == 5
+    output.save_config(args)
+    written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
+    assert "ckpt_step" not in written and "load" not in written
+
+
+def test_load_without_a_checkpoint_is_refused(parse, tmp_path):
+    with pytest.raises(SetupError, match=r"--load .*no complete checkpoint[^?]*$"):
+        resume.choose_checkpoint(parse("--load", str(tmp_path)))
+
+
+def test_load_of_a_folder_above_or_below_says_which_was_meant(parse, tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "run/checkpoints")
+    meant = rf"did you mean --load {checkpoint.parent}\?"
+    with pytest.raises(SetupError, match=meant):
+        resume.choose_checkpoint(parse("--load", str(tmp_path / "run")))
+    meant = rf"did you mean --load {checkpoint.parent} --ckpt-step 5\?"
+    with pytest.raises(SetupError, match=meant):
+        resume.choose_checkpoint(parse("--load", str(checkpoint)))
+
+
+def test_its_own_folder_in_another_spelling_is_its_own(parse, tmp_path):
+    old = make_checkpoint(tmp_path / "out/checkpoints", 3)
+    make_checkpoint(tmp_path / "out/checkpoints", 6)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for spelling in (tmp_path / "out/../out/checkpoints", tmp_path / "link/checkpoints"):
+        args = parse("--load", str(spelling), "--ckpt-step", "3")
+        assert chosen(args) == old
+        assert args.ckpt_step == 3 and args.load == args.save
+
+
+def test_a_damaged_checkpoint_is_told_of_and_the_tracker_mended(parse, tmp_path, capsys):
+    folder = tmp_path / "out/checkpoints"
+    old = make_checkpoint(folder, 5)
+    (make_checkpoint(folder, 7) / "__0_0.distcp").write_bytes(b"weigh")
+    assert chosen(parse()) == old
+    told = capsys.readouterr().err
+    assert "iter_0000007: __0_0.distcp has 5 of 7 bytes; continuing from" in told
+    assert (folder / store.TRACKER).read_text() == "5"
+    (old / "__0_0.distcp").unlink()
+    with pytest.raises(SetupError, match="no older complete checkpoint"):
+        resume.choose_checkpoint(parse())
+
+
+def test_a_copied_checkpoint_knows_its_model(parse, saved, tmp_path):
+    copied = saved(28).parent.rename(tmp_path / "elsewhere")
+    load = ["--load", str(copied)]
+    resume.choose_checkpoint(parse(*load, out="new"))
+    args = parse(*load, out="new")
+    args.num_layers = 4
+    with pytest.raises(SetupError, match=r"its num_layers is 2, this run's is 4"):
+        resume.choose_checkpoint(args)
+
+
+def test_a_checkpoint_that_does_not_know_its_data_gives_only_weights(parse, documents, tmp_path):
+    folder = tmp_path / "old/iter_0000005"
+    folder.mkdir(parents=True)
+    (folder / "metadata.json").write_text("{}")
+    store.point_at(folder.parent, 5)
+    load = ["--load", str(folder.parent)]
+    with pytest.raises(SetupError, match="does not say where in which data.*--finetune$"):
+        resume.choose_checkpoint(parse(*load))
+    args = parse(*SEQ, *load, "--finetune")
+    assert begins_at(args, documents, chosen(args)) == 0
+    # In its own folder --finetune says nothing else.
+    (tmp_path / "out").mkdir()
+    folder.parent.rename(tmp_path / "out/checkpoints")
+    with pytest.raises(SetupError, match="--finetune and another --output-dir"):
+        resume.choose_checkpoint(parse("--finetune"))
+
+
+def test_finetune_is_about_load_and_says_so(parse, tmp_path, capsys):
+    own = make_checkpoint(tmp_path / "out/checkpoints")
+    assert chosen(parse()) == own and capsys.readouterr().err == ""
+    args = parse("--finetune")
+    assert chosen(args) == own and not args.finetune
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("--finetune is left out") and str(own) in line and "--output-dir" in line
+
+
+# --- damage that is met while a checkpoint is loaded ------------------------------------------------
+
+
+@pytest.fixture
+def fall_back(documents):
+    """Chooses a checkpoint as a run does, and has it fail."""
+
+    def fall(args, documents=documents):
+        checkpoint = resume.choose_checkpoint(args)
+        train = plan_split(args, "train", documents, make_tokenizer())
+        position = find_position(args, train, checkpoint)
+        resume.Fallback(args, checkpoint, position, sys.stderr).take("it cannot be read")
+
+    return fall
+
+
+def test_the_one_before_is_loaded(parse, saved, fall_back, tmp_path, capsys):
+    saved(8, iteration=2)
+    make_checkpoint(tmp_path / "out/checkpoints", 3)
+    (tmp_path / "out/checkpoints/iter_0000003" / store.MANIFEST).unlink()
+    saved(16, iteration=4)
+    args = parse(*SEQ)
+    fall_back(args)
+    assert args.ckpt_step == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "iter_0000004: it cannot be read; continuing from" in line
+    assert (tmp_path / "out/checkpoints" / store.TRACKER).read_text() == "2"
+    with pytest.raises(RunStopped, match="iter_0000002: .*no older complete checkpoint"):
+        fall_back(parse(*SEQ))
+
+
+def test_what_somebody_named_is_not_replaced(parse, saved, fall_back, tmp_path):
+    saved(8, iteration=2)
+    saved(16, iteration=4)
+    load = ["--load", str(tmp_path / "out/checkpoints"), "--restart-data"]
+    for args in (parse(*SEQ, "--ckpt-step", "4"), parse(*SEQ, *load, out="new")):
+        with pytest.raises(RunStopped, match="iter_0000004: it cannot be read; .*--ckpt-step"):
+            fall_back(args)
+
+
+def test_another_number_of_steps_needs_another_start(
+    parse, saved, other_documents, fall_back, tmp_path
+):
+    """`--restart-data` begins its epochs where the checkpoint was: the schedule has been built for that."""
+    saved(8, iteration=2)
+    saved(16, iteration=4)
+    args = parse(*SEQ, "--restart-data")
+    with pytest.raises(RunStopped, match=r"same command again, it continues from .*iter_0000002"):
+        fall_back(args, other_documents)
+    again = parse(*SEQ, "--restart-data")
+    assert chosen(again).name == "iter_0000002"
+
+
+def test_a_manifest_that_contradicts_itself_is_refused(parse, documents, saved):
+    checkpoint = saved(8)
+    file = checkpoint / store.MANIFEST
+    manifest = json.loads(file.read_text())
+    file.write_text(json.dumps(manifest | {"consumed_samples": 12}))
+    with pytest.raises(SetupError, match="manifest.json has been changed"):
+        position_of(parse(*SEQ), documents, checkpoint)

@@ -1,0 +1,143 @@
+import json
+import shutil
+
+import pytest
+import torch
+
+from post_training.errors import SetupError
+from post_training.hf.config import (
+    check_architecture,
+    inverse_frequencies,
+    load_hf_config,
+    megatron_flags,
+    sliding_window,
+)
+from post_training.hf.families import FAMILIES as ENTRIES
+from tests.helpers.models import FAMILIES, edit_json, make_config
+
+
+def config_of(family, **options):
+    config = make_config(family, **options)
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
+    return config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flags_of_a_family(family):
+    config = config_of(family, tied=True)
+    check_architecture(config, "x")
+    flags = megatron_flags(config)
+    assert flags["num_layers"] == 2 and flags["hidden_size"] == 64
+    assert flags["num_query_groups"] == 2 and flags["vocab_size"] == config.vocab_size
+    assert flags["untie_embeddings_and_output_weights"] is False
+    assert flags["add_qkv_bias"] is (family in ("qwen2", "seed_oss"))
+    assert flags["qk_layernorm"] is (family in ("qwen3", "qwen3_moe"))
+    assert flags["kv_channels"] == {"mistral": 24, "qwen3": 32, "seed_oss": 32}.get(family, 16)
+    assert flags.get("num_experts") == (4 if family in ("mixtral", "qwen3_moe") else None)
+    assert flags.get("moe_ffn_hidden_size") == {"mixtral": 96, "qwen3_moe": 48}.get(family)
+    assert flags.get("no_rope_freq") == ([0, 1] if family == "smollm3" else None)
+
+
+def test_expert_flags():
+    flags = megatron_flags(
+        config_of("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0], decoder_sparse_step=1)
+    )
+    assert flags["num_experts"] == 4 and flags["moe_router_topk"] == 2
+    assert flags["moe_layer_freq"] == [0, 1, 1, 1]
+    assert flags["moe_router_pre_softmax"] is False
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": 10000.0},
+        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_inverse_frequencies_are_those_of_transformers(rope):
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = config_of("llama", rope_parameters=rope)
+    found = inverse_frequencies(config)
+    assert torch.equal(found, LlamaRotaryEmbedding(config).inv_freq)
+    assert found.shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "message"),
+    [
+        ("llama", {"attention_bias": True}, "attention_bias"),
+        ("llama", {"mlp_bias": True}, "mlp_bias"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act gelu .*only silu and swish"),
+        ("seed_oss", {"attention_bias": False}, "attention_bias False .*SeedOss.*only True"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+            "yarn.*default, linear, llama3",
+        ),
+    ],
+)
+def test_what_cannot_be_expressed_is_refused(family, options, message):
+    with pytest.raises(SetupError, match=message):
+        check_architecture(config_of(family, **options), "some/model")
+
+
+def test_unsupported_architecture_lists_those_that_can_be_loaded():
+    config = config_of("llama")
+    config.architectures = ["MambaForCausalLM"]
+    with pytest.raises(SetupError, match="MambaForCausalLM") as caught:
+        check_architecture(config, "some/model")
+    assert all(name in str(caught.value) for name in ENTRIES)
+    config.architectures = None
+    with pytest.raises(SetupError, match="none named"):
+        check_architecture(config, "some/model")
+
+
+def test_sliding_window():
+    assert sliding_window(config_of("mistral", sliding_window=64)) == 64
+    assert sliding_window(config_of("mistral", sliding_window=None)) is None
+    # Qwen2 names a window that it does not use.
+    assert sliding_window(config_of("qwen2", use_sliding_window=False, sliding_window=64)) is None
+    assert sliding_window(config_of("qwen2", use_sliding_window=True, sliding_window=64)) == 64
+    assert sliding_window(config_of("llama")) is None
+
+
+def test_folder_that_is_none(tmp_path, hf_model, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SetupError, match=r"nowhere: .*(is not a|no such) folder"):
+        load_hf_config(str(tmp_path / "nowhere"))
+    with pytest.raises(SetupError, match=r"config\.json"):
+        load_hf_config(str(tmp_path))
+    config = json.loads((hf_model("qwen3") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_hf_config(str(tmp_path)).hidden_size == 64
+    edit_json(tmp_path / "config.json", architectures=["GemmaForCausalLM"])
+    with pytest.raises(SetupError, match="GemmaForCausalLM"):
+        load_hf_config(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "method"),
+    [
+        ("quantization_config", {"quant_method": "fp8", "fmt": "e4m3"}, "fp8"),
+        ("quantization_config", {"load_in_8bit": True}, "method not named"),
+        ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_a_quantised_models_configuration_is_refused(hf_model, tmp_path, key, value, method):
+    folder = shutil.copytree(hf_model("qwen3"), tmp_path / "quantised")
+    edit_json(folder / "config.json", **{key: value})
+    with pytest.raises(SetupError) as error:
+        load_hf_config(str(folder))
+    assert f"config.json has {key} ({method})" in str(error.value)
+    assert "bf16 weights" in str(error.value)

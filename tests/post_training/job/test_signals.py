@@ -1,0 +1,61 @@
+import io
+import os
+import signal
+from argparse import Namespace
+from types import SimpleNamespace
+
+import pytest
+from megatron.training import global_vars
+
+from post_training.job.signals import GracefulExit
+
+
+@pytest.fixture
+def megatron(monkeypatch):
+    """Megatron's handler; the process's own handlers come back after the test."""
+    handler = SimpleNamespace(_signal_received=False)
+    monkeypatch.setattr(global_vars, "get_signal_handler", lambda: handler)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    yield handler
+    for number, each in zip(numbers, before, strict=True):
+        signal.signal(number, each)
+
+
+class _Interrupted(io.FileIO):
+    """A file in whose first write, as of a progress bar, a signal arrives."""
+
+    def write(self, data):
+        if b"bar" in bytes(data):
+            signal.raise_signal(signal.SIGTERM)
+        return super().write(data)
+
+
+def test_a_signal_in_the_middle_of_a_write_to_the_console(megatron, tmp_path):
+    raw = _Interrupted(tmp_path / "console", "w")
+    console = io.TextIOWrapper(io.BufferedWriter(raw), line_buffering=True)
+    graceful = GracefulExit(Namespace(rank=0), console)
+    print("bar", file=console)
+    assert megatron._signal_received and graceful.received == signal.SIGTERM
+    assert (tmp_path / "console").read_text().split("\n")[1:] == [
+        "SIGTERM: saving after this step; once more to leave without saving",
+        "bar",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_console_that_is_no_file(megatron, rank):
+    console = io.StringIO()
+    GracefulExit(Namespace(rank=rank), console)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert megatron._signal_received
+    assert ("SIGINT: saving" in console.getvalue()) == (rank == 0), "once, not by each process"
+
+
+def test_a_console_that_cannot_be_written_to_is_no_reason_to_fail(megatron):
+    reader, writer = os.pipe()
+    os.close(reader)  # a terminal that is gone
+    GracefulExit(Namespace(rank=0), open(writer, "w"))
+    signal.raise_signal(signal.SIGTERM)
+    assert megatron._signal_received

@@ -1,0 +1,26 @@
+import pytest
+
+from post_training.arguments.parser import parse_arguments
+from post_training.layout.model_size import checkpoint_bytes, count_parameters, shown_bytes
+from tests.helpers.models import load_model
+
+
+def test_parameters_are_counted(hf_model, tmp_path, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    folder, out = str(hf_model("qwen3")), str(tmp_path / "out")
+    args = parse_arguments(["--hf-model", folder, "--output-dir", out, "--train-iters", "1"])
+    model = load_model(hf_model("qwen3"))
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    padding = 2 * (512 - 391) * 64
+    assert count_parameters(args) == matrices + padding
+    assert checkpoint_bytes(args) == 16 * (matrices + padding)
+    args.bf16 = True
+    assert checkpoint_bytes(args) == 14 * (matrices + padding)
+    args.use_torch_fsdp2 = True  # the weights are the master weights
+    assert checkpoint_bytes(args) == 12 * (matrices + padding)
+
+
+@pytest.mark.parametrize(("count", "text"), [(3 * 2**29, "1.5 GiB"), (3 * 2**19, "1.5 MiB")])
+def test_sizes_in_words(count, text):
+    assert shown_bytes(count) == text
