@@ -71,6 +71,7 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
     """Modules of the project that a file imports, with the line: statements and names in strings."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names: list[str] = []
+        line = getattr(node, "lineno", 0)
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name if name in known else str(node.module) for name in names]
@@ -78,7 +79,7 @@ def imported(path: Path, known: dict[str, Path]) -> Iterator[tuple[int, str]]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names = [node.value.partition(":")[0]] if "." in node.value else []
-        yield from ((node.lineno, name) for name in names if name in known)
+        yield from ((line, name) for name in names if name in known)
 
 
 def floor_of(package: str, room: str) -> int:

@@ -14,7 +14,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import data
 from data.documents.cache_build import FolderSink, MemorySink, feed
 from data.documents.cache_folder import build_once
 from data.documents.documents import Documents, open_documents
@@ -45,8 +44,8 @@ _NAMES_SHOWN = 3
 _LIBRARIES = ("tokenizers", "jinja2")
 # Folders of this package whose code ids, masks and shards depend on: it is part of every cache key. A key
 # says only whether to tokenise again; whether documents are the same, their contents say.
-_CODE_FOLDERS = (".",)
-_PACKAGE = Path(data.__file__).parent
+_CODE_FOLDERS = ("sources", "rows", "templates", "documents", "masking", "tokenise")
+_PACKAGE = Path(__file__).parents[1]
 
 
 def prepare_documents(

@@ -12,8 +12,8 @@ def complete_expert_flags(args: argparse.Namespace) -> None:
     """Check the flags of the experts and settle the load balancing loss.
 
     HuggingFace models add no such loss unless their configuration asks for it, so neither does a run:
-    `--moe-aux-loss-coeff` turns it on. Its one kind is computed by `post_training.model.router`, so Megatron's
-    own is off in any case.
+    `--moe-aux-loss-coeff` turns it on. Its one kind is computed by `post_training.model.router`, so
+    Megatron's own is off in any case.
 
     Raises:
         SetupError: a flag needs experts or cannot give the same numbers on every layout; or config.json

@@ -1,7 +1,8 @@
 """The form of an optimizer's state in a checkpoint: only a run with the same form goes on with it.
 
 Every other flag of the optimizer and its schedule is the run's own from its first step on, whatever the
-checkpoint was saved with (`platform/optimizer_state.py`); `tests/runs/test_optimizer_flags.py` walks them all.
+checkpoint was saved with (`platform/checkpoints/optimizer_state.py`);
+`tests/runs/test_optimizer_flags.py` walks them all.
 """
 
 from __future__ import annotations

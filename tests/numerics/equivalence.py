@@ -1,6 +1,6 @@
 """The equivalence matrix: what every parallel layout is compared with, and how far it may differ.
 
-    python tests/numerics/equivalence.py --table              all cases, as a table; exit status 1 if one differs
+    python tests/numerics/equivalence.py --table              all cases; exit status 1 if one differs
     python tests/numerics/equivalence.py --table --only cp2   the cases with "cp2" in their name
 
 The truth is a HuggingFace model in a plain PyTorch loop: fp32, one process, each document alone

@@ -1,7 +1,6 @@
 """Megatron's FSDP2 wrapper gives wrong gradients, and its `torch_dcp` checkpoints cannot be resumed.
 
-Upstream: megatron-core 0.19.2. `TorchFullyShardedDataParallel` is replaced where models are wrapped by
-`post_training.platform.fsdp2.FullyShardedModel`, which says why. `training/checkpointing.py`: `load_checkpoint()`
+Upstream: megatron-core 0.19.2, `training/checkpointing.py`: `load_checkpoint()`
 asks the optimizer for `state_dict(is_loading=True)`, which neither `FP32Optimizer` nor `ChainedOptimizer`
 takes; it asks even where there is none (`--skip-train`), and reads the state in place even where a new
 one is wanted (`--finetune`, `--no-load-optim`), and it asks for parts that the checkpoint may lack. The

@@ -8,7 +8,7 @@ import pytest
 
 from data.documents.cache_build import FolderSink, MemorySink
 from data.documents.documents import Documents, open_documents
-from tests.data.test_cache_build import shard
+from tests.data.documents.test_cache_build import shard
 
 
 def documents(ids=(5, 6, 7, 8), mask=(0, 1, 0, 1), offsets=(0, 2, 4)):

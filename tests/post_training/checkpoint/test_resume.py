@@ -1,4 +1,4 @@
-"""What a run continues from, and what it refuses. That the numbers go on is in `tests/runs/test_resume.py`."""
+"""What a run continues from, and what it refuses; that its numbers go on: `tests/runs/test_resume.py`."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""What a save does when it is hooked is in `tests/runs/test_saving.py`; here: that upstream still needs it."""
+"""That upstream still needs what is hooked in; what a save does then is in `tests/runs/test_saving.py`."""
 
 import errno
 import inspect

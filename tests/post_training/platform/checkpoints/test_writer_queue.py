@@ -80,8 +80,8 @@ def write(*values):
     values[-1].put(values[:-1])
 
 if __name__ == "__main__":
-    checkpoint_queue.device_type = lambda: "cuda"
-    checkpoint_queue.apply(Namespace(async_save=True))
+    writer_queue.device_type = lambda: "cuda"
+    writer_queue.apply(Namespace(async_save=True))
     signal.signal(signal.SIGTERM, lambda *args: None)
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
