@@ -40,7 +40,8 @@ def model_flops(
     each document's length for causal attention), of documents without padding. It takes the logits of
     every token, 6 * hidden size * padded vocabulary each; here only trained tokens have any
     (`post_training/training/loss.py`), so those of the others are taken off. What
-    `--recompute-granularity` computes again does not count, as in the definition of MFU (https://arxiv.org/abs/2204.02311, appendix B).
+    `--recompute-granularity` computes again does not count, as in the definition of MFU
+    (https://arxiv.org/abs/2204.02311, appendix B).
 
     Args:
         args: validated arguments.

@@ -4,7 +4,7 @@ import pytest
 
 from post_training.errors import SetupError
 from post_training.layout import fsdp, sizes
-from tests.post_training.test_layout import arguments
+from tests.post_training.layout.test_sizes import arguments
 
 FSDP2 = {"use_torch_fsdp2": True, "world_size": 4}
 BAD = [
