@@ -162,11 +162,14 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
             args.query_key,
             args.response_key,
             args.messages_key,
+            tuple(args.ignore_columns or ()),
+            args.strict_columns,
         ),
         "reasoning": args.reasoning,
         "loss_on": args.loss_on,
         "separator": args.separator,
         "workers": args.data_workers,
+        "max_rows": args.max_rows,
         "template_variables": _variables(args.chat_template_variables),
     }
 
