@@ -132,6 +132,13 @@ def named_settings(
     return settings, named.split if split == "train" and not renamed else split
 
 
+def dataset_template(hf_dataset: str | None) -> str | None:
+    """The chat template that a dataset has of its own, for tokenizers without one."""
+    if hf_dataset is None:
+        return None
+    return named_settings(hf_dataset, PrepareOptions(seq_length=2), "train")[0].dataset_template
+
+
 def prepare_rows(
     rows: Any, *, tokenizer: PreTrainedTokenizerBase, seq_length: int, **options: Any
 ) -> Documents:
@@ -206,7 +213,7 @@ class _Preparation:
     def __init__(
         self, source: _Source, tokenizer: PreTrainedTokenizerBase, settings: PrepareOptions
     ) -> None:
-        self.source = source
+        self.source, self.settings = source, settings
         self.settings = settings = settle_format(tokenizer, settings, self._chunks)
         self.options, self.facts = tokenize_options(tokenizer, settings)
 
@@ -313,22 +320,8 @@ class _Preparation:
             )
         if self.settings.max_rows == report["read"]:
             warnings.append(
-                f"only the first {report['read']:,} rows of {name} were read (--max-rows)"
-            )
-        if crossing := report["boundary_tokens"]:
-            warnings.append(
-                f"{crossing:,} tokens of {name} hold the end of a header and the "
-                "beginning of an answer (or its end and what follows): they are not trained"
-            )
-        if unclosed := report["unclosed_thoughts"]:
-            warnings.append(
-                f"{unclosed:,} rows of {name} have an answer that ends inside its "
-                "<think> block: the model learns to stop there (--reasoning last or mask refuses it)"
-            )
-        if untold := report["tools_not_shown"]:
-            warnings.append(
-                f"{untold:,} rows of {name} have tools on offer that the chat template "
-                "does not show to the model; --chat-template FILE gives one that does"
+                f"--max-rows {report['read']}: {name} was read up to its row {report['read']:,}; what may "
+                "follow is left out"
             )
         return warnings
 

@@ -58,11 +58,12 @@ class NamedDataset:
     template: str | None = None
 
 
-# Question and answer with nothing but line breaks and the end of the text between them, for base models.
+# For base models, whose tokenizers have no template: the roles in words, an answer ended by the text's end.
 _BARE_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}"
-    "{{ message.content + eos_token }}{% endgeneration %}{% else %}"
-    "{{ message.content + '\n' }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{{ 'Assistant:\n' + message.content + eos_token + '\n' }}{% else %}"
+    "{{ message.role | capitalize + ':\n' + message.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 
 NAMED_DATASETS: dict[str, NamedDataset] = {

@@ -89,6 +89,12 @@ def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
         from data.templates.tokenizer_facts import template_source
 
         tokenizer.chat_template = template_source(tokenizer, args.chat_template)
+    elif not tokenizer.chat_template and args.finetune_hf_dataset:
+        from data.prepare.prepare import dataset_template
+        from data.prepare.splits import parse_weighted
+
+        ((name, _),) = parse_weighted([args.finetune_hf_dataset])
+        tokenizer.chat_template = dataset_template(name)
     tokenizer.save_pretrained(folder)
     if args.hf_config is None:
         return
