@@ -323,6 +323,21 @@ class _Preparation:
                 f"--max-rows {report['read']}: {name} was read up to its row {report['read']:,}; what may "
                 "follow is left out"
             )
+        if crossing := report["boundary_tokens"]:
+            warnings.append(
+                f"{crossing:,} tokens of {name} hold the end of a header and the "
+                "beginning of an answer (or its end and what follows): they are not trained"
+            )
+        if unclosed := report["unclosed_thoughts"]:
+            warnings.append(
+                f"{unclosed:,} rows of {name} have an answer that ends inside its "
+                "<think> block: the model learns to stop there (--reasoning last or mask refuses it)"
+            )
+        if untold := report["tools_not_shown"]:
+            warnings.append(
+                f"{untold:,} rows of {name} have tools on offer that the chat template "
+                "does not show to the model; --chat-template FILE gives one that does"
+            )
         return warnings
 
     def _shown_names(self) -> str:
