@@ -83,8 +83,8 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
         if RotaryScaling.of(args.hf_config).original_length is not None:
             raise SetupError(
                 f"--hf-model {args.hf_model}: rope type {rope_parameters(args.hf_config)['rope_type']} has "
-                f"other frequencies for long documents, and Transformer Engine takes one table for all of a "
-                f"pack; use --transformer-impl local"
+                f"other frequencies for long documents, and Transformer Engine takes one table for all "
+                f"documents of a pack; use --transformer-impl local"
             )
     if takes_hf_weights(args, checkpoint):
         check_hf_weights(local_model_folder(args.hf_model), args.hf_config)

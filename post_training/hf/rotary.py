@@ -1,4 +1,4 @@
-"""Rotary frequencies of a HuggingFace configuration, those among them that depend on a document's length."""
+"""Rotary frequencies of a HuggingFace configuration; some depend on the length of a document."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def _computed(config: PretrainedConfig, length: int | None) -> tuple[Tensor, flo
 class RotaryScaling:
     """The rotary embedding of a model.
 
-    `transformers` chooses the frequencies of `dynamic` and `longrope` by the largest position of a call: of a
-    document that is computed alone by its length. (It also remembers a longer call before it; what a
-    document's numbers are must not depend on that, so here every document is the first.)
+    `transformers` chooses the frequencies of `dynamic` and `longrope` by the largest position of a call:
+    for a document that is computed alone, by its length. (With `dynamic` it also remembers a longer call
+    before; a document's numbers must not depend on that, so here every document is the first.)
     """
 
     inv_freq: Tensor
@@ -63,7 +63,7 @@ class RotaryScaling:
     attention_factor: float = 1.0
     """Factor of cosine and sine."""
     original_length: int | None = None
-    """Tokens beyond which the frequencies depend on the length of the document; None where they never do."""
+    """Longer documents have frequencies by their length; None where these never depend on it."""
     long_inv_freq: Tensor | None = None
     """`longrope`: of all longer documents, float32 [head_dim / 2]."""
     base: float = 0.0

@@ -1,4 +1,4 @@
-"""Scaled rotary embeddings against `transformers`: documents on both sides of the original length, in one pack.
+"""Scaled rotary embeddings against `transformers`: packs of documents on both sides of the original length.
 
 The frequencies of `dynamic` and `longrope` depend on the length of a document. One table for a whole pack
 is wrong by 67 and 100 % of the logits' norm for those beyond the original length, and nothing says so.
@@ -77,9 +77,12 @@ def _ours(folder: str, prompt: list[int], new: int) -> tuple[Tensor, list[Tensor
     loaded = load_model(hf_model=folder)
     packed = PackedDocuments.from_lengths(LENGTHS, qkv_format="sbhd")
     documents = [document(length) for length in LENGTHS]
+    assert packed.position_ids is not None
     with torch.no_grad():
         row = torch.cat(documents).unsqueeze(0)
-        together = loaded.model(row, packed.position_ids.unsqueeze(0), None, packed_seq_params=packed)
+        together = loaded.model(
+            row, packed.position_ids.unsqueeze(0), None, packed_seq_params=packed
+        )
         alone = [
             loaded.model(ids.unsqueeze(0), torch.arange(len(ids)).unsqueeze(0), None)[0]
             for ids in documents
@@ -105,9 +108,7 @@ def test_logits_and_answers_are_those_of_transformers(folder: Path) -> None:
     assert answer == written[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), [("dynamic", CP2), ("longrope", PP2), ("yarn", TP2)]
-)
+@pytest.mark.parametrize(("name", "layout"), [("dynamic", CP2), ("longrope", PP2), ("yarn", TP2)])
 def test_losses_of_each_layout_are_those_of_transformers(
     folder: Path, tmp_path: Path, layout: Sequence[str]
 ) -> None:
