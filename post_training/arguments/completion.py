@@ -7,7 +7,7 @@ import importlib.util
 import os
 
 from post_training.arguments.experts import complete_expert_flags
-from post_training.arguments.schedule import complete_recomputation, check_step_flags
+from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError
 from post_training.hf.config import sliding_window
 from post_training.layout import sizes

@@ -95,7 +95,9 @@ class _OnceEach(yaml.SafeLoader):
             # As flags are compared: lr, --lr; seq-length, seq_length.
             name = flag_name(key.value)
             if seen.setdefault(name, line) != line:
-                raise yaml.YAMLError(f"{key.value} is given twice, in lines {seen[name]} and {line}")
+                raise yaml.YAMLError(
+                    f"{key.value} is given twice, in lines {seen[name]} and {line}"
+                )
             seen[name] = line
         return super().construct_mapping(node, deep)
 

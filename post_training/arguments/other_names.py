@@ -143,7 +143,9 @@ def hint_for(name: str, known: Iterable[str]) -> str:
         return f"; {'use ' if answer.startswith('--') else ''}{answer}"
     known = list(known)
     # With underscores, as HuggingFace's are written.
-    near = difflib.get_close_matches(name.replace("_", "-") if name[:1] == "-" else name, known, n=1)
+    near = difflib.get_close_matches(
+        name.replace("_", "-") if name[:1] == "-" else name, known, n=1
+    )
     if near:
         return f"; did you mean {near[0] if name[:1] == '-' else near[0].replace('_', '-')}?"
     return " (finetune.py --help-all lists all)"

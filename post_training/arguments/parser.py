@@ -20,6 +20,7 @@ from post_training.arguments.defaults import fsdp2_defaults, platform_defaults, 
 from post_training.arguments.other_names import hint_for
 from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
+from post_training.arguments.usage import shorten_help
 from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import load_hf_config, megatron_flags
 from post_training.machine.kernels import (
@@ -136,6 +137,7 @@ def parse_arguments(
         megatron = MegatronFlags(parser)
         add_finetune_arguments(parser)
         apply_ranges(parser)
+        shorten_help(parser)
         for action in parser._actions:
             # One of Megatron's help texts has a bare percent sign, on which argparse stumbles.
             if action.dest == "moe_paged_stash_buffer_size_factor_cuda" and action.help:

@@ -11,6 +11,7 @@ import argparse
 from post_training.arguments.ranges import NEVER
 from post_training.errors import SetupError
 
+
 def check_step_flags(args: argparse.Namespace) -> None:
     """Check what can be checked before the data are known; `check_learning_rate` has the rest.
 

@@ -40,7 +40,9 @@ def stand_alone() -> None:
             "a node, or export them from SLURM_PROCID and SLURM_NTASKS"
         )
     if (_number("WORLD_SIZE", 1) or 1) > 1:
-        _refuse(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but RANK is not set; torchrun sets both")
+        _refuse(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but RANK is not set; torchrun sets both"
+        )
     for name, value in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),
@@ -57,7 +59,9 @@ def _check_launcher() -> None:
     for rank_name, size_name in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         rank, size = _number(rank_name, 0), _number(size_name, 1)
         if rank is not None and size is not None and rank >= size:
-            _refuse(f"{rank_name} is {rank}, but {size_name} is {size}: ranks begin at 0; use torchrun")
+            _refuse(
+                f"{rank_name} is {rank}, but {size_name} is {size}: ranks begin at 0; use torchrun"
+            )
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name) and (name == "WORLD_SIZE" or os.environ["WORLD_SIZE"] != "1"):
             _refuse(f"RANK is set, but {name} is not; torchrun sets both")

@@ -102,7 +102,7 @@ def test_missing_flags_are_named(words):
 
 
 def test_unknown_flag_is_refused(words):
-    with pytest.raises(SetupError, match="--learning-rate: no such flag"):
+    with pytest.raises(SetupError, match="--learning-rate: no such flag; use --lr"):
         parse_arguments([*words, "--learning-rate", "1"])
     with pytest.raises(SetupError, match="did you mean --train-iters"):
         parse_arguments([*words, "--train-itres", "1"])

@@ -29,7 +29,7 @@ def flags():
     add_finetune_arguments(parser)
     types = {action.dest: action.type for action in parser._actions}
     apply_ranges(parser)
-    parser.error = functools.partial(refuse, parser)
+    setattr(parser, "error", functools.partial(refuse, parser))
     return SimpleNamespace(parser=parser, types=types, refused=refused)
 
 
