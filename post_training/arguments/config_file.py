@@ -152,6 +152,8 @@ def apply_settings(
             continue
         name = flag_name(key)
         where = f"{source}: {key}"
+        if flag_name(key) == "config":
+            raise SetupError(f"{where}: a file cannot name another; write its flags here")
         if name in by_dest:
             defaults[name] = _converted(where, by_dest[name], value)
         elif name in by_flag:

@@ -1,7 +1,8 @@
 """What flags of other training programs are called here, for the message about a flag that there is not.
 
-The names are those of `TrainingArguments` of transformers 5, `SFTConfig` and `ScriptArguments` of TRL, LLaMA-Factory's
-`hparams` and axolotl's configuration. An answer that begins with `--` is the flag to use; another is a sentence.
+The names are those of `TrainingArguments` of transformers 5, `SFTConfig` and `ScriptArguments` of TRL,
+LLaMA-Factory's `hparams` and axolotl's configuration. An answer that begins with `--` is the flag to use;
+another is a sentence.
 """
 
 from __future__ import annotations

@@ -127,6 +127,10 @@ def parse_arguments(
     if not isinstance(command, CommandLine):
         command = CommandLine(sys.argv[1:] if command is None else command, settings)
 
+    for word in command.argv:
+        # Of "--lr=--" argparse makes an empty list.
+        if word.startswith("--") and word.endswith("=--"):
+            raise SetupError(f"{word[:-3]}: expected one argument")
     derived: dict[str, Any] = {}
     hf_config: Any = None
     megatron: MegatronFlags
@@ -164,7 +168,12 @@ def parse_arguments(
         if name:
             trust = bool(command.value("trust_remote_code", written))
             hf_config = load_hf_config(name, trust_remote_code=trust)
-            architecture.update(megatron_flags(hf_config))
+            try:
+                architecture.update(megatron_flags(hf_config))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise SetupError(
+                    f"--hf-model {name}: config.json cannot be used ({error})"
+                ) from error
             derived.update(architecture)
             if derived["transformer_impl"] == "transformer_engine" and "num_experts" in derived:
                 derived["moe_grouped_gemm"] = has_grouped_gemm()
@@ -177,6 +186,8 @@ def parse_arguments(
     sys.argv = [previous[0], *command.argv]
     try:
         args = parse_args(prepare)
+    except RuntimeError as error:  # a package that --enable-msc needs
+        raise SetupError(str(error)) from error
     finally:
         sys.argv = previous
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,24 @@ class Text:
         if not given.strip() and not self.may_be_empty:
             raise argparse.ArgumentTypeError("is empty; give a value, or leave it out")
         return given
+
+
+@dataclass(frozen=True)
+class Other:
+    """Reads what Megatron has a converter of its own for, such as a name of an enumeration or a pattern."""
+
+    kind: Callable[[str], Any]
+
+    def __call__(self, given: str) -> Any:
+        """What the converter makes of a word.
+
+        Raises:
+            argparse.ArgumentTypeError: whatever it raised: argparse passes on most of that.
+        """
+        try:
+            return self.kind(given)
+        except Exception as error:
+            raise argparse.ArgumentTypeError(f"{given!r} is not valid ({error!r})") from error
 
 
 def _integer(low: int, high: int = NEVER, **more: Any) -> Number:
@@ -214,3 +233,5 @@ def apply_ranges(parser: argparse.ArgumentParser) -> None:
             action.type = RANGES[action.dest]
         elif action.type in (None, str):
             action.type = Text(action.default == "")
+        elif callable(action.type) and action.type not in (int, float):
+            action.type = Other(action.type)

@@ -80,7 +80,7 @@ _REASONS: dict[str, str] = {
     "a sample is a pack here; use --num-epochs, or --train-iters, which is packs / --global-batch-size": (
         "train_samples"
     ),
-    "its weights would be put over those of --hf-model; use --load DIR --finetune, which starts from them": (
+    "its weights would be put over those of --hf-model; --load DIR --finetune starts from them": (
         "pretrained_checkpoint"
     ),
     "learning rate and weight decay go as this run's flags say (docs/checkpoints.md)": (

@@ -26,8 +26,14 @@ def check_step_flags(args: argparse.Namespace) -> None:
         raise SetupError(
             f"--save-retain-interval {keep}: must be a multiple of --save-interval, which is {shown}"
         )
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        raise SetupError(
+            f"--profile-step-end {args.profile_step_end}: must be above --profile-step-start, which is "
+            f"{args.profile_step_start}"
+        )
     if args.skip_train:
         return
+    _check_loss_scale(args)
     _check_weight_decay(args)
     check_learning_rate(args)
 
@@ -77,6 +83,18 @@ def check_learning_rate(args: argparse.Namespace) -> None:
         )
 
 
+def _check_loss_scale(args: argparse.Namespace) -> None:
+    if args.fp16 and args.bf16:
+        raise SetupError("give either --fp16 or --bf16")
+    if args.loss_scale is not None and not (args.fp16 or args.bf16):
+        raise SetupError(f"--loss-scale {args.loss_scale}: does nothing in fp32; leave it out")
+    if args.fp16 and args.min_loss_scale > args.initial_loss_scale:
+        raise SetupError(
+            f"--min-loss-scale {args.min_loss_scale}: must be at most --initial-loss-scale, which is "
+            f"{args.initial_loss_scale}"
+        )
+
+
 def _check_weight_decay(args: argparse.Namespace) -> None:
     first, last = args.start_weight_decay, args.end_weight_decay
     if args.weight_decay_incr_style == "constant":
@@ -114,8 +132,8 @@ def complete_recomputation(args: argparse.Namespace) -> None:
         if args.recompute_num_layers is None:
             if args.recompute_method == "block":
                 raise SetupError(
-                    "--recompute-method block: --recompute-num-layers says how many layers of each pipeline "
-                    "stage are recomputed; give it, or leave both out to recompute every layer"
+                    "--recompute-method block: --recompute-num-layers says how many layers of each "
+                    "pipeline stage are recomputed; give it, or leave both out to recompute every layer"
                 )
             args.recompute_num_layers = 1
             args.derived.append("recompute_num_layers")
@@ -126,12 +144,16 @@ def complete_recomputation(args: argparse.Namespace) -> None:
                     f"{_flag(name)} {getattr(args, name)}: does nothing without --recompute-granularity "
                     f"full; add it, or leave this out"
                 )
-    if args.transformer_impl == "transformer_engine":
-        return
-    if "layernorm" in (args.recompute_modules or ()):
+    if "layernorm" in (args.recompute_modules or ()) and args.transformer_impl == "local":
         raise SetupError(
             "--recompute-modules layernorm needs Transformer Engine; core_attn, mlp and moe work without, "
             "or --recompute-granularity full"
+        )
+    modules = args.recompute_modules
+    if modules and not (args.recompute_granularity == "selective" or args.recompute_activations):
+        raise SetupError(
+            f"--recompute-modules {' '.join(modules)}: does nothing without --recompute-granularity "
+            f"selective; add it, or leave this out"
         )
 
 

@@ -1,4 +1,4 @@
-"""The first line of a run, and `--help`: the flags that finetuning uses; `--help-all` for every flag there is.
+"""The first line of a run, and `--help`: the flags that finetuning uses; `--help-all` for all there are.
 
 Imported before torch and Megatron, and so imports nothing of them.
 """
@@ -103,7 +103,7 @@ def shorten_help(parser: argparse.ArgumentParser) -> None:
         prog=parser.prog,
         usage="%(prog)s --hf-model MODEL --finetune-data-files FILE --num-epochs N --output-dir DIR ...",
         description=(
-            "Supervised finetuning through Megatron's pretrain(). A --config file names flags in the same way."
+            "Supervised finetuning through Megatron's pretrain(). A --config file names the same flags."
         ),
         epilog=f"These are the flags that finetuning uses, of {len(first)}: --help-all shows all.",
         add_help=False,

@@ -69,7 +69,7 @@ class Progress:
         experts = "" if imbalance is None else f"  expert imbalance {imbalance:.2f}"
         left = (now - self.begin) / done * (self.total - iteration)
         self._line(
-            f"step {iteration}/{self.total}  loss {loss:.4f}  grad norm {record['grad_norm'] or 0:.3f}"
+            f"step {iteration}/{self.total}  loss {loss:.4f}  {_gradient(record)}"
             f"  lr {record['lr'] or 0:.2e}{experts}  {speed:,.0f} tokens/s  {_duration(left)} left"
         )
 
@@ -105,6 +105,13 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+
+
+def _gradient(record: dict[str, Any]) -> str:
+    if record.get("skipped"):
+        return "skipped: gradients too large for fp16's loss scale"
+    norm = record["grad_norm"]
+    return "grad norm -" if norm is None else f"grad norm {norm:.3f}"
 
 
 def _duration(seconds: float) -> str:

@@ -80,6 +80,7 @@ def test_an_empty_file_sets_nothing(parser, tmp_path):
         ("lr: 1\ntrain-iters: 3\nlr: 2", ["lr is given twice, in lines 1 and 3"]),
         ("train-iters: 3\ntrain_iters: 4", ["train_iters is given twice, in lines 1 and 2"]),
         ("lr: 2024-13-45", ["not valid YAML", "month"]),
+        ("config: other.yaml", ["config: a file cannot name another"]),
         ("derived_flags: 3", ["derived_flags: expects a list"]),
         ("learning_rate: 1", ["learning_rate: no such flag; use --lr"]),
         ("lr: [1", ["not valid YAML"]),

@@ -1,6 +1,7 @@
-"""Every number that a flag takes has a range, and what is outside it ends in one line that names the flag."""
+"""Every number that a flag takes has a range, and outside it ends in one line that names the flag."""
 
 import argparse
+import contextlib
 import functools
 import io
 import math
@@ -12,7 +13,7 @@ from megatron.training.arguments import add_megatron_arguments
 from post_training.arguments.architecture import ARCHITECTURE
 from post_training.arguments.defaults import fsdp2_defaults, sft_defaults
 from post_training.arguments.parser import add_finetune_arguments, refuse
-from post_training.arguments.ranges import NEVER, RANGES, Number, Text, apply_ranges
+from post_training.arguments.ranges import NEVER, RANGES, Number, Other, Text, apply_ranges
 from post_training.arguments.refused import MegatronFlags
 from post_training.errors import SetupError, tell
 from tests.helpers.launch import NO_PROCESS_GROUP, finetune
@@ -22,14 +23,14 @@ GIVEN = ("0", "-1", "nan", "inf", "-inf", "1" + "0" * 40, "1e300", "", " ", "1.5
 
 @pytest.fixture(scope="module")
 def flags():
-    """The parser of a run with its ranges, the flags of numbers by destination, and what is refused anyway."""
+    """The parser of a run with its ranges, the types before, and what is refused anyway."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     add_megatron_arguments(parser)
     refused = MegatronFlags(parser).refused
     add_finetune_arguments(parser)
     types = {action.dest: action.type for action in parser._actions}
     apply_ranges(parser)
-    setattr(parser, "error", functools.partial(refuse, parser))
+    parser.error = functools.partial(refuse, parser)
     return SimpleNamespace(parser=parser, types=types, refused=refused)
 
 
@@ -94,6 +95,19 @@ def test_the_ends_of_a_range_are_told_apart(name):
     assert accepts(number.low) is not number.above and accepts(number.high) is not number.below
     assert accepts(number.low + step)
     assert not accepts(math.nextafter(number.high, math.inf) + step)
+
+
+def test_what_megatron_converts_itself_is_refused_alike(flags):
+    """Names of enumerations and patterns, whose converters raise what argparse lets through."""
+    own = [action for action in flags.parser._actions if isinstance(action.type, Other)]
+    assert {"attention_backend", "exit_signal", "moe_layer_freq"} <= {action.dest for action in own}
+    for action in own:
+        flag = action.option_strings[0]
+        for given in ("nonsense", "[1", "1/0"):
+            with contextlib.suppress(SetupError):
+                flags.parser.parse_args([f"{flag}={given}"])
+    with pytest.raises(SetupError, match="--attention-backend: 'nonsense' is not valid"):
+        flags.parser.parse_args(["--attention-backend", "nonsense"])
 
 
 def test_an_interval_that_is_off_never_comes(flags):
