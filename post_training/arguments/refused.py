@@ -209,7 +209,7 @@ NEEDS_TRANSFORMER_ENGINE = tuple(
 NEEDS_CUDA = tuple(
     """
     cuda_graph_impl enable_cuda_graph external_cuda_graph record_memory_history log_energy
-    distributed_backend
+    distributed_backend gpu_sniff_test_interval
     """.split()
 )
 # Of the architecture, what weights do not depend on: its name in config.json.

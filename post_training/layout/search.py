@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -35,7 +35,7 @@ def nearest_layout(
     rules: Sequence[Rule],
     batch_multiple: Multiple,
     sequence_multiple: Multiple,
-    kept: Mapping[str, int],
+    kept: dict[str, int],
 ) -> dict[str, int | None] | None:
     """Search the layouts of this number of processes for the nearest one that breaks no rule.
 

@@ -30,7 +30,7 @@ def flags():
     add_finetune_arguments(parser)
     types = {action.dest: action.type for action in parser._actions}
     apply_ranges(parser)
-    parser.error = functools.partial(refuse, parser)
+    setattr(parser, "error", functools.partial(refuse, parser))  # noqa: B010
     return SimpleNamespace(parser=parser, types=types, refused=refused)
 
 
