@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -228,6 +229,11 @@ def _ratios(text: str) -> list[float]:
     if len(ratios) not in (2, 3):
         raise DataError(
             f"--split-ratio {text}: expected two or three shares, such as 0.98,0.01,0.01."
+        )
+    # Rounded as they are written: 0.333,0.333,0.333 leaves nothing out either.
+    if 0.005 < abs(sum(ratios) - 1) < math.inf:
+        raise DataError(
+            f"--split-ratio {text}: these shares add up to {sum(ratios):g}; they must add up to 1."
         )
     return [*ratios, 0.0][:3]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from post_training.errors import SetupError
@@ -25,7 +26,8 @@ def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # A validation error has its reason in the lines below.
+        detail = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
         if Path(name_or_path).is_dir():
             reason = f"has no config.json that transformers can read ({detail})"
         elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:

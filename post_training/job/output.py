@@ -33,6 +33,14 @@ def prepare_output(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"--output-dir {folder}: {error.strerror}") from error
+    for name in ("tensorboard_dir", "wandb_save_dir"):
+        written = getattr(args, name)
+        try:
+            # Made by a writer otherwise, on the last rank, when all have started.
+            Path(written or folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            flag = f"--{name.replace('_', '-')}"
+            raise SetupError(f"{flag} {written}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise SetupError(f"--output-dir {folder}: cannot be written")
     run_lock.hold(args, wait=0.0)  # a folder that was there before is held already

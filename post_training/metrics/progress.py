@@ -78,7 +78,7 @@ class Progress:
         left = (now - self.begin) / done * (self.total - iteration)
         self._line(
             f"step {iteration}/{self.total}  loss {loss:.4f}{_accuracy(record, '  accuracy')}  "
-            f"grad norm {_number(record['grad_norm'], '.3f')}  lr {_number(record['lr'], '.2e')}"
+            f"{_gradient(record)}  lr {_number(record['lr'], '.2e')}"
             f"{experts}  {speed:,.0f} tokens/s  {_duration(left)} left"
         )
 
@@ -128,6 +128,13 @@ def _accuracy(record: dict[str, Any], title: str) -> str:
     """The share of trained tokens that the model gets right, where it is known."""
     share = record["token_accuracy"]
     return "" if not math.isfinite(share) else f"{title} {share:.3f}"
+
+
+def _gradient(record: dict[str, Any]) -> str:
+    if record.get("skipped"):
+        return "skipped: gradients too large for fp16's loss scale"
+    norm = record["grad_norm"]
+    return "grad norm -" if norm is None else f"grad norm {norm:.3f}"
 
 
 def _duration(seconds: float) -> str:

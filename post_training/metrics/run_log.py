@@ -138,7 +138,8 @@ class RunLog:
             "iteration": step.iteration,
             "consumed_samples": self.args.consumed_train_samples,
             "lm_loss": totals.loss,
-            "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
+            # Megatron says 0 where nothing is clipped: it has measured nothing.
+            "grad_norm": float(step.grad_norm) if step.grad_norm and self.args.clip_grad else None,
             "lr": step.learning_rate,
             "token_accuracy": totals.accuracy,
             "trained_tokens": round(totals.trained_tokens),
