@@ -231,7 +231,7 @@ def _ratios(text: str) -> list[float]:
             f"--split-ratio {text}: expected two or three shares, such as 0.98,0.01,0.01."
         )
     # Rounded as they are written: 0.333,0.333,0.333 leaves nothing out either.
-    if 0.005 < abs(sum(ratios) - 1) < math.inf:
+    if max(ratios) <= 1 and abs(sum(ratios) - 1) > 0.005:
         raise DataError(
             f"--split-ratio {text}: these shares add up to {sum(ratios):g}; they must add up to 1."
         )
