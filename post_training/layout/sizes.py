@@ -31,8 +31,6 @@ def padded_vocabulary(size: int, args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> None:
     """Check heads, layers, experts, batch and world size against the parallel sizes.
 
-    Fills in `--global-batch-size` where it is not given.
-
     Raises:
         SetupError: naming the flag, what was found, values that would work, and the nearest whole layout
             that passes every rule.
@@ -48,8 +46,6 @@ def check(args: argparse.Namespace) -> None:
         if changes is None:
             raise
         raise SetupError(f"{error}; {describe_changes(args, changes)}") from None
-    if args.global_batch_size is None:
-        args.global_batch_size = batch_multiple(args)
 
 
 def data_parallel_size(args: argparse.Namespace) -> int:
