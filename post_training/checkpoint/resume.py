@@ -37,6 +37,9 @@ class Start:
     """Only its weights are taken."""
     replaceable: bool
     """Whether the one before it may be taken where it is damaged: nobody has named it."""
+    asked: argparse.Namespace
+    """The arguments as they were then: a checkpoint's origin is written in terms of these, and Megatron's
+    validation spells some of them otherwise."""
 
     @property
     def continued(self) -> Checkpoint | None:
@@ -65,6 +68,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Start:
         SetupError: `--load` holds no complete checkpoint, or the checkpoint is another model's, or it does
             not say where in the data it was saved.
     """
+    asked = argparse.Namespace(**vars(args))
     foreign, finetune, step = args.load, args.finetune, args.ckpt_step
     if foreign and Path(foreign).resolve() == Path(args.save).resolve():
         foreign = None
@@ -91,7 +95,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Start:
                 f"(no latest_checkpointed_iteration.txt){_meant(Path(foreign))}"
             )
     else:
-        return Start(None, None, finetune, replaceable=False)
+        return Start(None, None, finetune, replaceable=False, asked=asked)
     own = load == args.save
     if checkpoint.manifest is None and not (finetune or args.skip_train):
         raise SetupError(
@@ -105,7 +109,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Start:
     if complaint is not None and args.rank == 0:
         print(f"warning: {complaint}; continuing from {checkpoint.path}", file=sys.stderr)
     check_origin(args, checkpoint, weights_only=finetune)
-    return Start(checkpoint, load, finetune, replaceable=newest is not None)
+    return Start(checkpoint, load, finetune, replaceable=newest is not None, asked=asked)
 
 
 def expect(checkpoint: Checkpoint | None) -> None:
@@ -126,7 +130,7 @@ class Fallback:
         """For a run with this start; `load_hooks.fall_back` is set to `take`."""
         self.args = args
         self.checkpoint = start.checkpoint
-        self.replaceable = start.replaceable
+        self.start = start
         self.position = position
         self.console = console
         expect(start.checkpoint)
@@ -151,14 +155,14 @@ class Fallback:
         args, damaged = self.args, self.checkpoint
         assert damaged is not None
         wrong = f"{damaged.path}: {reason}"
-        if not self.replaceable:
+        if not self.start.replaceable:
             raise RunStopped(f"{wrong}; restore it from a copy, or name another one by --ckpt-step")
         before = newest_before(args.save, damaged.iteration)
         if before is None or before.iteration is None:
             raise RunStopped(f"{wrong}; {no_older(args.save)}")
         same_place = True
         try:
-            check_origin(args, before)
+            check_origin(self.start.asked, before)
             if self.position is not None:
                 same_place = self.position.begins_at == self.position.data.begins_at(before)
             if args.rank == 0 and not args.skip_train:

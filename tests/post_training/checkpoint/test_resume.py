@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from post_training.arguments.completion import complete_run, validate
 from post_training.batch.splits import plan_split
 from post_training.checkpoint import resume, store
 from post_training.checkpoint.position import find_position
@@ -147,13 +148,16 @@ def test_finetune_is_about_load_and_says_so(parse, tmp_path, capsys):
 
 
 @pytest.fixture
-def fall_back(documents):
+def fall_back(documents, capsys):
     """Chooses a checkpoint as a run does, and has it fail."""
 
     def fall(args, documents=documents):
         start = resume.choose_checkpoint(args)
         train = plan_split(args, "train", documents, make_tokenizer())
         position = find_position(args, train, start.continued)
+        complete_run(args, **start.flags(), **position.flags())
+        validate(args)
+        capsys.readouterr()
         resume.Fallback(args, start, position, sys.stderr).take("it cannot be read")
 
     return fall
