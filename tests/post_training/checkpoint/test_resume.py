@@ -155,6 +155,7 @@ def fall_back(documents, capsys):
         start = resume.choose_checkpoint(args)
         train = plan_split(args, "train", documents, make_tokenizer())
         position = find_position(args, train, start.continued)
+        assert position is not None
         complete_run(args, **start.flags(), **position.flags())
         validate(args)
         capsys.readouterr()
