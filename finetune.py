@@ -42,7 +42,8 @@ from megatron.training.global_vars import set_global_variables
 
 from data import DataError
 from model_provider import check_weights, model_config
-from post_training.arguments.parser import parse_arguments, validate
+from post_training.arguments.completion import complete_run, validate
+from post_training.arguments.parser import parse_arguments
 from post_training.batch.assemble import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.batch.data_report import describe
 from post_training.batch.iterators import MicroBatchIterator, split_iterators
@@ -56,7 +57,6 @@ from post_training.batch.splits import (
 from post_training.checkpoint import resume
 from post_training.checkpoint.position import DataPosition, find_position
 from post_training.checkpoint.saver import CheckpointSaver
-from post_training.checkpoint.store import Checkpoint
 from post_training.distillation.acceptance import report_acceptance
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.job import output, run_lock
@@ -157,21 +157,18 @@ def finetune(
     args: argparse.Namespace,
     console: TextIO,
     splits: dict[str, Split],
-    checkpoint: Checkpoint | None,
+    start: resume.Start,
     position: DataPosition | None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
     writer_queue.apply(args)
     watchdog.start(args, console)
-    resume.Fallback(args, checkpoint, position, console)
+    resume.Fallback(args, start, position, console)
     run_log = RunLog(args, console, {name: split.sources.names for name, split in splits.items()})
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, splits.get("train"), run_log)
-    hooks.evaluation_iterations = evaluation_batches(args, splits)
-    # Each split has its own number of batches; to Megatron this says only whether there are any.
-    args.eval_iters = 1 if hooks.evaluation_iterations else 0
 
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
         # Called once the model and a checkpoint are loaded: the first step comes next.
@@ -189,7 +186,7 @@ def finetune(
     provider.is_distributed = True  # type: ignore[attr-defined]
     with ending_together(run_log):
         pretrain(
-            pretrain_cfg_container_from_args(args, model_config(args, checkpoint)),
+            pretrain_cfg_container_from_args(args, model_config(args, start.checkpoint)),
             provider,
             ModelType.encoder_or_decoder,
             forward_step,
@@ -209,20 +206,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse_arguments(COMMAND if argv is None else argv)
         run_lock.hold(args)
-        checkpoint = resume.choose_checkpoint(args)
-        check_weights(args, checkpoint)
+        start = resume.choose_checkpoint(args)
+        check_weights(args, start.checkpoint)
         output.prepare_output(args)
         tokenizer, splits = prepare_data(args)
-        position = find_position(args, splits.get("train"), checkpoint)
+        position = find_position(args, splits.get("train"), start.continued)
         if rank == 0:
             print(describe(splits, args), file=console)
         console = output.redirect_logs(args)
         if not args.eval_only:
             output.save_config(args)
             output.save_model_folder(args, tokenizer)
+        hooks.evaluation_iterations = evaluation_batches(args, splits)
+        place = {} if position is None else position.flags()
+        evaluates = bool(hooks.evaluation_iterations)
+        complete_run(args, **start.flags(), **place, evaluates=evaluates)
         validate(args)
         started = True
-        finetune(args, console, splits, checkpoint, position)
+        finetune(args, console, splits, start, position)
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)

@@ -78,7 +78,8 @@ def _preview(args: argparse.Namespace) -> None:
     if args.data and args.finetune_data_files:
         raise DataError("give either --data or --finetune-data-files, which mean the same.")
     flag = "--data" if args.data else "--finetune-data-files"
-    args.finetune_data_files = args.data or args.finetune_data_files
+    files = {"finetune_data_files": args.data or args.finetune_data_files}
+    args = argparse.Namespace(**(vars(args) | files))
     settings = PrepareOptions(seq_length=args.seq_length, **option_fields(args))
     summaries, pages = [], []
     with contextlib.ExitStack() as stack:
@@ -112,7 +113,9 @@ def _preview(args: argparse.Namespace) -> None:
         with open_output(args.html) as page:
             page.write(html_page(pages, summaries))
     print("\nthe run")
-    args.num_epochs, args.eval_global_batch_size = None, args.global_batch_size or 1
+    # `plan_split` asks for what a run's flags say.
+    batch = {"num_epochs": None, "eval_global_batch_size": args.global_batch_size or 1}
+    args = argparse.Namespace(**vars(args), **batch)
     splits: dict[str, Split] = {}
     for split in SPLITS:
         documents = prepare_documents_from_args(args, split, tokenizer)

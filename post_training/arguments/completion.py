@@ -1,4 +1,13 @@
-"""What follows from the flags that were given: the one place that completes `args` once they are parsed."""
+"""The one place that completes `args`: what follows from the flags, then what Megatron is to see of a run.
+
+    complete_flags      at the end of parsing: what follows from the flags alone, and data are prepared by
+    complete_run        once checkpoint, data and evaluation are known: what Megatron must see of them
+    complete_inference  in the place of it for one whole model in one process
+    validate            Megatron's own checks, and what it would not have taken before them
+
+Behind `validate` nothing of this project changes `args`; what is found later is handed on by name.
+`tests/post_training/arguments/test_completion.py` looks for assignments elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +15,21 @@ import argparse
 import importlib.util
 import os
 
+import torch
+
 from post_training.arguments.experts import complete_expert_flags
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
-from post_training.errors import SetupError
+from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import sliding_window
 from post_training.layout import sizes
 from post_training.machine.device import device_type
 
+# Set-up, the first step, an evaluation's first batch and saving may take this many times as long as an
+# ordinary step.
+PATIENCE = 6
 
-def complete(args: argparse.Namespace) -> None:
+
+def complete_flags(args: argparse.Namespace) -> None:
     """Fill in what follows from other flags, and check what can be checked before the data are known.
 
     Raises:
@@ -44,7 +59,6 @@ def complete(args: argparse.Namespace) -> None:
     if args.optimizer == "sgd" and "use_distributed_optimizer" in args.derived:
         # Megatron's distributed optimizer keeps the state of Adam, not that of torch's SGD.
         args.use_distributed_optimizer = args.dist_ckpt_optim_fully_reshardable = False
-    args.data_begins_at = 0  # see resume.DataPosition
     _complete_save_flags(args)
     # What lies in the output folder moves with it: config.yaml does not name these.
     args.in_output_dir = []
@@ -86,8 +100,104 @@ def complete(args: argparse.Namespace) -> None:
         args.sequence_parallel = True
         args.derived.append("sequence_parallel")
     sizes.check(args)
+    if args.global_batch_size is None:
+        args.global_batch_size = sizes.batch_multiple(args)
     if args.tensor_model_parallel_size == 1:
         args.sequence_parallel = False  # after the check, whose proposal may turn to a larger size
+
+
+def complete_run(
+    args: argparse.Namespace,
+    *,
+    load: str | None,
+    ckpt_step: int | None,
+    finetune: bool,
+    by_modelopt: bool,
+    begins_at: int = 0,
+    train_iters: int | None = None,
+    evaluates: bool = False,
+) -> None:
+    """Set what Megatron must see of a run; `config.yaml`, which says what was asked for, is written before.
+
+    Args:
+        args: as parsed, not validated yet.
+        load: the folder to load from, if anything is loaded.
+        ckpt_step: the checkpoint in it, whatever its tracker file names.
+        finetune: only weights are taken from it.
+        by_modelopt: it is of a model that ModelOpt converted.
+        begins_at: consumed packs at which this data began, `args.data_begins_at` from here on.
+        train_iters: steps to the end of the run; None where `--train-iters` has said it.
+        evaluates: whether there is anything to evaluate. Each split has its own number of batches
+            (`hooks.evaluation_iterations`); to Megatron `eval_iters` says only whether there are any.
+    """
+    args.load, args.ckpt_step, args.finetune = load, ckpt_step, finetune
+    args.modelopt_enabled = by_modelopt
+    args.data_begins_at = begins_at
+    if train_iters is not None:
+        args.train_iters = train_iters
+    args.eval_iters = 1 if evaluates else 0
+    # Megatron would remove, without looking, what comes before.
+    args.retain_interval, args.save_retain_interval = args.save_retain_interval, None
+    if args.hang_timeout is None:
+        args.hang_timeout = args.distributed_timeout_minutes * 60.0
+    if args.hang_timeout > 0:
+        # The watchdog, which can tell what happened, comes before torch's own timeout of a collective.
+        longest = (PATIENCE * args.hang_timeout + 120.0) / 60.0
+        args.distributed_timeout_minutes = max(args.distributed_timeout_minutes, longest)
+
+
+def complete_inference(
+    args: argparse.Namespace, *, load: str | None = None, ckpt_step: int | None = None
+) -> None:
+    """Set what Megatron must see where one process only reads a model.
+
+    Args:
+        args: as parsed, not validated yet.
+        load: the folder to load from, if a checkpoint is loaded.
+        ckpt_step: the checkpoint in it, whatever its tracker file names.
+    """
+    args.load, args.ckpt_step, args.save = load, ckpt_step, None
+    args.tensorboard_dir = None
+    args.no_load_optim = args.no_load_rng = True
+    args.exit_signal_handler = False
+    args.use_distributed_optimizer = False
+
+
+def validate(args: argparse.Namespace) -> None:
+    """Let Megatron check the arguments and derive what it derives; from here on they stay as they are.
+
+    New are `fsdp_compute_dtype`, and `stop_at_nonfinite` in the place of Megatron's
+    `check_for_nan_in_loss_and_grad`.
+
+    Raises:
+        SetupError: Megatron refuses them.
+    """
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import validate_args
+
+    untied = args.untie_embeddings_and_output_weights
+    # Megatron refuses tied embeddings with FSDP2, for its own wrapper's sake.
+    args.untie_embeddings_and_output_weights = untied or args.use_torch_fsdp2
+    try:
+        validate_args(args)
+        gpt_config_from_args(args)  # the model's own checks
+    except (AssertionError, ValueError, RuntimeError) as error:
+        reason = str(error) or failed_condition(error, args)
+        raise SetupError(f"Megatron refuses these flags: {reason}") from error
+    args.untie_embeddings_and_output_weights = untied
+    # Mixed precision is left to FSDP2: shards, gradients and optimizer in fp32, computation in bf16.
+    # Megatron would turn the whole model into bf16, keep fp32 copies in the optimizer and the sum of
+    # gradients over micro batches in bf16, eight bits of it. Without training it wraps nothing.
+    args.fsdp_compute_dtype = None
+    if args.use_torch_fsdp2 and not args.skip_train and args.bf16:
+        args.fsdp_compute_dtype = torch.bfloat16
+        args.bf16, args.params_dtype = False, torch.float32
+    # Off by flag, and with fp16's dynamic loss scaling, which skips such steps.
+    args.stop_at_nonfinite = args.check_for_nan_in_loss_and_grad
+    args.check_for_nan_in_loss_and_grad = False
+    if device_type() == "cpu":
+        # Megatron has insisted on it; `platform/checkpoints/writer_queue.py` says why it is not wanted.
+        args.use_persistent_ckpt_worker = False
 
 
 def _fill(args: argparse.Namespace, name: str, value: str) -> None:

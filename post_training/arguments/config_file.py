@@ -22,7 +22,7 @@ DERIVED = "derived_flags"
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
 _NOT_WRITTEN = frozenset(
     {
-        *("config", "derived", "in_output_dir", "hf_config", "data_begins_at", "modelopt_enabled"),
+        *("config", "derived", "in_output_dir", "hf_config"),
         *("rank", "world_size", "local_rank"),
     }
 )
@@ -182,14 +182,16 @@ def _plain(value: Any) -> Any:
 
 
 def resolved_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything `args` holds, as plain values that `--config` reads back."""
+    """What the flags resolved to, as plain values that `--config` reads back.
+
+    Args:
+        args: as parsed: not yet completed by what the run finds in its folders and its data.
+    """
     result = {}
     for key, value in sorted(vars(args).items()):
         plain = _plain(value)
         if key in _NOT_WRITTEN or key.startswith("_") or key in args.in_output_dir:
             continue
-        if key == "train_iters" and args.num_epochs:
-            continue  # follows from --num-epochs and the data
         if key == "load" and "save" in args.in_output_dir and value == args.save:
             continue  # the run's own checkpoints, which are looked for first
         if plain is None or isinstance(plain, (bool, int, float, str, list)):

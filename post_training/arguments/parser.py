@@ -14,14 +14,14 @@ from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
 from post_training.arguments.command_line import CommandLine
-from post_training.arguments.completion import complete
+from post_training.arguments.completion import complete_flags
 from post_training.arguments.config_file import apply_settings
 from post_training.arguments.defaults import fsdp2_defaults, platform_defaults, sft_defaults
 from post_training.arguments.other_names import hint_for
 from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
 from post_training.arguments.usage import shorten_help
-from post_training.errors import SetupError, failed_condition
+from post_training.errors import SetupError
 from post_training.hf.config import load_hf_config, megatron_flags
 from post_training.machine.kernels import (
     has_grouped_gemm,
@@ -194,32 +194,8 @@ def parse_arguments(
     megatron.check(args, derived, architecture)
     args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
     args.hf_config = hf_config
-    complete(args)
+    complete_flags(args)
     return args
-
-
-def validate(args: argparse.Namespace) -> None:
-    """Let Megatron check the arguments and derive what it derives.
-
-    Raises:
-        SetupError: Megatron refuses them.
-    """
-    from megatron.training.argument_utils import gpt_config_from_args
-    from megatron.training.arguments import validate_args
-
-    from post_training.platform.fsdp2 import keep_fp32_shards
-
-    untied = args.untie_embeddings_and_output_weights
-    # Megatron refuses tied embeddings with FSDP2, for its own wrapper's sake.
-    args.untie_embeddings_and_output_weights = untied or args.use_torch_fsdp2
-    try:
-        validate_args(args)
-        gpt_config_from_args(args)  # the model's own checks
-    except (AssertionError, ValueError, RuntimeError) as error:
-        reason = str(error) or failed_condition(error, args)
-        raise SetupError(f"Megatron refuses these flags: {reason}") from error
-    args.untie_embeddings_and_output_weights = untied
-    keep_fp32_shards(args)
 
 
 def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:

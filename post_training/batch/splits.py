@@ -133,7 +133,9 @@ def evaluation_batches(args: argparse.Namespace, splits: Mapping[str, Split]) ->
     batches: dict[str, int] = {}
     for split in ("valid", "test"):
         if split in splits and args.eval_iters != 0:
-            whole = len(splits[split].packs) // args.eval_global_batch_size
+            whole = len(splits[split].packs) // (
+                args.eval_global_batch_size or args.global_batch_size
+            )
             batches[split] = min(whole, args.eval_iters or whole)
     return batches
 

@@ -60,7 +60,7 @@ def check_optimizer(
     Raises:
         SetupError: it holds no optimizer, or one of another form, and this run asks for it.
     """
-    if args.no_load_optim or args.finetune or args.skip_train:
+    if args.no_load_optim or args.skip_train:
         return
     if written.get("no_save_optim"):
         raise SetupError(

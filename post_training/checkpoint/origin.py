@@ -72,12 +72,15 @@ def _origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
     return config | {"architecture": {k: config[k] for k in ARCHITECTURE if k in config}}
 
 
-def check_origin(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
+def check_origin(
+    args: argparse.Namespace, checkpoint: Checkpoint, *, weights_only: bool = False
+) -> None:
     """Refuse a checkpoint that this run cannot go on with.
 
     Args:
         args: resolved arguments.
         checkpoint: what is to be loaded.
+        weights_only: its optimizer is left where it is.
 
     Raises:
         SetupError: it is another model's, of another format, or its optimizer's state is not this run's.
@@ -91,4 +94,5 @@ def check_origin(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} is another model's checkpoint: its {key} is {before}, this run's "
                 f"is {here['architecture'][key]}; choose another --output-dir or --load"
             )
-    check_optimizer(args, checkpoint, written)
+    if not weights_only:
+        check_optimizer(args, checkpoint, written)

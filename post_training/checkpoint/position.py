@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from data import DocumentSet, SFTDataset
@@ -25,17 +26,15 @@ PLAN_KEYS = ("seq_length", "seed", "packing", "global_batch_size")
 _SHOWN = ("path", "libraries")
 
 
-class DataPosition:
-    """The place in the training data, in a form that a checkpoint keeps and a later run compares.
+class PlannedData:
+    """The training data in a form that a checkpoint keeps and a later run compares.
 
     A position is a number of packs of one packing plan: with another plan the run would go on without a
-    word, train some documents twice and others never. `args.data_begins_at` is the number of consumed packs
-    (`args.consumed_train_samples`) at which this plan began: 0, or where `--restart-data` put it in place
-    of another.
+    word, train some documents twice and others never.
     """
 
     def __init__(self, args: argparse.Namespace, plan: SFTDataset) -> None:
-        """For a run of `plan`; `check()` then tells where in it to go on."""
+        """For a run of `plan`; `begins_at()` then tells where in it to go on."""
         self.args = args
         self.plan = plan
         self._facts: dict[str, Any] = {key: getattr(args, key) for key in PLAN_KEYS}
@@ -46,10 +45,10 @@ class DataPosition:
         self._base_weights = _weights_digest(args)
         self._origin = origin(args)
 
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint's manifest says of the run as it is now."""
+    def facts(self, begins_at: int) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run as it is now; its data began at `begins_at`."""
         consumed = int(self.args.consumed_train_samples)
-        epoch, pack = self.plan.locate(consumed - self.args.data_begins_at)
+        epoch, pack = self.plan.locate(consumed - begins_at)
         ended = self.plan.epochs is not None and epoch >= self.plan.epochs
         return {
             "consumed_samples": consumed,
@@ -59,23 +58,26 @@ class DataPosition:
             "data": {
                 **self._facts,
                 "made_of": self._made_of,
-                "begins_at": self.args.data_begins_at,
+                "begins_at": begins_at,
                 "epoch": epoch,
                 "pack": pack,
                 "filler": pack if ended else 0,
             },
         }
 
-    def check(self, checkpoint: Checkpoint | None) -> None:
-        """Find the place in the data that `checkpoint` (None: a fresh start) was saved at.
+    def begins_at(self, checkpoint: Checkpoint | None) -> int:
+        """The consumed packs at which this plan begins, in a run that goes on from `checkpoint`.
+
+        Returns:
+            0, also of a fresh start (None), or where `--restart-data` put the plan in place of another.
 
         Raises:
             SetupError: the checkpoint was made from other base weights or other data, and the run was not
                 told to start its data anew.
         """
         args = self.args
-        if checkpoint is None or args.finetune:
-            return
+        if checkpoint is None:
+            return 0
         path, manifest = checkpoint.path, checkpoint.manifest
         assert manifest is not None  # else `choose_checkpoint` has refused it
         own = path == checkpoint_path(args.save, manifest["iteration"])
@@ -95,8 +97,7 @@ class DataPosition:
         consumed = manifest["consumed_samples"]
         differs = [key for key in self._facts if before.get(key) != self._facts[key]]
         if args.restart_data and (differs or not own):
-            args.data_begins_at = consumed
-            return
+            return int(consumed)
         if differs:
             raise SetupError(
                 f"{path} {self._difference(before, differs)}; give the same again to continue, or "
@@ -110,12 +111,12 @@ class DataPosition:
                 f"{', '.join(changed)}",
                 file=sys.stderr,
             )
-        args.data_begins_at = before["begins_at"]
-        position = self.plan.locate(consumed - args.data_begins_at)
+        begins_at: int = before["begins_at"]
+        position = self.plan.locate(consumed - begins_at)
         if position != (before["epoch"], before["pack"]):
             raise SetupError(
                 f"{path} was saved at pack {before['pack']} of epoch {before['epoch']}, which is "
-                f"not where {consumed - args.data_begins_at} packs of this data end {position}: its "
+                f"not where {consumed - begins_at} packs of this data end {position}: its "
                 f"manifest.json has been changed"
             )
 
@@ -129,6 +130,7 @@ class DataPosition:
                 f"last epoch: as many packs of the next epoch are left out",
                 file=sys.stderr,
             )
+        return begins_at
 
     def _comparable(self, before: dict[str, Any]) -> dict[str, Any]:
         """What a manifest says of the data; a version before named a token cache in place of contents."""
@@ -177,36 +179,54 @@ class DataPosition:
         return f"{other} its packs are planned in another way by this version"
 
 
+@dataclass(frozen=True)
+class DataPosition:
+    """The place in the training data at which a run goes on."""
+
+    data: PlannedData
+    begins_at: int
+    """Consumed packs (`args.consumed_train_samples`) at which the data began."""
+    train_iters: int
+    """Steps to the end of the run, those of the checkpoint before among them."""
+
+    def flags(self) -> dict[str, Any]:
+        """As `complete_run` takes it."""
+        return {"begins_at": self.begins_at, "train_iters": self.train_iters}
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint's manifest says of the run as it is now."""
+        return self.data.facts(self.begins_at)
+
+
 def find_position(
     args: argparse.Namespace, train: Split | None, checkpoint: Checkpoint | None
 ) -> DataPosition | None:
-    """The place in the training data to go on at, and with `--num-epochs` the steps to its end.
-
-    Sets `args.train_iters` from `--num-epochs`.
+    """The place in the training data to go on at, and the steps to its end, with `--num-epochs` too.
 
     Args:
         args: parsed arguments.
         train: the training data; None when nothing is trained.
-        checkpoint: what the run continues from.
+        checkpoint: what the run continues from; None where it takes at most weights.
 
     Returns:
         None when nothing is trained.
 
     Raises:
-        SetupError: as `DataPosition.check`; or the learning rate cannot go as its flags say over the steps
-            of `--num-epochs`.
+        SetupError: as `PlannedData.begins_at`; or the learning rate cannot go as its flags say over the
+            steps of `--num-epochs`.
     """
     if train is None:
         return None
     plan = train.packs
-    position = DataPosition(args, plan)
-    position.check(checkpoint)
-    if args.num_epochs:
-        # Filler packs, which weigh nothing, make the last step full.
-        steps = -(-plan.num_packed_samples // args.global_batch_size)
-        args.train_iters = args.data_begins_at // args.global_batch_size + steps
-        check_learning_rate(args)
-    return position
+    data = PlannedData(args, plan)
+    begins_at = data.begins_at(checkpoint)
+    if not args.num_epochs:
+        return DataPosition(data, begins_at, args.train_iters)
+    # Filler packs, which weigh nothing, make the last step full.
+    steps = -(-plan.num_packed_samples // args.global_batch_size)
+    train_iters = begins_at // args.global_batch_size + steps
+    check_learning_rate(argparse.Namespace(**(vars(args) | {"train_iters": train_iters})))
+    return DataPosition(data, begins_at, train_iters)
 
 
 def _weights_digest(args: argparse.Namespace) -> str | None:

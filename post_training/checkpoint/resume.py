@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from post_training.checkpoint.origin import check_origin
 from post_training.checkpoint.position import DataPosition
@@ -24,8 +25,41 @@ from post_training.errors import RunStopped, SetupError
 from post_training.platform.checkpoints.loading import load_hooks
 
 
-def choose_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
-    """Set `args.load` and `args.ckpt_step` to what to continue from, and return that checkpoint.
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, chosen once: `complete_run` tells Megatron of it."""
+
+    checkpoint: Checkpoint | None
+    """What is loaded; None: the weights of `--hf-model`, or random ones."""
+    load: str | None
+    """The folder that it lies in, in the words of `--save` or `--load`."""
+    finetune: bool
+    """Only its weights are taken."""
+    replaceable: bool
+    """Whether the one before it may be taken where it is damaged: nobody has named it."""
+    asked: argparse.Namespace
+    """The arguments as they were then: a checkpoint's origin is written in terms of these, and Megatron's
+    validation spells some of them otherwise."""
+
+    @property
+    def continued(self) -> Checkpoint | None:
+        """The checkpoint whose place in the data the run goes on from."""
+        return None if self.finetune else self.checkpoint
+
+    def flags(self) -> dict[str, Any]:
+        """As `complete_run` takes it."""
+        checkpoint = self.checkpoint
+        return {
+            "load": self.load,
+            # Whatever the tracker file names.
+            "ckpt_step": checkpoint and checkpoint.iteration,
+            "finetune": self.finetune,
+            "by_modelopt": checkpoint is not None and checkpoint.has_modelopt,
+        }
+
+
+def choose_checkpoint(args: argparse.Namespace) -> Start:
+    """Find what to continue from.
 
     This run's own checkpoints come before `--load`: the same command, given again, continues.
     `--ckpt-step` belongs to `--load` where that is given.
@@ -34,8 +68,8 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
         SetupError: `--load` holds no complete checkpoint, or the checkpoint is another model's, or it does
             not say where in the data it was saved.
     """
-    load_hooks.layout, args.modelopt_enabled = None, False
-    foreign = args.load
+    asked = argparse.Namespace(**vars(args))
+    foreign, finetune, step = args.load, args.finetune, args.ckpt_step
     if foreign and Path(foreign).resolve() == Path(args.save).resolve():
         foreign = None
     checkpoint: Checkpoint | None = None
@@ -43,18 +77,17 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
     if not (args.eval_only and foreign):  # what --eval-only is to evaluate may be named outright
         checkpoint, complaint = chosen_checkpoint(args.save, None if foreign else args.ckpt_step)
     if checkpoint is not None:
-        args.load = args.save
-        if args.finetune and args.rank == 0:
+        load = args.save
+        if finetune and args.rank == 0:
             print(
                 f"--finetune is left out: this run has begun already and continues from "
                 f"{checkpoint.path}; another --output-dir starts anew",
                 file=sys.stderr,
             )
-        args.finetune = False
-        if foreign:
-            args.ckpt_step = None
+        finetune = False
+        step = None if foreign else step
     elif foreign:
-        args.load = foreign
+        load = foreign
         checkpoint, complaint = chosen_checkpoint(foreign, args.ckpt_step)
         if checkpoint is None:
             raise SetupError(
@@ -62,30 +95,26 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
                 f"(no latest_checkpointed_iteration.txt){_meant(Path(foreign))}"
             )
     else:
-        args.load = None
-        return None
-    if checkpoint.manifest is None and not (args.finetune or args.skip_train):
+        return Start(None, None, finetune, replaceable=False, asked=asked)
+    own = load == args.save
+    if checkpoint.manifest is None and not (finetune or args.skip_train):
         raise SetupError(
             f"{checkpoint.path} has no {MANIFEST}, as plain Megatron writes none, and so does not say "
-            f"where in which data it was saved: start from its weights with --load {args.load} --finetune"
-            + (" and another --output-dir" if args.load == args.save else "")
+            f"where in which data it was saved: start from its weights with --load {load} --finetune"
+            + (" and another --output-dir" if own else "")
         )
-    if args.ckpt_step is None and checkpoint.iteration is not None:
-        args.in_output_dir.append("ckpt_step")  # config.yaml does not keep it
-        if args.load == args.save and args.rank == 0 and not args.skip_train:
-            _mend_tracker(args, checkpoint.iteration)
+    newest = checkpoint.iteration if own and step is None else None
+    if newest is not None and args.rank == 0 and not args.skip_train:
+        _mend_tracker(args, newest)
     if complaint is not None and args.rank == 0:
         print(f"warning: {complaint}; continuing from {checkpoint.path}", file=sys.stderr)
-    check_origin(args, checkpoint)
-    _take(args, checkpoint)
-    return checkpoint
+    check_origin(args, checkpoint, weights_only=finetune)
+    return Start(checkpoint, load, finetune, replaceable=newest is not None, asked=asked)
 
 
-def _take(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
-    """Let Megatron load this one, whatever its tracker file names."""
-    args.ckpt_step = checkpoint.iteration
-    args.modelopt_enabled = checkpoint.has_modelopt
-    load_hooks.layout = (checkpoint.manifest or {}).get("layout")
+def expect(checkpoint: Checkpoint | None) -> None:
+    """Let loading know which layout has written what it will read."""
+    load_hooks.layout = ((checkpoint and checkpoint.manifest) or {}).get("layout")
 
 
 class Fallback:
@@ -94,21 +123,27 @@ class Fallback:
     def __init__(
         self,
         args: argparse.Namespace,
-        checkpoint: Checkpoint | None,
+        start: Start,
         position: DataPosition | None,
         console: TextIO,
     ) -> None:
-        """For a run that continues from `checkpoint`; `load_hooks.fall_back` is set to `take`."""
+        """For a run with this start; `load_hooks.fall_back` is set to `take`."""
         self.args = args
-        self.checkpoint = checkpoint
+        self.checkpoint = start.checkpoint
+        self.start = start
         self.position = position
         self.console = console
+        expect(start.checkpoint)
         load_hooks.fall_back = self.take
 
     def take(self, reason: str) -> None:
         """Have the newest whole checkpoint before the damaged one loaded, in the run's own folder.
 
         Nothing has been trained yet, and loading overwrites all that the attempt before has read.
+
+        This is the one place that changes validated arguments, `ckpt_step`: damage is met in the middle of
+        `pretrain()`, whose `load_checkpoint` reads there which one to load. Nothing else changes: a
+        checkpoint before that would need other arguments is refused.
 
         Args:
             reason: what is wrong with the chosen one.
@@ -120,28 +155,29 @@ class Fallback:
         args, damaged = self.args, self.checkpoint
         assert damaged is not None
         wrong = f"{damaged.path}: {reason}"
-        if args.load != args.save or "ckpt_step" not in args.in_output_dir:
+        if not self.start.replaceable:
             raise RunStopped(f"{wrong}; restore it from a copy, or name another one by --ckpt-step")
         before = newest_before(args.save, damaged.iteration)
         if before is None or before.iteration is None:
             raise RunStopped(f"{wrong}; {no_older(args.save)}")
-        begins_at = args.data_begins_at
+        same_place = True
         try:
-            check_origin(args, before)
+            check_origin(self.start.asked, before)
             if self.position is not None:
-                self.position.check(before)
+                same_place = self.position.begins_at == self.position.data.begins_at(before)
             if args.rank == 0 and not args.skip_train:
                 _mend_tracker(args, before.iteration)
         except SetupError as error:
             raise RunStopped(f"{wrong}; and of the one before: {error}") from error
-        if damaged.has_modelopt or before.has_modelopt or args.data_begins_at != begins_at:
+        if damaged.has_modelopt or before.has_modelopt or not same_place:
             raise RunStopped(
                 f"{wrong}; give the same command again, it continues from {before.path}"
             )
         if args.rank == 0:
             print(f"warning: {wrong}; continuing from {before.path}", file=self.console)
         self.checkpoint = before
-        _take(args, before)
+        args.ckpt_step = before.iteration
+        expect(before)
 
 
 def _meant(load: Path) -> str:

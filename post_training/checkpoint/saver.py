@@ -30,17 +30,13 @@ class CheckpointSaver:
         """Take over the saves of this process.
 
         Args:
-            args: validated arguments; `--save-retain-interval` is taken over from Megatron.
+            args: validated arguments.
             facts: what the manifest says of the run, called when a save begins.
             console: where rank 0 says what was removed.
         """
         self.args = args
         self.facts = facts
         self.console = console
-        self.retain_interval: int | None = args.save_retain_interval
-        args.save_retain_interval = (
-            None  # Megatron would remove, without looking, what comes before
-        )
         self.saved: int | None = None
         self._facts_of: dict[int, dict[str, Any]] = {}
         save_hooks.begin = self.begin
@@ -146,7 +142,7 @@ class CheckpointSaver:
                 self.args.save,
                 newest=newest,
                 keep=self.args.keep_checkpoints,
-                retain_interval=self.retain_interval,
+                retain_interval=self.args.retain_interval,
             )
         except OSError as error:
             # The new checkpoint is complete: no reason to end the run.

@@ -52,7 +52,7 @@ def arguments_of_run(
         by_modelopt: ModelOpt converted the checkpoint's model, and names the modules that it was made of.
 
     Returns:
-        As `parse_arguments`; `load` and `save` are None. The precision is the run's, on any machine.
+        As `parse_arguments`. The precision is the run's, on any machine.
 
     Raises:
         SetupError: the model needs Transformer Engine, which is not here, or the folder lacks something.
@@ -71,7 +71,7 @@ def arguments_of_hf_model(name: str) -> argparse.Namespace:
     """Arguments for a HuggingFace folder or hub name, in the precision that its configuration names.
 
     Returns:
-        As `parse_arguments`; `load` and `save` are None.
+        As `parse_arguments`.
 
     Raises:
         SetupError: it cannot be loaded.
@@ -98,9 +98,7 @@ def _parsed(
         # Said, because a GPU's default is another.
         "fp32": not (settings.get("bf16") or settings.get("fp16")),
     }
-    args = parse_arguments([], settings=settings)
-    args.load = args.save = None
-    return args
+    return parse_arguments([], settings=settings)
 
 
 def _implementation(config: Mapping[str, Any], by_modelopt: bool) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from post_training.arguments.completion import complete_inference, validate
 from post_training.arguments.config_file import read_config_file
-from post_training.arguments.parser import validate
 from post_training.checkpoint.store import Checkpoint, chosen_checkpoint, latest_checkpoint
 from post_training.checkpoint.torch_dcp import checkpoint_format, load_weights
 from post_training.errors import SetupError
@@ -74,7 +74,7 @@ def load_model(
 def _checkpoint_of_run(
     folder: Path, iteration: int | None, checkpoints: str | None
 ) -> tuple[argparse.Namespace, Checkpoint]:
-    """Arguments that load one checkpoint of a run, and it.
+    """One checkpoint of a run, and arguments for its model.
 
     Raises:
         SetupError: there is none, or its model cannot be had here.
@@ -92,11 +92,7 @@ def _checkpoint_of_run(
         raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
     if complaint is not None:
         print(f"warning: {complaint}; using {checkpoint.path}", file=sys.stderr)
-    args = arguments_of_run(folder, config, by_modelopt=checkpoint.has_modelopt)
-    args.load = where
-    # Whatever the tracker file names.
-    args.ckpt_step = checkpoint.iteration
-    return args, checkpoint
+    return arguments_of_run(folder, config, by_modelopt=checkpoint.has_modelopt), checkpoint
 
 
 def _build(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
@@ -107,10 +103,11 @@ def _build(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
 
     from model_provider import model_config
 
-    args.tensorboard_dir = None
-    args.no_load_optim = args.no_load_rng = True
-    args.exit_signal_handler = False
-    args.use_distributed_optimizer = False
+    if checkpoint is None:
+        complete_inference(args)
+    else:
+        folder = str(checkpoint.path.parent)
+        complete_inference(args, load=folder, ckpt_step=checkpoint.iteration)
     validate(args)
     set_global_variables(args, build_tokenizer=False)
     # A store of its own: no port is opened and nobody is waited for.

@@ -25,13 +25,11 @@ from typing import Any, TextIO
 
 import torch
 
+from post_training.arguments.completion import PATIENCE
 from post_training.job.hang_report import hang_report, place_of
 from post_training.job.rank_files import PREFIX, RankFiles, remove_left_over
 from post_training.machine.processes import is_running, this_host
 
-# Set-up, the first step, an evaluation's first batch and saving may take this many times as long as an
-# ordinary step.
-PATIENCE = 6
 # Seconds that a rank is given to say where it stands, once it has heard of an alarm.
 ANSWER_SECONDS = 10.0
 # Seconds that the main thread is given to end by itself, once it is known that the job ends.
@@ -69,16 +67,12 @@ class Watchdog:
         """Watch from now on, unless `--hang-timeout 0`.
 
         Args:
-            args: validated arguments; `distributed_timeout_minutes` is raised, so that the watchdog,
-                which can tell what happened, comes before torch's own timeout of a collective.
+            args: validated arguments.
             console: where messages go.
         """
-        timeout = args.hang_timeout
-        self.limit = args.distributed_timeout_minutes * 60.0 if timeout is None else timeout
+        self.limit = args.hang_timeout
         if self.limit <= 0:
             return
-        longest = (PATIENCE * self.limit + 120.0) / 60.0
-        args.distributed_timeout_minutes = max(args.distributed_timeout_minutes, longest)
         self.rank, self._console, self._output = args.rank, console, Path(args.output_dir)
         self._hint = (
             f"to continue from the newest checkpoint in {args.save}, give the same command again"

@@ -57,13 +57,15 @@ def nearest_layout(
     for distance, changes in sorted(_candidates(args), key=_order(args)):
         if distance >= best_distance:
             break
-        trial = argparse.Namespace(**(vars(args) | kept | changes))
-        if trial.num_experts and trial.tensor_model_parallel_size > 1:
-            trial.sequence_parallel = True  # as the arguments are completed before they are checked
+        # As the arguments are completed before they are checked.
+        spread = bool(args.num_experts) and changes[SIZES[0]] != 1
+        sequence_parallel = {"sequence_parallel": args.sequence_parallel or spread}
+        trial = argparse.Namespace(**(vars(args) | kept | changes | sequence_parallel))
         added: dict[str, int] = {}
         if not _passes(trial, rules):
-            added = _fit_numbers(trial, batch_multiple, sequence_multiple)
-            if not added or added.keys() & kept.keys() or not _passes(trial, rules):
+            added = _fitting_numbers(trial, batch_multiple, sequence_multiple)
+            fitted = argparse.Namespace(**(vars(trial) | added))
+            if not added or added.keys() & kept.keys() or not _passes(fitted, rules):
                 continue
         distance += _distance_of_numbers(args, added)
         if distance < best_distance:
@@ -117,13 +119,13 @@ def _order(args: argparse.Namespace) -> Callable[[tuple[float, dict[str, Any]]],
     return key
 
 
-def _fit_numbers(
+def _fitting_numbers(
     trial: argparse.Namespace, batch_multiple: Multiple, sequence_multiple: Multiple
 ) -> dict[str, int]:
-    """Round batch sizes and sequence length so that they can be cut; `trial` is changed.
+    """Batch sizes and sequence length rounded so that they can be cut.
 
     Returns:
-        What was changed; nothing where no number helps.
+        What is to be changed; nothing where no number helps.
     """
     changes: dict[str, int] = {}
     if min(trial.micro_batch_size, trial.eval_micro_batch_size or 1) < 1:
@@ -142,7 +144,6 @@ def _fit_numbers(
     multiple = sequence_multiple(trial)
     if trial.seq_length % multiple:
         changes["seq_length"] = -(-trial.seq_length // multiple) * multiple
-    vars(trial).update(changes)
     return changes
 
 

@@ -34,8 +34,6 @@ def padded_vocabulary(size: int, args: argparse.Namespace) -> int:
 def check(args: argparse.Namespace) -> None:
     """Check heads, layers, experts, batch and world size against the parallel sizes.
 
-    Fills in `--global-batch-size` where it is not given.
-
     Raises:
         SetupError: naming the flag, what was found, values that would work, and the nearest whole layout
             that passes every rule.
@@ -52,8 +50,6 @@ def check(args: argparse.Namespace) -> None:
         if changes is None:
             raise
         raise SetupError(f"{error}; {describe_changes(args, changes)}") from None
-    if args.global_batch_size is None:
-        args.global_batch_size = batch_multiple(args)
 
 
 def _numbers_of_the_run(args: argparse.Namespace) -> dict[str, int]:

@@ -7,7 +7,6 @@ units are classes that it names itself (`_fsdp_modules`) besides Megatron's own.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
@@ -21,22 +20,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from post_training.machine.device import device_type
-
-
-def keep_fp32_shards(args: argparse.Namespace) -> None:
-    """Leave mixed precision to FSDP2: shards, gradients and optimizer in fp32, computation in bf16.
-
-    Megatron would turn the whole model into bf16 and keep fp32 copies in the optimizer; the sum of
-    gradients over micro batches would then be kept in bf16, eight bits of it.
-
-    Args:
-        args: validated arguments; `bf16` and `params_dtype` change, `fsdp_compute_dtype` is new.
-    """
-    args.fsdp_compute_dtype = None
-    # Without training Megatron wraps nothing.
-    if args.use_torch_fsdp2 and not args.skip_train and args.bf16:
-        args.fsdp_compute_dtype = torch.bfloat16
-        args.bf16, args.params_dtype = False, torch.float32
 
 
 class FullyShardedModel(TorchFullyShardedDataParallel):

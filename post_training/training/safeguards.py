@@ -36,10 +36,8 @@ def install_safeguards(
         )
     )
     hooks.on_train_start.append(run_log.start_clock)
-    # Off by flag, and with fp16's dynamic loss scaling, which skips such steps.
-    if args.check_for_nan_in_loss_and_grad:
+    if args.stop_at_nonfinite:
         hooks.on_gradient_norm.append(NonFiniteGuard(args, train.packs).check)
-        args.check_for_nan_in_loss_and_grad = False  # the one of Megatron's
 
 
 def _report_progress(args: argparse.Namespace) -> None:

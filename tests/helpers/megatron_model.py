@@ -26,17 +26,20 @@ def set_up(argv: Sequence[str]) -> tuple[Any, Any]:
     from megatron.training.global_vars import set_global_variables
 
     from model_provider import model_config
-    from post_training.arguments.parser import parse_arguments, validate
+    from post_training.arguments.completion import complete_run, validate
+    from post_training.arguments.parser import parse_arguments
     from post_training.checkpoint import resume
     from post_training.platform.checkpoints import writer_queue
 
     args = parse_arguments(list(argv))
-    checkpoint = resume.choose_checkpoint(args)
+    start = resume.choose_checkpoint(args)
+    complete_run(args, **start.flags())
+    resume.expect(start.checkpoint)
     validate(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
     writer_queue.apply(args)
-    container = pretrain_cfg_container_from_args(args, model_config(args, checkpoint))
+    container = pretrain_cfg_container_from_args(args, model_config(args, start.checkpoint))
     built = training.setup_model_and_optimizer(
         ModelType.encoder_or_decoder,
         checkpointing_context={},

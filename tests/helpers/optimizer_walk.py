@@ -102,12 +102,14 @@ def build(words: Sequence[str], load: Path | None = None) -> Built:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from model_provider import model_config
-    from post_training.arguments.parser import parse_arguments, validate
+    from post_training.arguments.completion import complete_run, validate
+    from post_training.arguments.parser import parse_arguments
     from post_training.checkpoint.store import chosen_checkpoint
     from post_training.platform.checkpoints import writer_queue
 
     args = parse_arguments(list(words))
-    args.load, args.ckpt_step = (None, None) if load is None else (str(load), 1)
+    where, step = (None, None) if load is None else (str(load), 1)
+    complete_run(args, load=where, ckpt_step=step, finetune=False, by_modelopt=False)
     checkpoint = None if load is None else chosen_checkpoint(load, 1)[0]
     validate(args)
     global_vars.destroy_global_vars()

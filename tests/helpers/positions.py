@@ -17,8 +17,7 @@ def position_of(args: argparse.Namespace, documents, checkpoint=None):
 
 def begins_at(args: argparse.Namespace, documents, checkpoint):
     """Consumed packs at which a run that continues from `checkpoint` begins its data."""
-    position_of(args, documents, checkpoint)
-    return args.data_begins_at
+    return position_of(args, documents, checkpoint).begins_at
 
 
 def make_checkpoint(folder, iteration=5, facts=None):

@@ -171,6 +171,15 @@ def test_continues_in_another_layout(words, straight, tmp_path):
     assert reference.relative(found, expected) < 1e-5
 
 
+def test_importing_it_loads_no_library_that_comes_later():
+    """What only preparing data, the model's folder or the end of a run needs is imported there."""
+    done = run_script("-c", "import sys, finetune; print(*sys.modules)").stdout.split()
+    loaded = {name.partition(".")[0] for name in done}
+    later = {"transformers", "huggingface_hub", "safetensors.torch", "datasets", "pyarrow", "pandas"}
+    later |= {"matplotlib", "modelopt", "wandb", "torch._dynamo", "torch._inductor"}
+    assert "megatron" in loaded and not later & (loaded | set(done))
+
+
 @pytest.mark.slow
 def test_ctrl_c_during_the_imports_shows_no_traceback():
     words = [sys.executable, "-X", "importtime", "finetune.py", "--help"]

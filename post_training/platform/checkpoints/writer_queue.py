@@ -67,7 +67,6 @@ def apply(args: argparse.Namespace) -> None:
     manager.start(_become_writer)
     setattr(filesystem_async, "_results_queue", manager.Queue())  # noqa: B010
     if device_type() == "cpu":
-        args.use_persistent_ckpt_worker = False
         _guard_forked_writers()
     else:
         _guard_persistent_worker()

@@ -6,7 +6,8 @@ import types
 import pytest
 from megatron.training import training
 
-from post_training.arguments.parser import parse_arguments, validate
+from post_training.arguments.completion import validate
+from post_training.arguments.parser import parse_arguments
 from post_training.arguments.ranges import NEVER
 from post_training.arguments.schedule import check_learning_rate, check_step_flags
 from post_training.errors import SetupError

@@ -35,9 +35,8 @@ def test_the_same_data_goes_on(parse, documents, saved):
 def test_more_epochs_of_the_same_data_go_on(parse, documents, saved):
     flags = ["--train-iters", "0", "--num-epochs"]
     checkpoint = saved(28, *flags, "2")
-    args = parse(*SEQ, *flags, "3")
-    assert begins_at(args, documents, checkpoint) == 0
-    assert args.train_iters == 18
+    position = position_of(parse(*SEQ, *flags, "3"), documents, checkpoint)
+    assert (position.begins_at, position.train_iters) == (0, 18)
 
 
 def test_warm_up_must_fit_into_the_epochs(parse, documents):
@@ -263,7 +262,7 @@ def test_restarted_data_is_not_restarted_again(parse, documents, other_documents
     checkpoint = saved(8, out="old")
     args = parse(*SEQ, "--restart-data", "--load", str(checkpoint.parent))
     position = position_of(args, other_documents, checkpoint)
-    assert args.data_begins_at == 8
+    assert position.begins_at == 8
     args.consumed_train_samples = 20
     args.virtual_pipeline_model_parallel_size = None
     own = make_checkpoint(tmp_path / "out/checkpoints", 7, position.facts())
@@ -276,8 +275,9 @@ def test_epochs_count_from_where_the_data_began_anew(parse, other_documents, sav
     checkpoint = saved(8)
     words = ["--restart-data", "--train-iters", "0", "--num-epochs", "2"]
     args = parse(*SEQ, *words)
-    plan = position_of(args, other_documents, checkpoint).plan
-    assert args.train_iters == 8 // 4 + -(-2 * plan.packs_per_epoch() // 4)
+    position = position_of(args, other_documents, checkpoint)
+    plan = position.data.plan
+    assert position.train_iters == 8 // 4 + -(-2 * plan.packs_per_epoch() // 4)
 
 
 def test_a_manifest_that_contradicts_itself_is_refused(parse, documents, saved):

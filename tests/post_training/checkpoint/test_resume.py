@@ -6,13 +6,14 @@ import sys
 import pytest
 import yaml
 
+from post_training.arguments.completion import complete_run, validate
 from post_training.batch.splits import plan_split
 from post_training.checkpoint import resume, store
 from post_training.checkpoint.position import find_position
 from post_training.errors import RunStopped, SetupError
 from post_training.job import output
 from tests.helpers.models import make_tokenizer
-from tests.helpers.positions import SEQ, begins_at, make_checkpoint, position_of
+from tests.helpers.positions import SEQ, make_checkpoint, position_of
 
 
 @pytest.fixture
@@ -22,29 +23,35 @@ def args(parse):
 
 def chosen(args):
     """The folder that a run continues from."""
-    checkpoint = resume.choose_checkpoint(args)
+    checkpoint = resume.choose_checkpoint(args).checkpoint
     return checkpoint and checkpoint.path
+
+
+def told(args):
+    """What Megatron is told of it: folder and step."""
+    flags = resume.choose_checkpoint(args).flags()
+    return flags["load"], flags["ckpt_step"]
 
 
 # --- which checkpoint ----------------------------------------------------------------------------
 
 
 def test_a_fresh_folder_has_nothing_to_continue(args):
-    assert chosen(args) is None and args.load is None
+    assert chosen(args) is None and told(args) == (None, None)
 
 
 def test_own_checkpoint_comes_before_load(parse, tmp_path):
     other = make_checkpoint(tmp_path / "other/checkpoints")
     load = ["--load", str(other.parent)]
     args = parse(*load)
-    assert chosen(args) == other and args.ckpt_step == 5
+    assert chosen(args) == other and told(args) == (str(other.parent), 5)
     own = make_checkpoint(tmp_path / "out/checkpoints", 7)
     args = parse(*load)
     assert chosen(args) == own
-    assert args.load == args.save and args.ckpt_step == 7
+    assert told(args) == (args.save, 7)
     # --ckpt-step is about --load, which this run has left behind.
     args = parse(*load, "--ckpt-step", "5")
-    assert chosen(args) == own and args.ckpt_step == 7
+    assert chosen(args) == own and told(args) == (args.save, 7)
 
 
 def test_an_older_checkpoint_of_its_own(parse, tmp_path):
@@ -56,12 +63,11 @@ def test_an_older_checkpoint_of_its_own(parse, tmp_path):
 
 
 def test_config_yaml_does_not_pin_the_checkpoint(args, tmp_path):
-    make_checkpoint(tmp_path / "out/checkpoints")
-    resume.choose_checkpoint(args)
-    assert args.ckpt_step == 5
+    own = make_checkpoint(tmp_path / "out/checkpoints")
+    assert chosen(args) == own
     output.save_config(args)
     written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())
-    assert "ckpt_step" not in written and "load" not in written
+    assert written["ckpt_step"] is None and written["load"] is None
 
 
 def test_load_without_a_checkpoint_is_refused(parse, tmp_path):
@@ -86,7 +92,7 @@ def test_its_own_folder_in_another_spelling_is_its_own(parse, tmp_path):
     for spelling in (tmp_path / "out/../out/checkpoints", tmp_path / "link/checkpoints"):
         args = parse("--load", str(spelling), "--ckpt-step", "3")
         assert chosen(args) == old
-        assert args.ckpt_step == 3 and args.load == args.save
+        assert told(args) == (args.save, 3)
 
 
 def test_a_damaged_checkpoint_is_told_of_and_the_tracker_mended(parse, tmp_path, capsys):
@@ -94,8 +100,8 @@ def test_a_damaged_checkpoint_is_told_of_and_the_tracker_mended(parse, tmp_path,
     old = make_checkpoint(folder, 5)
     (make_checkpoint(folder, 7) / "__0_0.distcp").write_bytes(b"weigh")
     assert chosen(parse()) == old
-    told = capsys.readouterr().err
-    assert "iter_0000007: __0_0.distcp has 5 of 7 bytes; continuing from" in told
+    said = capsys.readouterr().err
+    assert "iter_0000007: __0_0.distcp has 5 of 7 bytes; continuing from" in said
     assert (folder / store.TRACKER).read_text() == "5"
     (old / "__0_0.distcp").unlink()
     with pytest.raises(SetupError, match="no older complete checkpoint"):
@@ -112,7 +118,7 @@ def test_a_copied_checkpoint_knows_its_model(parse, saved, tmp_path):
         resume.choose_checkpoint(args)
 
 
-def test_a_checkpoint_that_does_not_know_its_data_gives_only_weights(parse, documents, tmp_path):
+def test_a_checkpoint_that_does_not_know_its_data_gives_only_weights(parse, tmp_path):
     folder = tmp_path / "old/iter_0000005"
     folder.mkdir(parents=True)
     (folder / "metadata.json").write_text("{}")
@@ -120,8 +126,8 @@ def test_a_checkpoint_that_does_not_know_its_data_gives_only_weights(parse, docu
     load = ["--load", str(folder.parent)]
     with pytest.raises(SetupError, match="does not say where in which data.*--finetune$"):
         resume.choose_checkpoint(parse(*load))
-    args = parse(*SEQ, *load, "--finetune")
-    assert begins_at(args, documents, chosen(args)) == 0
+    start = resume.choose_checkpoint(parse(*SEQ, *load, "--finetune"))
+    assert start.checkpoint is not None and start.continued is None
     # In its own folder --finetune says nothing else.
     (tmp_path / "out").mkdir()
     folder.parent.rename(tmp_path / "out/checkpoints")
@@ -132,8 +138,8 @@ def test_a_checkpoint_that_does_not_know_its_data_gives_only_weights(parse, docu
 def test_finetune_is_about_load_and_says_so(parse, tmp_path, capsys):
     own = make_checkpoint(tmp_path / "out/checkpoints")
     assert chosen(parse()) == own and capsys.readouterr().err == ""
-    args = parse("--finetune")
-    assert chosen(args) == own and not args.finetune
+    start = resume.choose_checkpoint(parse("--finetune"))
+    assert start.checkpoint == store.Checkpoint.at(own) and not start.finetune
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("--finetune is left out") and str(own) in line and "--output-dir" in line
 
@@ -142,14 +148,18 @@ def test_finetune_is_about_load_and_says_so(parse, tmp_path, capsys):
 
 
 @pytest.fixture
-def fall_back(documents):
+def fall_back(documents, capsys):
     """Chooses a checkpoint as a run does, and has it fail."""
 
     def fall(args, documents=documents):
-        checkpoint = resume.choose_checkpoint(args)
+        start = resume.choose_checkpoint(args)
         train = plan_split(args, "train", documents, make_tokenizer())
-        position = find_position(args, train, checkpoint)
-        resume.Fallback(args, checkpoint, position, sys.stderr).take("it cannot be read")
+        position = find_position(args, train, start.continued)
+        assert position is not None
+        complete_run(args, **start.flags(), **position.flags())
+        validate(args)
+        capsys.readouterr()
+        resume.Fallback(args, start, position, sys.stderr).take("it cannot be read")
 
     return fall
 

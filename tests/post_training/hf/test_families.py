@@ -3,7 +3,8 @@
 import pytest
 from safetensors.torch import load_file
 
-from post_training.arguments.parser import parse_arguments, validate
+from post_training.arguments.completion import validate
+from post_training.arguments.parser import parse_arguments
 from post_training.hf.check import expected_tensors
 from post_training.hf.config import load_hf_config, megatron_flags
 from post_training.hf.families import FAMILIES, model_weights

@@ -11,8 +11,9 @@ from megatron.training.arguments import add_megatron_arguments
 from transformers import AutoConfig, AutoTokenizer
 
 from post_training.arguments.architecture import ARCHITECTURE
+from post_training.arguments.completion import complete_inference, validate
 from post_training.arguments.config_file import resolved_config, write_config
-from post_training.arguments.parser import add_finetune_arguments, parse_arguments, validate
+from post_training.arguments.parser import add_finetune_arguments, parse_arguments
 from post_training.arguments.refused import NEEDS_CUDA, NEEDS_TRANSFORMER_ENGINE
 from post_training.errors import SetupError
 from post_training.inference.arguments import FOR_INFERENCE, arguments_of_hf_model, arguments_of_run
@@ -131,6 +132,7 @@ def test_a_huggingface_folder_is_read_in_the_precision_that_it_names(hf_model, t
     AutoConfig.from_pretrained(hf_model("mistral")).save_pretrained(tmp_path)
     edit_json(tmp_path / "config.json", dtype=str(dtype).removeprefix("torch."), sliding_window=100)
     args = arguments_of_hf_model(str(tmp_path))
+    complete_inference(args)
     validate(args)
     assert args.params_dtype == dtype and args.load is args.save is None
 

@@ -9,8 +9,9 @@ import time
 
 import pytest
 
+from post_training.arguments.completion import PATIENCE
 from post_training.job.rank_files import PREFIX, RankFiles, remove_left_over
-from post_training.job.watchdog import PATIENCE, Watchdog
+from post_training.job.watchdog import Watchdog
 from post_training.machine.processes import this_host
 from tests.helpers import faults
 from tests.helpers.launch import LIMIT, ROOT, finetune, run_script, start_finetune

@@ -428,10 +428,9 @@ def test_padded_vocabulary(size, tp, expected):
     assert found == expected and found % tp == 0
 
 
-def test_global_batch_defaults_to_one_micro_batch_a_rank():
+def test_one_micro_batch_a_rank_is_a_global_batch():
     args = arguments(world_size=4, micro_batch_size=2, tensor_model_parallel_size=2)
-    sizes.check(args)
-    assert args.global_batch_size == 4
+    assert sizes.batch_multiple(args) == 4
 
 
 def test_what_is_proposed_a_resume_takes(tmp_path):

@@ -1,4 +1,3 @@
-from argparse import Namespace
 from typing import Any
 
 import pytest
@@ -90,11 +89,3 @@ def test_bf16_computes_on_fp32_shards(argv):
     assert found["angles"] is torch.float32, "positions of a long document need all of fp32"
     for what in ("shards", "gradients", "moments"):
         assert found[what] == {torch.float32}
-
-
-def test_without_training_nothing_is_wrapped():
-    from post_training.platform.fsdp2 import keep_fp32_shards
-
-    args = Namespace(use_torch_fsdp2=True, skip_train=True, bf16=True, params_dtype=torch.bfloat16)
-    keep_fp32_shards(args)
-    assert args.fsdp_compute_dtype is None and args.bf16 and args.params_dtype is torch.bfloat16

@@ -25,16 +25,15 @@ def test_synchronous_saves_use_a_queue_of_this_process(monkeypatch, device):
 
 
 def _queue_of_asynchronous_saves():
-    args = Namespace(async_save=True, use_persistent_ckpt_worker=True)
-    writer_queue.apply(args)
+    writer_queue.apply(Namespace(async_save=True))
     results = filesystem_async.get_write_results_queue()
     results.put("a result")  # as the writer, another process, does
-    return results.get(timeout=LIMIT), args.use_persistent_ckpt_worker
+    return results.get(timeout=LIMIT)
 
 
 @pytest.mark.slow
 def test_asynchronous_saves_on_a_cpu_have_a_writer_for_each_save():
-    assert run_rank(_queue_of_asynchronous_saves) == ("a result", False)
+    assert run_rank(_queue_of_asynchronous_saves) == "a result"
 
 
 def _writer_dies_with_its_parent(file):
