@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from post_training.platform.patches import in_place_of
+
 
 def gather_uneven(part: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Tensor:
     """All-gather parts whose first dimensions differ.
@@ -53,16 +55,13 @@ def _split_sizes_as_numbers() -> None:
 def _uneven_parts() -> None:
     from megatron.core.tensor_parallel import mappings
 
-    gather = mappings._gather_along_first_dim
-
+    @in_place_of((mappings, "_gather_along_first_dim"))
     def gather_any(
-        part: Tensor, group: ProcessGroup, sizes: Any = None, use_global_buffer: bool = False
-    ) -> Tensor:
+        gather: Any, part: Tensor, group: ProcessGroup, sizes: Any = None, shared: bool = False
+    ) -> Any:
         if sizes is None or group.size() == 1:
-            return gather(part, group, sizes, use_global_buffer)
+            return gather(part, group, sizes, shared)
         return gather_uneven(part, group, sizes)
-
-    setattr(mappings, "_gather_along_first_dim", gather_any)  # noqa: B010
 
 
 def apply() -> None:
