@@ -14,26 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from random_model import make_qwen3
+from trainings import LAYOUTS, run, train
 
-ROOT = Path(__file__).resolve().parent.parent
 LR, WARM_UP = 1e-4, 3
 Steps = list[dict[str, float]]
-OURS: dict[str, tuple[int, list[str]]] = {
-    "finetune.py": (1, []),
-    "finetune.py DP=2": (2, []),
-    "finetune.py TP=2": (2, ["--tensor-model-parallel-size", "2"]),
-    "finetune.py PP=2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "finetune.py CP=2": (2, ["--context-parallel-size", "2"]),
-}
+OURS = {f"finetune.py {name}".removesuffix(" 1 process"): name for name in LAYOUTS}
 PEERS: dict[str, tuple[int, str]] = {"plain loop": (1, "plain"), "plain loop DDP=2": (2, "plain")}
 TRL: dict[str, tuple[int, str]] = {
     "TRL, padded": (1, "trl-padded"),
@@ -41,35 +31,10 @@ TRL: dict[str, tuple[int, str]] = {
 }
 
 
-def run(command: list[str], threads: int) -> str:
-    """Run a command without a GPU and return what it printed."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=1800
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return done.stdout
-
-
-def launched(world: int, script: Path) -> list[str]:
-    """The words that start `script` on `world` processes."""
-    if world == 1:
-        return [sys.executable, str(script)]
-    launcher = str(ROOT / "scripts" / "launch.py")
-    return [sys.executable, launcher, "--nproc-per-node", str(world), str(script)]
-
-
-def flags_of(options: argparse.Namespace, model: Path, folder: Path) -> list[str]:
+def flags_of(options: argparse.Namespace, model: Path) -> list[str]:
     """Flags of finetune.py."""
     return [
-        *("--hf-model", str(model)),
-        *("--output-dir", str(folder), "--finetune-data-files", str(options.data), "--fp32"),
+        *("--hf-model", str(model), "--finetune-data-files", str(options.data), "--fp32"),
         *("--seq-length", str(options.seq_length), "--global-batch-size", str(options.batch)),
         *("--micro-batch-size", str(options.micro), "--train-iters", str(options.iterations)),
         *("--lr", str(LR), "--lr-decay-style", "constant", "--no-save-optim"),
@@ -78,12 +43,7 @@ def flags_of(options: argparse.Namespace, model: Path, folder: Path) -> list[str
 
 def ours(name: str, options: argparse.Namespace, model: Path, folder: Path) -> Steps:
     """Steps of finetune.py."""
-    world, flags = OURS[name]
-    command = launched(world, ROOT / "finetune.py")
-    run([*command, *flags_of(options, model, folder), *flags], options.threads)
-    records: list[dict[str, Any]] = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    records = train(OURS[name], flags_of(options, model), folder, options.threads)
     return [
         {
             "lm_loss": record["lm_loss"],
@@ -92,15 +52,14 @@ def ours(name: str, options: argparse.Namespace, model: Path, folder: Path) -> S
             "trained_tokens": record["trained_tokens"],
         }
         for record in records
-        if record.get("step_seconds")
+        if record["step_seconds"]
     ]
 
 
 def peer(what: tuple[int, str], settings: Path, threads: int) -> Steps:
     """Steps of a loop of `train_step_peers.py`."""
     world, words = what
-    script = ROOT / "benchmarks" / "train_step_peers.py"
-    printed = run([*launched(world, script), words, str(settings)], threads)
+    printed = run(world, "benchmarks/train_step_peers.py", [words, str(settings)], threads)
     return [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
 
 
@@ -169,9 +128,8 @@ def main() -> None:
         report(found)
         print(f"losses of finetune.py and the plain loop: within {gap:.1e} of each other")
         if options.profile:
-            script = str(ROOT / "benchmarks" / "step_profile.py")
-            flags = flags_of(options, model, Path(scratch) / "profile")
-            printed = run([sys.executable, script, *flags], options.threads)
+            flags = [*flags_of(options, model), "--output-dir", str(Path(scratch) / "profile")]
+            printed = run(1, "benchmarks/step_profile.py", flags, options.threads)
             print(printed[printed.index("operation ") :])
 
 
