@@ -8,12 +8,11 @@ from the one-process run over the first ten iterations and over all.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import Any
 
 from random_model import make_qwen3
-from trainings import train
+from trainings import options_parser, train
 
 COMPARED = ("1 process", "TP=2", "PP=2", "DP=2")
 
@@ -25,16 +24,8 @@ def difference(runs: list[dict[str, Any]], base: list[dict[str, Any]], key: str)
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser = options_parser(__doc__, iterations=100, seq_length=512, hidden=128, layers=4)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--iterations", type=int, default=100)
-    parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
     model = options.out / "model"
     make_qwen3(model, options.tokenizer, hidden=options.hidden, layers=options.layers)

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from random_model import make_qwen3
-from trainings import LAYOUTS, run, train
+from trainings import LAYOUTS, options_parser, run, train
 
 LR, WARM_UP = 1e-4, 3
 Steps = list[dict[str, float]]
@@ -79,18 +79,9 @@ def report(found: dict[str, Steps]) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = options_parser(
+        __doc__, hidden=512, layers=8, seq_length=512, batch=8, micro=2, iterations=10, threads=1
     )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--micro", type=int, default=2)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=2, help="how often each runs")
     parser.add_argument("--ranks", action="store_true", help="also two processes")
     parser.add_argument("--trl", action="store_true", help="also TRL, which must be installed")

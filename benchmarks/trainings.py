@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -19,6 +20,18 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "PP=2": (2, ["--pipeline-model-parallel-size", "2"]),
     "CP=2": (2, ["--context-parallel-size", "2"]),
 }
+
+
+def options_parser(description: str | None, **numbers: int) -> argparse.ArgumentParser:
+    """A parser of the data, the tokenizer and `numbers`, which have these defaults."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    return parser
 
 
 def run(world: int, script: str, arguments: Sequence[str], threads: int = 1) -> str:

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and "files" in manifest else None
-
-
-def _files(checkpoint: Path) -> Iterator[str]:
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            yield path.relative_to(checkpoint).as_posix()
 
 
 def _check_sum(path: Path) -> int:
@@ -257,7 +251,8 @@ def finish_save(folder: str | Path, iteration: int, facts: Mapping[str, Any]) ->
         OSError: something could not be written; the tracker names the checkpoint before.
     """
     checkpoint = checkpoint_path(folder, iteration)
-    names = list(_files(checkpoint))
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    names = [path.relative_to(checkpoint).as_posix() for path in files if path.name != MANIFEST]
     manifest = {
         "iteration": iteration,
         **facts,

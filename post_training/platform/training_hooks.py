@@ -72,6 +72,11 @@ class TrainingHooks:
 hooks = TrainingHooks()
 
 
+def _tell[Fact](listeners: list[Callable[[Fact], None]], fact: Fact) -> None:
+    for listener in listeners:
+        listener(fact)
+
+
 def _unwrapped(data_iterator: Any) -> Any:
     """Take off Megatron's wrapper around each iterator."""
     if isinstance(data_iterator, list):
@@ -90,51 +95,35 @@ def apply() -> None:
 
     @in_place_of((training, "train"))
     def tell_and_train(
-        train: Any,
-        forward: Any,
-        model: Any,
-        optimizer: Any,
-        schedule: Any,
-        data: Any,
-        *rest: Any,
-        **more: Any,
+        train: Any, forward: Any, model: Any, optimizer: Any, *rest: Any, **more: Any
     ) -> Any:
         if hooks.on_gradient_norm:
             # Called by the optimizer's `step`, once, on all ranks, before it clips.
             @in_place_of((optimizer, "get_grad_norm"))
             def measure_and_tell(get_grad_norm: Any) -> Any:
                 norm = get_grad_norm()
-                for tell in hooks.on_gradient_norm:
-                    tell(float(norm or 0.0))
+                _tell(hooks.on_gradient_norm, float(norm or 0.0))
                 return norm
 
-        for tell in hooks.on_train_start:
-            tell(TrainStart(model, _unwrapped(data)))
-        return train(forward, model, optimizer, schedule, data, *rest, **more)
+        # Behind the optimizer: its schedule and the training data.
+        _tell(hooks.on_train_start, TrainStart(model, _unwrapped(rest[1])))
+        return train(forward, model, optimizer, *rest, **more)
 
     @in_place_of((training, "train_step"))
     def note_rate_and_step(
-        train_step: Any,
-        forward: Any,
-        data: Any,
-        model: Any,
-        optimizer: Any,
-        *rest: Any,
-        **more: Any,
+        step: Any, forward: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **more: Any
     ) -> Any:
         nonlocal rate_used
         rate = get_canonical_lr_for_logging(optimizer.param_groups)
         # None where this rank has no parameters; else perhaps a tensor, which the schedule fills anew.
         rate_used = None if rate is None else float(rate)
-        return train_step(forward, data, model, optimizer, *rest, **more)
+        return step(forward, data, model, optimizer, *rest, **more)
 
     @in_place_of((training, "save_checkpoint_and_time"))
     def save_and_tell(save: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
-        for tell in hooks.on_save_start:
-            tell(iteration)
+        _tell(hooks.on_save_start, iteration)
         result = save(iteration, *args, **kwargs)
-        for tell in hooks.on_save_end:
-            tell(iteration)
+        _tell(hooks.on_save_end, iteration)
         return result
 
     @in_place_of((training, "dummy_train_step"))
@@ -152,9 +141,7 @@ def apply() -> None:
         result = log(losses, totals, rate_used, iteration, *rest, **more)
         # In the original's order: loss scale, a flag of its memory report, skipped, gradient norm.
         skipped, grad_norm = rest[2:4]
-        step = Step(iteration, rate_used, grad_norm, bool(skipped))
-        for tell in hooks.on_step:
-            tell(step)
+        _tell(hooks.on_step, Step(iteration, rate_used, grad_norm, bool(skipped)))
         return result
 
     @in_place_of((training, "evaluate"))
@@ -172,8 +159,6 @@ def apply() -> None:
         if current_split not in hooks.evaluation_iterations or evaluation in evaluated:
             return
         evaluated.add(evaluation)
-        for tell_start in hooks.on_evaluation_start:
-            tell_start(current_split)
+        _tell(hooks.on_evaluation_start, current_split)
         evaluate_and_print(prefix, *args, **kwargs)
-        for tell_end in hooks.on_evaluation_end:
-            tell_end(evaluation)
+        _tell(hooks.on_evaluation_end, evaluation)

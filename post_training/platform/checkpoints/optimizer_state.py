@@ -86,16 +86,6 @@ def fit_to_chain(state: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
     return {number: fitted(numbered.get(number, {})) for number in range(optimizers)}
 
 
-def _load_chains_of_any_length() -> None:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    @in_place_of((ChainedOptimizer, "load_state_dict"))
-    def load_any(load_state_dict: Any, self: Any, state: Any) -> None:
-        if isinstance(state, dict):
-            state = fit_to_chain(state, len(self.chained_optimizers))
-        load_state_dict(self, state)
-
-
 def settings_of(
     groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -125,33 +115,6 @@ def own_groups(
     ]
 
 
-def _keep_own_settings() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import MegatronOptimizer
-
-    @in_place_of((DistributedOptimizer, "load_state_dict"))
-    def load_into_own_groups(load_state_dict: Any, self: Any, state: Any) -> None:
-        saved = state["optimizer"]["param_groups"]
-        settings = settings_of(self.optimizer.param_groups, saved)
-        load_state_dict(self, {**state, "optimizer": {"param_groups": settings}})
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            # Upstream takes groups with the same rates for one.
-            group.update(own)
-
-    @in_place_of((MegatronOptimizer, "_filter_and_reorder_param_groups"))
-    def keep_own(upstream: Any, groups: Any, saved: Any) -> list[dict[str, Any]]:
-        return own_groups(groups, saved)
-
-
-def _start_loss_scale() -> None:
-    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
-
-    @in_place_of((DynamicGradScaler, "load_state_dict"))
-    def load_or_start(load_state_dict: Any, self: Any, state: dict[str, Any]) -> None:
-        if state:
-            load_state_dict(self, state)
-
-
 def start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
     """Give SGD the state before its first step: momentum * 0 + gradient is what that step computes.
 
@@ -165,8 +128,35 @@ def start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _shard_tensors() -> None:
-    from megatron.core.optimizer import optimizer as module
+def apply() -> None:
+    """Wrap the optimizers' ways in and out of a state dictionary."""
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+
+    @in_place_of((optimizer.ChainedOptimizer, "load_state_dict"))
+    def load_any(load_state_dict: Any, self: Any, state: Any) -> None:
+        if isinstance(state, dict):
+            state = fit_to_chain(state, len(self.chained_optimizers))
+        load_state_dict(self, state)
+
+    @in_place_of((DistributedOptimizer, "load_state_dict"))
+    def load_into_own_groups(load_state_dict: Any, self: Any, state: Any) -> None:
+        saved = state["optimizer"]["param_groups"]
+        settings = settings_of(self.optimizer.param_groups, saved)
+        load_state_dict(self, {**state, "optimizer": {"param_groups": settings}})
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            # Upstream takes groups with the same rates for one.
+            group.update(own)
+
+    @in_place_of((optimizer.MegatronOptimizer, "_filter_and_reorder_param_groups"))
+    def keep_own(upstream: Any, groups: Any, saved: Any) -> list[dict[str, Any]]:
+        return own_groups(groups, saved)
+
+    @in_place_of((DynamicGradScaler, "load_state_dict"))
+    def load_or_start(load_state_dict: Any, self: Any, state: dict[str, Any]) -> None:
+        if state:
+            load_state_dict(self, state)
 
     def tensors_alone(
         shard: Any, self: Any, model: Any, is_loading: bool = False, **kwargs: Any
@@ -180,36 +170,26 @@ def _shard_tensors() -> None:
             del state.get("optimizer", state)["param_groups"]
         return state
 
-    for owner in (module.FP32Optimizer, module.Float16OptimizerWithFloat16Params):
+    for owner in (optimizer.FP32Optimizer, optimizer.Float16OptimizerWithFloat16Params):
         in_place_of((owner, "sharded_state_dict"))(tensors_alone)
 
-
-def apply() -> None:
-    """Wrap the optimizers' ways in and out of a state dictionary."""
-    from megatron.core.optimizer import distrib_optimizer
-
-    _load_chains_of_any_length()
-    _keep_own_settings()
-    _start_loss_scale()
-    _shard_tensors()
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    owner = distrib_optimizer.DistributedOptimizer
 
-    @in_place_of((owner, "state_dict"))
+    @in_place_of((DistributedOptimizer, "state_dict"))
     def state_dict_of_any_age(state_dict: Any, self: Any) -> Any:
         if len(self.optimizer.state) == 0:
             _initialise(self)
         return state_dict(self)
 
-    @in_place_of((owner, "load_state_dict"))
+    @in_place_of((DistributedOptimizer, "load_state_dict"))
     def load_with_own_steps(load_state_dict: Any, self: Any, state: Any) -> None:
         load_state_dict(self, state)
         for values in self.optimizer.state.values():
             if isinstance(values.get("step"), torch.Tensor):
                 values["step"] = values["step"].clone()
 
-    @in_place_of((owner, "_set_main_param_and_optimizer_states"))
+    @in_place_of((DistributedOptimizer, "_set_main_param_and_optimizer_states"))
     def set_without_step(set_states: Any, self: Any, parameter: Any, tensors: Any) -> None:
         # None is passed over; the step count itself comes with the parameter groups.
         set_states(self, parameter, {"step": None, **tensors})

@@ -79,9 +79,12 @@ def _noting_problems(write: Callable[..., Any], *args: Any, **kwargs: Any) -> An
         return None
 
 
-def _apply_to_writer() -> None:
+def apply() -> None:
+    """Put `save_hooks` around every save; without hooks Megatron does as before."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import checkpointing, training
+    from megatron.training.global_vars import get_args
 
     @in_place_of((FileSystemWriterAsync, "write_preloaded_data"))
     def write_with_reason(write: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,13 +98,6 @@ def _apply_to_writer() -> None:
     in_place_of((FileSystemWriterAsync, "finish"))(_noting_problems)
     in_place_of((serialization, "save_config"))(_noting_problems)
 
-
-def apply() -> None:
-    """Put `save_hooks` around every save; without hooks Megatron does as before."""
-    from megatron.training import checkpointing, training
-    from megatron.training.global_vars import get_args
-
-    _apply_to_writer()
     # The iteration that is being saved, and the file that stands for the tracker meanwhile.
     saving: list[tuple[int, Path]] = []
 

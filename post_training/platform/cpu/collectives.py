@@ -43,17 +43,15 @@ def gather_uneven(part: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Te
     return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
 
-def _split_sizes_as_numbers() -> None:
+def apply() -> None:
+    """Make both work on CPU."""
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 
     def to_host(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return value.numpy() if as_numpy and isinstance(value, Tensor) else value
 
     setattr(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)  # noqa: B010
-
-
-def _uneven_parts() -> None:
-    from megatron.core.tensor_parallel import mappings
 
     @in_place_of((mappings, "_gather_along_first_dim"))
     def gather_any(
@@ -62,9 +60,3 @@ def _uneven_parts() -> None:
         if sizes is None or group.size() == 1:
             return gather(part, group, sizes, shared)
         return gather_uneven(part, group, sizes)
-
-
-def apply() -> None:
-    """Make both work on CPU."""
-    _split_sizes_as_numbers()
-    _uneven_parts()
