@@ -19,6 +19,11 @@ from typing import Any, TextIO
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from post_training.arguments.usage import announce
+
+if __name__ == "__main__":
+    announce(sys.argv[1:])
+
 from post_training import platform
 from post_training.arguments.command_line import CommandLine
 from post_training.machine import environment

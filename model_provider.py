@@ -12,11 +12,12 @@ from megatron.training.argument_utils import gpt_config_from_args
 from post_training.checkpoint.store import Checkpoint
 from post_training.errors import SetupError
 from post_training.hf.check import check_hf_weights
-from post_training.hf.config import inverse_frequencies, local_model_folder
+from post_training.hf.config import local_model_folder
+from post_training.hf.rotary import RotaryScaling, rope_parameters
 from post_training.hf.weights import load_hf_weights
 from post_training.machine.device import device_type
-from post_training.model.layer_spec import decoder_block_spec
-from post_training.model.rotary import PackedRotaryEmbedding
+from post_training.model.layer_spec import decoder_block_spec, uses_packed_attention
+from post_training.model.rotary import install_rotary
 from post_training.model.router import follow_documents
 
 
@@ -69,7 +70,8 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
 
     Raises:
         SetupError: files are missing, or hold another model than config.json describes; or context
-            parallelism is asked of a model that ModelOpt converted.
+            parallelism is asked of a model that ModelOpt converted, or Transformer Engine of one whose
+            rotary frequencies depend on the length of a document.
     """
     if args.context_parallel_size > 1 and checkpoint is not None and checkpoint.has_modelopt:
         raise SetupError(
@@ -77,15 +79,21 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
             f"by ModelOpt, whose draft heads need whole documents on every rank; use tensor or pipeline "
             f"parallelism"
         )
+    if args.hf_config is not None and not uses_packed_attention(args):
+        if RotaryScaling.of(args.hf_config).original_length is not None:
+            raise SetupError(
+                f"--hf-model {args.hf_model}: rope type {rope_parameters(args.hf_config)['rope_type']} has "
+                f"other frequencies for long documents, and Transformer Engine takes one table for all "
+                f"documents of a pack; use --transformer-impl local"
+            )
     if takes_hf_weights(args, checkpoint):
         check_hf_weights(local_model_folder(args.hf_model), args.hf_config)
 
 
 def _install_rotary(chunks: list[torch.nn.Module], hf_config: Any) -> list[torch.nn.Module]:
-    frequencies = None if hf_config is None else inverse_frequencies(hf_config)
+    scaling = None if hf_config is None else RotaryScaling.of(hf_config)
     for chunk in chunks:
-        if hasattr(chunk, "rotary_pos_emb"):
-            chunk.rotary_pos_emb = PackedRotaryEmbedding(chunk.rotary_pos_emb, frequencies)
+        install_rotary(chunk, scaling)
     return chunks
 
 

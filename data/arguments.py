@@ -6,7 +6,7 @@ import argparse
 import contextlib
 
 from data.packs.plan import PACKING_MODES
-from data.rows.registry import FORMATS
+from data.rows.registry import FORMAT_NAMES
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -29,7 +29,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--split-ratio", default=None, metavar="TRAIN,VALID,TEST",
         help="Cut the training data into disjoint splits instead, such as 0.98,0.01,0.01.")  # fmt: skip
     add("--conversation-format", default=None, metavar="NAME",
-        help=f"Format of the rows: {', '.join(FORMATS)}, or package.module:function. "
+        help=f"Format of the rows: {', '.join(FORMAT_NAMES)}, or package.module:function. "
         "Detected when not given.")  # fmt: skip
     add("--system-key", default=None, metavar="COLUMN", help="Column with a system prompt.")
     add("--prompt-key", default=None, metavar="COLUMN",
@@ -38,6 +38,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Column that is appended to the question.")  # fmt: skip
     add("--response-key", default=None, metavar="COLUMN", help="Column with the answer (output).")
     add("--messages-key", default=None, metavar="COLUMN", help="Column with a list of messages.")
+    add("--ignore-columns", nargs="+", default=None, metavar="NAME",
+        help="Columns, and fields such as message.NAME, that are left out without a warning.")  # fmt: skip
+    add("--strict-columns", action="store_true",
+        help="A column or field that nothing reads makes a bad row.")  # fmt: skip
+    add("--max-rows", type=int, default=None, metavar="N",
+        help="Read only the first N rows of each source, for a first try.")  # fmt: skip
     add("--on-bad-row", choices=("error", "skip"), default="error",
         help="Stop at the first bad row, or count and list bad rows and go on.")  # fmt: skip
     add("--overlong", choices=("drop", "error", "trim-turns"), default="drop",

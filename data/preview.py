@@ -18,16 +18,28 @@ import numpy as np
 
 from data.errors import DataError
 from data.packs.plan import PackingMode, plan_epoch
+from data.rows.plain import PLAIN_FORMATS
 from data.sources.chunks import Chunk, read_chunk
 from data.tokenise.options import TokenizeOptions
 from data.tokenise.row_tokenizer import PreviewRow, RowTokenizer
 
 _TRAINED, _SPECIAL, _PLAIN, _RESET = "\033[32m", "\033[35m", "\033[2m", "\033[0m"
 _HISTOGRAM_BINS = 10
+# Nothing is wider than the window: text breaks anywhere, and in a narrow one a source's figures stand
+# below each other, each beside its name.
 _STYLE = """body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
+body,table,pre{overflow-wrap:anywhere}table{width:100%}
 pre{white-space:pre-wrap;border:1px solid #ccc;padding:.7em;border-radius:4px}
 .t{background:#c8f0c8}.s{color:#a0a}.st{background:#c8f0c8;color:#a0a}.u{color:#777}
-table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}"""
+table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}
+td:first-child{min-width:8em;text-align:left}
+@media(max-width:60em){th{display:none}tr{display:block;margin-bottom:1em}
+td{display:flex;justify-content:space-between;gap:1em}td::before{content:attr(data-name);flex:none}}"""
+
+_HEAD = (
+    "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    "<title>Preview</title>"
+)
 
 
 @dataclass
@@ -145,7 +157,7 @@ def coloured(row: PreviewRow, special: set[int]) -> str:
 
 def html_page(rows: list[tuple[PreviewRow, set[int]]], summaries: list[dict[str, Any]]) -> str:
     """A page of its own with the totals and the coloured rows."""
-    parts = [f"<!doctype html><meta charset=utf-8><title>Preview</title><style>{_STYLE}</style>"]
+    parts = [f"{_HEAD}<style>{_STYLE}</style>"]
     parts.append("<h1>What the run would train on</h1>")
     parts.append(
         "<p><span class=t>trained</span> <span class=st>trained special token</span> "
@@ -155,9 +167,11 @@ def html_page(rows: list[tuple[PreviewRow, set[int]]], summaries: list[dict[str,
              "stop_trained_share", "packs", "fill", "steps_per_epoch")  # fmt: skip
     parts.append("<tr>" + "".join(f"<th>{name.replace('_', ' ')}</th>" for name in names))
     for summary in summaries:
-        cells = (summary[name] for name in names)
-        shown = (f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in cells)
-        parts.append("<tr>" + "".join(f"<td>{html.escape(_clean(cell))}</td>" for cell in shown))
+        parts.append("<tr>")
+        for name in names:
+            cell = summary[name]
+            shown = html.escape(_clean(f"{cell:.4f}" if isinstance(cell, float) else str(cell)))
+            parts.append(f"<td data-name='{name.replace('_', ' ')}'>{shown}</td>")
     parts.append("</table>")
     for row, special in rows:
         parts.append(f"<h3>{html.escape(row_title(row))}</h3><pre>")
@@ -202,6 +216,9 @@ def open_output(path: str) -> IO[str]:
 
 
 def _stop_ids(tokenizer: RowTokenizer) -> set[int]:
+    if tokenizer.options.format in PLAIN_FORMATS:
+        end = tokenizer.options.text_end
+        return set() if end is None else {end}
     ids: set[int] = set()
     for stop in tokenizer.renderer.finder.markup.stops:
         encoded = tokenizer.tokenizer.backend.encode(stop, add_special_tokens=False).ids

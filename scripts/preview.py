@@ -14,7 +14,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, groupby
 from typing import IO, Any
 
 from data.arguments import add_data_arguments
@@ -31,10 +31,11 @@ from data.preview import (
     summary_text,
     write_json_row,
 )
-from data.sources.chunks import Chunk
+from data.sources.chunks import Chunk, first_rows
 from data.sources.files import resolve_files
 from data.sources.hub import load_dataset
 from data.sources.readers import dataset_chunks, file_chunks
+from data.tokenise.options import TokenizeOptions
 from post_training.batch.data_report import describe
 from post_training.batch.splits import SPLITS, Split, plan_split
 
@@ -79,20 +80,20 @@ def _preview(args: argparse.Namespace) -> None:
     flag = "--data" if args.data else "--finetune-data-files"
     args.finetune_data_files = args.data or args.finetune_data_files
     settings = PrepareOptions(seq_length=args.seq_length, **option_fields(args))
-    options, facts = tokenize_options(tokenizer, settings)
-    separator = "none" if options.separator is None else options.added[options.separator]
-    print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}; separator {separator}")
-    for warning in facts["warnings"]:
-        print(f"warning: {warning}")
-    special = set(options.added)
     summaries, pages = [], []
     with contextlib.ExitStack() as stack:
         rows_out: IO[str] | None = None
         if args.json:
             rows_out = stack.enter_context(open_output(args.json))
-        for name, chunks, columns in _sources(args, flag, settings):
+        known: PrepareOptions | None = None
+        for name, chunks, found in _sources(args, flag, settings):
+            if found != known:
+                known = found
+                options, facts = tokenize_options(tokenizer, found)
+                _say_masks(options, facts)
+            special = set(options.added)
             shown, summary = 0, None
-            for row, totals in preview_source(chunks, name, replace(options, **columns)):
+            for row, totals in preview_source(chunks, name, options):
                 summary = totals
                 if rows_out is not None:
                     write_json_row(row, rows_out)
@@ -122,35 +123,42 @@ def _preview(args: argparse.Namespace) -> None:
 
 def _sources(
     args: argparse.Namespace, flag: str, settings: PrepareOptions
-) -> Iterator[tuple[str, Iterator[Chunk], dict[str, Any]]]:
-    """Everything that is trained on: the name, the rows, and their format and columns."""
+) -> Iterator[tuple[str, Iterator[Chunk], PrepareOptions]]:
+    """Everything that is trained on: the name, the rows, and the settings with their format."""
     parsed = parse_weighted(args.finetune_data_files or ())
     if not parsed and not args.finetune_hf_dataset:
         raise DataError("there is no data: give --data FILES or --finetune-hf-dataset.")
     # With weights each entry is a source of its own, otherwise all files together are one.
     mixed = any(weight is not None for _, weight in parsed)
     entries = [[path] for path, _ in parsed] if mixed else [[path for path, _ in parsed]]
-    for entry in entries:
+    for entry in entries if parsed else ():
         paths = resolve_files(entry, flag)
+        chunks = first_rows(
+            chain.from_iterable(file_chunks(path, 0) for path in paths), settings.max_rows
+        )
         # The files of one source are in one format. Rows before the first in it are shown as bad.
-        chunks = chain.from_iterable(file_chunks(path, 0) for path in paths)
-        columns = settings.format_options
-        known = settings.conversation_format or first_format(chunks, columns, skip=True)
-        for path in paths:
-            yield str(path), file_chunks(path, 0), {"format": known}
+        found = _with_format(settings, (piece for path in paths for piece in file_chunks(path, 0)))
+        for name, own in groupby(chunks, key=lambda chunk: chunk.name):
+            yield name, own, found
     if args.finetune_hf_dataset:
-        ((hub_name, _),) = parse_weighted([args.finetune_hf_dataset])
-        settings, split = named_settings(hub_name, settings, args.finetune_data_split)
-        columns = settings.format_options
-        dataset = load_dataset(hub_name, split)
-        known = settings.conversation_format or first_format(
-            dataset_chunks(dataset, hub_name), columns, skip=True
-        )
-        yield (
-            hub_name,
-            dataset_chunks(dataset, hub_name),
-            {"format": known, "mapping": columns},
-        )
+        ((name, _),) = parse_weighted([args.finetune_hf_dataset])
+        settings, split = named_settings(name, settings, args.finetune_data_split)
+        dataset = load_dataset(name, split)
+        found = _with_format(settings, dataset_chunks(dataset, name))
+        yield name, first_rows(dataset_chunks(dataset, name), settings.max_rows), found
+
+
+def _with_format(settings: PrepareOptions, chunks: Iterator[Chunk]) -> PrepareOptions:
+    name = settings.conversation_format
+    name = name or first_format(chunks, settings.format_options, skip=True)
+    return replace(settings, conversation_format=name)
+
+
+def _say_masks(options: TokenizeOptions, facts: dict[str, Any]) -> None:
+    separator = "none" if options.separator is None else options.added[options.separator]
+    print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}; separator {separator}")
+    for warning in facts["warnings"]:
+        print(f"warning: {warning}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from data.documents.documents import CACHE_FORMAT, MANIFEST, Documents, map_documents
-from data.documents.shard import Shard
+from data.documents.shard import UNREAD, Shard
 from data.errors import DataError
 
 BAD_ROWS = "bad_rows.jsonl"
@@ -57,21 +57,24 @@ def report_of(counts: Counter[str], bad_rows: list[list[str]]) -> dict[str, Any]
         ``read``, ``kept``, ``trimmed``, ``dropped`` (rows by reason), ``turns``,
         ``stopped_turns``, ``tokens``, ``trained_tokens``, ``boundary_tokens``,
         ``tools_not_shown`` (rows with tools that the template leaves out), ``unclosed_thoughts``
-        (rows with an answer that ends inside its think block), ``max_token_id`` and the first
-        ``bad_rows`` as [place, reason, detail].
+        (rows with an answer that ends inside its think block), ``empty_answers`` (rows with an answer
+        that says nothing), ``unread`` (rows with something that nobody reads, by its name),
+        ``max_token_id`` and the first ``bad_rows`` as [place, reason, detail].
     """
-    dropped = {
-        name.removeprefix("dropped: "): value
-        for name, value in sorted(counts.items())
-        if name.startswith("dropped: ")
-    }
+
+    def named(prefix: str) -> dict[str, int]:
+        found = sorted(name for name in counts if name.startswith(prefix))
+        return {name.removeprefix(prefix): counts[name] for name in found}
+
     names = ("read", "kept", "trimmed", "turns", "stopped turns", "tokens", "trained tokens")
     report: dict[str, Any] = {name.replace(" ", "_"): counts[name] for name in names}
     report["boundary_tokens"] = counts["boundary tokens"]
     report["tools_not_shown"] = counts["tools not shown"]
     report["unclosed_thoughts"] = counts["unclosed thoughts"]
     report["max_token_id"] = counts.get("max token id", -1)
-    report["dropped"] = dropped
+    report["empty_answers"] = counts["empty answers"]
+    report["unread"] = named(UNREAD)
+    report["dropped"] = named("dropped: ")
     report["bad_rows"] = bad_rows[:_BAD_ROWS_IN_REPORT]
     return report
 

@@ -203,12 +203,18 @@ def shared_documents(
 
 def sum_reports(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The report of several sources together."""
-    total: dict[str, Any] = {"dropped": {}, "bad_rows": [], "warnings": [], "sources": []}
+    total: dict[str, Any] = {
+        "dropped": {},
+        "unread": {},
+        "bad_rows": [],
+        "warnings": [],
+        "sources": [],
+    }
     for report in reports:
         for name, value in report.items():
-            if name == "dropped":
+            if name in ("dropped", "unread"):
                 for reason, count in value.items():
-                    total["dropped"][reason] = total["dropped"].get(reason, 0) + count
+                    total[name][reason] = total[name].get(reason, 0) + count
             elif name in ("bad_rows", "warnings", "sources"):
                 total[name] += [item for item in value if item not in total[name]]
             elif name == "max_token_id":

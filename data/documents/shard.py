@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+# Begins the names of counts of rows that hold what nobody reads.
+UNREAD = "unread: "
+
 
 @dataclass
 class Shard:

@@ -9,7 +9,8 @@ from data.errors import DataError
 from data.masking.answers import AnswerFinder, LossOn, Reasoning
 from data.masking.self_test import TemplateReport, check_template, probes
 from data.rows.converters import FormatOptions
-from data.rows.registry import FORMATS
+from data.rows.plain import PLAIN_FORMATS
+from data.rows.registry import FORMAT_NAMES, require_keys_of_use
 from data.templates.reasoning import keep_reasoning
 from data.templates.separator import choose_separator
 from data.templates.template import ChatTemplate
@@ -18,6 +19,7 @@ from data.templates.tokenizer_facts import (
     backend_json,
     special_tokens,
     template_source,
+    text_frame,
 )
 from data.tokenise.options import OnBadRow, Overlong, TokenizeOptions
 
@@ -43,6 +45,8 @@ class PrepareOptions:
         separator: ``auto``, ``none`` or the text of a token.
         workers: Worker processes; None for one a core, 0 for none.
         template_variables: Further template variables, such as ``enable_thinking``.
+        max_rows: Read only so many rows of each source, the first; None for all.
+        dataset_template: A template of the dataset's own, for tokenizers that have none.
     """
 
     seq_length: int
@@ -56,6 +60,8 @@ class PrepareOptions:
     separator: str = "auto"
     workers: int | None = None
     template_variables: tuple[tuple[str, Any], ...] = ()
+    max_rows: int | None = None
+    dataset_template: str | None = None
 
     def __post_init__(self) -> None:
         if self.seq_length < 2:
@@ -64,12 +70,22 @@ class PrepareOptions:
             raise DataError(
                 f"--data-workers {self.workers}: expected 0 or more; leave it out for one a core."
             )
-        name = self.conversation_format
-        if name is not None and name not in FORMATS and ":" not in name:
+        if self.max_rows is not None and self.max_rows < 1:
             raise DataError(
-                f"--conversation-format {name}: unknown; known are {', '.join(FORMATS)}, or "
+                f"--max-rows {self.max_rows}: expected 1 or more; leave it out for all."
+            )
+        name = self.conversation_format
+        if name is not None and name not in FORMAT_NAMES and ":" not in name:
+            raise DataError(
+                f"--conversation-format {name}: unknown; known are {', '.join(FORMAT_NAMES)}, or "
                 "package.module:function."
             )
+
+
+def needs_format(tokenizer: PreTrainedTokenizerBase, settings: PrepareOptions) -> bool:
+    """Whether the format has to be known before anything else: without a template only some will do."""
+    given = settings.conversation_format, settings.chat_template, settings.dataset_template
+    return not tokenizer.chat_template and not any(given)
 
 
 def tokenize_options(
@@ -84,10 +100,16 @@ def tokenize_options(
     Raises:
         DataError: the tokenizer, the template or an option cannot be used.
     """
-    source, removed = keep_reasoning(template_source(tokenizer, settings.chat_template))
+    if settings.conversation_format in PLAIN_FORMATS:
+        separator = choose_separator(tokenizer, settings.separator, "", "")
+        options = _options(tokenizer, settings, "", separator)
+        return options, {**plain_facts(options), "separator": separator, "warnings": []}
+    own = settings.chat_template
+    if own is None and not tokenizer.chat_template:
+        own = settings.dataset_template
+    source, removed = keep_reasoning(template_source(tokenizer, own))
     special, added = added_tokens(tokenizer)
     names = special_tokens(tokenizer)
-    backend = backend_json(tokenizer)
     report, rendered = _self_test(source, names, special, added, settings)
     report.require_usable()
     if report.stops and not report.stop_is_token:
@@ -100,9 +122,58 @@ def tokenize_options(
     warnings = []
     if not report.stops_last:
         warnings.append("the template writes no stop token after the last assistant turn")
-    options = TokenizeOptions(
-        tokenizer=backend,
-        special_tokens=names,
+    options = _options(tokenizer, settings, source, separator)
+    facts = {
+        "format": settings.conversation_format,
+        "mask_method": report.method,
+        "stops": report.stops,
+        "separator": separator,
+        "reasoning_parts_removed_from_template": removed,
+        "warnings": warnings,
+    }
+    return options, facts
+
+
+def plain_facts(options: TokenizeOptions) -> dict[str, Any]:
+    """Facts for the report of a source of a format of PLAIN_FORMATS.
+
+    Raises:
+        DataError: an option or the tokenizer is of no use for it.
+    """
+    name = options.format
+    for flag, value, default in (
+        ("--loss-on", options.loss_on, "all"),
+        ("--reasoning", options.reasoning, "keep"),
+    ):
+        if value != default:
+            raise DataError(
+                f"{flag} {value}: rows of the format {name} have no turns; leave the flag out."
+            )
+    require_keys_of_use(name, options.mapping)
+    if name == "text" and options.text_end is None:
+        raise DataError(
+            "rows of the format text end with the tokenizer's end-of-text token, and it has none: set "
+            "eos_token in its tokenizer_config.json."
+        )
+    return {
+        "format": name,
+        "mask_method": "all tokens" if name == "text" else "the rows' own labels",
+        "stops": [options.added.get(options.text_end, "")] if options.text_end is not None else [],
+        "reasoning_parts_removed_from_template": 0,
+    }
+
+
+def _options(
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PrepareOptions,
+    source: str,
+    separator: int | None,
+) -> TokenizeOptions:
+    special, added = added_tokens(tokenizer)
+    prefix, end = text_frame(tokenizer)
+    return TokenizeOptions(
+        tokenizer=backend_json(tokenizer),
+        special_tokens=special_tokens(tokenizer),
         special=special,
         added=added,
         template=source,
@@ -115,16 +186,9 @@ def tokenize_options(
         reasoning=settings.reasoning,
         loss_on=settings.loss_on,
         separator=separator,
+        text_prefix=prefix,
+        text_end=end,
     )
-    facts = {
-        "format": settings.conversation_format,
-        "mask_method": report.method,
-        "stops": report.stops,
-        "separator": separator,
-        "reasoning_parts_removed_from_template": removed,
-        "warnings": warnings,
-    }
-    return options, facts
 
 
 def _self_test(

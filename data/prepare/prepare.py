@@ -19,10 +19,12 @@ from data.documents.cache_folder import build_once
 from data.documents.documents import Documents, open_documents
 from data.documents.shard import Shard
 from data.errors import DataError
-from data.prepare.options import PrepareOptions, tokenize_options
+from data.prepare.options import PrepareOptions, needs_format, plain_facts, tokenize_options
+from data.rows.columns import list_unread
 from data.rows.converters import FormatOptions
+from data.rows.plain import PLAIN_FORMATS
 from data.rows.registry import NAMED_DATASETS, converter, converter_source, detect_format
-from data.sources.chunks import Chunk, read_chunk
+from data.sources.chunks import Chunk, first_rows, read_chunk
 from data.sources.digest import digest_files
 from data.sources.files import compressed_format, resolve_files
 from data.sources.hub import load_dataset
@@ -115,12 +117,26 @@ def named_settings(
         named = next((v for k, v in NAMED_DATASETS.items() if k.endswith(f"/{folder}")), None)
     if named is None:
         return settings, split
-    if settings.conversation_format is None and settings.format_options == FormatOptions():
-        settings = replace(settings, conversation_format=named.format, format_options=named.options)
+    settings = replace(settings, dataset_template=named.template)
+    columns = settings.format_options
+    if settings.conversation_format is None and columns.names_nothing:
+        own = replace(
+            named.options,
+            ignore_columns=columns.ignore_columns,
+            strict_columns=columns.strict_columns,
+        )
+        settings = replace(settings, conversation_format=named.format, format_options=own)
     # A copy may hold its training split under the usual name.
     copy = Path(hf_dataset)
     renamed = copy.is_dir() and next(copy.rglob(f"*{named.split}*"), None) is None
     return settings, named.split if split == "train" and not renamed else split
+
+
+def dataset_template(hf_dataset: str | None) -> str | None:
+    """The chat template that a dataset has of its own, for tokenizers without one."""
+    if hf_dataset is None:
+        return None
+    return named_settings(hf_dataset, PrepareOptions(seq_length=2), "train")[0].dataset_template
 
 
 def prepare_rows(
@@ -171,6 +187,18 @@ def first_format(chunks: Iterable[Chunk], columns: FormatOptions, skip: bool) ->
     return "messages"
 
 
+def settle_format(
+    tokenizer: PreTrainedTokenizerBase,
+    settings: PrepareOptions,
+    chunks: Callable[[], Iterable[Chunk]],
+) -> PrepareOptions:
+    """Settings with the format, where the rows may need no template and the tokenizer has none."""
+    if not needs_format(tokenizer, settings):
+        return settings
+    name = first_format(chunks(), settings.format_options, settings.on_bad_row == "skip")
+    return replace(settings, conversation_format=name if name in PLAIN_FORMATS else None)
+
+
 @dataclass(frozen=True)
 class _Source:
     name: str
@@ -185,9 +213,12 @@ class _Preparation:
     def __init__(
         self, source: _Source, tokenizer: PreTrainedTokenizerBase, settings: PrepareOptions
     ) -> None:
-        self.source = source
-        self.settings = settings
+        self.source, self.settings = source, settings
+        self.settings = settings = settle_format(tokenizer, settings, self._chunks)
         self.options, self.facts = tokenize_options(tokenizer, settings)
+
+    def _chunks(self) -> Iterable[Chunk]:
+        return first_rows(self.source.chunks(), self.settings.max_rows)
 
     def documents(self, cache_dir: Path | None) -> Documents:
         made_of = self._made_of()
@@ -207,7 +238,7 @@ class _Preparation:
     def _build(self, folder: Path, target: Path) -> None:
         sink = FolderSink(folder)
         try:
-            chunks = islice(self.source.chunks(), sink.finished.done, None)
+            chunks = islice(self._chunks(), sink.finished.done, None)
             feed(sink, self._shards(chunks, self._with_format()))
             self._require_documents(sink.finished.counts)
             sink.publish(target, target.name, self.facts)
@@ -216,7 +247,7 @@ class _Preparation:
 
     def _in_memory(self) -> Documents:
         sink = MemorySink()
-        feed(sink, self._shards(self.source.chunks(), self._with_format()))
+        feed(sink, self._shards(self._chunks(), self._with_format()))
         self._require_documents(sink.counts)
         documents = sink.documents("")
         report = documents.report | self.facts
@@ -242,11 +273,14 @@ class _Preparation:
         options = self.options
         if not options.format:
             skip = self.settings.on_bad_row == "skip"
-            name = first_format(self.source.chunks(), self.settings.format_options, skip)
+            name = first_format(self._chunks(), self.settings.format_options, skip)
             self.facts["format"] = name
             options = replace(options, format=name)
         # Resolved here as well, so that a wrong name is refused before workers start.
-        converter(options.format, options.mapping)
+        if options.format in PLAIN_FORMATS:
+            self.facts |= plain_facts(options)
+        else:
+            converter(options.format, options.mapping)
         return options
 
     def _require_documents(self, counts: Counter[str]) -> None:
@@ -273,6 +307,22 @@ class _Preparation:
         """What the template, or the rows, leave out of the training."""
         name = self.source.name
         warnings = []
+        if unread := report["unread"]:
+            warnings.append(
+                f"nobody reads these columns and fields of {name} (with the number of rows that have "
+                f"them): {list_unread(unread)}; --ignore-columns NAME... says so, --strict-columns makes "
+                "it an error"
+            )
+        if empty := report["empty_answers"]:
+            warnings.append(
+                f"{empty:,} rows of {name} have an empty answer that is trained: the model learns to "
+                'stop at once ("loss": false in a message leaves it out)'
+            )
+        if self.settings.max_rows == report["read"]:
+            warnings.append(
+                f"--max-rows {report['read']}: {name} was read up to its row {report['read']:,}; what may "
+                "follow is left out"
+            )
         if crossing := report["boundary_tokens"]:
             warnings.append(
                 f"{crossing:,} tokens of {name} hold the end of a header and the "
@@ -301,6 +351,7 @@ class _Preparation:
         """What the documents are made of and by, hashed: the cache's key is made of it."""
         options = vars(self.options) | {"mapping": vars(self.options.mapping)}
         options["kinds"] = self.source.kinds
+        options["max_rows"] = self.settings.max_rows
         template = options.pop("template")
         names = ("tokenizer", "special_tokens", "special", "added")
         tokenizer = [options.pop(name) for name in names]

@@ -162,11 +162,14 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
             args.query_key,
             args.response_key,
             args.messages_key,
+            tuple(args.ignore_columns or ()),
+            args.strict_columns,
         ),
         "reasoning": args.reasoning,
         "loss_on": args.loss_on,
         "separator": args.separator,
         "workers": args.data_workers,
+        "max_rows": args.max_rows,
         "template_variables": _variables(args.chat_template_variables),
     }
 
@@ -225,6 +228,11 @@ def _ratios(text: str) -> list[float]:
     if len(ratios) not in (2, 3):
         raise DataError(
             f"--split-ratio {text}: expected two or three shares, such as 0.98,0.01,0.01."
+        )
+    # Rounded as they are written: 0.333,0.333,0.333 leaves nothing out either.
+    if max(ratios) <= 1 and abs(sum(ratios) - 1) > 0.005:
+        raise DataError(
+            f"--split-ratio {text}: these shares add up to {sum(ratios):g}; they must add up to 1."
         )
     return [*ratios, 0.0][:3]
 

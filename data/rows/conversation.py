@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +21,17 @@ class Conversation:
             ``tool_calls``, ``name``, ``tool_call_id``. Keys without a value are absent.
         tools: JSON schemas of the tools on offer, or None.
         trained: For each message, whether its text may be trained; only assistant messages are.
+        variables: Template variables of this row alone.
+        open_end: Whether the last answer goes on after its end, so that no stop is trained there.
+        unread: Columns and fields of the row that nobody reads (``data.rows.columns``).
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     trained: list[bool] = field(default_factory=list)
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    open_end: bool = False
+    unread: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.trained:
@@ -39,6 +45,17 @@ def begin_of_last_turn(messages: Sequence[Message]) -> int:
     """
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     return max((i + 1 for i in range(last) if messages[i]["role"] == "user"), default=0)
+
+
+def has_empty_answer(conversation: Conversation) -> bool:
+    """Whether an answer that is trained says nothing, so that the model learns to stop at once."""
+    return any(
+        trained
+        and not str(message["content"]).strip()
+        and not message.get("tool_calls")
+        and not any(message.get(field) for field in REASONING_FIELDS)
+        for message, trained in zip(conversation.messages, conversation.trained, strict=True)
+    )
 
 
 def split_thinking(content: str) -> tuple[str, str]:

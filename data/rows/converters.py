@@ -10,12 +10,14 @@ from typing import Any
 from data.errors import RowError
 from data.rows.conversation import Conversation
 from data.rows.messages import content_of, conversation_from_messages, role_of
+from data.rows.tool_calls import from_json
 
 Row = Mapping[str, Any]
 
 QUESTION_COLUMNS = ("question", "prompt", "instruction", "query", "problem")
 ANSWER_COLUMNS = ("answer", "response", "output", "completion", "solution")
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
+_TOOL_COLUMNS = ("tools", "functions", "tool_defs")
 _SYSTEM_COLUMNS = ("system", "system_prompt")
 _TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 
@@ -30,6 +32,8 @@ class FormatOptions:
         query_key: Column that is appended to the question, on a line of its own.
         response_key: Column with the answer; ``output`` by default.
         messages_key: Column with a list of messages.
+        ignore_columns: Columns and fields of messages that may be left out.
+        strict_columns: Whether all others have to be read.
     """
 
     system_key: str | None = None
@@ -37,11 +41,41 @@ class FormatOptions:
     query_key: str | None = None
     response_key: str | None = None
     messages_key: str | None = None
+    ignore_columns: tuple[str, ...] = ()
+    strict_columns: bool = False
 
     @property
     def names_fields(self) -> bool:
         """Whether a question or answer column was named."""
         return bool(self.prompt_key or self.response_key or self.query_key)
+
+    @property
+    def names_nothing(self) -> bool:
+        """Whether no column was named."""
+        return not (self.names_fields or self.system_key or self.messages_key)
+
+
+def unfolded(row: Row) -> Row:
+    """A row of OpenAI's preference data, whose prompt lies in ``input.messages``, as one of ours.
+
+    Raises:
+        RowError: a column is in ``input`` and beside it, with other values.
+    """
+    inner = row.get("input")
+    if not isinstance(inner, Mapping) or not inner.get("messages"):
+        return row
+    outer = {name: value for name, value in row.items() if name != "input"}
+    for names, ours in (
+        (("preferred_output", "output"), "chosen"),
+        (("non_preferred_output",), "rejected"),
+    ):
+        name = next((name for name in names if outer.get(name)), None)
+        if name is not None:
+            outer[ours] = outer.pop(name)
+    for name, value in inner.items():
+        if outer.setdefault(name, value) != value:
+            raise RowError("bad input", f"{name!r} in 'input' differs from the column of that name")
+    return outer
 
 
 def messages_row(row: Row, options: FormatOptions) -> Conversation:
@@ -52,7 +86,7 @@ def messages_row(row: Row, options: FormatOptions) -> Conversation:
     if column not in row:
         flag = "--messages-key" if options.messages_key else "--conversation-format"
         raise _missing(row, column, flag)
-    return conversation_from_messages(row[column], row.get("tools"), _system(row, options), column)
+    return conversation_from_messages(row[column], _tools(row), _system(row, options), column)
 
 
 def alpaca_row(row: Row, options: FormatOptions) -> Conversation:
@@ -62,36 +96,28 @@ def alpaca_row(row: Row, options: FormatOptions) -> Conversation:
         (name for name in ("output", *ANSWER_COLUMNS) if name in row), "output"
     )
     query = options.query_key or next((n for n in ("input", "context") if n in row), None)
-    history = row.get("history")
-    if history is not None and not isinstance(history, Sequence):
-        raise RowError("bad history", f"'history' is {type(history).__name__}, expected a list")
-    messages: list[dict[str, Any]] = []
-    for pair in history or ():
-        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-            raise RowError("bad history", "'history' holds something that is not a pair of texts")
-        messages.append({"role": "user", "content": pair[0]})
-        messages.append({"role": "assistant", "content": pair[1]})
-    return _pair(row, options, prompt, query, response, messages)
+    return _pair(row, options, prompt, query, response)
 
 
 def fields_row(row: Row, options: FormatOptions) -> Conversation:
     """Columns named by --prompt-key, --query-key, --response-key and --system-key."""
     prompt, response = options.prompt_key or "instruction", options.response_key or "output"
-    return _pair(row, options, prompt, options.query_key, response, [])
+    return _pair(row, options, prompt, options.query_key, response)
 
 
 def question_row(row: Row, options: FormatOptions) -> Conversation:
     """A question column and an answer column of any usual names."""
     prompt = options.prompt_key or _first(row, QUESTION_COLUMNS)
     response = options.response_key or _first(row, ANSWER_COLUMNS)
-    return _pair(row, options, prompt, options.query_key, response, [])
+    return _pair(row, options, prompt, options.query_key, response)
 
 
 def preference_row(row: Row, options: FormatOptions) -> Conversation:
-    """``chosen`` of a preference row: messages, one message, or text; ``rejected`` is ignored.
+    """``chosen`` of a preference row: messages, one message, or text.
 
     The prompt is put before it, unless it is the whole conversation already.
     """
+    row.get("rejected")  # known, and of no use here
     chosen = row.get("chosen")
     before = _prompt_of(row, options)
     if isinstance(chosen, str):
@@ -109,7 +135,7 @@ def preference_row(row: Row, options: FormatOptions) -> Conversation:
     if not isinstance(chosen, Sequence) or isinstance(chosen, bytes):
         raise RowError("bad chosen", f"'chosen' is {type(chosen).__name__}, expected messages")
     whole = _with_prompt(before, list(chosen))
-    return conversation_from_messages(whole, row.get("tools"), _system(row, options), "chosen")
+    return conversation_from_messages(whole, _tools(row), _system(row, options), "chosen")
 
 
 def _prompt_of(row: Row, options: FormatOptions) -> list[Any] | None:
@@ -172,11 +198,11 @@ def _pair(
     prompt: str,
     query: str | None,
     response: str,
-    history: list[dict[str, Any]],
 ) -> Conversation:
     question = _text(row, prompt, "--prompt-key", missing_is_empty=False)
     answer = _text(row, response, "--response-key", missing_is_empty=False)
-    tools, system, more = row.get("tools"), _system(row, options), ""
+    tools, system, more = _tools(row), _system(row, options), ""
+    history = _history(row) if {prompt, query, response}.isdisjoint(("history",)) else []
     if query is not None:
         more = _text(row, query, "--query-key", missing_is_empty=options.query_key is None)
         if not isinstance(more, str):
@@ -194,6 +220,56 @@ def _pair(
     if not history and not tools and not system:
         return Conversation(pair, None, [False, True])
     return conversation_from_messages([*history, *pair], tools, system, "row")
+
+
+def _history(row: Row) -> list[Any]:
+    """The messages of ``history``: earlier questions with their answers, or messages.
+
+    Raises:
+        RowError: it is neither.
+    """
+    history = row.get("history")
+    if isinstance(history, str) and history.strip():
+        history = from_json(history, "bad history", "'history'")
+    if not history:
+        return []
+    if not isinstance(history, Sequence):
+        raise RowError("bad history", f"'history' is {type(history).__name__}, expected a list")
+    messages: list[Any] = []
+    for pair in history:
+        if role_of(pair) is not None:
+            messages.append(pair)
+            continue
+        if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
+            raise RowError("bad history", "'history' holds something that is not a pair of texts")
+        messages.append({"role": "user", "content": pair[0]})
+        messages.append({"role": "assistant", "content": pair[1]})
+    return messages
+
+
+def _tools(row: Row) -> Any:
+    """The tools on offer: the first of _TOOL_COLUMNS that holds some."""
+    return next((row[name] for name in _TOOL_COLUMNS if row.get(name)), None)
+
+
+def template_variables(row: Row) -> Mapping[str, Any]:
+    """The ``chat_template_kwargs`` of a row.
+
+    Raises:
+        RowError: they are no object, or name what only the row itself can say.
+    """
+    value = row.get("chat_template_kwargs")
+    if isinstance(value, str) and value.strip():
+        value = from_json(value, "bad template variables", "'chat_template_kwargs'")
+    if not value:
+        return {}
+    reserved = ("messages", "tools", "documents", "add_generation_prompt")
+    if not isinstance(value, Mapping) or any(name in value for name in reserved):
+        raise RowError(
+            "bad template variables",
+            f"'chat_template_kwargs' is no object, or one with {', '.join(reserved)}",
+        )
+    return {name: item for name, item in value.items() if item is not None}
 
 
 def _text(row: Row, column: str, flag: str, missing_is_empty: bool) -> Any:

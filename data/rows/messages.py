@@ -7,12 +7,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from data.errors import RowError
+from data.rows.columns import Columns
 from data.rows.conversation import REASONING_FIELDS, Conversation, Message
+from data.rows.tool_calls import from_json, kind_of, tool_calls
 
 ROLES = ("system", "user", "assistant", "tool")
 _ROLE_NAMES = {
@@ -22,6 +23,7 @@ _ROLE_NAMES = {
     "prompter": "user",
     "gpt": "assistant",
     "bot": "assistant",
+    "ai": "assistant",
     "model": "assistant",
     "chatgpt": "assistant",
     "function_call": "assistant",
@@ -34,6 +36,11 @@ _ROLE_NAMES = {
 }
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking")
+# What a message is made of where nothing is to be told about it.
+_PLAIN_KEYS = ({"role", "content"}, {"from", "value"})
+_TRAIN_KEYS = ("loss", "weight", "train", "training")
+# The last answer goes on: Mistral and DeepSeek, Qwen and Kimi.
+_OPEN_KEYS = ("prefix", "partial")
 
 
 def conversation_from_messages(
@@ -52,18 +59,25 @@ def conversation_from_messages(
         RowError: something is of a wrong type, a role is unknown, or no assistant speaks.
     """
     if isinstance(raw, str):
-        raw = _from_json(raw, "bad messages", f"column {column!r}")
+        raw = from_json(raw, "bad messages", f"column {column!r}")
     if not isinstance(raw, Sequence) or isinstance(raw, (str, bytes)):
-        raise RowError("bad messages", f"{column!r} is {_kind(raw)}, expected a list of messages")
+        raise RowError("bad messages", f"{column!r} is {kind_of(raw)}, expected a list of messages")
     messages: list[Message] = []
     trained: list[bool] = []
+    unread: dict[str, None] = {}
+    open_end = False
     for number, item in enumerate(raw, 1):
-        message, train = _message(item, number)
+        if isinstance(item, Mapping) and item.keys() not in _PLAIN_KEYS:
+            item = Columns(item)
+        message, train = _message(item, number, unread)
         messages.append(message)
         trained.append(train and message["role"] == "assistant")
+        if isinstance(item, Columns):
+            open_end = _is_open(item, message, number, len(raw))
+            unread |= dict.fromkeys(f"message.{name}" for name in item.unread())
     if system is not None and system != "":
         if not isinstance(system, str):
-            raise RowError("bad system", f"the system prompt is {_kind(system)}, expected text")
+            raise RowError("bad system", f"the system prompt is {kind_of(system)}, expected text")
         if not messages or messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system})
             trained.insert(0, False)
@@ -74,7 +88,8 @@ def conversation_from_messages(
             )
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no assistant turn", "nothing in this conversation can be trained")
-    return Conversation(messages, normalise_tools(tools), trained)
+    found = normalise_tools(tools)
+    return Conversation(messages, found, trained, open_end=open_end, unread=tuple(unread))
 
 
 def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -86,25 +101,25 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
     if tools is None or tools == "" or tools == []:
         return None
     if isinstance(tools, str):
-        tools = _from_json(tools, "bad tools", "'tools'")
+        tools = from_json(tools, "bad tools", "'tools'")
     if isinstance(tools, Mapping):
         tools = [tools]
     if not isinstance(tools, Sequence) or isinstance(tools, (str, bytes)):
-        raise RowError("bad tools", f"'tools' is {_kind(tools)}, expected a list of schemas")
+        raise RowError("bad tools", f"'tools' is {kind_of(tools)}, expected a list of schemas")
     schemas = []
     for number, tool in enumerate(tools, 1):
         if isinstance(tool, str):
-            tool = _from_json(tool, "bad tools", f"tool {number}")
+            tool = from_json(tool, "bad tools", f"tool {number}")
         if not isinstance(tool, Mapping):
-            raise RowError("bad tools", f"tool {number} is {_kind(tool)}, expected an object")
+            raise RowError("bad tools", f"tool {number} is {kind_of(tool)}, expected an object")
         schema = dict(tool)
         schemas.append(schema if "function" in schema else {"type": "function", "function": schema})
     return schemas or None
 
 
-def _message(item: Any, number: int) -> tuple[Message, bool]:
+def _message(item: Any, number: int, unread: dict[str, None]) -> tuple[Message, bool]:
     if not isinstance(item, Mapping):
-        raise RowError("bad messages", f"message {number} is {_kind(item)}, expected an object")
+        raise RowError("bad messages", f"message {number} is {kind_of(item)}, expected an object")
     role = role_of(item)
     if role is None:
         given = item.get("role") if item.get("role") is not None else item.get("from")
@@ -116,14 +131,14 @@ def _message(item: Any, number: int) -> tuple[Message, bool]:
     content = content_of(item)
     if _role_name(item) in ("function_call", "tool_call"):
         message["content"] = ""
-        message["tool_calls"] = _tool_calls(content, number)
+        message["tool_calls"] = _calls(content, number, unread)
     else:
-        _set_content(message, content, number)
+        _set_content(message, content, number, unread)
     for key in ("name", "tool_call_id"):
         if isinstance(item.get(key), str):
             message[key] = item[key]
     if message["role"] == "assistant":
-        _set_assistant(message, item, number)
+        _set_assistant(message, item, number, unread)
     # Trained, it would teach to stop at once; asked, it would teach an answer to nothing.
     if content is None and not message.get("tool_calls") and not message.get("reasoning_content"):
         keys = ", ".join(f"{key} (null)" if item[key] is None else str(key) for key in item)
@@ -156,7 +171,13 @@ def _role_name(item: Any) -> str:
     return given.strip().lower() if isinstance(given, str) else ""
 
 
-def _set_content(message: Message, content: Any, number: int) -> None:
+def _calls(value: Any, number: int, unread: dict[str, None]) -> list[dict[str, Any]]:
+    calls, left = tool_calls(value, number)
+    unread |= dict.fromkeys(left)
+    return calls
+
+
+def _set_content(message: Message, content: Any, number: int, unread: dict[str, None]) -> None:
     if content is None:
         message["content"] = ""
     elif isinstance(content, str):
@@ -168,12 +189,15 @@ def _set_content(message: Message, content: Any, number: int) -> None:
                 texts.append(part)
                 continue
             if not isinstance(part, Mapping):
-                raise RowError("bad content", f"message {number} has a part that is {_kind(part)}")
+                raise RowError(
+                    "bad content", f"message {number} has a part that is {kind_of(part)}"
+                )
+            part = Columns(part)
             kind = part.get("type", "text")
             text = next((part[k] for k in (kind, "text", "value") if isinstance(k, str)
                          and isinstance(part.get(k), str)), None)  # fmt: skip
             if kind == "tool_call" and part.get("value") is not None:
-                calls = _tool_calls(part["value"], number)
+                calls = _calls(part["value"], number, unread)
                 message["tool_calls"] = [*message.get("tool_calls", []), *calls]
             elif kind in _TEXT_PARTS and text is not None:
                 texts.append(text)
@@ -184,67 +208,81 @@ def _set_content(message: Message, content: Any, number: int) -> None:
                     "bad content",
                     f"message {number} has a part of type {kind!r}; only text is read",
                 )
+            unread |= dict.fromkeys(f"part.{name}" for name in part.unread())
         message["content"] = "".join(texts)
         if reasoning:
             message["reasoning_content"] = "\n".join(reasoning)
     else:
-        raise RowError("bad content", f"content of message {number} is {_kind(content)}")
+        raise RowError("bad content", f"content of message {number} is {kind_of(content)}")
 
 
-def _set_assistant(message: Message, item: Mapping[str, Any], number: int) -> None:
-    for field in REASONING_FIELDS:
+def _set_assistant(
+    message: Message, item: Mapping[str, Any], number: int, unread: dict[str, None]
+) -> None:
+    for field in (*REASONING_FIELDS, "reasoning_details"):
         value = item.get(field)
+        if field == "reasoning_details":
+            value = _detailed_reasoning(value, number)
+            if value is None and isinstance(item, Columns):
+                item.asked.discard(field)  # nothing that can be read, such as encrypted reasoning
         if value is None or value == "":
             continue
         if not isinstance(value, str):
-            raise RowError("bad reasoning", f"{field} of message {number} is {_kind(value)}")
+            raise RowError("bad reasoning", f"{field} of message {number} is {kind_of(value)}")
+        if message.get("reasoning_content", value) != value:
+            raise RowError(
+                "bad reasoning", f"message {number} has other reasoning in {field!r} and in a part"
+            )
         message["reasoning_content"] = value
+        if isinstance(item, Columns):
+            item.asked.add("reasoning_details")  # of the same, told in detail
         break
     calls = item.get("tool_calls")
     if calls is None and item.get("function_call") is not None:
         calls = [item["function_call"]]
     if isinstance(calls, str) and calls:
-        calls = _from_json(calls, "bad tool call", f"the call in message {number}")
+        calls = from_json(calls, "bad tool call", f"the call in message {number}")
     if calls:
-        message["tool_calls"] = _tool_calls(calls, number)
+        message["tool_calls"] = _calls(calls, number, unread)
 
 
-def _tool_calls(value: Any, number: int) -> list[dict[str, Any]]:
-    """Calls as ``{"type", "id", "function": {"name", "arguments": object}}``."""
-    if isinstance(value, str):
-        value = _from_json(value, "bad tool call", f"the call in message {number}")
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
-        raise RowError("bad tool call", f"the call in message {number} is {_kind(value)}")
-    calls = []
-    for call in value:
-        if not isinstance(call, Mapping):
-            raise RowError("bad tool call", f"a call in message {number} is {_kind(call)}")
-        function = call.get("function") if isinstance(call.get("function"), Mapping) else call
-        assert isinstance(function, Mapping)
-        name, arguments = function.get("name"), function.get("arguments")
-        if not isinstance(name, str) or not name:
-            raise RowError("bad tool call", f"a call in message {number} has no function name")
-        if isinstance(arguments, str):
-            arguments = _from_json(arguments, "bad tool call", f"arguments in message {number}")
-        if arguments is None:
-            arguments = {}
-        if not isinstance(arguments, Mapping):
-            raise RowError("bad tool call", f"arguments in message {number} are {_kind(arguments)}")
-        entry: dict[str, Any] = {"type": "function"}
-        if isinstance(call.get("id"), str):
-            entry["id"] = call["id"]
-        calls.append({**entry, "function": {"name": name, "arguments": arguments}})
-    if not calls:
-        raise RowError("bad tool call", f"message {number} has an empty list of calls")
-    return calls
+def _detailed_reasoning(details: Any, number: int) -> str | None:
+    """The text of OpenRouter's ``reasoning_details``: its texts, or else its summaries."""
+    if details is None or details == "":
+        return None
+    if isinstance(details, Mapping):
+        details = [details]
+    if isinstance(details, str) or not isinstance(details, Sequence):
+        raise RowError(
+            "bad reasoning", f"reasoning_details of message {number} is {kind_of(details)}"
+        )
+    for key in ("text", "summary"):
+        said = [part.get(key) for part in details if isinstance(part, Mapping)]
+        texts = [text for text in said if isinstance(text, str) and text]
+        if texts:
+            return "".join(texts)
+    return None
+
+
+def _is_open(item: Columns, message: Message, number: int, count: int) -> bool:
+    """Whether a message is an answer that goes on after its end; only the last one can be."""
+    given = [key for key in _OPEN_KEYS if item.get(key)]
+    if not given:
+        return False
+    if item[given[0]] is not True and item[given[0]] != 1:
+        raise RowError("bad prefix", f"{given[0]} of message {number} is {item[given[0]]!r}")
+    if message["role"] != "assistant" or number != count or message.get("tool_calls"):
+        raise RowError(
+            "bad prefix",
+            f"message {number} has {given[0]!r}, which only a last answer in text can be",
+        )
+    return True
 
 
 def _train_flag(item: Mapping[str, Any], number: int) -> bool:
-    """The per-message ``loss`` and ``weight`` fields: False where one says so."""
+    """The per-message fields of _TRAIN_KEYS: False where one says so."""
     train = True
-    for key in ("loss", "weight"):
+    for key in _TRAIN_KEYS:
         value = item.get(key)
         if value is None:
             continue
@@ -254,14 +292,3 @@ def _train_flag(item: Mapping[str, Any], number: int) -> bool:
             )
         train = train and bool(value)
     return train
-
-
-def _from_json(text: str, reason: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RowError(reason, f"{what} is not valid JSON ({str(error)[:80]})") from error
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else type(value).__name__

@@ -12,11 +12,13 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from data.errors import DataError
+from data.errors import DataError, RowError
+from data.rows.columns import read_all, without
 from data.rows.conversation import Conversation
 from data.rows.converters import (
     ANSWER_COLUMNS,
@@ -30,7 +32,10 @@ from data.rows.converters import (
     messages_row,
     preference_row,
     question_row,
+    template_variables,
+    unfolded,
 )
+from data.rows.plain import PLAIN_FORMATS
 from data.rows.user_converter import UserConverter
 
 Converter = Callable[[Row], Conversation]
@@ -44,16 +49,28 @@ class NamedDataset:
         format: Its row format.
         options: Its columns.
         split: The split to train on, where it is not ``train``.
+        template: A chat template for it, for tokenizers that have none.
     """
 
     format: str
     options: FormatOptions = field(default_factory=FormatOptions)
     split: str = "train"
+    template: str | None = None
 
+
+# For base models, whose tokenizers have no template: the roles in words, an answer ended by the text's end.
+_BARE_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}"
+    "{{ 'Assistant:\n' + message.content + eos_token + '\n' }}{% else %}"
+    "{{ message.role | capitalize + ':\n' + message.content + '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
 
 NAMED_DATASETS: dict[str, NamedDataset] = {
     "Open-Orca/OpenOrca": NamedDataset(
-        "fields", FormatOptions("system_prompt", "question", None, "response")
+        "fields",
+        FormatOptions("system_prompt", "question", None, "response"),
+        template=_BARE_TEMPLATE,
     ),
     "Open-Orca/SlimOrca": NamedDataset("sharegpt"),
     "nvidia/Daring-Anteater": NamedDataset("sharegpt"),
@@ -69,6 +86,7 @@ FORMATS: dict[str, Callable[[Row, FormatOptions], Conversation]] = {
     "preference": preference_row,
     "fields": fields_row,
 }
+FORMAT_NAMES = (*FORMATS, *PLAIN_FORMATS)
 
 
 _PAIR_KEYS = ("system_key", "prompt_key", "query_key", "response_key")
@@ -80,7 +98,10 @@ _KEYS = {
     "question": _PAIR_KEYS,
     "preference": ("system_key", "prompt_key"),
     "fields": _PAIR_KEYS,
+    "text": ("response_key",),
+    "tokens": (),
 }
+_COLUMN_KEYS = (*_PAIR_KEYS, "messages_key")
 
 
 def detect_format(row: Any, options: FormatOptions) -> str:
@@ -91,6 +112,9 @@ def detect_format(row: Any, options: FormatOptions) -> str:
     """
     if not isinstance(row, Mapping):
         raise DataError(f"the row is {type(row).__name__}, not an object with columns.")
+    row = without(row, options.ignore_columns)
+    with suppress(RowError):  # told when the row is read
+        row = unfolded(row)
     if options.messages_key is not None:
         return "messages"
     answers = options.query_key or options.response_key or "output" in row
@@ -107,10 +131,15 @@ def detect_format(row: Any, options: FormatOptions) -> str:
         return "alpaca"
     if any(n in row for n in QUESTION_COLUMNS) and any(n in row for n in ANSWER_COLUMNS):
         return "question"
+    if row.get("input_ids") is not None:
+        return "tokens"
+    if isinstance(row.get("text"), str):
+        return "text"
     raise DataError(
         f"cannot tell the format of rows with columns {columns_of(row)}. Expected one of "
-        f"{', '.join(MESSAGE_COLUMNS)}; 'chosen'; or one of {', '.join(QUESTION_COLUMNS)} with one "
-        f"of {', '.join(ANSWER_COLUMNS)}. Name the columns with --prompt-key and --response-key, "
+        f"{', '.join(MESSAGE_COLUMNS)}; 'chosen'; 'text'; 'input_ids'; or one of "
+        f"{', '.join(QUESTION_COLUMNS)} with one of {', '.join(ANSWER_COLUMNS)}. "
+        "Name the columns with --prompt-key and --response-key, "
         "or --messages-key, or give --conversation-format."
     )
 
@@ -121,14 +150,23 @@ def converter(name: str, options: FormatOptions) -> Converter:
     Raises:
         DataError: there is no such format or function, or it has no use for an option.
     """
-    _require_keys_of_use(name, options)
+    require_keys_of_use(name, options)
     if name in FORMATS:
         convert = FORMATS[name]
-        return lambda row: convert(row, options)
+
+        def read(row: Row) -> Conversation:
+            conversation = convert(row, options)
+            variables = template_variables(row)
+            return replace(conversation, variables=variables) if variables else conversation
+
+        ignored, strict = options.ignore_columns, options.strict_columns
+        return lambda row: read_all(unfolded(without(row, ignored)), read, ignored, strict)
+    if name in PLAIN_FORMATS:
+        raise DataError(f"rows of the format {name} are no conversations.")
     module_name, _, function_name = name.partition(":")
     if not function_name:
         raise DataError(
-            f"--conversation-format {name}: unknown; known are {', '.join(FORMATS)}, or "
+            f"--conversation-format {name}: unknown; known are {', '.join(FORMAT_NAMES)}, or "
             "package.module:function for a function of your own."
         )
     if str(Path.cwd()) not in sys.path:
@@ -144,12 +182,21 @@ def converter(name: str, options: FormatOptions) -> Converter:
     if not callable(function):
         kind = type(function).__name__
         raise DataError(f"--conversation-format {name}: is a {kind}, expected a function of a row.")
-    return UserConverter(name, function)
+    user = UserConverter(name, function)
+    return lambda row: read_all(
+        row, user, options.ignore_columns, options.strict_columns, tracked=False
+    )
 
 
-def _require_keys_of_use(name: str, options: FormatOptions) -> None:
+def require_keys_of_use(name: str, options: FormatOptions) -> None:
+    """Refuse options that a format has no use for.
+
+    Raises:
+        DataError: there is one.
+    """
     read = _KEYS.get(name, ())
-    for key, column in vars(options).items():
+    for key in _COLUMN_KEYS:
+        column = getattr(options, key)
         if column is not None and key not in read:
             flags = ", ".join(_flag(other) for other in read) or "no column flag"
             raise DataError(
@@ -168,7 +215,7 @@ def converter_source(name: str) -> bytes:
     Raises:
         DataError: there is no such function.
     """
-    if name in FORMATS:
+    if name in FORMAT_NAMES:
         return b""
     converter(name, FormatOptions())
     file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)

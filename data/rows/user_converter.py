@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data.errors import RowError
@@ -39,6 +39,9 @@ class UserConverter:
             ) from error
         if isinstance(result, Conversation):
             checked = conversation_from_messages(result.messages, result.tools, None, self.name)
+            checked = replace(
+                checked, variables=result.variables, open_end=checked.open_end or result.open_end
+            )
             return _with_mask(checked, result.trained, self.name)
         if isinstance(result, Mapping):
             return conversation_from_messages(result.get("messages"), result.get("tools"))
@@ -67,4 +70,4 @@ def _with_mask(conversation: Conversation, trained: Any, name: str) -> Conversat
                 "can be trained",
             )
     both = [bool(a and b) for a, b in zip(trained, conversation.trained, strict=True)]
-    return Conversation(messages, conversation.tools, both)
+    return replace(conversation, trained=both)

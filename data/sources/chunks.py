@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from data.errors import RowError
@@ -89,6 +90,39 @@ def _parse_lines(chunk: Chunk) -> Iterator[RawRow]:
             yield RawRow(chunk.source, number, place, None, problem)
             continue
         yield RawRow(chunk.source, number, place, row)
+
+
+def first_rows(chunks: Iterable[Chunk], most: int | None) -> Iterator[Chunk]:
+    """Chunks with the first rows of a source, and no further ones; all where ``most`` is None."""
+    left = most
+    for chunk in chunks:
+        if left is None:
+            yield chunk
+            continue
+        chunk, count = _cut(chunk, left)
+        yield chunk
+        left -= count
+        if not left:
+            return
+
+
+def _cut(chunk: Chunk, most: int) -> tuple[Chunk, int]:
+    """At most so many rows of a chunk, and how many they are."""
+    if chunk.kind == "lines":
+        lines = chunk.payload.split(b"\n")
+        rows = [at for at, line in enumerate(lines) if line and not line.isspace()]
+        if len(rows) <= most:
+            return chunk, len(rows)
+        return replace(chunk, payload=b"\n".join(lines[: rows[most]])), most
+    if chunk.kind == "rows":
+        values = pickle.loads(chunk.payload)  # noqa: S301 - made by dataset_chunks in this run
+        kept = list(islice(values, most))
+        return replace(chunk, payload=pickled_rows(kept)), len(kept)
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(chunk.payload) as stream:
+        table = stream.read_all().slice(0, most)
+    return replace(chunk, payload=arrow_bytes(table)), len(table)
 
 
 def pickled_rows(rows: Iterable[Any]) -> bytes:

@@ -1,7 +1,9 @@
 """Digests of data files, remembered so that a warm start does not read the data again.
 
-A remembered digest counts only for the same path, size and time of change, and only if the file was
-not written within a moment of being digested (then a later write could leave all three the same).
+A remembered digest counts only for the same path, size, inode and times of change. Of the times that of
+the system (ctime) cannot be set back, as a copy that keeps times does with the other. It also counts
+only if the file was not written within a moment of being digested: a later write could leave all the
+same.
 """
 
 from __future__ import annotations
@@ -43,17 +45,17 @@ def file_digests(paths: Sequence[Path], memory_dir: Path | None) -> list[str]:
     for path in paths:
         try:
             stat = path.stat()
-            identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+            identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
             known = memory.get(str(path.resolve()))
-            if known and known[:3] == identity:
-                digests.append(known[3])
+            if known and known[:-1] == identity:
+                digests.append(known[-1])
                 continue
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise DataError(f"{path}: cannot be read ({error}).") from error
         digests.append(digest)
-        if time.time_ns() - stat.st_mtime_ns > _SETTLED_NS:
+        if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
             memory[str(path.resolve())] = [*identity, digest]
             changed = True
     if changed and memory_dir is not None:

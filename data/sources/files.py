@@ -107,10 +107,3 @@ def open_seekable(path: Path) -> Iterator[Path | IO[bytes]]:
         with open_file(path) as stream:
             shutil.copyfileobj(stream, whole, 1 << 20)
         yield whole
-
-
-def is_json_lines(path: Path) -> bool:
-    """Whether a .json file holds an object on each line; an array begins with a bracket."""
-    with open_file(path) as stream:
-        head = stream.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return not head.startswith(b"[")

@@ -18,7 +18,8 @@ from typing import IO, Any
 
 from data.errors import DataError, RowError
 from data.sources.chunks import Chunk, arrow_bytes, pickled_rows
-from data.sources.files import file_format, is_json_lines, open_file, open_seekable
+from data.sources.files import file_format, open_file, open_seekable
+from data.sources.json_objects import json_layout, object_rows
 
 CHUNK_BYTES = 1 << 19
 CHUNK_ROWS = 1024
@@ -38,8 +39,11 @@ def file_chunks(path: Path, source: int) -> Iterator[Chunk]:
             yield from _parquet_chunks(path, source)
         elif kind == ".csv":
             yield from _row_chunks(path, source, _csv_rows)
-        elif kind == ".json" and not is_json_lines(path):
-            yield from _row_chunks(path, source, _json_rows)
+        elif kind == ".json" and (layout := json_layout(path)) != "lines":
+            if layout == "object":
+                yield from _numbered_chunks(path, source, object_rows(path))
+            else:
+                yield from _row_chunks(path, source, _json_rows)
         else:
             yield from _line_chunks(path, source)
     except (OSError, EOFError, ValueError) as error:

@@ -89,6 +89,14 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[str, ...], d
     return texts, {token_id: token.content for token_id, token in added.items()}
 
 
+def text_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], int | None]:
+    """The token ids that the tokenizer puts before a text, and the one that ends a text, if any."""
+    with_own = tokenizer("a").input_ids
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    before = next((n for n in range(len(with_own)) if with_own[n : n + len(bare)] == bare), 0)
+    return tuple(with_own[:before]), tokenizer.eos_token_id
+
+
 def text_hash(*texts: str) -> str:
     """A short hash of some texts."""
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()[:32]

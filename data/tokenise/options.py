@@ -31,6 +31,8 @@ class TokenizeOptions:
         reasoning: Which reasoning is trained.
         loss_on: Which turns are trained.
         separator: Token id appended to every document, never trained; None for none.
+        text_prefix: Token ids that the tokenizer puts before a text, for raw text.
+        text_end: Token id of the end of a text, for raw text; None where there is none.
     """
 
     tokenizer: str
@@ -47,3 +49,5 @@ class TokenizeOptions:
     reasoning: Reasoning = "keep"
     loss_on: LossOn = "all"
     separator: int | None = None
+    text_prefix: tuple[int, ...] = ()
+    text_end: int | None = None

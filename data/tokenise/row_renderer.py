@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from data.errors import RowError
-from data.masking.answers import AnswerFinder, trained_spans
+from data.errors import DataError, RowError
+from data.masking.answers import AnswerFinder, Rendering, trained_spans
+from data.masking.self_test import check_template
 from data.rows.conversation import Conversation
+from data.rows.plain import PLAIN_FORMATS, PlainRow, plain_row
 from data.rows.registry import converter
 from data.sources.chunks import RawRow
 from data.templates.marks import Span
 from data.templates.template import ChatTemplate
 from data.tokenise.options import TokenizeOptions
+
+# Sets of template variables, of rows that bring some, whose finders are kept.
+_MOST_FINDERS = 64
 
 
 @dataclass
@@ -26,6 +33,7 @@ class RowText:
         spans: The character spans in it that are trained, ascending.
         turns: How many turns the assistant has.
         stopped: How many of them end with a stop.
+        plain: What the row holds where it is no conversation; the text is empty if that is token ids.
     """
 
     raw: RawRow
@@ -34,6 +42,7 @@ class RowText:
     spans: list[Span]
     turns: int
     stopped: int
+    plain: PlainRow | None = None
 
 
 class RowRenderer:
@@ -44,15 +53,40 @@ class RowRenderer:
     """
 
     def __init__(self, options: TokenizeOptions) -> None:
+        self.options = options
         self.reasoning, self.loss_on = options.reasoning, options.loss_on
-        self.convert = converter(options.format, options.mapping)
-        template = ChatTemplate(options.template, options.special_tokens, options.variables)
-        self.finder = AnswerFinder(
+        self._finders: dict[str, AnswerFinder] = {}
+        if options.format not in PLAIN_FORMATS:
+            self.convert = converter(options.format, options.mapping)
+            self.finder = self._new_finder({})
+
+    def _new_finder(self, variables: Mapping[str, Any]) -> AnswerFinder:
+        options = self.options
+        template = ChatTemplate(
+            options.template, options.special_tokens, {**options.variables, **variables}
+        )
+        return AnswerFinder(
             template,
             options.special,
             list(options.added.values()),
             reasoning=options.reasoning,
         )
+
+    def _finder_for(self, variables: Mapping[str, Any]) -> AnswerFinder:
+        """The finder of rows with these template variables, which may change the template's headers."""
+        if not variables:
+            return self.finder
+        key = json.dumps(variables, sort_keys=True)
+        if key not in self._finders:
+            finder = self._new_finder(variables)
+            try:
+                check_template(finder).require_usable()
+            except DataError as error:
+                raise RowError("bad template variables", f"{key[:80]}: {error}") from error
+            if len(self._finders) == _MOST_FINDERS:
+                self._finders.pop(next(iter(self._finders)))
+            self._finders[key] = finder
+        return self._finders[key]
 
     def render(self, raw: RawRow) -> RowText:
         """Convert and render one row.
@@ -65,17 +99,23 @@ class RowRenderer:
         if not isinstance(raw.row, Mapping):
             raise RowError("not an object", f"the row is {type(raw.row).__name__}, not an object")
         try:
+            if self.options.format in PLAIN_FORMATS:
+                return self._plain(raw, raw.row)
             return self._rendered(raw, self.convert(raw.row))
         except RecursionError as error:
             raise RowError("nested too deeply", "the row's values are nested too deeply") from error
 
+    def _plain(self, raw: RawRow, row: Mapping[str, Any]) -> RowText:
+        plain = plain_row(self.options.format, row, self.options.mapping)
+        _require_unicode(plain.text)
+        empty = Conversation([], unread=plain.unread)
+        return RowText(raw, empty, plain.text, [(0, len(plain.text))], 0, 0, plain)
+
     def _rendered(self, raw: RawRow, conversation: Conversation) -> RowText:
-        rendering = self.finder.find(conversation)
-        if not rendering.text.isascii():
-            try:
-                rendering.text.encode()
-            except UnicodeEncodeError as error:
-                raise RowError("bad text", f"not valid Unicode ({error.reason})") from error
+        rendering = self._finder_for(conversation.variables).find(conversation)
+        _require_unicode(rendering.text)
+        if conversation.open_end:
+            rendering = _without_last_stop(rendering, conversation)
         spans = trained_spans(rendering, conversation, self.reasoning, self.loss_on)
         stopped = sum(turn.stopped for turn in rendering.turns)
         return RowText(raw, conversation, rendering.text, spans, len(rendering.turns), stopped)
@@ -100,10 +140,11 @@ class RowRenderer:
         while low < high:  # the fewest turns that have to go
             middle = (low + high) // 2
             cut = starts[middle]
-            shorter = Conversation(
-                [*messages[:first], *messages[cut:]],
-                row.conversation.tools,
-                [*row.conversation.trained[:first], *row.conversation.trained[cut:]],
+            trained = row.conversation.trained
+            shorter = replace(
+                row.conversation,
+                messages=[*messages[:first], *messages[cut:]],
+                trained=[*trained[:first], *trained[cut:]],
             )
             try:
                 rendered = self._rendered(row.raw, shorter)
@@ -114,3 +155,26 @@ class RowRenderer:
             else:
                 low = middle + 1
         return best
+
+
+def _require_unicode(text: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RowError("bad text", f"not valid Unicode ({error.reason})") from error
+
+
+def _without_last_stop(rendering: Rendering, conversation: Conversation) -> Rendering:
+    """The rendering whose last turn ends where its text does: what it goes on with is not known.
+
+    Raises:
+        RowError: the text cannot be found.
+    """
+    *turns, last = rendering.turns
+    said = str(conversation.messages[-1]["content"]).rstrip()
+    at = rendering.text.rfind(said, last.start, last.end) if said else -1
+    if at < 0:
+        raise RowError("bad prefix", "where the text of the last message ends cannot be told")
+    end = max(at + len(said), last.reasoning_end or 0)
+    return replace(rendering, turns=[*turns, replace(last, end=end, stopped=False)])

@@ -14,13 +14,15 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
-from data.documents.shard import Shard
+from data.documents.shard import UNREAD, Shard
 from data.errors import DataError, RowError
 from data.masking.refusals import ends_in_thought
+from data.rows.conversation import has_empty_answer
 from data.sources.chunks import Chunk, RawRow, read_chunk
 from data.templates.marks import Span
 from data.tokenise.masked_tokenizer import MaskedTokenizer, TokenizedText
 from data.tokenise.options import TokenizeOptions
+from data.tokenise.plain_tokens import plain_tokens, shown_tokens
 from data.tokenise.row_renderer import RowRenderer, RowText
 
 OVERLONG = "longer than --seq-length"
@@ -136,6 +138,9 @@ class RowTokenizer:
                 text = self.renderer.render(raw).text
             return PreviewRow(raw, "dropped", f"{reason}: {detail}", text)
         pending, ids, mask = documents[0]
+        if pending.plain is not None:
+            shown, offsets = shown_tokens(ids.tolist(), self.tokenizer)
+            return PreviewRow(raw, "kept", "", shown, ids.tolist(), mask.tolist(), offsets)
         offsets = self.tokenizer.offsets(pending.text)
         status = "trimmed" if counts["trimmed"] > trimmed else "kept"
         return PreviewRow(raw, status, "", pending.text, ids.tolist(), mask.tolist(), offsets)
@@ -148,6 +153,8 @@ class RowTokenizer:
         texts = [pending.text for pending in batch]
         tokenized = self.tokenizer.tokenize(texts, [pending.spans for pending in batch])
         for pending, tokens in zip(batch, tokenized, strict=True):
+            if pending.plain is not None:
+                tokens = plain_tokens(pending.plain, tokens, self.options)
             try:
                 ids, mask, crossed, trimmed = self._document(pending, tokens)
             except RowError as error:
@@ -171,6 +178,9 @@ class RowTokenizer:
                 counts["tools not shown"] += 1
             if "<think>" in pending.text and ends_in_thought(pending.conversation.messages):
                 counts["unclosed thoughts"] += 1
+            counts["empty answers"] += has_empty_answer(pending.conversation)
+            for name in pending.conversation.unread:
+                counts[UNREAD + name] += 1
             yield pending, ids, mask
 
     def _document(

@@ -7,7 +7,7 @@ import importlib.util
 import os
 
 from post_training.arguments.experts import complete_expert_flags
-from post_training.arguments.schedule import check_recomputation, check_step_flags
+from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError
 from post_training.hf.config import sliding_window
 from post_training.layout import sizes
@@ -39,8 +39,6 @@ def complete(args: argparse.Namespace) -> None:
             f"--ckpt-format {args.ckpt_format}: only torch_dist (and torch_dcp with --use-torch-fsdp2) "
             f"can be continued; leave the flag out"
         )
-    if args.train_samples:
-        raise SetupError("--train-samples: use --train-iters or --num-epochs")
     if not args.skip_train and bool(args.train_iters) == bool(args.num_epochs):
         raise SetupError("give either --train-iters or --num-epochs")
     if args.optimizer == "sgd" and "use_distributed_optimizer" in args.derived:
@@ -80,7 +78,7 @@ def complete(args: argparse.Namespace) -> None:
         args.padded_vocab_size = sizes.padded_vocabulary(args.vocab_size, args)
     elif args.vocab_size and not args.padded_vocab_size:
         args.padded_vocab_size = sizes.padded_vocabulary(args.vocab_size, args)
-    check_recomputation(args)
+    complete_recomputation(args)
     check_step_flags(args)
     complete_expert_flags(args)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import enum
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,9 @@ from typing import Any
 import torch
 import yaml
 
+from post_training.arguments.defaults import sft_defaults
+from post_training.arguments.other_names import hint_for
+from post_training.arguments.ranges import Number, Text
 from post_training.errors import SetupError
 
 # In config.yaml: the names of the flags that nobody wrote.
@@ -39,10 +41,12 @@ def _actions(parser: argparse.ArgumentParser) -> tuple[dict[str, Any], dict[str,
 
 
 def _one_value(where: str, action: argparse.Action, value: Any) -> Any:
+    own = isinstance(action.type, (Number, Text))
     try:
-        result = action.type(str(value)) if callable(action.type) else value
+        result = action.type(value if own else str(value)) if callable(action.type) else value
     except (TypeError, ValueError, KeyError, argparse.ArgumentTypeError) as error:
-        raise SetupError(f"{where}: {value!r} is not valid ({error})") from error
+        reason = str(error) if own else f"{value!r} is not valid ({error})"
+        raise SetupError(f"{where}: {reason}") from error
     if action.choices is not None and result not in action.choices:
         raise SetupError(f"{where}: {value!r} is not one of {', '.join(map(str, action.choices))}")
     return result
@@ -50,12 +54,17 @@ def _one_value(where: str, action: argparse.Action, value: Any) -> Any:
 
 def _converted(where: str, action: argparse.Action, value: Any) -> Any:
     """The value as the parser would have read it from the command line."""
-    if value is None or isinstance(value, bool):
-        if isinstance(value, bool) and action.nargs != 0 and action.type is not None:
-            raise SetupError(f"{where}: expects a value, found {value}")
+    if value is None:
+        if sft_defaults().get(action.dest, action.default) is not None:
+            raise SetupError(f"{where}: has no value; give one, or leave the key out")
+        return None
+    if isinstance(value, bool):
+        if action.nargs != 0:
+            raise SetupError(f"{where}: expects a value, found {value}; quote what is meant so")
         return value
     if isinstance(value, list):
-        if action.nargs is None and callable(action.type) and action.type not in (str, int, float):
+        own = isinstance(action.type, (Number, Text))
+        if action.nargs is None and callable(action.type) and not own:
             # A pattern, such as that of --moe-layer-freq, which knows no spaces.
             return _one_value(where, action, str(value).replace(" ", ""))
         if action.nargs in (None, 0, "?"):
@@ -76,6 +85,23 @@ def flag_name(key: object) -> str:
     return str(key).lstrip("-").replace("-", "_")
 
 
+class _OnceEach(yaml.SafeLoader):
+    """Reads plain values, and no key of a mapping twice: YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            # As flags are compared: lr, --lr; seq-length, seq_length.
+            name = flag_name(key.value)
+            if seen.setdefault(name, line) != line:
+                raise yaml.YAMLError(
+                    f"{key.value} is given twice, in lines {seen[name]} and {line}"
+                )
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
 def read_config_file(path: str | Path) -> Mapping[str, Any]:
     """The YAML mapping of flag names in a file; empty where it says nothing.
 
@@ -83,10 +109,10 @@ def read_config_file(path: str | Path) -> Mapping[str, Any]:
         SetupError: no such file, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceEach)
     except OSError as error:
         raise SetupError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no such date; too deep
         reason = " ".join(str(error).split())
         raise SetupError(f"--config {path}: not valid YAML ({reason})") from error
     if content is None:
@@ -117,12 +143,17 @@ def apply_settings(
     by_dest, by_flag = _actions(parser)
     defaults: dict[str, Any] = {}
     # A run's own config.yaml: what was derived there is derived anew, on this machine.
-    recomputed = set(content.get(DERIVED) or ())
+    derived = content.get(DERIVED) or []
+    if not isinstance(derived, list) or not all(isinstance(name, str) for name in derived):
+        raise SetupError(f"{source}: {DERIVED}: expects a list of flags, found {derived!r}")
+    recomputed = set(derived)
     for key, value in content.items():
         if key == DERIVED or key in recomputed:
             continue
         name = flag_name(key)
         where = f"{source}: {key}"
+        if flag_name(key) == "config":
+            raise SetupError(f"{where}: a file cannot name another; write its flags here")
         if name in by_dest:
             defaults[name] = _converted(where, by_dest[name], value)
         elif name in by_flag:
@@ -135,9 +166,7 @@ def apply_settings(
             else:
                 defaults[action.dest] = _converted(where, action, value)
         else:
-            near = difflib.get_close_matches(name, [*by_flag, *by_dest], n=1)
-            hint = f"; did you mean {near[0].replace('_', '-')}?" if near else ""
-            raise SetupError(f"{where}: no such flag{hint}")
+            raise SetupError(f"{where}: no such flag{hint_for(name, [*by_flag, *by_dest])}")
     parser.set_defaults(**defaults)
     return defaults
 

@@ -56,8 +56,6 @@ def _coefficient(value: Any) -> float | None:
         if len(value) != 1:
             raise SetupError(f"--moe-aux-loss-coeff {value}: give one coefficient")
         value = value[0]
-    if value is not None and value < 0:
-        raise SetupError(f"--moe-aux-loss-coeff {value}: must not be negative")
     return None if value is None else float(value)
 
 

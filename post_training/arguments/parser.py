@@ -7,7 +7,6 @@ What a user writes wins over what is derived; what contradicts the model is refu
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,10 @@ from post_training.arguments.command_line import CommandLine
 from post_training.arguments.completion import complete
 from post_training.arguments.config_file import apply_settings
 from post_training.arguments.defaults import fsdp2_defaults, platform_defaults, sft_defaults
+from post_training.arguments.other_names import hint_for
+from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
+from post_training.arguments.usage import shorten_help
 from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import load_hf_config, megatron_flags
 from post_training.machine.kernels import (
@@ -125,6 +127,10 @@ def parse_arguments(
     if not isinstance(command, CommandLine):
         command = CommandLine(sys.argv[1:] if command is None else command, settings)
 
+    for word in command.argv:
+        # Of "--lr=--" argparse makes an empty list.
+        if word.startswith("--") and word.endswith("=--"):
+            raise SetupError(f"{word[:-3]}: expected one argument")
     derived: dict[str, Any] = {}
     hf_config: Any = None
     megatron: MegatronFlags
@@ -134,11 +140,13 @@ def parse_arguments(
         nonlocal hf_config, megatron
         megatron = MegatronFlags(parser)
         add_finetune_arguments(parser)
+        apply_ranges(parser)
+        shorten_help(parser)
         for action in parser._actions:
             # One of Megatron's help texts has a bare percent sign, on which argparse stumbles.
             if action.dest == "moe_paged_stash_buffer_size_factor_cuda" and action.help:
                 action.help = action.help.replace("%)", "%%)").replace("%%%)", "%%)")
-        setattr(parser, "error", functools.partial(_refuse, parser))  # noqa: B010
+        setattr(parser, "error", functools.partial(refuse, parser))  # noqa: B010
         written = apply_settings(parser, command.settings, command.source)
         if command.value("yaml_cfg", written):
             # Megatron would read it in the place of all flags.
@@ -160,7 +168,12 @@ def parse_arguments(
         if name:
             trust = bool(command.value("trust_remote_code", written))
             hf_config = load_hf_config(name, trust_remote_code=trust)
-            architecture.update(megatron_flags(hf_config))
+            try:
+                architecture.update(megatron_flags(hf_config))
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                raise SetupError(
+                    f"--hf-model {name}: config.json cannot be used ({error})"
+                ) from error
             derived.update(architecture)
             if derived["transformer_impl"] == "transformer_engine" and "num_experts" in derived:
                 derived["moe_grouped_gemm"] = has_grouped_gemm()
@@ -173,6 +186,8 @@ def parse_arguments(
     sys.argv = [previous[0], *command.argv]
     try:
         args = parse_args(prepare)
+    except RuntimeError as error:  # a package that --enable-msc needs
+        raise SetupError(str(error)) from error
     finally:
         sys.argv = previous
 
@@ -207,13 +222,11 @@ def validate(args: argparse.Namespace) -> None:
     keep_fp32_shards(args)
 
 
-def _refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+def refuse(parser: argparse.ArgumentParser, message: str) -> NoReturn:
     """Say in one line what argparse would say below hundreds of lines of usage."""
     unknown = message.removeprefix("unrecognized arguments: ")
     if unknown == message:
         raise SetupError(message.removeprefix("argument "))
-    flag = unknown.split()[0]
+    flag = unknown.split()[0] if unknown.split() else repr(unknown)
     known = [option for action in parser._actions for option in action.option_strings]
-    near = difflib.get_close_matches(flag.partition("=")[0], known, n=1)
-    hint = f"; did you mean {near[0]}?" if near else " (finetune.py --help lists all)"
-    raise SetupError(f"{flag}: no such flag{hint}")
+    raise SetupError(f"{flag}: no such flag{hint_for(flag.partition('=')[0], known)}")

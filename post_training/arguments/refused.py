@@ -77,6 +77,12 @@ _REASONS: dict[str, str] = {
     "a run counts iterations; use the flag that ends in -iters": (
         "lr_decay_samples lr_warmup_samples lr_wsd_decay_samples"
     ),
+    "a sample is a pack here; use --num-epochs, or --train-iters, which is packs / --global-batch-size": (
+        "train_samples"
+    ),
+    "its weights would be put over those of --hf-model; --load DIR --finetune starts from them": (
+        "pretrained_checkpoint"
+    ),
     "learning rate and weight decay go as this run's flags say (docs/checkpoints.md)": (
         "use_checkpoint_opt_param_scheduler override_opt_param_scheduler"
     ),
@@ -142,7 +148,8 @@ _REASONS: dict[str, str] = {
     "its tokens go to experts that the router did not choose": (
         "moe_router_force_load_balancing moe_router_force_biased"
     ),
-    "under --calculate-per-token-loss Megatron multiplies it by untrained tokens too": (
+    "Megatron multiplies it by untrained tokens too; --moe-aux-loss-coeff with "
+    "--moe-router-load-balancing-type seq_aux_loss balances experts by document": (
         "moe_z_loss_coeff"
     ),
     "which tokens are dropped would depend on the packs they meet in a micro batch, and so on the "
@@ -199,7 +206,18 @@ NEEDS_TRANSFORMER_ENGINE = tuple(
     use_precision_aware_optimizer optimizer_cpu_offload fp32_residual_connection
     """.split()
 )
-NEEDS_CUDA = ("cuda_graph_impl", "record_memory_history", "log_energy")
+NEEDS_CUDA = tuple(
+    """
+    cuda_graph_impl enable_cuda_graph external_cuda_graph record_memory_history log_energy
+    distributed_backend gpu_sniff_test_interval
+    """.split()
+)
+# Of the architecture, what weights do not depend on: its name in config.json.
+CONFIG_KEYS = {
+    "moe_router_topk": "num_experts_per_tok",
+    "rotary_base": "rope_theta",
+    "layernorm_epsilon": "rms_norm_eps",
+}
 
 
 class MegatronFlags:
@@ -235,9 +253,11 @@ class MegatronFlags:
         expected = {**self.defaults, **derived}
         for key in ARCHITECTURE if args.hf_model else ():
             if getattr(args, key) != expected[key]:
+                other = CONFIG_KEYS.get(key)
                 raise SetupError(
                     f"{self.written(key, args)}: --hf-model {args.hf_model} says "
                     f"{config.get(key, expected[key])}; leave the flag out"
+                    + (f", or change {other} in its config.json" if other else "")
                 )
         for key, reason in self.refused.items():
             if self._given(key, args, expected):

@@ -8,31 +8,32 @@ from __future__ import annotations
 
 import argparse
 
+from post_training.arguments.ranges import NEVER
 from post_training.errors import SetupError
-
-_INTERVALS = ("log_interval", "tensorboard_log_interval", "save_interval", "eval_interval")
 
 
 def check_step_flags(args: argparse.Namespace) -> None:
     """Check what can be checked before the data are known; `check_learning_rate` has the rest.
 
+    Each alone is in its range already (`ranges.py`).
+
     Raises:
         SetupError: naming the flag.
     """
-    for name in _INTERVALS:
-        if getattr(args, name) < 1:
-            raise SetupError(f"{_flag(name)} {getattr(args, name)}: must be at least 1")
     keep, every = args.save_retain_interval, args.save_interval
-    if keep is not None and (keep < 1 or keep % every):
+    if keep is not None and keep % every:
+        shown = "off" if every == NEVER else every
         raise SetupError(
-            f"--save-retain-interval {keep}: must be a multiple of --save-interval, which is {every}"
+            f"--save-retain-interval {keep}: must be a multiple of --save-interval, which is {shown}"
+        )
+    if args.profile and args.profile_step_end <= args.profile_step_start:
+        raise SetupError(
+            f"--profile-step-end {args.profile_step_end}: must be above --profile-step-start, which is "
+            f"{args.profile_step_start}"
         )
     if args.skip_train:
         return
-    for name in ("train_iters", "num_epochs"):
-        count = getattr(args, name)
-        if count is not None and count < 0:
-            raise SetupError(f"{_flag(name)} {count}: must be at least 1")
+    _check_loss_scale(args)
     _check_weight_decay(args)
     check_learning_rate(args)
 
@@ -53,21 +54,13 @@ def check_learning_rate(args: argparse.Namespace) -> None:
                 f"{_flag(name)} {value}: must be between 0 and --lr, which is {args.lr}"
             )
     fraction = args.lr_warmup_fraction
-    if fraction is not None:
-        if args.lr_warmup_iters:
-            raise SetupError("give either --lr-warmup-fraction or --lr-warmup-iters")
-        if not 0 <= fraction < 1:
-            raise SetupError(f"--lr-warmup-fraction {fraction}: must be at least 0 and below 1")
-    if args.lr_warmup_iters < 0:
-        raise SetupError(f"--lr-warmup-iters {args.lr_warmup_iters}: must be at least 0")
-    if args.lr_decay_iters is not None and args.lr_decay_iters < 1:
-        raise SetupError(f"--lr-decay-iters {args.lr_decay_iters}: must be at least 1")
+    if fraction is not None and args.lr_warmup_iters:
+        raise SetupError("give either --lr-warmup-fraction or --lr-warmup-iters")
     wsd = args.lr_wsd_decay_iters
-    if args.lr_decay_style == "WSD" and (wsd is None or wsd < 1):
-        found = "" if wsd is None else f", not {wsd}"
+    if args.lr_decay_style == "WSD" and wsd is None:
         raise SetupError(
-            f"--lr-decay-style WSD: --lr-wsd-decay-iters says over how many steps at the end the learning "
-            f"rate falls; give it, at least 1{found}"
+            "--lr-decay-style WSD: --lr-wsd-decay-iters says over how many steps at the end the learning "
+            "rate falls; give it, at least 1"
         )
     decay, source = args.lr_decay_iters, "--lr-decay-iters"
     if decay is None:
@@ -90,26 +83,38 @@ def check_learning_rate(args: argparse.Namespace) -> None:
         )
 
 
+def _check_loss_scale(args: argparse.Namespace) -> None:
+    if args.fp16 and args.bf16:
+        raise SetupError("give either --fp16 or --bf16")
+    if args.loss_scale is not None and not (args.fp16 or args.bf16):
+        raise SetupError(f"--loss-scale {args.loss_scale}: does nothing in fp32; leave it out")
+    if args.fp16 and args.min_loss_scale > args.initial_loss_scale:
+        raise SetupError(
+            f"--min-loss-scale {args.min_loss_scale}: must be at most --initial-loss-scale, which is "
+            f"{args.initial_loss_scale}"
+        )
+
+
 def _check_weight_decay(args: argparse.Namespace) -> None:
     first, last = args.start_weight_decay, args.end_weight_decay
     if args.weight_decay_incr_style == "constant":
-        if args.weight_decay < 0:
-            raise SetupError(f"--weight-decay {args.weight_decay}: must be at least 0")
         for name in ("start_weight_decay", "end_weight_decay"):
             if getattr(args, name) is not None:
                 raise SetupError(
                     f"{_flag(name)}: weight decay is constant; add --weight-decay-incr-style linear or "
                     f"cosine, or leave it out"
                 )
-    elif first is None or last is None or not 0 <= first <= last:
+    elif first is None or last is None or first > last:
         raise SetupError(
             f"--weight-decay-incr-style {args.weight_decay_incr_style}: goes from --start-weight-decay up "
             f"to --end-weight-decay, which are {first} and {last}"
         )
 
 
-def check_recomputation(args: argparse.Namespace) -> None:
-    """Refuse what Megatron would meet only in the first step, if at all.
+def complete_recomputation(args: argparse.Namespace) -> None:
+    """Let `--recompute-granularity full` stand alone: each layer is recomputed from its input.
+
+    What Megatron would meet only in the first step, if at all, is refused.
 
     Raises:
         SetupError: naming the flag.
@@ -120,15 +125,35 @@ def check_recomputation(args: argparse.Namespace) -> None:
                 f"--account-for-{what}-in-pipeline-split: give --decoder-first-pipeline-num-layers, "
                 f"--decoder-last-pipeline-num-layers or --pipeline-model-parallel-layout in its place"
             )
-    count = args.recompute_num_layers
-    if count is not None and count < 1:
-        raise SetupError(f"--recompute-num-layers {count}: must be at least 1")
-    if args.transformer_impl == "transformer_engine":
-        return
-    if "layernorm" in (args.recompute_modules or ()):
+    if args.recompute_granularity == "full":
+        if args.recompute_method is None:
+            args.recompute_method = "uniform"
+            args.derived.append("recompute_method")
+        if args.recompute_num_layers is None:
+            if args.recompute_method == "block":
+                raise SetupError(
+                    "--recompute-method block: --recompute-num-layers says how many layers of each "
+                    "pipeline stage are recomputed; give it, or leave both out to recompute every layer"
+                )
+            args.recompute_num_layers = 1
+            args.derived.append("recompute_num_layers")
+    else:
+        for name in ("recompute_method", "recompute_num_layers"):
+            if getattr(args, name) is not None:
+                raise SetupError(
+                    f"{_flag(name)} {getattr(args, name)}: does nothing without --recompute-granularity "
+                    f"full; add it, or leave this out"
+                )
+    if "layernorm" in (args.recompute_modules or ()) and args.transformer_impl == "local":
         raise SetupError(
             "--recompute-modules layernorm needs Transformer Engine; core_attn, mlp and moe work without, "
             "or --recompute-granularity full"
+        )
+    modules = args.recompute_modules
+    if modules and not (args.recompute_granularity == "selective" or args.recompute_activations):
+        raise SetupError(
+            f"--recompute-modules {' '.join(modules)}: does nothing without --recompute-granularity "
+            f"selective; add it, or leave this out"
         )
 
 

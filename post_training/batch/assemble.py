@@ -29,7 +29,6 @@ from post_training.batch.host_tensors import host_group, to_device
 from post_training.batch.packed_documents import (
     PackedDocuments,
     RoutedDocuments,
-    positions_in_documents,
     row_lengths,
 )
 from post_training.batch.trained_tokens import TrainedTokens
@@ -138,11 +137,10 @@ def assemble_batch(
         packed = PackedDocuments.from_lengths(lengths, qkv_format=qkv_format)
     else:
         cut = ContextParallelCut.make([0, *accumulate(lengths)], size=cp_size, rank=cp_rank)
-        tokens, labels, label_mask, groups, position_ids = (
-            row.index_select(0, cut.local_indices)
-            for row in (tokens, labels, label_mask, groups, positions_in_documents(lengths))
+        tokens, labels, label_mask, groups = (
+            row.index_select(0, cut.local_indices) for row in (tokens, labels, label_mask, groups)
         )
-        packed = PackedDocuments.from_cut(cut, position_ids)
+        packed = PackedDocuments.from_cut(cut, lengths)
         routed = routed.part(cut.local_indices) if routed is not None else None
     packed.routed = routed
     assert packed.position_ids is not None

@@ -62,6 +62,8 @@ class PackedDocuments(PackedSeqParams):
 
     position_ids: Tensor | None = None
     """Position of each of this rank's tokens inside its document: int64 [tokens]."""
+    document_lengths: Tensor | None = None
+    """Tokens of the whole document of each of this rank's tokens: int64 [tokens]."""
     query_lengths: list[int] | None = None
     """Tokens of each document, on the host; under context parallelism of each piece."""
     key_lengths: list[int] | None = None
@@ -90,18 +92,18 @@ class PackedDocuments(PackedSeqParams):
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
             position_ids=positions_in_documents(lengths),
+            document_lengths=lengths_of_documents(lengths),
             query_lengths=lengths,
             key_lengths=lengths,
         )
 
     @classmethod
-    def from_cut(cls, cut: ContextParallelCut, local_position_ids: Tensor) -> PackedDocuments:
-        """What one context parallel rank attends to.
+    def from_cut(cls, cut: ContextParallelCut, lengths: list[int]) -> PackedDocuments:
+        """What one context parallel rank attends to, on the host.
 
         Args:
             cut: this rank's part of the row.
-            local_position_ids: positions of its tokens inside their documents, on the host:
-                int64 [local tokens].
+            lengths: tokens of each document of the whole row.
         """
 
         def cumulated(lengths: list[int]) -> Tensor:
@@ -114,7 +116,8 @@ class PackedDocuments(PackedSeqParams):
             cu_seqlens_kv=cumulated(cut.key_lengths),
             max_seqlen_q=max(cut.query_lengths),
             max_seqlen_kv=max(cut.key_lengths),
-            position_ids=local_position_ids,
+            position_ids=positions_in_documents(lengths).index_select(0, cut.local_indices),
+            document_lengths=lengths_of_documents(lengths).index_select(0, cut.local_indices),
             query_lengths=cut.query_lengths,
             key_lengths=cut.key_lengths,
             key_indices=cut.key_indices,
@@ -142,3 +145,9 @@ def positions_in_documents(lengths: Sequence[int]) -> Tensor:
     each = torch.tensor(lengths)
     begins = each.cumsum(0) - each
     return torch.arange(int(each.sum())) - torch.repeat_interleave(begins, each)
+
+
+def lengths_of_documents(lengths: Sequence[int]) -> Tensor:
+    """Tokens of the document of each token of a row: int64 [tokens]."""
+    each = torch.tensor(lengths)
+    return torch.repeat_interleave(each, each)

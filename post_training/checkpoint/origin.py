@@ -13,7 +13,8 @@ from post_training.checkpoint.optimizer_form import check_optimizer, optimizer_f
 from post_training.checkpoint.store import Checkpoint
 from post_training.checkpoint.torch_dcp import check_format
 from post_training.errors import SetupError
-from post_training.hf.config import rope_parameters, sliding_window
+from post_training.hf.config import sliding_window
+from post_training.hf.rotary import rope_parameters
 
 # What the inverse frequencies of the supported rotary embeddings are computed from.
 ROPE_KEYS = (
@@ -24,6 +25,11 @@ ROPE_KEYS = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+# And those of these only; checkpoints of the others never named them.
+SCALED = {
+    "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    "longrope": ("attention_factor", "short_factor", "long_factor"),
+}
 
 
 def origin(args: argparse.Namespace) -> dict[str, Any]:
@@ -39,7 +45,8 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
     architecture = {key: getattr(args, key) for key in ARCHITECTURE}
     if args.hf_config is not None:
         rope = rope_parameters(args.hf_config)
-        architecture["rope_parameters"] = {k: rope[k] for k in ROPE_KEYS if rope.get(k) is not None}
+        keys = ROPE_KEYS + SCALED.get(str(rope.get("rope_type")), ())
+        architecture["rope_parameters"] = {k: rope[k] for k in keys if rope.get(k) is not None}
         architecture["sliding_window"] = sliding_window(args.hf_config)
     found = {
         "architecture": architecture,

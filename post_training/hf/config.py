@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from post_training.errors import SetupError
-from post_training.hf.families import FAMILIES, OPTIONS, ROPE_TYPES, family_of, head_dim
+from post_training.hf.families import FAMILIES, OPTIONS, family_of, head_dim
+from post_training.hf.rotary import check_rotary, rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,7 +26,8 @@ def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:
-        detail = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # A validation error has its reason in the lines below.
+        detail = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
         if Path(name_or_path).is_dir():
             reason = f"has no config.json that transformers can read ({detail})"
         elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
@@ -64,37 +65,7 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
                 f"--hf-model {name}: {key} {value} is not supported for {found}; "
                 f"only {' and '.join(map(str, values))}"
             )
-    rope_type = rope_parameters(config).get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise SetupError(
-            f"--hf-model {name}: rope type {rope_type} is not supported; "
-            f"these are: {', '.join(ROPE_TYPES)}"
-        )
-    if rope_parameters(config).get("partial_rotary_factor", 1.0) != 1.0:
-        raise SetupError(f"--hf-model {name}: partial rotary embeddings are not supported")
-
-
-def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """The rotary parameters of a configuration (transformers 5 keeps them in one dictionary)."""
-    return dict(getattr(config, "rope_parameters", None) or {})
-
-
-def inverse_frequencies(config: PretrainedConfig) -> torch.Tensor:
-    """Inverse frequencies of the rotary embedding, as `transformers` computes them.
-
-    Returns:
-        float32 [head_dim / 2].
-    """
-    rope_type = rope_parameters(config).get("rope_type", "default")
-    if rope_type == "default":
-        dim = head_dim(config)
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
-        return 1.0 / (float(rope_parameters(config)["rope_theta"]) ** exponents)
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    frequencies, scaling = ROPE_INIT_FUNCTIONS[rope_type](config, torch.device("cpu"))
-    assert scaling == 1.0, "checked by ROPE_TYPES"
-    return frequencies.to(torch.float32)
+    check_rotary(config, name)
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:

@@ -86,7 +86,6 @@ OPTIONS: Mapping[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "hidden_act": ("silu", "swish"),
 }
-ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def _without_rope(config: PretrainedConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from post_training.errors import SetupError
@@ -26,9 +27,9 @@ def load_tokenizer(args: argparse.Namespace) -> Any:
         raise SetupError(f"{flag} {name}: holds no tokenizer (none of {', '.join(files)})")
     try:
         return AutoTokenizer.from_pretrained(name, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever the files made of transformers
         found = (
             "not a folder" if not Path(name).is_dir() else "no tokenizer that transformers can read"
         )
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SetupError(f"{flag} {name}: {found} ({first_line})") from error
+        detail = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise SetupError(f"{flag} {name}: {found} ({detail})") from error

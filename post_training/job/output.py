@@ -33,6 +33,14 @@ def prepare_output(args: argparse.Namespace) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SetupError(f"--output-dir {folder}: {error.strerror}") from error
+    for name in ("tensorboard_dir", "wandb_save_dir"):
+        written = getattr(args, name)
+        try:
+            # Made by a writer otherwise, on the last rank, when all have started.
+            Path(written or folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            flag = f"--{name.replace('_', '-')}"
+            raise SetupError(f"{flag} {written}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise SetupError(f"--output-dir {folder}: cannot be written")
     run_lock.hold(args, wait=0.0)  # a folder that was there before is held already
@@ -89,6 +97,12 @@ def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
         from data.templates.tokenizer_facts import template_source
 
         tokenizer.chat_template = template_source(tokenizer, args.chat_template)
+    elif not tokenizer.chat_template and args.finetune_hf_dataset:
+        from data.prepare.prepare import dataset_template
+        from data.prepare.splits import parse_weighted
+
+        ((name, _),) = parse_weighted([args.finetune_hf_dataset])
+        tokenizer.chat_template = dataset_template(name)
     tokenizer.save_pretrained(folder)
     if args.hf_config is None:
         return

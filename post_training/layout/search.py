@@ -35,6 +35,7 @@ def nearest_layout(
     rules: Sequence[Rule],
     batch_multiple: Multiple,
     sequence_multiple: Multiple,
+    kept: dict[str, int],
 ) -> dict[str, int | None] | None:
     """Search the layouts of this number of processes for the nearest one that breaks no rule.
 
@@ -46,6 +47,7 @@ def nearest_layout(
         rules: raise `SetupError` where arguments break them.
         batch_multiple: a unit of global batch sizes that work.
         sequence_multiple: what must divide the sequence length.
+        kept: numbers that a run that has begun goes on with, by destination name.
 
     Returns:
         What to change, by destination name (None: leave the flag out); None where nothing was found.
@@ -55,17 +57,18 @@ def nearest_layout(
     for distance, changes in sorted(_candidates(args), key=_order(args)):
         if distance >= best_distance:
             break
-        trial = argparse.Namespace(**(vars(args) | changes))
+        trial = argparse.Namespace(**(vars(args) | kept | changes))
         if trial.num_experts and trial.tensor_model_parallel_size > 1:
             trial.sequence_parallel = True  # as the arguments are completed before they are checked
         added: dict[str, int] = {}
         if not _passes(trial, rules):
             added = _fit_numbers(trial, batch_multiple, sequence_multiple)
-            if not added or not _passes(trial, rules):
+            if not added or added.keys() & kept.keys() or not _passes(trial, rules):
                 continue
         distance += _distance_of_numbers(args, added)
         if distance < best_distance:
-            best, best_distance = {**changes, **added}, distance
+            given = {name: number for name, number in kept.items() if getattr(args, name) != number}
+            best, best_distance = {**changes, **added, **given}, distance
     return best
 
 

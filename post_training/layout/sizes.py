@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
+
+import yaml
 
 from post_training.errors import SetupError
 from post_training.layout import fsdp
@@ -44,12 +47,29 @@ def check(args: argparse.Namespace) -> None:
             rule(args)
     except SetupError as error:
         rules = (*FLAG_RULES, *RULES)
-        changes = nearest_layout(args, rules, batch_multiple, sequence_multiple)
+        kept = _numbers_of_the_run(args)
+        changes = nearest_layout(args, rules, batch_multiple, sequence_multiple, kept)
         if changes is None:
             raise
         raise SetupError(f"{error}; {describe_changes(args, changes)}") from None
     if args.global_batch_size is None:
         args.global_batch_size = batch_multiple(args)
+
+
+def _numbers_of_the_run(args: argparse.Namespace) -> dict[str, int]:
+    """What a run that has begun in this output folder can only go on with (`checkpoint/position.py`)."""
+    config = Path(args.output_dir or "") / "config.yaml"
+    if (
+        args.skip_train
+        or not (Path(args.save or "") / "latest_checkpointed_iteration.txt").is_file()
+    ):
+        return {}
+    try:
+        written = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    names = ("global_batch_size", "seq_length")
+    return {name: written[name] for name in names if isinstance(written.get(name), int)}
 
 
 def data_parallel_size(args: argparse.Namespace) -> int:

@@ -1,13 +1,16 @@
-"""The progress bar: loss, tokens a second and time left; a line now and then where there is no terminal."""
+"""The progress bar: a step's numbers and the time left; without a terminal a line now and then."""
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 LINE_SECONDS = 10.0
+# What tqdm writes of its own is cut down so that the numbers of a step fit into 80 columns.
+BAR = "{n_fmt}/{total_fmt} {bar} {elapsed}<{remaining}{postfix}"
 
 
 class Progress:
@@ -26,6 +29,7 @@ class Progress:
         self.plain = plain or console is None or not console.isatty()
         self.every_step = plain
         self.bar: tqdm[Any] | None = None
+        self.last = ""
         self.previous = 0
         self.last_line = 0.0
         self.begin = 0.0
@@ -40,7 +44,7 @@ class Progress:
                 total=self.total,
                 initial=iteration,
                 file=self.console,
-                unit="step",
+                bar_format=BAR,
                 dynamic_ncols=True,
             )
 
@@ -57,7 +61,11 @@ class Progress:
             return
         loss, speed = record["lm_loss"], record["tokens_per_s"] or 0.0
         if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+            self.last = (
+                f"loss {loss:.4f}{_accuracy(record, ', acc')}, lr {_number(record['lr'], '.1e')}, "
+                f"norm {_number(record['grad_norm'], '.2f')}, {speed:,.0f} tok/s"
+            )
+            self.bar.set_postfix_str(self.last, refresh=False)
             self.bar.update(advance)
             return
         now = time.perf_counter()
@@ -69,8 +77,9 @@ class Progress:
         experts = "" if imbalance is None else f"  expert imbalance {imbalance:.2f}"
         left = (now - self.begin) / done * (self.total - iteration)
         self._line(
-            f"step {iteration}/{self.total}  loss {loss:.4f}  grad norm {record['grad_norm'] or 0:.3f}"
-            f"  lr {record['lr'] or 0:.2e}{experts}  {speed:,.0f} tokens/s  {_duration(left)} left"
+            f"step {iteration}/{self.total}  loss {loss:.4f}{_accuracy(record, '  accuracy')}  "
+            f"{_gradient(record)}  lr {_number(record['lr'], '.2e')}"
+            f"{experts}  {speed:,.0f} tokens/s  {_duration(left)} left"
         )
 
     def evaluation(self, record: dict[str, Any]) -> None:
@@ -81,9 +90,11 @@ class Progress:
         )
         self._line(
             f"step {record['iteration']}: {record['split']} loss {record['loss']:.4f}, "
-            f"perplexity {record['perplexity']:.3f} over {record['tokens']:,} tokens"
-            + (f" ({apart})" if apart else "")
+            f"perplexity {record['perplexity']:.3f}{_accuracy(record, ', accuracy')} "
+            f"over {record['tokens']:,} tokens" + (f" ({apart})" if apart else "")
         )
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.last)
 
     def note(self, text: str) -> None:
         """Show what is being done where no step is."""
@@ -101,10 +112,29 @@ class Progress:
             print(text, file=self.console, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the bar as the last step left it."""
         if self.bar is not None:
+            self.bar.set_postfix_str(self.last, refresh=False)
             self.bar.close()
             self.bar = None
+
+
+def _number(value: float | None, form: str) -> str:
+    """A number, or a dash where there is none: a skipped step has no gradient norm."""
+    return "-" if value is None else format(value, form)
+
+
+def _accuracy(record: dict[str, Any], title: str) -> str:
+    """The share of trained tokens that the model gets right, where it is known."""
+    share = record["token_accuracy"]
+    return "" if not math.isfinite(share) else f"{title} {share:.3f}"
+
+
+def _gradient(record: dict[str, Any]) -> str:
+    if record.get("skipped"):
+        return "skipped: gradients too large for fp16's loss scale"
+    norm = record["grad_norm"]
+    return "grad norm -" if norm is None else f"grad norm {norm:.3f}"
 
 
 def _duration(seconds: float) -> str:

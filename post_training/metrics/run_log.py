@@ -17,6 +17,12 @@ from post_training.metrics.progress import Progress
 from post_training.metrics.step_counters import ExpertTotals, StepTotals, counters
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
 
+# What Megatron itself writes to TensorBoard, and what is no number to draw.
+_LEFT_OUT = {
+    *("iteration", "lm_loss", "grad_norm", "lr", "consumed_samples", "total_trained_tokens"),
+    *("split", "loss", "tokens", "sources", "model", "skipped"),
+}
+
 
 def _by_source(totals: StepTotals) -> dict[str, dict[str, float | None]]:
     """Mean loss and trained tokens of each source; no loss where nothing of it was trained."""
@@ -47,7 +53,7 @@ class RunLog:
             console if self.is_writer else None, args.train_iters or 0, plain=args.no_progress
         )
         self.last_step_end: float | None = None
-        self.evaluation_begin = 0.0
+        self.pause_begin = 0.0
         self.trained_tokens = 0.0
         self.peak = peak_flops()
         self.last_iteration = 0
@@ -58,7 +64,8 @@ class RunLog:
         if args.num_experts:
             counters.watch_experts(args.num_layers, args.num_experts)
         hooks.on_step.append(self.on_step)
-        hooks.on_save_start.append(lambda iteration: self._record())
+        hooks.on_save_start.append(self.on_save_start)
+        hooks.on_save_end.append(self.on_save_end)
         hooks.on_evaluation_start.append(self.on_evaluation_start)
         hooks.on_evaluation_end.append(self.on_evaluation_end)
 
@@ -124,10 +131,6 @@ class RunLog:
         now = time.perf_counter()
         seconds = now - (self.last_step_end if self.last_step_end is not None else now)
         self.last_step_end = now
-        routing = self._routing(totals.experts)
-        self._to_tensorboard(routing, step.iteration)
-        if not self.is_writer:
-            return
         self.trained_tokens += totals.trained_tokens
         steps = max(1, self.progress.steps_since(step.iteration))
         positions = steps * self.args.global_batch_size * self.args.seq_length
@@ -135,8 +138,10 @@ class RunLog:
             "iteration": step.iteration,
             "consumed_samples": self.args.consumed_train_samples,
             "lm_loss": totals.loss,
-            "grad_norm": None if step.grad_norm is None else float(step.grad_norm),
+            # Megatron says 0 where nothing is clipped: it has measured nothing.
+            "grad_norm": float(step.grad_norm) if step.grad_norm and self.args.clip_grad else None,
             "lr": step.learning_rate,
+            "token_accuracy": totals.accuracy,
             "trained_tokens": round(totals.trained_tokens),
             "total_trained_tokens": round(self.trained_tokens),
             "tokens_per_s": positions / seconds if seconds else None,
@@ -146,7 +151,7 @@ class RunLog:
         }
         if totals.sources:
             record["sources"] = _by_source(totals)
-        record |= routing
+        record |= self._routing(totals.experts)
         if step.skipped:
             record["skipped"] = True
         if self.peak and seconds:
@@ -160,6 +165,7 @@ class RunLog:
                 )
                 / peak
             )
+        # Every rank has the same sums; TensorBoard's writer is not on the rank that writes the file.
         self._write(record)
         self.progress.step(record)
 
@@ -177,22 +183,26 @@ class RunLog:
             record["moe_aux_loss"] = experts.auxiliary_loss
         return record
 
-    def _to_tensorboard(self, values: dict[str, float], iteration: int) -> None:
-        """Add to Megatron's own writers, which are open on its last rank only."""
-        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+    def on_save_start(self, iteration: int) -> None:
+        """Write down the steps that the checkpoint holds."""
+        self._record()
+        self.pause_begin = time.perf_counter()
 
-        if not values:
-            return
-        if (writer := get_tensorboard_writer()) is not None:
-            for name, value in values.items():
-                writer.add_scalar(name.replace("_", "-"), value, iteration)
-        if wandb := get_wandb_writer():
-            wandb.log(values, iteration)
+    def on_save_end(self, iteration: int) -> None:
+        """Write down how long training waited for the checkpoint."""
+        self._write({"iteration": iteration, "save_seconds": self._pause()})
+
+    def _pause(self) -> float:
+        """Seconds since `pause_begin`, which are no part of a step's."""
+        pause = time.perf_counter() - self.pause_begin
+        if self.last_step_end is not None:
+            self.last_step_end += pause
+        return pause
 
     def on_evaluation_start(self, split: str) -> None:
         """Count the evaluation's tokens apart from training's."""
         self._record()
-        self.evaluation_begin = time.perf_counter()
+        self.pause_begin = time.perf_counter()
         self._tell_apart(split)
         self.progress.note(f"evaluating on {split}")
 
@@ -201,16 +211,13 @@ class RunLog:
         totals = counters.reduce(current_device())
         self._tell_apart("train")
         self._write_sources(totals, f"lm loss {evaluation.split}", evaluation.iteration)
-        pause = time.perf_counter() - self.evaluation_begin
-        if self.last_step_end is not None:
-            self.last_step_end += pause
-        if not self.is_writer:
-            return
+        pause = self._pause()
         record: dict[str, Any] = {
             "iteration": evaluation.iteration,
             "split": evaluation.split,
             "loss": totals.loss,
             "perplexity": math.exp(min(totals.loss, 700.0)),
+            "token_accuracy": totals.accuracy,
             "tokens": round(totals.trained_tokens),
             "seconds": pause,
         }
@@ -233,13 +240,32 @@ class RunLog:
                 writer.add_scalar(f"{title}/{name}", loss / tokens, iteration)
 
     def _write(self, record: dict[str, Any]) -> None:
-        # One write a line, so that a reader never sees half of one.
+        """Add a record to the file, on the rank that has it, and to Megatron's writers, where they are."""
         clean = {
             k: (None if isinstance(v, float) and not math.isfinite(v) else v)
             for k, v in record.items()
         }
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(clean) + "\n")
+        self._to_tensorboard(clean)
+        if self.is_writer:
+            # One write a line, so that a reader never sees half of one.
+            with self.metrics_file.open("a") as file:
+                file.write(json.dumps(clean) + "\n")
+
+    def _to_tensorboard(self, record: dict[str, Any]) -> None:
+        """Add a record's numbers to Megatron's own writers, which are open on its last rank only."""
+        from megatron.training.global_vars import get_tensorboard_writer, get_wandb_writer
+
+        split = record.get("split")
+        values = {
+            f"{name} {split}" if split else name: value
+            for name, value in record.items()
+            if name not in _LEFT_OUT and value is not None
+        }
+        if (writer := get_tensorboard_writer()) is not None:
+            for name, value in values.items():
+                writer.add_scalar(name.replace("_", "-"), value, record["iteration"])
+        if values and (wandb := get_wandb_writer()):
+            wandb.log(values, record["iteration"])
 
     def finish(self) -> None:
         """Close the progress bar and draw `loss.png`."""

@@ -24,6 +24,8 @@ class StepTotals:
     """Mean over the ranks that read data of the seconds they waited for it."""
     loss: float
     """Mean loss of a trained token, in nats; not a number where none was trained."""
+    accuracy: float
+    """Share of the trained tokens that are the most probable ones; not a number where that is not known."""
     sources: dict[str, tuple[float, float]]
     """Sum of the losses and number of trained tokens of each source, where several are told apart."""
     experts: ExpertTotals | None = None
@@ -79,6 +81,7 @@ class StepCounters:
         self.data_seconds = 0.0
         self.readers = 0.0
         self._losses: Tensor | float = 0.0
+        self._right: Tensor | float = 0.0
         self._experts: dict[int, Tensor] = {}
 
     def add_documents(self, lengths: Sequence[int]) -> None:
@@ -104,6 +107,14 @@ class StepCounters:
             sums = both.sum(1, keepdim=True)
         self._losses = self._losses + sums
 
+    def add_right(self, right: Tensor) -> None:
+        """Count the trained tokens of a micro batch that the model got right; the device is not waited for.
+
+        Args:
+            right: float32 [trained], 1 where the label is the most probable token, times the weights.
+        """
+        self._right = self._right + right.double().sum()
+
     def add_expert_tokens(self, layer: int, tokens: Tensor, balance: Tensor | None) -> None:
         """Count what a router did with a micro batch; the device is not waited for.
 
@@ -125,12 +136,14 @@ class StepCounters:
         """
         names = self.source_names
         columns = max(1, len(names))
-        values = torch.zeros(4 + 2 * columns, dtype=torch.float64, device=device)
+        values = torch.zeros(5 + 2 * columns, dtype=torch.float64, device=device)
         host = (self.real_tokens, self.squared_lengths, self.data_seconds, self.readers)
         values[:4] = torch.tensor(host, dtype=torch.float64)
         first_of_group, copies = _copies()
         if isinstance(self._losses, Tensor) and first_of_group:
-            values[4:] = self._losses.flatten()
+            # A model that computes its own losses (ModelOpt's draft heads) does not say what was right.
+            values[4] = self._right if isinstance(self._right, Tensor) else float("nan")
+            values[5:] = self._losses.flatten()
         layers, experts = self._expert_shape
         rows = values.new_zeros(layers, experts + 1)
         for layer, row in self._experts.items():
@@ -141,8 +154,8 @@ class StepCounters:
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
         values = values.cpu()
-        real, squared, seconds, readers = values[:4].tolist()
-        losses = values[4:lone].view(2, columns)
+        real, squared, seconds, readers, right = values[:5].tolist()
+        losses = values[5:lone].view(2, columns)
         loss, trained = losses.sum(1).tolist()
         # Each token is routed once: by one rank of its layer's stage and tensor parallel group.
         rows = values[lone:].view(layers, experts + 1)
@@ -153,6 +166,7 @@ class StepCounters:
             squared_lengths=squared / copies,
             data_seconds=seconds / max(readers, 1.0),
             loss=loss / trained if trained else float("nan"),
+            accuracy=right / trained if trained else float("nan"),
             sources=dict(zip(names, map(tuple, losses.T.tolist()), strict=True)) if names else {},
             experts=ExpertTotals(rows[:, :-1], float(rows[:, -1].mean() / trained))
             if len(rows) and trained

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.metrics.step_counters import counters
@@ -71,11 +72,38 @@ def hide_vocabulary_padding(logits: Tensor, vocabulary: int, tp_rank: int) -> Te
     return logits
 
 
+@torch.no_grad()
+def right_tokens(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
+    """Which labels are the most probable tokens, of equally probable ones the first of the vocabulary.
+
+    Args:
+        logits: [..., vocabulary rows of this tensor parallel rank], padded rows hidden; not changed.
+        labels: int64 [...].
+        group: the tensor parallel group.
+
+    Returns:
+        float32 [...], 1 or 0, the same on all ranks of the group.
+    """
+    rows = logits.shape[-1]
+    largest, tokens = logits.max(dim=-1)  # the first of equals
+    tokens += group.rank() * rows
+    if group.size() > 1:
+        # Both in one message: float64 holds every logit and every token exactly.
+        own = torch.stack([largest.double(), tokens.double()])
+        every = own.new_empty(group.size() * len(own), *own.shape[1:])
+        torch.distributed.all_gather_into_tensor(every, own, group=group)
+        every = every.view(group.size(), *own.shape)
+        # Of equals the lowest rank, which holds the earlier tokens.
+        winner = every[:, 0].max(dim=0, keepdim=True).indices
+        tokens = every[:, 1].gather(0, winner).squeeze(0)
+    return (tokens == labels).float()
+
+
 def trained_token_loss(vocabulary: int) -> Callable[..., Tensor]:
     """An `output_processor` for `GPTModel.forward` that computes logits of trained tokens only.
 
     An answer-only mask leaves a part of a pack's tokens without a label; their logits, by far the
-    largest tensor of a step, are never made.
+    largest tensor of a step, are never made. While they are there, the right ones are counted.
 
     Args:
         vocabulary: tokens there really are; padded rows are hidden from the softmax.
@@ -113,6 +141,9 @@ def trained_token_loss(vocabulary: int) -> Callable[..., Tensor]:
             output_layer.allreduce_dgrad = previous
         hide_vocabulary_padding(logits, vocabulary, output_layer.tp_group.rank())
         chosen_labels = labels.flatten().index_select(0, context.indices).unsqueeze(0)
+        # Before the loss, which overwrites fp32 logits.
+        right = right_tokens(logits.squeeze(1), chosen_labels[0], output_layer.tp_group)
+        counters.add_right(right * context.weights)
         return compute_language_model_loss(chosen_labels, logits).flatten()
 
     return process

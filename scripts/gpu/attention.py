@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from megatron.core.transformer.enums import AttnMaskType
@@ -37,6 +38,7 @@ def compare_attention(device: str) -> tuple[float, int]:
     tokens = BOUNDS[-1]
     rows = [torch.randn(tokens, 1, heads, HEAD_DIM) for heads in (HEADS, GROUPS, GROUPS)]
     worst, failures = 0.0, 0
+    lengths = [end - begin for begin, end in itertools.pairwise(BOUNDS)]
     for size in (1, 4):
         for rank in range(size):
             cut = ContextParallelCut.make(BOUNDS, size=size, rank=rank)
@@ -49,10 +51,9 @@ def compare_attention(device: str) -> tuple[float, int]:
             )
             keys = gathered[cut.key_indices]
             parts = [rows[0][cut.local_indices], rows[1][keys], rows[2][keys]]
-            positions = torch.zeros(len(cut.local_indices), dtype=torch.int64)
             found = []
             for where, dtype in (("cpu", torch.float32), (device, torch.bfloat16)):
-                packed = PackedDocuments.from_cut(cut, positions)
+                packed = PackedDocuments.from_cut(cut, lengths)
                 packed = dataclasses.replace(packed, key_indices=None)
                 packed = to_device(packed, torch.device(where))
                 inputs = [

@@ -130,6 +130,7 @@ def test_equals_sign_in_an_existing_name_is_no_weight(tmp_path):
         (["--finetune-data-files", "{0}", "--split-ratio", "-1,2"], "--split-ratio"),
         (["--finetune-data-files", "{0}", "--split-ratio", "inf,1"], "shares of 0 or more"),
         (["--finetune-data-files", "{0}", "--split-ratio", "0,1"], "fell into the train split"),
+        (["--finetune-data-files", "{0}", "--split-ratio", "0.5,0.6"], "add up to 1.1; they must"),
         (["--finetune-data-files", "{0}", "--finetune-data-split", "x"], "-split x: only --fine"),
         (["--finetune-data-files", "{0}=1", "{1}"], "give every source a weight"),
         (["--finetune-data-files", "{0}=0", "{1}=1"], "greater than 0"),

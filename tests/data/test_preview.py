@@ -55,6 +55,11 @@ def test_preview_reports_every_row(run, capsys):
     # Neighbours that are alike are one span: header, question, answer, stop, and the separator.
     assert page.read_text().partition("<pre>")[2].partition("</pre>")[0].count("<span") < 12
     assert "<span class=t>" in page.read_text()
+    # No text makes the page wider than the window, and in a narrow one each figure has its name by it.
+    style, _, body = page.read_text().partition("</style>")
+    assert "body,table,pre{overflow-wrap:anywhere}" in style and "content:attr(data-name)" in style
+    headings, cells = body.partition("</table>")[0].count("<th>"), body.count("<td data-name='")
+    assert headings == cells == body.count("<td") == 11
 
 
 def test_preview_refuses_bad_input_in_one_line(run, capsys):

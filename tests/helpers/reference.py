@@ -22,19 +22,45 @@ from data import SFTDataset, prepare_documents
 from tests.helpers.models import load_model, make_tokenizer
 from tests.helpers.rows import Row, tokens_and_mask
 
+CLOSE = 1e-4
+"""Logits differ by less between layouts, also after ten steps of Adam."""
+
 
 def document_losses(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """Losses of the trained tokens of one document, seen alone: float32 [trained tokens]."""
     return losses_and_routing(model, ids, mask)[0]
 
 
-def losses_and_routing(model: Any, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The same, and the router's probabilities in each layer with experts: float32 [tokens, experts]."""
+@dataclass
+class Right:
+    """Trained tokens that are the most probable ones."""
+
+    tokens: int = 0
+    close: int = 0
+    """Tokens for which another one is, or is not, by less than rounding may move a logit."""
+
+    def count(self, logits: Tensor, labels: Tensor) -> None:
+        """Add tokens: logits float32 [tokens, vocabulary], labels int64 [tokens]."""
+        self.tokens += int((logits.argmax(-1) == labels).sum())
+        own = logits.gather(1, labels.unsqueeze(1))
+        others = logits.scatter(1, labels.unsqueeze(1), float("-inf")).amax(1, keepdim=True)
+        self.close += int(((own - others).abs() < CLOSE).sum())
+
+
+def losses_and_routing(
+    model: Any, ids: Tensor, mask: Tensor, right: Right | None = None
+) -> tuple[Tensor, list[Tensor]]:
+    """The same, and the router's probabilities in each layer with experts: float32 [tokens, experts].
+
+    `right` counts the trained tokens.
+    """
     options = {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
     out = model(input_ids=ids.unsqueeze(0), use_cache=False, **options)
     chosen = torch.nonzero(mask[1:]).flatten()
     logits = out.logits[0, :-1][chosen]
     losses = F.cross_entropy(logits.float(), ids[1:][chosen], reduction="none")
+    if right is not None:
+        right.count(logits.detach().float(), ids[1:][chosen])
     return losses, [
         layer.float().softmax(-1) for layer in getattr(out, "router_logits", None) or ()
     ]
@@ -55,14 +81,19 @@ def imbalance(probabilities: Tensor, top_k: int) -> Tensor:
 
 def mean_loss(model: Any, rows: Iterable[Row]) -> tuple[float, int]:
     """Token-weighted mean loss over rows, and the number of trained tokens."""
+    return evaluate(model, rows)[:2]
+
+
+def evaluate(model: Any, rows: Iterable[Row]) -> tuple[float, int, Right]:
+    """The same, and how many of these tokens are the most probable ones."""
     tokenizer = make_tokenizer()
-    total, tokens = 0.0, 0
+    total, tokens, right = 0.0, 0, Right()
     with torch.no_grad():
         for row in rows:
-            losses = document_losses(model, *tokens_and_mask(row, tokenizer))
+            losses, _ = losses_and_routing(model, *tokens_and_mask(row, tokenizer), right)
             total += losses.double().sum().item()
             tokens += losses.numel()
-    return total / tokens, tokens
+    return total / tokens, tokens, right
 
 
 @dataclass(frozen=True)
@@ -119,6 +150,7 @@ class Trajectory:
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     trained_tokens: list[int] = field(default_factory=list)
+    right: list[Right] = field(default_factory=list)
     balance: list[float] = field(default_factory=list)
     """Mean over trained tokens and layers of the load balancing loss of the token's document."""
     expert_tokens: list[Tensor] = field(default_factory=list)
@@ -171,9 +203,9 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
     optimizer = recipe.make_optimizer(named.values())
     for step, batch in enumerate(batches(rows, data_file, recipe)):
         tokens = sum(int(examples[row][1][1:].sum()) for row in batch)
-        total, balance, experts = 0.0, 0.0, torch.zeros(())
+        total, balance, experts, right = 0.0, 0.0, torch.zeros(()), Right()
         for row in batch:
-            losses, routing = losses_and_routing(model, *examples[row])
+            losses, routing = losses_and_routing(model, *examples[row], right)
             objective = losses.sum()
             if routing:
                 top_k: int = model.config.num_experts_per_tok
@@ -196,6 +228,7 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
         result.losses.append(total / tokens)
         result.grad_norms.append(norm)
         result.trained_tokens.append(tokens)
+        result.right.append(right)
         result.balance.append(balance / tokens)
         result.expert_tokens.append(experts)
     result.end = saved_tensors(model)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import yaml
@@ -29,7 +30,10 @@ from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, tokens_and_mask, write_rows
 
 # What a step's numbers are, apart from how long it took.
-NUMBERS = ("iteration", "consumed_samples", "lm_loss", "grad_norm", "lr", "trained_tokens")
+NUMBERS = (
+    *("iteration", "consumed_samples", "lm_loss", "grad_norm", "lr"),
+    *("trained_tokens", "token_accuracy"),
+)
 RECIPE = Recipe(steps=8)
 
 
@@ -274,12 +278,37 @@ def test_evaluation_is_token_weighted_over_the_whole_split(
         ("valid", held_out[0], {2, 4}),
         ("test", held_out[1], {4}),
     ):
-        loss, tokens = reference.mean_loss(model, rows)
+        loss, tokens, right = reference.evaluate(model, rows)
         records = [record for record in run.evaluations if record["split"] == split]
         assert {record["iteration"] for record in records} >= steps
         for record in records:
             assert record["loss"] == pytest.approx(loss, rel=1e-6)
             assert record["tokens"] == tokens
+            assert abs(record["token_accuracy"] * tokens - right.tokens) < right.close + 1e-6
+    saves = [record for record in run.records if "save_seconds" in record]
+    assert [record["iteration"] for record in saves] == [4]
+    clocks = ["tokens-per-s", "data-wait-fraction", "step-seconds"]
+    for names, records in (
+        (["token-accuracy", *clocks], run.steps),
+        (["perplexity valid", "token-accuracy valid"], run.evaluations[:2]),
+        (["save-seconds"], saves),
+    ):
+        for name in names:
+            key = name.partition(" ")[0].replace("-", "_")
+            # Another rank may write TensorBoard's, by its own clock.
+            own = world == 1 or "seconds" not in key and name not in clocks
+            expected = [
+                (record["iteration"], pytest.approx(record[key], rel=1e-6) if own else ANY)
+                for record in records
+            ]
+            assert written(run, name) == expected
+
+
+def written(run: Finished, name: str):
+    """(step, value) of a curve in TensorBoard."""
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 def test_a_load_that_ends_without_a_word_is_no_success(words, tmp_path):

@@ -1,3 +1,4 @@
+import copy
 import json
 import multiprocessing
 import os
@@ -14,7 +15,13 @@ import data.prepare.prepare
 from data.documents.provenance import document_place
 from data.errors import DataError
 from data.prepare.options import PrepareOptions
-from data.prepare.prepare import _CODE_FOLDERS, named_settings, prepare_documents, prepare_rows
+from data.prepare.prepare import (
+    _CODE_FOLDERS,
+    dataset_template,
+    named_settings,
+    prepare_documents,
+    prepare_rows,
+)
 from data.templates.tokenizer_facts import template_source
 from tests.data.conftest import CHATML, make_rows
 from tests.helpers.templates import GENERATION, THINKING
@@ -536,3 +543,75 @@ def test_columns_given_for_a_named_dataset_win(tokenizer, tmp_path, monkeypatch)
     )
     assert len(documents) == 5
     assert documents.report["format"] == "fields"
+
+
+def test_raw_text_and_token_ids_need_no_template(tokenizer, tmp_path):
+    bare = copy.copy(tokenizer)
+    bare.chat_template = None
+    said = "What is two plus two?\nFour."
+    text = write_rows(tmp_path / "a.jsonl", [{"text": said}, {"text": said + "<|im_end|>"}])
+    for options in ({}, {"cache_dir": tmp_path / "cache"}):
+        documents = prepare(bare, [text], **options)
+        assert documents.report["mask_method"] == "all tokens"
+        for ids, mask in (documents[0], documents[1]):
+            assert tokenizer.decode(ids) == said + "<|im_end|><|endoftext|>"
+            assert mask.tolist() == [0, *[1] * (len(ids) - 2), 0]
+    ids = tokenizer(said).input_ids
+    row = {"input_ids": ids, "labels": [-100] * 3 + ids[3:]}
+    tokens = prepare(bare, [write_rows(tmp_path / "b.jsonl", [row])])
+    assert tokens[0][0][:-1].tolist() == ids
+    assert tokens[0][1].tolist() == [0] * 3 + [1] * (len(ids) - 3) + [0]
+    for option in ({"loss_on": "last"}, {"reasoning": "mask"}):
+        with pytest.raises(DataError, match="leave the flag out"):
+            prepare(tokenizer, [text], **option)
+
+
+def test_first_rows_are_another_cache_and_are_told(tokenizer, rows, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    whole, part = (
+        prepare(tokenizer, [path], tmp_path / "cache", max_rows=most) for most in (None, 7)
+    )
+    assert (len(whole), len(part), part.report["read"]) == (len(rows), 7, 7)
+    assert whole.fingerprint != part.fingerprint
+    told = [[w for w in made.report["warnings"] if "--max-rows 7" in w] for made in (whole, part)]
+    assert list(map(len, told)) == [0, 1]
+
+
+def test_unread_columns_and_empty_answers_are_counted_and_told(tokenizer, tmp_path):
+    rows = [
+        {"question": "q", "answer": "" if n else "a", "id": n + 1, "context": "c" * n}
+        for n in range(3)
+    ]
+    documents = prepare(tokenizer, [write_rows(tmp_path / "a.jsonl", rows)])
+    assert documents.report["unread"] == {"context": 2, "id": 3}
+    unread, empty = documents.report["warnings"]
+    assert "context 2, id 3; --ignore-columns" in unread and empty.startswith("2 rows of ")
+
+
+def test_row_s_own_template_variables_and_open_end(tokenizer, tmp_path):
+    loud = "{%- if loud %}{{- 'LOUD' }}{%- endif %}" + CHATML
+    pair = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes and"}]
+    rows = [
+        {"messages": pair, "chat_template_kwargs": {"loud": True}},
+        {"messages": [pair[0], {**pair[1], "prefix": True}]},
+    ]
+    documents = prepare(tokenizer, [write_rows(tmp_path / "a.jsonl", rows)], chat_template=loud)
+    assert [tokenizer.decode(documents[n][0]).startswith("LOUD") for n in (0, 1)] == [True, False]
+    assert trained_text(tokenizer, documents, 0) == "Yes and<|im_end|>"
+    assert trained_text(tokenizer, documents, 1) == "Yes and"
+
+
+def test_dataset_s_own_template_serves_a_tokenizer_that_has_none(tokenizer, tmp_path):
+    bare = copy.copy(tokenizer)
+    bare.chat_template = None
+    folder = tmp_path / "OpenOrca"
+    folder.mkdir()
+    row = {"id": "x", "system_prompt": "Be brief.", "question": "Two?", "response": "2"}
+    write_rows(folder / "train.jsonl", [row])
+    for own, said in ((bare, "System:\nBe brief.\n"), (tokenizer, "<|im_start|>system")):
+        documents = prepare_documents(
+            hf_dataset=str(folder), tokenizer=own, seq_length=256, cache_dir=None, workers=0
+        )
+        assert tokenizer.decode(documents[0][0]).startswith(said)
+        assert trained_text(tokenizer, documents) == "2<|im_end|>"
+    assert "Assistant:" in (dataset_template(str(folder)) or "")

@@ -22,12 +22,25 @@ def test_digest_follows_contents_and_order(tmp_path):
 
 
 def test_digest_is_remembered_until_the_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.sources.digest._SETTLED_NS", -1)  # what was written just now counts
     a, memory = old(tmp_path / "a", "one"), tmp_path / "memory"
     first = digest_files([a], memory)
     monkeypatch.setattr("hashlib.file_digest", None)  # reading the file again would fail
     assert digest_files([a], memory) == first
     monkeypatch.undo()
     old(a, "two", age=50)
+    second = digest_files([a], memory)
+    assert second != first
+
+
+def test_time_that_was_set_back_hides_no_change(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.sources.digest._SETTLED_NS", -1)
+    a, memory = old(tmp_path / "a", "one"), tmp_path / "memory"
+    first, before = digest_files([a], memory), a.stat()
+    while a.stat().st_ctime_ns == before.st_ctime_ns:  # of one size, in one inode
+        a.write_text("two")
+    os.utime(a, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert a.stat().st_mtime_ns == before.st_mtime_ns
     assert digest_files([a], memory) != first
 
 

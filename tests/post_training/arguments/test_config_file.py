@@ -10,6 +10,7 @@ from post_training.arguments.config_file import (
     write_config,
 )
 from post_training.arguments.parser import parse_arguments
+from post_training.arguments.ranges import apply_ranges
 from post_training.errors import SetupError
 
 
@@ -22,6 +23,7 @@ def parser():
     parser.add_argument("--style", choices=("cosine", "linear"), default="cosine")
     parser.add_argument("--skip-train", action="store_true")
     parser.add_argument("--no-rope-fusion", action="store_false", dest="rope_fusion")
+    apply_ranges(parser)
     return parser
 
 
@@ -67,6 +69,20 @@ def test_an_empty_file_sets_nothing(parser, tmp_path):
         ("lr: true", ["lr", "expects a value", "True"]),
         ("skip-train: 3", ["skip-train", "true or false", "3"]),
         ("- lr\n- 3", ["mapping", "list"]),
+        # What YAML reads as something else than a word, a number or nothing twice.
+        ("lr:", ["lr", "has no value"]),
+        ("style: null", ["style", "has no value"]),
+        ("lr: {a: b}", ["lr", "expects a number", "'a': 'b'"]),
+        ("train-iters: 2024-01-01", ["train-iters", "expects an integer"]),
+        ("data-files: {a: b}", ["data-files", "expects text", "a mapping"]),
+        ("data-files: [a, 3]", ["data-files", "expects text, found 3"]),
+        ("data-files: yes", ["data-files", "expects a value, found True"]),
+        ("lr: 1\ntrain-iters: 3\nlr: 2", ["lr is given twice, in lines 1 and 3"]),
+        ("train-iters: 3\ntrain_iters: 4", ["train_iters is given twice, in lines 1 and 2"]),
+        ("lr: 2024-13-45", ["not valid YAML", "month"]),
+        ("config: other.yaml", ["config: a file cannot name another"]),
+        ("derived_flags: 3", ["derived_flags: expects a list"]),
+        ("learning_rate: 1", ["learning_rate: no such flag; use --lr"]),
         ("lr: [1", ["not valid YAML"]),
     ],
 )

@@ -35,7 +35,7 @@ def test_a_coefficient_turns_it_on(words, more):
         (["--moe-router-load-balancing-type", "sinkhorn"], "use seq_aux_loss"),
         (["--moe-router-load-balancing-type", "seq_aux_loss"], "needs --moe-aux-loss-coeff"),
         (["--moe-aux-loss-coeff", "0.1", "0.2"], "give one coefficient"),
-        (["--moe-aux-loss-coeff", "-1"], "not be negative"),
+        (["--moe-aux-loss-coeff", "-1"], "at least 0"),
         (["--moe-z-loss-coeff", "0.1"], "--moe-z-loss-coeff 0.1 is not supported"),
         (
             ["--moe-expert-capacity-factor", "1.0"],

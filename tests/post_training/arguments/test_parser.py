@@ -101,8 +101,13 @@ def test_missing_flags_are_named(words):
         parse_arguments(words[:-2])
 
 
+def test_two_dashes_are_no_value(words):
+    with pytest.raises(SetupError, match="--lr: expected one argument"):
+        parse_arguments([*words, "--lr=--"])
+
+
 def test_unknown_flag_is_refused(words):
-    with pytest.raises(SetupError, match="--learning-rate: no such flag"):
+    with pytest.raises(SetupError, match="--learning-rate: no such flag; use --lr"):
         parse_arguments([*words, "--learning-rate", "1"])
     with pytest.raises(SetupError, match="did you mean --train-iters"):
         parse_arguments([*words, "--train-itres", "1"])

@@ -145,7 +145,14 @@ UNUSED = re.compile(
     r"|core/transformer/experimental_attention_variant/"
     r"|training/(datasets|tokenizer)/|training/(inprocess_restart|yaml_arguments)\.py"
 )
-NOT_READERS = {"arguments.py", "architecture.py", "defaults.py", "parser.py", "refused.py"}
+NOT_READERS = {
+    "arguments.py",
+    "architecture.py",
+    "defaults.py",
+    "parser.py",
+    "ranges.py",
+    "refused.py",
+}
 READ = re.compile(r"\.(\w+)\b(?!\s*=[^=])")
 """An attribute that is not set here."""
 NAMED = re.compile(r"[\"'](\w+)[\"']")

@@ -7,6 +7,7 @@ import pytest
 from megatron.training import training
 
 from post_training.arguments.parser import parse_arguments, validate
+from post_training.arguments.ranges import NEVER
 from post_training.arguments.schedule import check_learning_rate, check_step_flags
 from post_training.errors import SetupError
 from tests.helpers.launch import NO_PROCESS_GROUP, finetune
@@ -31,10 +32,8 @@ def given(parse):
 
 
 def test_they_are_checked_when_arguments_are_parsed(parse):
-    with pytest.raises(
-        SetupError, match="--lr-warmup-fraction 1.0: must be at least 0 and below 1"
-    ):
-        parse("--lr-warmup-fraction", "1.0")
+    with pytest.raises(SetupError, match="give either --lr-warmup-fraction or"):
+        parse("--lr-warmup-fraction", "0.5", "--lr-warmup-iters", "1")
 
 
 WSD = {"lr_decay_style": "WSD"}
@@ -44,18 +43,14 @@ RAISED = {"weight_decay_incr_style": "linear"}
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ({"train_iters": -5}, "--train-iters -5: must be at least 1"),
-        ({"train_iters": 0, "num_epochs": -1}, "--num-epochs -1: must be at least 1"),
-        ({"log_interval": 0}, "--log-interval 0: must be at least 1"),
-        ({"tensorboard_log_interval": 0}, "--tensorboard-log-interval 0: must be at least 1"),
-        ({"eval_interval": 0}, "--eval-interval 0: must be at least 1"),
-        ({"save_interval": 0}, "--save-interval 0: must be at least 1"),
+        (
+            {"save_retain_interval": 700, "save_interval": NEVER},
+            "700: must be a multiple of --save-interval, which is off",
+        ),
         ({"save_retain_interval": 700}, "700: must be a multiple of --save-interval, which is 500"),
         ({"min_lr": 1e-2, "lr": 1e-3}, "--min-lr 0.01: must be between 0 and --lr, which is 0.001"),
-        ({"min_lr": -1e-6}, "--min-lr -1e-06: must be between 0 and --lr, which is 1e-05"),
         ({"lr_warmup_init": 1.0}, "--lr-warmup-init 1.0: must be between 0 and --lr"),
         ({"lr_warmup_fraction": 0.1, "lr_warmup_iters": 1}, "give either --lr-warmup-fraction or"),
-        ({"lr_warmup_iters": -1}, "--lr-warmup-iters -1: must be at least 0"),
         ({"lr_warmup_iters": 10}, "at step 10 (--train-iters); use fewer than 10"),
         (
             {"lr_warmup_iters": 5, "lr_decay_iters": 4},
@@ -65,11 +60,18 @@ RAISED = {"weight_decay_incr_style": "linear"}
             {"lr_warmup_iters": 5, "lr_decay_iters": 4, "train_iters": None, "num_epochs": 1},
             "at step 4 (--lr-decay-iters)",
         ),
-        ({"lr_decay_iters": 0}, "--lr-decay-iters 0: must be at least 1"),
+        ({"fp16": True, "bf16": True}, "give either --fp16 or --bf16"),
+        ({"loss_scale": 4.0}, "--loss-scale 4.0: does nothing in fp32"),
+        (
+            {"fp16": True, "initial_loss_scale": 2.0, "min_loss_scale": 4.0},
+            "--min-loss-scale 4.0: must be at most --initial-loss-scale, which is 2.0",
+        ),
+        (
+            {"profile": True, "profile_step_start": 9, "profile_step_end": 2},
+            "--profile-step-end 2: must be above --profile-step-start, which is 9",
+        ),
         (WSD, "--lr-wsd-decay-iters says over how many steps at the end"),
-        ({**WSD, "lr_wsd_decay_iters": 0}, "give it, at least 1, not 0"),
         ({**WSD, "lr_wsd_decay_iters": 9, "lr_warmup_iters": 2}, "warm-up leaves 8"),
-        ({"weight_decay": -0.1}, "--weight-decay -0.1: must be at least 0"),
         ({"start_weight_decay": 0.1}, "--start-weight-decay: weight decay is constant"),
         (RAISED, "which are None and None"),
         (
@@ -133,7 +135,12 @@ def test_a_condition_without_a_message_is_named(given):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--recompute-num-layers", "0"], "--recompute-num-layers 0: must be at least 1"),
+        (["--recompute-num-layers", "2"], "does nothing without --recompute-granularity full"),
+        (
+            ["--recompute-granularity", "full", "--recompute-method", "block"],
+            "--recompute-num-layers says how many layers",
+        ),
+        (["--recompute-modules", "mlp"], "does nothing without --recompute-granularity selective"),
         (["--recompute-modules", "layernorm"], "layernorm needs Transformer Engine; core_attn"),
         (["--tp-comm-overlap"], "--tp-comm-overlap needs Transformer Engine"),
         (["--account-for-embedding-in-pipeline-split"], "--decoder-first-pipeline-num-layers"),
@@ -147,16 +154,24 @@ def test_a_step_that_cannot_be_carried_out_is_refused(parse, flags, expected):
     assert expected in str(error.value)
 
 
+def test_full_recomputation_is_of_every_layer(parse):
+    args = parse("--recompute-granularity", "full")
+    assert (args.recompute_method, args.recompute_num_layers) == ("uniform", 1)
+    assert {"recompute_method", "recompute_num_layers"} <= set(args.derived)
+    validate(args)
+
+
 @pytest.mark.slow
 def test_the_models_own_checks_come_before_any_process_group(hf_model, chat_data, tmp_path):
     """Of Megatron's configuration, in one message for all ranks."""
     run = finetune(
         tmp_path / "out",
         *("--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)),
-        *("--train-iters", "3", "--recompute-granularity", "full"),
+        *("--train-iters", "3", "--recompute-granularity", "selective"),
+        *("--recompute-modules", "nothing"),
         world=2,
         environment={NO_PROCESS_GROUP: "1"},
     )
     assert run.statuses == [2, 2] and "Traceback" not in run.console
     (line,) = [line for line in run.console.splitlines() if line.startswith("error")]
-    assert line.startswith("error: Megatron refuses these flags") and "recompute_method" in line
+    assert line.startswith("error: Megatron refuses these flags") and "nothing" in line

@@ -7,12 +7,12 @@ import torch
 from post_training.errors import SetupError
 from post_training.hf.config import (
     check_architecture,
-    inverse_frequencies,
     load_hf_config,
     megatron_flags,
     sliding_window,
 )
 from post_training.hf.families import FAMILIES as ENTRIES
+from post_training.hf.rotary import RotaryScaling
 from tests.helpers.models import FAMILIES, edit_json, make_config
 
 
@@ -60,16 +60,33 @@ def test_expert_flags():
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 64,
         },
+        {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0},
+        {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+        {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 256,
+        },
     ],
     ids=lambda rope: rope["rope_type"],
 )
-def test_inverse_frequencies_are_those_of_transformers(rope):
+def test_frequencies_are_those_of_transformers(rope):
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     config = config_of("llama", rope_parameters=rope)
-    found = inverse_frequencies(config)
-    assert torch.equal(found, LlamaRotaryEmbedding(config).inv_freq)
-    assert found.shape == (8,)
+    check_architecture(config, "x")
+    found, theirs = RotaryScaling.of(config), LlamaRotaryEmbedding(config)
+    assert torch.equal(found.inv_freq, theirs.inv_freq)
+    assert found.attention_factor == theirs.attention_scaling
+    assert found.inv_freq.shape == (8,)
+    if found.original_length is not None:
+        lengths = torch.tensor([found.original_length + more for more in (-1, 0, 1, 300)])
+        for length, frequencies in zip(lengths, found.frequencies(lengths), strict=True):
+            theirs = LlamaRotaryEmbedding(config)
+            theirs(torch.zeros(1), torch.arange(length).unsqueeze(0))
+            torch.testing.assert_close(frequencies, theirs.inv_freq, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +99,25 @@ def test_inverse_frequencies_are_those_of_transformers(rope):
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True"),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
-            "yarn.*default, linear, llama3",
+            {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}},
+            "proportional.*default, linear, llama3",
+        ),
+        (
+            "llama",
+            {
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 8,
+                    "long_factor": [2.0] * 3,
+                }
+            },
+            "longrope needs 8 numbers as long_factor.*has 3",
+        ),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "x"}},
+            "yarn cannot be computed",
         ),
     ],
 )

@@ -47,6 +47,9 @@ def arguments(**changes):
         "overlap_grad_reduce": False,
         "overlap_param_gather": False,
         "ckpt_format": "torch_dcp",
+        "skip_train": False,
+        "output_dir": None,
+        "save": None,
     }
     assert changes.keys() <= values.keys()
     return Namespace(**(values | changes))
@@ -429,3 +432,23 @@ def test_global_batch_defaults_to_one_micro_batch_a_rank():
     args = arguments(world_size=4, micro_batch_size=2, tensor_model_parallel_size=2)
     sizes.check(args)
     assert args.global_batch_size == 4
+
+
+def test_what_is_proposed_a_resume_takes(tmp_path):
+    """A run that has begun goes on with its batch and packs only: another layout must do with them."""
+    asked = arguments(world_size=4, pipeline_model_parallel_size=2, global_batch_size=3)
+    with pytest.raises(
+        SetupError, match=r"nearest that works on 4 processes: .*--global-batch-size"
+    ):
+        sizes.check(asked)
+    begun = Namespace(**(vars(asked) | {"output_dir": str(tmp_path), "save": str(tmp_path)}))
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
+    (tmp_path / "config.yaml").write_text("global_batch_size: 3\nseq_length: 128\n")
+    with pytest.raises(SetupError) as caught:
+        sizes.check(begun)
+    proposal = str(caught.value).partition("nearest that works on 4 processes:")[2]
+    assert proposal and "--global-batch-size" not in proposal
+    # What the run has and the command does not say is part of the proposal.
+    begun.global_batch_size, begun.world_size, begun.context_parallel_size = None, 3, 2
+    with pytest.raises(SetupError, match=r"nearest that works on 3 processes: .*batch-size 3"):
+        sizes.check(begun)

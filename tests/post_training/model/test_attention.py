@@ -172,9 +172,8 @@ def _attend_on_ranks(groups: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     parallel_state.initialize_model_parallel(context_parallel_size=size)
     cut = cut_for(size, torch.distributed.get_rank())
     local = [x.detach()[cut.local_indices].requires_grad_() for x in inputs(groups)]
-    positions = torch.cat([torch.arange(length) for length in LENGTHS])[cut.local_indices]
     attention = make(groups, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
-    out = attention(*local, None, packed_seq_params=PackedDocuments.from_cut(cut, positions))
+    out = attention(*local, None, packed_seq_params=PackedDocuments.from_cut(cut, LENGTHS))
     grads = torch.autograd.grad(out, local, seed(out.shape[2])[cut.local_indices])
     return out.detach(), list(grads)
 

@@ -3,6 +3,7 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
 from post_training.batch.packed_documents import PackedDocuments
+from post_training.hf.rotary import RotaryScaling
 from post_training.model.rotary import PackedRotaryEmbedding
 
 LENGTHS = [5, 9, 2]
@@ -36,7 +37,7 @@ def test_the_table_grows_with_the_longest_document(original):
 
 def test_other_frequencies_take_the_place_of_megatrons(original):
     frequencies = torch.tensor([0.5, 0.25, 0.125, 0.0625])
-    angles = PackedRotaryEmbedding(original, frequencies)(packed(lengths=[4]))
+    angles = PackedRotaryEmbedding(original, RotaryScaling(frequencies))(packed(lengths=[4]))
     expected = torch.outer(torch.arange(4.0), frequencies).repeat(1, 2)
     torch.testing.assert_close(angles[:, 0, 0], expected)
 

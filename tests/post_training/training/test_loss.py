@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.training.loss import StepLosses, hide_vocabulary_padding, loss_func
 from tests.helpers import megatron_model
-from tests.helpers.launch import run_rank, run_script
+from tests.helpers.launch import run_rank, run_ranks, run_script
 from tests.helpers.models import VOCABULARY
 from tests.helpers.packs import make_pack, stacked
 
@@ -114,6 +114,35 @@ def test_padded_rows_have_no_part_in_the_softmax(vocabulary, tp, dtype):
     found = hidden.float().softmax(-1)
     assert not found[:, vocabulary:].any()
     torch.testing.assert_close(found[:, :vocabulary], whole[:, :vocabulary].float().softmax(-1))
+
+
+def _right(logits, labels, vocabulary):
+    """What this rank's part of the vocabulary gives, hidden padding and all."""
+    from post_training.training.loss import hide_vocabulary_padding, right_tokens
+
+    torch.distributed.init_process_group("gloo")
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    part = logits.chunk(group.size(), 1)[group.rank()].clone()
+    before = hide_vocabulary_padding(part, vocabulary, group.rank()).clone()
+    found = right_tokens(part, labels, group)
+    assert torch.equal(part, before)
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_right_tokens_are_found_over_the_parts_of_the_vocabulary(world):
+    """Of equals the first of the vocabulary counts; padded rows, larger than all, never do."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(0, 3, (300, 16), generator=generator).float()
+    logits[:, 13:] = 9.0
+    labels = torch.randint(0, 13, (300,), generator=generator)
+    labels[::2] = logits[::2, :13].argmax(-1)
+    expected = (logits[:, :13].argmax(-1) == labels).float()
+    ties = (logits[:, :13] == logits[:, :13].amax(1, keepdim=True)).sum(1) > 1
+    assert ties.sum() > 200 and 150 <= expected.sum() < 200
+    for found in run_ranks(_right, world, logits, labels, 13):
+        assert torch.equal(found, expected)
 
 
 def _both_losses(argv, fields):
