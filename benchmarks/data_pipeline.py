@@ -25,12 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-_GENERATION_TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}"
-    "{% endgeneration %}{{ '\\n' }}{%- else %}{{ message.content + '<|im_end|>\\n' }}{%- endif %}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
+from trl_rows import TEMPLATE, dataset_of
+
 _MEMORY = """
 import json, resource, sys
 from transformers import AutoTokenizer
@@ -147,25 +143,12 @@ def _library(tokenizer: Any, texts: list[str], batch: int = 1000) -> float:
 
 def _trl(tokenizer: Any, path: Path, seq_length: int, folder: Path) -> float:
     """Tokens per second of TRL's preparation."""
-    import datasets
     from transformers import Qwen3Config, Qwen3ForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    messages = [
-        {
-            "messages": [
-                {"role": "user", "content": row["question"]},
-                {"role": "assistant", "content": row["answer"]},
-            ]
-        }
-        for row in rows
-    ]
-    datasets.disable_progress_bars()
-    dataset = datasets.Dataset.from_list(messages)
-    # TRL masks answers by generation blocks alone, and knows a few templates that lack them.
+    dataset = dataset_of(path)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = _GENERATION_TEMPLATE
+    tokenizer.chat_template = TEMPLATE
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=16,

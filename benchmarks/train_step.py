@@ -14,26 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from random_model import make_qwen3
+from trainings import LAYOUTS, options_parser, run, train
 
-ROOT = Path(__file__).resolve().parent.parent
 LR, WARM_UP = 1e-4, 3
 Steps = list[dict[str, float]]
-OURS: dict[str, tuple[int, list[str]]] = {
-    "finetune.py": (1, []),
-    "finetune.py DP=2": (2, []),
-    "finetune.py TP=2": (2, ["--tensor-model-parallel-size", "2"]),
-    "finetune.py PP=2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "finetune.py CP=2": (2, ["--context-parallel-size", "2"]),
-}
+OURS = {f"finetune.py {name}".removesuffix(" 1 process"): name for name in LAYOUTS}
 PEERS: dict[str, tuple[int, str]] = {"plain loop": (1, "plain"), "plain loop DDP=2": (2, "plain")}
 TRL: dict[str, tuple[int, str]] = {
     "TRL, padded": (1, "trl-padded"),
@@ -41,35 +31,10 @@ TRL: dict[str, tuple[int, str]] = {
 }
 
 
-def run(command: list[str], threads: int) -> str:
-    """Run a command without a GPU and return what it printed."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": str(ROOT),
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=False, timeout=1800
-    )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return done.stdout
-
-
-def launched(world: int, script: Path) -> list[str]:
-    """The words that start `script` on `world` processes."""
-    if world == 1:
-        return [sys.executable, str(script)]
-    launcher = str(ROOT / "scripts" / "launch.py")
-    return [sys.executable, launcher, "--nproc-per-node", str(world), str(script)]
-
-
-def flags_of(options: argparse.Namespace, model: Path, folder: Path) -> list[str]:
+def flags_of(options: argparse.Namespace, model: Path) -> list[str]:
     """Flags of finetune.py."""
     return [
-        *("--hf-model", str(model)),
-        *("--output-dir", str(folder), "--finetune-data-files", str(options.data), "--fp32"),
+        *("--hf-model", str(model), "--finetune-data-files", str(options.data), "--fp32"),
         *("--seq-length", str(options.seq_length), "--global-batch-size", str(options.batch)),
         *("--micro-batch-size", str(options.micro), "--train-iters", str(options.iterations)),
         *("--lr", str(LR), "--lr-decay-style", "constant", "--no-save-optim"),
@@ -78,12 +43,7 @@ def flags_of(options: argparse.Namespace, model: Path, folder: Path) -> list[str
 
 def ours(name: str, options: argparse.Namespace, model: Path, folder: Path) -> Steps:
     """Steps of finetune.py."""
-    world, flags = OURS[name]
-    command = launched(world, ROOT / "finetune.py")
-    run([*command, *flags_of(options, model, folder), *flags], options.threads)
-    records: list[dict[str, Any]] = [
-        json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
+    records = train(OURS[name], flags_of(options, model), folder, options.threads)
     return [
         {
             "lm_loss": record["lm_loss"],
@@ -92,15 +52,14 @@ def ours(name: str, options: argparse.Namespace, model: Path, folder: Path) -> S
             "trained_tokens": record["trained_tokens"],
         }
         for record in records
-        if record.get("step_seconds")
+        if record["step_seconds"]
     ]
 
 
 def peer(what: tuple[int, str], settings: Path, threads: int) -> Steps:
     """Steps of a loop of `train_step_peers.py`."""
     world, words = what
-    script = ROOT / "benchmarks" / "train_step_peers.py"
-    printed = run([*launched(world, script), words, str(settings)], threads)
+    printed = run(world, "benchmarks/train_step_peers.py", [words, str(settings)], threads)
     return [json.loads(line) for line in printed.splitlines() if line.startswith('{"')]
 
 
@@ -120,18 +79,9 @@ def report(found: dict[str, Steps]) -> None:
 
 def main() -> None:
     """Entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    parser = options_parser(
+        __doc__, hidden=512, layers=8, seq_length=512, batch=8, micro=2, iterations=10, threads=1
     )
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--tokenizer", type=Path, required=True)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--micro", type=int, default=2)
-    parser.add_argument("--iterations", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=2, help="how often each runs")
     parser.add_argument("--ranks", action="store_true", help="also two processes")
     parser.add_argument("--trl", action="store_true", help="also TRL, which must be installed")
@@ -169,9 +119,8 @@ def main() -> None:
         report(found)
         print(f"losses of finetune.py and the plain loop: within {gap:.1e} of each other")
         if options.profile:
-            script = str(ROOT / "benchmarks" / "step_profile.py")
-            flags = flags_of(options, model, Path(scratch) / "profile")
-            printed = run([sys.executable, script, *flags], options.threads)
+            flags = [*flags_of(options, model), "--output-dir", str(Path(scratch) / "profile")]
+            printed = run(1, "benchmarks/step_profile.py", flags, options.threads)
             print(printed[printed.index("operation ") :])
 
 

@@ -19,16 +19,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl_rows import TEMPLATE, dataset_of
 
 from data import SFTDataset, prepare_documents
-
-# TRL masks answers by generation blocks only.
-TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}"
-    "{% endgeneration %}{{ '\\n' }}{%- else %}{{ message.content + '<|im_end|>\\n' }}{%- endif %}"
-    "{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def tell(loss: float, seconds: float, real: float, trained: float) -> None:
@@ -122,7 +115,6 @@ class _StepEnd(TrainerCallback):
 
 def trl(options: dict[str, Any], *, packing: bool) -> None:
     """TRL's SFTTrainer with `assistant_only_loss`, as its documentation shows it."""
-    import datasets
     from trl import SFTConfig, SFTTrainer
 
     steps = _StepEnd()
@@ -138,18 +130,6 @@ def trl(options: dict[str, Any], *, packing: bool) -> None:
             steps.trained = sum(float((micro["labels"] != -100).sum()) for micro in result[0])
             return result
 
-    rows = [json.loads(line) for line in Path(options["data"]).read_text().splitlines()]
-    dataset = datasets.Dataset.from_list(
-        [
-            {
-                "messages": [
-                    {"role": "user", "content": row["question"]},
-                    {"role": "assistant", "content": row["answer"]},
-                ]
-            }
-            for row in rows
-        ]
-    )
     tokenizer = AutoTokenizer.from_pretrained(options["model"])
     tokenizer.chat_template = TEMPLATE
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +156,7 @@ def trl(options: dict[str, Any], *, packing: bool) -> None:
         trainer = Counting(
             model=AutoModelForCausalLM.from_pretrained(options["model"], dtype=torch.float32),
             args=settings,
-            train_dataset=dataset,
+            train_dataset=dataset_of(Path(options["data"])),
             processing_class=tokenizer,
             callbacks=[steps],
         )

@@ -12,7 +12,6 @@ row counts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -25,22 +24,14 @@ platform.apply()
 
 from data import DataError
 from post_training.errors import SetupError
-from post_training.inference.backends import (
-    add_model_arguments,
-    add_sampling_arguments,
-    open_backend,
-)
+from post_training.inference.backends import answering_parser, open_backend
 from post_training.inference.exact_match import evaluate, read_questions
 from post_training.inference.quiet import hush
 
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    add_model_arguments(parser)
-    add_sampling_arguments(parser)
+    parser = answering_parser(__doc__)
     parser.add_argument("--data", nargs="+", required=True, help="files of held-out rows")
     parser.add_argument("--answer-pattern", metavar="REGEX", help="compare only what it finds")
     parser.add_argument("--json", metavar="FILE", help="write the scores and every answer")

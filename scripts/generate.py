@@ -11,7 +11,6 @@ standard input.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from post_training import platform
@@ -19,22 +18,14 @@ from post_training import platform
 platform.apply()
 
 from post_training.errors import SetupError
-from post_training.inference.backends import (
-    add_model_arguments,
-    add_sampling_arguments,
-    open_backend,
-)
+from post_training.inference.backends import answering_parser, open_backend
 from post_training.inference.generate import encode_prompt
 from post_training.inference.quiet import hush
 
 
 def main() -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    add_model_arguments(parser)
-    add_sampling_arguments(parser)
+    parser = answering_parser(__doc__)
     parser.add_argument("--prompt", action="append", help="a user turn; may be given several times")
     parser.add_argument("--system", help="a system prompt before each user turn")
     parser.add_argument(

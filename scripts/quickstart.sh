@@ -24,7 +24,6 @@ mkdir -p "$folder"
 
 step "making a base model, its tokenizer and a dataset"
 python scripts/quickstart/task.py --out "$folder/task"
-read -r -a flags < <(python scripts/quickstart/task.py --print-flags)
 
 step "held-out questions before training"
 python scripts/evaluate.py --hf-model "$folder/task/base" --data "$folder/task/test.jsonl" \
@@ -33,7 +32,7 @@ python scripts/evaluate.py --hf-model "$folder/task/base" --data "$folder/task/t
 step "finetuning on two processes, tensor parallel"
 torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 finetune.py \
     --hf-model "$folder/task/base" --finetune-data-files "$folder/task/train.jsonl" \
-    --tensor-model-parallel-size 2 "${flags[@]}" --save-interval 250 \
+    --tensor-model-parallel-size 2 --config scripts/quickstart/train.yaml --save-interval 250 \
     --output-dir "$folder/run" --save-hf
 
 step "held-out questions after training"

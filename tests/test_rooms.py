@@ -33,7 +33,7 @@ FLOORS: dict[str, list[list[str]]] = {
     ],
     "post_training": [
         ["errors"],
-        ["machine", "hf"],
+        ["machine", "hf", "platform/patches"],
         ["platform/cpu", "platform/checkpoints"],
         ["platform", "layout"],
         ["arguments", "metrics"],

@@ -137,14 +137,6 @@ def plan_epoch(
     return PackingPlan(documents, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
 
 
-def attention_work(plan: PackingPlan, lengths: npt.NDArray[np.integer]) -> IntArray:
-    """Attention work of each pack, int64 ``[num_packs]``: its squared document lengths."""
-    if len(plan) == 0:
-        return np.empty(0, np.int64)
-    squares = np.asarray(lengths, np.int64)[plan.documents] ** 2
-    return np.add.reduceat(squares, plan.pack_offsets[:-1])
-
-
 def _balance(
     rank: IntArray, pack_of: IntArray, sizes: IntArray, group: int, taken: int
 ) -> IntArray:

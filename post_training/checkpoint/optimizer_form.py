@@ -31,7 +31,7 @@ def optimizer_form(args: argparse.Namespace) -> dict[str, str]:
     Returns:
         Values by flag, as a message says them.
     """
-    form = {_flag(name): str(getattr(args, name)) for name in _AS_GIVEN}
+    form = {f"--{name.replace('_', '-')}": str(getattr(args, name)) for name in _AS_GIVEN}
     if args.optimizer == "sgd":
         form["--sgd-momentum"] = "above 0" if args.sgd_momentum else "0"
     if args.fp16 and not args.loss_scale:
@@ -75,7 +75,3 @@ def check_optimizer(
                 f"{checkpoint.path} holds the optimizer's state of {flag} {before[flag]}, this "
                 f"run's is {now}: give the same, or --no-load-optim to go on with a new optimizer"
             )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

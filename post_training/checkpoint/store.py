@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,12 +79,6 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return manifest if isinstance(manifest, dict) and "files" in manifest else None
-
-
-def _files(checkpoint: Path) -> Iterator[str]:
-    for path in sorted(checkpoint.rglob("*")):
-        if path.is_file() and path.name != MANIFEST:
-            yield path.relative_to(checkpoint).as_posix()
 
 
 def _check_sum(path: Path) -> int:
@@ -164,18 +158,17 @@ def tracked_iteration(folder: str | Path) -> int | str | None:
     return text if text == "release" else None
 
 
-def _with_manifest(folder: Path) -> list[Path]:
-    """Checkpoints that have been complete once, newest first."""
-    found = [(iteration_of(path), path) for path in folder.glob("iter_*")]
-    known = sorted((number, path) for number, path in found if number is not None)
-    return [path for _, path in reversed(known) if (path / MANIFEST).exists()]
+def _with_manifest(folder: str | Path) -> list[tuple[int, Path]]:
+    """Checkpoints that have been complete once, and their iterations, newest first."""
+    found = (
+        (iteration_of(file.parent), file.parent) for file in Path(folder).glob(f"*/{MANIFEST}")
+    )
+    return sorted(((number, path) for number, path in found if number is not None), reverse=True)
 
 
 def newest_before(folder: str | Path, iteration: int | None) -> Checkpoint | None:
     """The newest complete checkpoint of this project before `iteration` (None: of all)."""
-    for path in _with_manifest(Path(folder)):
-        number = iteration_of(path)
-        assert number is not None
+    for number, path in _with_manifest(folder):
         if (iteration is None or number < iteration) and defect(path) is None:
             return Checkpoint.at(path)
     return None
@@ -193,9 +186,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Checkpoint | None, str | None]:
     folder = Path(folder)
     tracked = tracked_iteration(folder)
     if isinstance(tracked, int):
-        for path in _with_manifest(folder):
-            number = iteration_of(path)
-            assert number is not None
+        for number, path in _with_manifest(folder):
             if number > tracked and mark_of(path).exists() and defect(path) is None:
                 return Checkpoint.at(path), None  # killed when only the tracker was to be written
         meant, before = checkpoint_path(folder, tracked), tracked
@@ -260,7 +251,8 @@ def finish_save(folder: str | Path, iteration: int, facts: Mapping[str, Any]) ->
         OSError: something could not be written; the tracker names the checkpoint before.
     """
     checkpoint = checkpoint_path(folder, iteration)
-    names = list(_files(checkpoint))
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
+    names = [path.relative_to(checkpoint).as_posix() for path in files if path.name != MANIFEST]
     manifest = {
         "iteration": iteration,
         **facts,
@@ -317,9 +309,7 @@ def remove_old(
     if keep is None and retain_interval is None:
         return []
     kept, removed = 0, []
-    for path in _with_manifest(Path(folder)):
-        iteration = iteration_of(path)
-        assert iteration is not None
+    for iteration, path in _with_manifest(folder):
         if iteration > newest or path.is_symlink():
             continue
         if kept < (keep or 1):

@@ -79,13 +79,10 @@ def report_acceptance(
 
     model = unwrap_model(chunks)[-1]
     stages = parallel_state.get_pipeline_model_parallel_world_size()
-    # The same on all ranks: decided by the layout first, then by the only stage there is.
-    if stages > 1:
-        if not has_draft_head(model):
-            return None
+    # The same on all ranks: the layout decides, and where there is one stage, what is in it.
+    if stages > 1 and has_draft_head(model):
         print("draft acceptance is not measured: the model is cut into pipeline stages", flush=True)
-        return None
-    if not has_draft_head(model) or not prompts:
+    if stages > 1 or not has_draft_head(model) or not prompts:
         return None
     lengths = [acceptance_length(model, prompt, new_tokens) for prompt in prompts]
     return sum(lengths) / len(lengths)

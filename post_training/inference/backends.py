@@ -33,18 +33,17 @@ class Backend(Protocol):
         ...
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say which model answers."""
+def answering_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser of the flags that say which model answers, and how tokens are chosen."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--output-dir", help="folder of a run: its newest checkpoint")
     parser.add_argument("--iteration", type=int, help="another checkpoint of the run")
     parser.add_argument("--hf-model", help="a HuggingFace folder or hub name instead of a run")
     parser.add_argument(
         "--backend", choices=BACKENDS, default="megatron", help="what computes (default: megatron)"
     )
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how tokens are chosen."""
     defaults = Sampling()
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
     parser.add_argument(
@@ -54,6 +53,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=defaults.top_k)
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--batch-size", type=int, default=32, help="prompts computed at once")
+    return parser
 
 
 def _check_model_arguments(options: argparse.Namespace) -> None:

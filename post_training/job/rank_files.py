@@ -39,7 +39,7 @@ class RankFiles:
 
     def read(self, rank: int) -> dict[str, Any]:
         """What a rank wrote; nothing where it cannot be read."""
-        return _read(self.folder / str(rank))
+        return read_facts(self.folder / str(rank))
 
     def has_ended(self, rank: int) -> bool:
         """Whether a rank has said that it ends by itself. A missing file is no word of an end."""
@@ -71,15 +71,16 @@ def remove_left_over(output: Path) -> None:
     A job ends when one of its ranks is gone; one that has no process here may run elsewhere.
     """
     for folder in output.glob(f"{PREFIX}*"):
-        states = [_read(file) for file in folder.iterdir() if file.name.isdigit()]
+        states = [read_facts(file) for file in folder.iterdir() if file.name.isdigit()]
         here = [state["pid"] for state in states if state.get("host") == this_host()]
         if here and not any(is_running(pid) for pid in here):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read_facts(file: Path) -> dict[str, Any]:
+    """What a process has written of itself in the first line of a file; nothing where it cannot be read."""
     try:
-        found: dict[str, Any] = json.loads(file.read_text().splitlines()[0])
+        found = json.loads(file.read_text().splitlines()[0])
     except (OSError, ValueError, IndexError):
         return {}
-    return found
+    return found if isinstance(found, dict) else {}

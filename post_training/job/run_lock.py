@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from post_training.errors import SetupError
+from post_training.job.rank_files import read_facts
 from post_training.machine.processes import is_running, this_host
 
 FILE = ".lock"
@@ -53,8 +54,8 @@ def hold(args: argparse.Namespace, wait: float = WAIT) -> None:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise SetupError(f"--output-dir {folder}: {FILE}: {error.strerror}") from error
-        host, pid = _holder(file) or ("", 0)
-        taken = host == this_host() and is_running(pid)
+        holder = read_facts(file)
+        taken = holder.get("host") == this_host() and is_running(holder.get("pid", 0))
         if not taken:
             print(
                 f"warning: the file system of {file} has no locks: nothing keeps a second run on another "
@@ -62,8 +63,10 @@ def hold(args: argparse.Namespace, wait: float = WAIT) -> None:
                 file=sys.stderr,
             )
     if taken:
-        holder = _holder(file)
-        who = f" (process {holder[1]} on {holder[0].split()[0]})" if holder else ""
+        holder = read_facts(file)
+        who = (
+            f" (process {holder['pid']} on {holder['host'].split()[0]})" if "host" in holder else ""
+        )
         raise SetupError(
             f"--output-dir {folder}: another run{who} trains in this folder. Wait for it, end it (its "
             f"workers may outlive a launcher that was killed), or choose another folder"
@@ -71,11 +74,3 @@ def hold(args: argparse.Namespace, wait: float = WAIT) -> None:
     _held[folder] = lock
     with contextlib.suppress(OSError):  # a full disk: the lock holds, only its holder is not named
         file.write_text(json.dumps({"host": this_host(), "pid": os.getpid()}))
-
-
-def _holder(file: Path) -> tuple[str, int] | None:
-    try:
-        found = json.loads(file.read_text())
-        return found["host"], found["pid"]
-    except (OSError, ValueError, KeyError):
-        return None

@@ -7,21 +7,25 @@ import errno
 import io
 import os
 import shutil
-from collections.abc import Buffer
+from collections.abc import Buffer, Iterator
 from typing import TextIO
 
 # The disk, a user's quota of it, and a limit on the size of one file.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def no_room(error: BaseException) -> OSError | None:
-    """The system's error behind `error` that says that there is no room, or None where it is another."""
+def system_errors(error: BaseException) -> Iterator[OSError]:
+    """The errors of the system behind `error`, itself among them, the last first."""
     current: BaseException | None = error
     while current is not None:
-        if isinstance(current, OSError) and current.errno in NO_ROOM:
-            return current
+        if isinstance(current, OSError):
+            yield current
         current = current.__cause__ or current.__context__
-    return None
+
+
+def no_room(error: BaseException) -> OSError | None:
+    """The system's error behind `error` that says that there is no room, or None where it is another."""
+    return next((each for each in system_errors(error) if each.errno in NO_ROOM), None)
 
 
 def tell_no_room(error: OSError, folder: str | None, rank: int, console: TextIO) -> int:

@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a `metrics.jsonl`, in the order they were written."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
@@ -22,7 +16,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = read_metrics(metrics)
+    records = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
     steps = [r for r in records if r.get("lm_loss") is not None]
     if not steps:
         return

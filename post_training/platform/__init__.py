@@ -60,18 +60,17 @@ def apply() -> None:
         torch_dcp,
     )
 
-    megatron_post_training.apply()
-    dataset_helpers.apply()
-    gradient_norm.apply()
-    optimizer_shards.apply()
-    optimizer_state.apply()
-    fused_adam.apply()
-    fsdp2.apply()
-    torch_dcp.apply()
-    training_hooks.apply()
-    loading.apply()
-    saving.apply()
-    random_states.apply()
+    for each in (
+        *(
+            megatron_post_training,
+            dataset_helpers,
+            gradient_norm,
+            optimizer_shards,
+            optimizer_state,
+        ),
+        *(fused_adam, fsdp2, torch_dcp, training_hooks, loading, saving, random_states),
+    ):
+        each.apply()
     if on_cpu:
         from post_training.platform.cpu import collectives, initialize, rng
 

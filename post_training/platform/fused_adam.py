@@ -8,10 +8,11 @@ kernel does neither.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
+
+from post_training.platform.patches import in_place_of
 
 
 def fuse(optimizer: Any) -> None:
@@ -28,13 +29,10 @@ def apply() -> None:
 
     if not module.USING_PYTORCH_OPTIMIZER:
         return
-    make = module._get_megatron_optimizer_based_on_param_groups
 
-    @functools.wraps(make)
-    def make_fused(*args: Any, **kwargs: Any) -> Any:
+    @in_place_of((module, "_get_megatron_optimizer_based_on_param_groups"))
+    def make_fused(make: Any, *args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
         # Without Megatron's wrapping: the optimizer and what makes its state.
         fuse(made[0] if isinstance(made, tuple) else made.optimizer)
         return made
-
-    setattr(module, make.__name__, make_fused)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -60,22 +59,24 @@ def _converted_models_may_exist() -> bool:
     return "modelopt.torch" in sys.modules
 
 
-def _save_sharded_modelopt_state(*args: Any, **kwargs: Any) -> None:
+def save_sharded_modelopt_state(*args: Any, **kwargs: Any) -> None:
+    """As ModelOpt's, for a model that it may have converted."""
     if _converted_models_may_exist():
-        from modelopt.torch.opt.plugins import save_sharded_modelopt_state
+        from modelopt.torch.opt import plugins
 
-        save_sharded_modelopt_state(*args, **kwargs)
+        plugins.save_sharded_modelopt_state(*args, **kwargs)
 
 
-def _save_modelopt_state(*args: Any, **kwargs: Any) -> None:
+def save_modelopt_state(*args: Any, **kwargs: Any) -> None:
+    """As ModelOpt's, for a model that it may have converted."""
     if _converted_models_may_exist():
-        from modelopt.torch.opt.plugins import save_modelopt_state
+        from modelopt.torch.opt import plugins
 
-        save_modelopt_state(*args, **kwargs)
+        plugins.save_modelopt_state(*args, **kwargs)
 
 
-def _tensor_shapes_for_distillation(*args: Any, **kwargs: Any) -> Any:
-    # Megatron asks only where `args.modelopt_enabled` is true.
+def get_tensor_shapes_adjust_fn_for_distillation(*args: Any, **kwargs: Any) -> Any:
+    """ModelOpt's own: Megatron asks only where `args.modelopt_enabled` is true."""
     from modelopt.torch.distill.plugins import megatron
 
     return megatron.get_tensor_shapes_adjust_fn_for_distillation(*args, **kwargs)
@@ -95,43 +96,15 @@ def apply() -> None:
         if blocked:
             del sys.modules["modelopt"]
 
-    package = ModuleType("megatron.post_training")
-    package.__path__ = []
-    found: dict[str, dict[str, Any]] = {
-        "utils": {
-            "maybe_enable_modelopt": maybe_enable_modelopt,
-            "print_distributed_quant_summary": print_distributed_quant_summary,
-        },
-        "checkpointing": {
-            "load_kd_teacher_checkpoint": load_kd_teacher_checkpoint,
-        },
-    }
-    sys.modules[package.__name__] = package
-    for name, functions in found.items():
-        module = ModuleType(f"megatron.post_training.{name}")
-        for function_name, function in functions.items():
-            setattr(module, function_name, function)
-        setattr(package, name, module)
-        sys.modules[module.__name__] = module
-
-    for owner, attributes in (
-        (
-            training,
-            {
-                "has_nvidia_modelopt": True,
-                "maybe_enable_modelopt": maybe_enable_modelopt,
-                "get_tensor_shapes_adjust_fn_for_distillation": _tensor_shapes_for_distillation,
-            },
-        ),
-        (
-            checkpointing,
-            {
-                "has_nvidia_modelopt": True,
-                "save_modelopt_state": _save_modelopt_state,
-                "save_sharded_modelopt_state": _save_sharded_modelopt_state,
-                "print_distributed_quant_summary": print_distributed_quant_summary,
-            },
-        ),
+    # This file is the package and its modules at once: functions have the names that are looked for.
+    for name in ("", ".utils", ".checkpointing"):
+        sys.modules["megatron.post_training" + name] = sys.modules[__name__]
+    shapes = "get_tensor_shapes_adjust_fn_for_distillation"
+    summary = "print_distributed_quant_summary"
+    for owner, names in (
+        (training, ("maybe_enable_modelopt", shapes)),
+        (checkpointing, ("save_modelopt_state", "save_sharded_modelopt_state", summary)),
     ):
-        for name, value in attributes.items():
-            setattr(owner, name, value)
+        setattr(owner, "has_nvidia_modelopt", True)  # noqa: B010
+        for name in names:
+            setattr(owner, name, globals()[name])

@@ -12,12 +12,13 @@ its TensorBoard get the one that the optimizer used, as in the `Trainer` of `tra
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from post_training.platform.patches import in_place_of
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Step:
     """The optimizer refused the step because a gradient was not finite (fp16 loss scaling)."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Evaluation:
     """One pass over a split, on every rank."""
 
@@ -71,19 +72,9 @@ class TrainingHooks:
 hooks = TrainingHooks()
 
 
-def _split_of(prefix: str) -> str:
-    return "test" if prefix.endswith("on test set") else "valid"
-
-
-def _telling(get_grad_norm: Callable[[], Any]) -> Callable[[], Any]:
-    @functools.wraps(get_grad_norm)
-    def measure_and_tell() -> Any:
-        norm = get_grad_norm()
-        for tell in hooks.on_gradient_norm:
-            tell(float(norm or 0.0))
-        return norm
-
-    return measure_and_tell
+def _tell[Fact](listeners: list[Callable[[Fact], None]], fact: Fact) -> None:
+    for listener in listeners:
+        listener(fact)
 
 
 def _unwrapped(data_iterator: Any) -> Any:
@@ -98,137 +89,76 @@ def apply() -> None:
     from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
     from megatron.training import training
 
-    train = training.train
-    train_step = training.train_step
-    training_log = training.training_log
-    evaluate = training.evaluate
-    evaluate_and_print_results = training.evaluate_and_print_results
     current_split = "valid"
-    evaluated: set[tuple[str, int]] = set()
+    evaluated: set[Evaluation] = set()
     rate_used: float | None = None
 
-    @functools.wraps(train)
+    @in_place_of((training, "train"))
     def tell_and_train(
-        forward_step_func: Any,
-        model: list[torch.nn.Module],
-        optimizer: Any,
-        opt_param_scheduler: Any,
-        train_data_iterator: Any,
-        *args: Any,
-        **kwargs: Any,
+        train: Any, forward: Any, model: Any, optimizer: Any, *rest: Any, **more: Any
     ) -> Any:
         if hooks.on_gradient_norm:
             # Called by the optimizer's `step`, once, on all ranks, before it clips.
-            optimizer.get_grad_norm = _telling(optimizer.get_grad_norm)
-        for tell in hooks.on_train_start:
-            tell(TrainStart(model, _unwrapped(train_data_iterator)))
-        return train(
-            forward_step_func,
-            model,
-            optimizer,
-            opt_param_scheduler,
-            train_data_iterator,
-            *args,
-            **kwargs,
-        )
+            @in_place_of((optimizer, "get_grad_norm"))
+            def measure_and_tell(get_grad_norm: Any) -> Any:
+                norm = get_grad_norm()
+                _tell(hooks.on_gradient_norm, float(norm or 0.0))
+                return norm
 
-    @functools.wraps(train_step)
+        # Behind the optimizer: its schedule and the training data.
+        _tell(hooks.on_train_start, TrainStart(model, _unwrapped(rest[1])))
+        return train(forward, model, optimizer, *rest, **more)
+
+    @in_place_of((training, "train_step"))
     def note_rate_and_step(
-        forward_step_func: Any,
-        data_iterator: Any,
-        model: Any,
-        optimizer: Any,
-        *args: Any,
-        **kwargs: Any,
+        step: Any, forward: Any, data: Any, model: Any, optimizer: Any, *rest: Any, **more: Any
     ) -> Any:
         nonlocal rate_used
         rate = get_canonical_lr_for_logging(optimizer.param_groups)
         # None where this rank has no parameters; else perhaps a tensor, which the schedule fills anew.
         rate_used = None if rate is None else float(rate)
-        return train_step(forward_step_func, data_iterator, model, optimizer, *args, **kwargs)
+        return step(forward, data, model, optimizer, *rest, **more)
 
-    save = training.save_checkpoint_and_time
-
-    @functools.wraps(save)
-    def save_and_tell(iteration: int, *args: Any, **kwargs: Any) -> Any:
-        for tell in hooks.on_save_start:
-            tell(iteration)
+    @in_place_of((training, "save_checkpoint_and_time"))
+    def save_and_tell(save: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
+        _tell(hooks.on_save_start, iteration)
         result = save(iteration, *args, **kwargs)
-        for tell in hooks.on_save_end:
-            tell(iteration)
+        _tell(hooks.on_save_end, iteration)
         return result
 
-    @functools.wraps(training.dummy_train_step)
-    def pass_over(data_iterator: Any) -> None:
+    @in_place_of((training, "dummy_train_step"))
+    def pass_over(dummy_train_step: Any, data_iterator: Any) -> None:
         # One iterator a virtual pipeline stage; none where tensor parallel rank 0 reads the data.
         iterators = data_iterator if isinstance(data_iterator, list) else [data_iterator]
         for iterator in iterators:
             for _ in range(training.get_num_microbatches() if iterator is not None else 0):
                 next(iterator)
 
-    @functools.wraps(training_log)
+    @in_place_of((training, "training_log"))
     def log_and_tell(
-        loss_dict: dict[str, torch.Tensor],
-        total_loss_dict: dict[str, Any],
-        learning_rate: float | None,
-        iteration: int,
-        loss_scale: float,
-        report_memory_flag: bool,
-        skipped_iter: int,
-        grad_norm: float | None,
-        *args: Any,
-        **kwargs: Any,
+        log: Any, losses: Any, totals: Any, next_rate: Any, iteration: int, *rest: Any, **more: Any
     ) -> Any:
-        result = training_log(
-            loss_dict,
-            total_loss_dict,
-            rate_used,
-            iteration,
-            loss_scale,
-            report_memory_flag,
-            skipped_iter,
-            grad_norm,
-            *args,
-            **kwargs,
-        )
-        step = Step(iteration, rate_used, grad_norm, bool(skipped_iter))
-        for tell in hooks.on_step:
-            tell(step)
+        result = log(losses, totals, rate_used, iteration, *rest, **more)
+        # In the original's order: loss scale, a flag of its memory report, skipped, gradient norm.
+        skipped, grad_norm = rest[2:4]
+        _tell(hooks.on_step, Step(iteration, rate_used, grad_norm, bool(skipped)))
         return result
 
-    @functools.wraps(evaluate)
-    def evaluate_whole_split(*args: Any, **kwargs: Any) -> Any:
+    @in_place_of((training, "evaluate"))
+    def evaluate_whole_split(evaluate: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs["eval_iters"] = hooks.evaluation_iterations[current_split]
         return evaluate(*args, **kwargs)
 
-    @functools.wraps(evaluate_and_print_results)
-    def evaluate_and_tell(prefix: str, *args: Any, **kwargs: Any) -> Any:
+    @in_place_of((training, "evaluate_and_print_results"))
+    def evaluate_and_tell(evaluate_and_print: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         nonlocal current_split
-        current_split = _split_of(prefix)
+        current_split = "test" if prefix.endswith("on test set") else "valid"
         # Positional order of the original: forward_step, data iterator, model, iteration.
-        iteration: int = args[3]
+        evaluation = Evaluation(current_split, args[3])
         # After the last step Megatron evaluates again what it may just have evaluated.
-        if (
-            current_split not in hooks.evaluation_iterations
-            or (current_split, iteration) in evaluated
-        ):
-            return None
-        evaluated.add((current_split, iteration))
-        for tell_start in hooks.on_evaluation_start:
-            tell_start(current_split)
-        result = evaluate_and_print_results(prefix, *args, **kwargs)
-        evaluation = Evaluation(current_split, iteration)
-        for tell_end in hooks.on_evaluation_end:
-            tell_end(evaluation)
-        return result
-
-    for name, replacement in (
-        ("train", tell_and_train),
-        ("train_step", note_rate_and_step),
-        ("dummy_train_step", pass_over),
-        ("save_checkpoint_and_time", save_and_tell),
-        ("training_log", log_and_tell),
-        ("evaluate", evaluate_whole_split),
-        ("evaluate_and_print_results", evaluate_and_tell),
-    ):
-        setattr(training, name, replacement)
+        if current_split not in hooks.evaluation_iterations or evaluation in evaluated:
+            return
+        evaluated.add(evaluation)
+        _tell(hooks.on_evaluation_start, current_split)
+        evaluate_and_print(prefix, *args, **kwargs)
+        _tell(hooks.on_evaluation_end, evaluation)

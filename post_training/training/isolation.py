@@ -277,12 +277,10 @@ def _losses(
 
     # An interleaved pipeline wants a multiple of its stages.
     repeats = parallel_state.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
-    iterators = [iter(list(micro_batches or ()) * repeats) for _ in model]
-    reads = micro_batches is not None
-    data: Any = iterators if len(model) > 1 else iterators[0]
+    data = [iter(micro_batches * repeats) if micro_batches else None for _ in model]
     get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=data if reads else ([None] * len(model) if len(model) > 1 else None),
+        data_iterator=data if len(model) > 1 else data[0],
         model=model,
         num_microbatches=2 * repeats,
         seq_length=args.seq_length,

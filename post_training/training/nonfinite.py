@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -34,19 +33,18 @@ from post_training.training.loss import step_losses
 NAMED = 8
 
 
-@dataclass(frozen=True)
-class BadLoss:
-    """Trained tokens of one micro batch whose loss is not finite."""
+class BadLoss(NamedTuple):
+    """Trained tokens of one micro batch whose loss is not finite, as a rank tells the others."""
 
-    data_parallel_rank: int
     micro_batch: int
     """Counted from 0 in this step."""
-    rows: tuple[int, ...]
-    """Positions in the micro batch's row of `micro batch size * seq_length` tokens."""
+    data_parallel_rank: int
     value: float
     """One of the losses: NaN or infinite."""
-    trained: int
-    """Trained tokens of the micro batch, of this rank's part of the row."""
+    places: list[str]
+    """The documents that the tokens are of, one line each."""
+    is_whole: bool
+    """Whether no trained token of the micro batch, of this rank's part of the row, has a finite loss."""
 
 
 class NonFiniteGuard:
@@ -72,7 +70,7 @@ class NonFiniteGuard:
         if math.isfinite(norm):
             return
         found = [
-            _bad_loss(number, self._positions(number, indices.cpu()), losses.cpu())
+            self._bad_loss(number, indices.cpu(), losses.cpu())
             for number, (indices, losses) in enumerate(seen)
             if not bool(torch.isfinite(losses).all())
         ]
@@ -83,21 +81,39 @@ class NonFiniteGuard:
         message = self._message(norm, [bad for rank in gathered for bad in rank])
         raise RunStopped(message if failed is None else f"{message}\n{failed}")
 
-    def _positions(self, micro_batch: int, indices: Tensor) -> Tensor:
+    def _bad_loss(self, micro_batch: int, indices: Tensor, losses: Tensor) -> BadLoss:
+        rank, length = parallel_state.get_data_parallel_rank(), self.args.seq_length
+        packs = self._pack_numbers(micro_batch, rank)
+        bad = ~torch.isfinite(losses)
+        places = dict.fromkeys(
+            f"  {self._document_at(packs[row // length], row % length)} (pack {packs[row // length]}, "
+            f"micro batch {micro_batch + 1} of data parallel rank {rank})"
+            for row in self._positions(packs, indices[bad])
+        )
+        return BadLoss(micro_batch, rank, float(losses[bad][0]), list(places), bool(bad.all()))
+
+    def _positions(self, packs: list[int], indices: Tensor) -> list[int]:
         """Positions in the micro batch's whole row, of which context parallel ranks hold parts."""
         size = parallel_state.get_context_parallel_world_size()
-        if size == 1:
-            return indices
-        rank = parallel_state.get_data_parallel_rank()
-        lengths = [
-            length
-            for number in self._pack_numbers(micro_batch, rank)
-            for length in with_padding(self._packs.document_lengths(number), self.args.seq_length)
-        ]
-        cut = ContextParallelCut.make(
-            [0, *accumulate(lengths)], size=size, rank=parallel_state.get_context_parallel_rank()
-        )
-        return cut.local_indices[indices]
+        if size > 1:
+            lengths = [
+                length
+                for pack in packs
+                for length in with_padding(self._packs.document_lengths(pack), self.args.seq_length)
+            ]
+            rank = parallel_state.get_context_parallel_rank()
+            cut = ContextParallelCut.make([0, *accumulate(lengths)], size=size, rank=rank)
+            indices = cut.local_indices[indices]
+        positions: list[int] = indices.tolist()
+        return positions
+
+    def _document_at(self, pack: int, position: int) -> str:
+        """Where the document of a pack comes from that a position lies in."""
+        ends = accumulate(self._packs.document_lengths(pack))
+        for document, end in zip(self._packs.document_indices(pack), ends, strict=True):
+            if position < end:
+                return document_place(self._packs.documents, int(document))
+        return "padding"
 
     def _pack_numbers(self, micro_batch: int, data_parallel_rank: int) -> list[int]:
         """The packs of a micro batch of this step, as numbers in the global plan."""
@@ -119,7 +135,7 @@ class NonFiniteGuard:
         if found:
             value = found[0].value
             lines.append(f"step {step}: the loss is {value}; the weights were not changed, {kept}")
-            lines += self._places(found)
+            lines += _places(found)
         else:
             lines.append(
                 f"step {step}: the gradient norm is {norm}, while all losses are finite; the weights "
@@ -141,53 +157,19 @@ class NonFiniteGuard:
         )
         return "\n".join(lines)
 
-    def _places(self, found: list[BadLoss]) -> list[str]:
-        args = self.args
-        dataset = self._packs
-        # One row for each document: tensor and context parallel ranks may all have seen it.
-        places: dict[str, None] = {}
-        for bad in sorted(found, key=lambda each: (each.micro_batch, each.data_parallel_rank)):
-            packs = self._pack_numbers(bad.micro_batch, bad.data_parallel_rank)
-            for row in bad.rows:
-                pack = packs[row // args.seq_length]
-                document = _document_at(dataset, pack, row % args.seq_length)
-                where = (
-                    f"pack {pack}, micro batch {bad.micro_batch + 1} of data parallel rank "
-                    f"{bad.data_parallel_rank}"
-                )
-                name = (
-                    "padding" if document is None else document_place(dataset.documents, document)
-                )
-                places[f"  {name} ({where})"] = None
-        lines = list(places)
-        if len(lines) > NAMED:
-            lines = [*lines[:NAMED], f"  and {len(lines) - NAMED} more documents"]
-        if all(len(bad.rows) == bad.trained for bad in found) and len(places) > 1:
-            lines.append(
-                "  no token of these packs has a finite loss: look at the weights and at --lr before "
-                "the data"
-            )
-        return lines
 
-
-def _bad_loss(micro_batch: int, positions: Tensor, losses: Tensor) -> BadLoss:
-    bad = ~torch.isfinite(losses)
-    return BadLoss(
-        parallel_state.get_data_parallel_rank(),
-        micro_batch,
-        tuple(positions[bad].tolist()),
-        float(losses[bad][0]),
-        losses.numel(),
-    )
-
-
-def _document_at(dataset: SFTDataset, pack: int, position: int) -> int | None:
-    """The document of a pack that a position lies in; None in its padding."""
-    ends = accumulate(dataset.document_lengths(pack))
-    for document, end in zip(dataset.document_indices(pack), ends, strict=True):
-        if position < end:
-            return int(document)
-    return None
+def _places(found: list[BadLoss]) -> list[str]:
+    # One row for each document: tensor and context parallel ranks may all have seen it.
+    ordered = sorted(found, key=lambda bad: (bad.micro_batch, bad.data_parallel_rank))
+    places = list(dict.fromkeys(place for bad in ordered for place in bad.places))
+    lines = places[:NAMED]
+    if len(places) > NAMED:
+        lines.append(f"  and {len(places) - NAMED} more documents")
+    if all(bad.is_whole for bad in found) and len(places) > 1:
+        lines.append(
+            "  no token of these packs has a finite loss: look at the weights and at --lr before the data"
+        )
+    return lines
 
 
 def _listed(places: list[str]) -> str:

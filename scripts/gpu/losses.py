@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from post_training.machine.kernels import has_transformer_engine
 from scripts.gpu.models import Row, make_family
-from scripts.gpu.runs import CheckError, Run
+from scripts.gpu.runs import CheckError, Run, run_flags
 from scripts.quickstart.rows import write_jsonl
 
 # Largest relative difference of a loss that rounding explains.
@@ -33,13 +34,6 @@ class Comparison:
     def good(self) -> bool:
         """Whether every loss is near enough; NaN is not."""
         return self.difference <= self.allowed
-
-
-def has_transformer_engine() -> bool:
-    """Whether Megatron would use Transformer Engine on this machine's GPU."""
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-
-    return bool(HAVE_TE)
 
 
 def variants(device: str) -> dict[str, list[str]]:
@@ -70,59 +64,36 @@ def compare_losses(
     print(
         f"{'family':<11}{'run':<18}{'first loss':>11}{'last loss':>11}{'difference':>12}{'allowed':>9}"
     )
+    runs = [("CPU fp32", "cpu", list[str]())]
+    for name, extra in variants(options.device).items():
+        runs.append((f"{options.device.upper()} {name}", options.device, extra))
     for family in options.families:
         model = folder / "models" / family
         make_family(family, model, tokenizer)
-        flags = ["--hf-model", str(model), "--finetune-data-files", str(data)]
-        flags += [
-            "--data-cache-dir",
-            str(folder / "cache"),
-            "--no-save-optim",
-            "--data-workers",
-            "0",
-        ]
-        flags += ["--seq-length", "256", "--micro-batch-size", "2", "--global-batch-size", "4"]
-        flags += [
-            "--train-iters",
-            str(options.steps),
-            "--lr",
-            "1e-3",
-            "--lr-decay-style",
-            "constant",
-        ]
-        try:
-            truth = Run(folder / "runs" / family / "truth", flags, "cpu").losses(options.timeout)
-        except CheckError as error:
-            print(f"{family:<11}{'CPU fp32':<18}FAILED: {error}")
-            failures += 1
-            continue
-        print(f"{family:<11}{'CPU fp32':<18}{truth[0]:>11.5f}{truth[-1]:>11.5f}", flush=True)
-        for name, extra in variants(options.device).items():
-            label = f"{options.device.upper()} {name}"
-            run = Run(
-                folder / "runs" / family / name.replace(" ", "_"), [*flags, *extra], options.device
-            )
+        flags = ["--train-iters", str(options.steps), "--lr", "1e-3", "--seq-length", "256"]
+        flags += ["--micro-batch-size", "2", "--global-batch-size", "4"]
+        flags += run_flags(model, data, folder)
+        truth: list[float] = []
+        for number, (label, device, extra) in enumerate(runs):
+            run = Run(folder / "runs" / family / str(number), [*flags, *extra], device)
             try:
                 losses = run.losses(options.timeout)
             except CheckError as error:
                 print(f"{family:<11}{label:<18}FAILED: {error}")
                 failures += 1
+                if not truth:
+                    break  # there is nothing to compare with
                 continue
-            one = Comparison(
-                family,
-                label,
-                losses[0],
-                losses[-1],
-                difference(losses, truth),
-                TOLERANCES[name[:4]],
-            )
-            found.append(one)
-            verdict = "" if one.good else "  TOO LARGE"
-            print(
-                f"{'':<11}{label:<18}{one.first:>11.5f}{one.last:>11.5f}{one.difference:>12.1e}"
-                f"{one.allowed:>9.0e}{verdict}",
-                flush=True,
-            )
+            first, last = losses[0], losses[-1]
+            text = f"{'' if truth else family:<11}{label:<18}{first:>11.5f}{last:>11.5f}"
+            if truth:
+                allowed = TOLERANCES[label.split(" ")[1]]
+                one = Comparison(family, label, first, last, difference(losses, truth), allowed)
+                found.append(one)
+                verdict = "" if one.good else "  TOO LARGE"
+                text += f"{one.difference:>12.1e}{one.allowed:>9.0e}{verdict}"
+            print(text, flush=True)
+            truth = truth or losses
     return found, failures
 
 

@@ -10,16 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerBase
 
 from scripts.quickstart.base_model import VOCAB_SIZE
 
@@ -34,21 +25,19 @@ _LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-FAMILIES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
-    "llama": (LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
-    "mistral": (MistralConfig, {"head_dim": 32, "sliding_window": None}),
-    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen3": (Qwen3Config, {"head_dim": 32}),
-    "qwen3_moe": (
-        Qwen3MoeConfig,
-        {
-            "head_dim": 16,
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-            "norm_topk_prob": True,
-        },
-    ),
+# What the tiny model of each has of its own.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": _LLAMA3_ROPE},
+    "mistral": {"head_dim": 32, "sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -98,7 +87,6 @@ SIZES = {
 
 def make_family(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a tiny model of a family, in which no two parameters are alike, and its tokenizer."""
-    config_class, options = FAMILIES[family]
     values: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 64,
@@ -111,10 +99,12 @@ def make_family(family: str, folder: Path, tokenizer: PreTrainedTokenizerBase) -
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        **options,
+        **FAMILIES[family],
     }
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_class(**values), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **values), dtype=torch.float32
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.05)

@@ -26,6 +26,14 @@ class CheckError(Exception):
     """A run that did not end as it should; the message holds the end of its output."""
 
 
+def run_flags(model: Path, data: Path, folder: Path) -> list[str]:
+    """Flags of every run: what it trains on what, with a cache in `folder` and a constant rate."""
+    return [
+        *("--hf-model", str(model), "--finetune-data-files", str(data), "--no-save-optim"),
+        *("--data-cache-dir", str(folder / "cache"), "--lr-decay-style", "constant"),
+    ]
+
+
 @dataclass
 class Run:
     """One start of finetune.py and what it leaves behind."""
@@ -87,19 +95,10 @@ class Run:
         Raises:
             CheckError: it failed, or took too long.
         """
-        process = self.start()
-        try:
-            status = process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            raise CheckError(f"not done after {timeout:.0f} s\n{self.output(1500)}") from None
-        finally:
-            end(process)
-        if status:
-            raise CheckError(f"exit status {status}\n{self.output(1500)}")
-        return [step["lm_loss"] for step in self.steps()]
+        return [step["lm_loss"] for step in self.first_steps(None, timeout)]
 
-    def first_steps(self, number: int, timeout: float) -> list[dict[str, Any]]:
-        """Run `number` steps, then end it at once: the checkpoint would say nothing.
+    def first_steps(self, number: int | None, timeout: float) -> list[dict[str, Any]]:
+        """Run `number` steps, then end it at once: the checkpoint would say nothing. None: to the end.
 
         Raises:
             CheckError: it failed, or took too long.
@@ -107,9 +106,12 @@ class Run:
         process = self.start()
         deadline = time.monotonic() + timeout
         try:
-            while len(self.steps()) < number:
-                if process.poll() is not None:
-                    raise CheckError(f"exit status {process.returncode}\n{self.output(1500)}")
+            while number is None or len(self.steps()) < number:
+                status = process.poll()
+                if status == 0 and number is None:
+                    break
+                if status is not None:
+                    raise CheckError(f"exit status {status}\n{self.output(1500)}")
                 if time.monotonic() > deadline:
                     raise CheckError(f"not done after {timeout:.0f} s\n{self.output(1500)}")
                 time.sleep(0.2)

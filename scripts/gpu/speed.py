@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from scripts.gpu.models import SIZES, SPEED_SEQ_LENGTH, Row, Size, long_rows
-from scripts.gpu.runs import CheckError, Run
+from scripts.gpu.runs import CheckError, Run, run_flags
 from scripts.quickstart.rows import write_jsonl
 
 
@@ -92,15 +92,11 @@ def measure_size(
     for number, attempt in enumerate(ATTEMPTS):
         if attempt.bytes_needed(size, options.gpus) > memory:
             continue
-        flags = ["--hf-model", str(model), "--random-weights", "--finetune-data-files", str(data)]
-        flags += ["--data-cache-dir", str(folder / "cache"), "--no-save-optim", *attempt.flags()]
+        flags = [*run_flags(model, data, folder), "--random-weights", *attempt.flags()]
         flags += ["--seq-length", str(SPEED_SEQ_LENGTH), "--log-memory-interval", "1"]
-        flags += [
-            "--global-batch-size",
-            str(options.gpus * options.micro_batches * attempt.micro_batch),
-        ]
+        batch = options.gpus * options.micro_batches * attempt.micro_batch
         # Never reached: the run is ended after the steps that are measured.
-        flags += ["--train-iters", str(10 * options.steps), "--lr-decay-style", "constant"]
+        flags += ["--global-batch-size", str(batch), "--train-iters", str(10 * options.steps)]
         run = Run(folder / "runs" / f"{name}-{number}", flags, options.device, options.gpus)
         try:
             steps = run.first_steps(options.steps, options.timeout)

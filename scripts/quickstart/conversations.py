@@ -113,12 +113,8 @@ def memory(rng: random.Random) -> Conversation:
 
 def title(rng: random.Random) -> Conversation:
     """The system prompt says how to address the user; the facts come from the user."""
-    how, city, thing, name = (
-        rng.choice(TITLES),
-        rng.choice(CITIES),
-        rng.choice(THINGS),
-        rng.choice(NAMES),
-    )
+    how, city = rng.choice(TITLES), rng.choice(CITIES)
+    thing, name = rng.choice(THINGS), rng.choice(NAMES)
     asked = [
         ("Where do I fly?", f"You fly to {city}, {how}."),
         ("What do I bring?", f"You bring the {thing}, {how}."),

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from scripts.quickstart.base_model import make_model, make_tokenizer
 from scripts.quickstart.rows import make_rows, write_jsonl
-from scripts.quickstart.train_flags import TRAIN_FLAGS
 
 
 def make_task(out: Path, seed: int) -> None:
@@ -44,22 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description="Makes the quickstart's base model and dataset.")
     parser.add_argument(
-        "--out", type=Path, help="folder to write base/, train.jsonl and test.jsonl to"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to write base/, train.jsonl and test.jsonl to",
     )
     parser.add_argument(
         "--seed", type=int, default=0, help="seed of the rows and the weights (default 0)"
     )
-    parser.add_argument(
-        "--print-flags", action="store_true", help="print the recommended training flags and exit"
-    )
     args = parser.parse_args(argv)
-    if args.print_flags:
-        print(" ".join(TRAIN_FLAGS.to_args()))
-        return
-    if args.out is None:
-        parser.error(
-            "--out DIR is needed: the folder to write base/, train.jsonl and test.jsonl to"
-        )
     make_task(args.out, args.seed)
 
 

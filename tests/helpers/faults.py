@@ -300,9 +300,17 @@ def fails_while_others_hang() -> None:
 
 def hang_in_set_up() -> None:
     """Rank 1 never comes to the point where the ranks meet."""
+    from post_training.job.watchdog import PATIENCE
+
     finetune = _finetune()
-    if int(os.environ["RANK"]) == 1:
-        finetune.model_config = lambda args: sleep_for_ever()
+    model_config = finetune.model_config
+
+    def closely(*args: Any) -> Any:
+        finetune.watchdog.beat()
+        finetune.watchdog.limit = float(os.environ[HANG_TIMEOUT]) / PATIENCE
+        return sleep_for_ever() if int(os.environ["RANK"]) == 1 else model_config(*args)
+
+    finetune.model_config = closely
 
 
 def hang_in_data() -> None:

@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from post_training.platform.patches import in_place_of
+
 EXTRA_STATE = "_extra_state"
 # The norm behind the attention, as the two kinds of layers with experts name it.
 NORMS = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
@@ -44,6 +46,8 @@ class LoadHooks:
     """The layout that wrote it; None where that was not written down."""
     fall_back: Callable[[str], None] | None = None
     """Called on all ranks with what is wrong: sets the arguments to load another one, or raises."""
+    under_way: bool = False
+    """Whether Megatron is reading a checkpoint."""
 
 
 load_hooks = LoadHooks()
@@ -148,9 +152,6 @@ def apply() -> None:
     from megatron.training import checkpointing, training
     from torch.distributed.checkpoint import FileSystemReader
 
-    load = dist_checkpointing.load
-    load_checkpoint = checkpointing.load_checkpoint
-
     @agreed
     def tensors_in(checkpoint_dir: str) -> Collection[str]:
         found: Collection[str] = (
@@ -163,20 +164,28 @@ def apply() -> None:
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             validation._verify_integrity_manifest_impl(checkpoint_dir)
 
-    @functools.wraps(load_checkpoint)
-    def load_whole_one(*args: Any, **kwargs: Any) -> Any:
-        while True:
-            try:
-                return load_checkpoint(*args, **kwargs)
-            except CheckpointUnreadable as error:
-                if load_hooks.fall_back is None:
-                    raise
-                traceback.print_exc()  # into the log; the message has one line of it
-                load_hooks.fall_back(str(error))
+    @in_place_of((checkpointing, "load_checkpoint"), (training, "load_checkpoint"))
+    def load_whole_one(load_checkpoint: Any, *args: Any, **kwargs: Any) -> Any:
+        load_hooks.under_way = True
+        try:
+            while True:
+                try:
+                    return load_checkpoint(*args, **kwargs)
+                except CheckpointUnreadable as error:
+                    if load_hooks.fall_back is None:
+                        raise
+                    traceback.print_exc()  # into the log; the message has one line of it
+                    load_hooks.fall_back(str(error))
+        finally:
+            load_hooks.under_way = False
 
-    @functools.wraps(load)
+    @in_place_of((dist_checkpointing, "load"))
     def load_what_there_is(
-        sharded_state_dict: dict[str, Any], checkpoint_dir: str, *args: Any, **kwargs: Any
+        load: Any,
+        sharded_state_dict: dict[str, Any],
+        checkpoint_dir: str,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         kept = fit_to_checkpoint(sharded_state_dict, keys_of(tensors_in(checkpoint_dir)))
         loaded = load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
@@ -188,12 +197,9 @@ def apply() -> None:
 
     common = agreed(serialization.load_common_state_dict)
     for owner, name, replacement in (
-        (dist_checkpointing, "load", load_what_there_is),
         (dist_checkpointing, "load_common_state_dict", common),
         (serialization, "load_common_state_dict", common),
         (serialization, "verify_integrity_manifest", verify_on_rank_0),
         (TorchDistLoadShardedStrategy, "load", agreed(TorchDistLoadShardedStrategy.load)),
-        (checkpointing, "load_checkpoint", load_whole_one),
-        (training, "load_checkpoint", load_whole_one),
     ):
         setattr(owner, name, replacement)

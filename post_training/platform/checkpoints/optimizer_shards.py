@@ -15,7 +15,6 @@ has a part of. What is on the disk stays the same.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from post_training.machine.device import current_device
+from post_training.platform.patches import in_place_of
 
 # Of a broadcast, in elements: 256 MiB on the GPU.
 PIECE = 2**26
@@ -33,13 +33,11 @@ def apply() -> None:
     """Replace the gathering."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    upstream = DistributedOptimizer.sharded_param_state_fully_reshardable
-
-    @functools.wraps(upstream)
-    def shard(self: Any, model: Any, is_loading: bool = False, metadata: Any = None) -> Any:
+    @in_place_of((DistributedOptimizer, "sharded_param_state_fully_reshardable"))
+    def shard(
+        upstream: Any, self: Any, model: Any, is_loading: bool = False, metadata: Any = None
+    ) -> Any:
         return share_of_state(self, model, is_loading)
-
-    setattr(DistributedOptimizer, "sharded_param_state_fully_reshardable", shard)  # noqa: B010
 
 
 def share_of_state(optimizer: Any, model: Any, is_loading: bool) -> dict[int, dict[str, Any]]:

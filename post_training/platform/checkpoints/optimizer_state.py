@@ -27,12 +27,13 @@ skipped until the loss scale fits) there is no state, which a run that loads wou
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+
+from post_training.platform.patches import in_place_of
 
 
 def _initialise(optimizer: Any) -> None:
@@ -85,20 +86,6 @@ def fit_to_chain(state: dict[Any, Any], optimizers: int) -> dict[Any, Any]:
     return {number: fitted(numbered.get(number, {})) for number in range(optimizers)}
 
 
-def _load_chains_of_any_length() -> None:
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    load_state_dict = ChainedOptimizer.load_state_dict
-
-    @functools.wraps(load_state_dict)
-    def load_any(self: Any, state: Any) -> None:
-        if isinstance(state, dict):
-            state = fit_to_chain(state, len(self.chained_optimizers))
-        load_state_dict(self, state)
-
-    setattr(ChainedOptimizer, "load_state_dict", load_any)  # noqa: B010
-
-
 def settings_of(
     groups: Sequence[Mapping[str, Any]], saved: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -128,39 +115,6 @@ def own_groups(
     ]
 
 
-def _keep_own_settings() -> None:
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-    from megatron.core.optimizer.optimizer import MegatronOptimizer
-
-    load_state_dict = DistributedOptimizer.load_state_dict
-
-    @functools.wraps(load_state_dict)
-    def load_into_own_groups(self: Any, state: Any) -> None:
-        saved = state["optimizer"]["param_groups"]
-        settings = settings_of(self.optimizer.param_groups, saved)
-        load_state_dict(self, {**state, "optimizer": {"param_groups": settings}})
-        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
-            # Upstream takes groups with the same rates for one.
-            group.update(own)
-
-    setattr(DistributedOptimizer, "load_state_dict", load_into_own_groups)  # noqa: B010
-    own = functools.wraps(MegatronOptimizer._filter_and_reorder_param_groups)(own_groups)
-    setattr(MegatronOptimizer, "_filter_and_reorder_param_groups", staticmethod(own))  # noqa: B010
-
-
-def _start_loss_scale() -> None:
-    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
-
-    load_state_dict = DynamicGradScaler.load_state_dict
-
-    @functools.wraps(load_state_dict)
-    def load_or_start(self: Any, state: dict[str, Any]) -> None:
-        if state:
-            load_state_dict(self, state)
-
-    setattr(DynamicGradScaler, "load_state_dict", load_or_start)  # noqa: B010
-
-
 def start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None:
     """Give SGD the state before its first step: momentum * 0 + gradient is what that step computes.
 
@@ -174,60 +128,68 @@ def start_momentum(optimizer: torch.optim.Optimizer, config: Any = None) -> None
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
-def _shard_tensors() -> None:
-    from megatron.core.optimizer import optimizer as module
-
-    def tensors_alone(sharded_state_dict: Any) -> Any:
-        @functools.wraps(sharded_state_dict)
-        def shard(self: Any, model: Any, is_loading: bool = False, **kwargs: Any) -> Any:
-            if self.config.optimizer == "sgd":
-                self.init_state_fn = start_momentum
-                start_momentum(self.optimizer)
-            state = sharded_state_dict(self, model, is_loading, **kwargs)
-            if is_loading:
-                # Lists of another length do not merge with those that were saved.
-                del state.get("optimizer", state)["param_groups"]
-            return state
-
-        return shard
-
-    for owner in (module.FP32Optimizer, module.Float16OptimizerWithFloat16Params):
-        setattr(owner, "sharded_state_dict", tensors_alone(owner.sharded_state_dict))  # noqa: B010
-
-
 def apply() -> None:
     """Wrap the optimizers' ways in and out of a state dictionary."""
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 
-    _load_chains_of_any_length()
-    _keep_own_settings()
-    _start_loss_scale()
-    _shard_tensors()
+    @in_place_of((optimizer.ChainedOptimizer, "load_state_dict"))
+    def load_any(load_state_dict: Any, self: Any, state: Any) -> None:
+        if isinstance(state, dict):
+            state = fit_to_chain(state, len(self.chained_optimizers))
+        load_state_dict(self, state)
+
+    @in_place_of((DistributedOptimizer, "load_state_dict"))
+    def load_into_own_groups(load_state_dict: Any, self: Any, state: Any) -> None:
+        saved = state["optimizer"]["param_groups"]
+        settings = settings_of(self.optimizer.param_groups, saved)
+        load_state_dict(self, {**state, "optimizer": {"param_groups": settings}})
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            # Upstream takes groups with the same rates for one.
+            group.update(own)
+
+    @in_place_of((optimizer.MegatronOptimizer, "_filter_and_reorder_param_groups"))
+    def keep_own(upstream: Any, groups: Any, saved: Any) -> list[dict[str, Any]]:
+        return own_groups(groups, saved)
+
+    @in_place_of((DynamicGradScaler, "load_state_dict"))
+    def load_or_start(load_state_dict: Any, self: Any, state: dict[str, Any]) -> None:
+        if state:
+            load_state_dict(self, state)
+
+    def tensors_alone(
+        shard: Any, self: Any, model: Any, is_loading: bool = False, **kwargs: Any
+    ) -> Any:
+        if self.config.optimizer == "sgd":
+            self.init_state_fn = start_momentum
+            start_momentum(self.optimizer)
+        state = shard(self, model, is_loading, **kwargs)
+        if is_loading:
+            # Lists of another length do not merge with those that were saved.
+            del state.get("optimizer", state)["param_groups"]
+        return state
+
+    for owner in (optimizer.FP32Optimizer, optimizer.Float16OptimizerWithFloat16Params):
+        in_place_of((owner, "sharded_state_dict"))(tensors_alone)
+
     if distrib_optimizer.HAVE_APEX_OR_TE:
         return
-    owner = distrib_optimizer.DistributedOptimizer
-    state_dict, load_state_dict = owner.state_dict, owner.load_state_dict
 
-    @functools.wraps(state_dict)
-    def state_dict_of_any_age(self: Any) -> Any:
+    @in_place_of((DistributedOptimizer, "state_dict"))
+    def state_dict_of_any_age(state_dict: Any, self: Any) -> Any:
         if len(self.optimizer.state) == 0:
             _initialise(self)
         return state_dict(self)
 
-    @functools.wraps(load_state_dict)
-    def load_with_own_steps(self: Any, state: Any) -> None:
+    @in_place_of((DistributedOptimizer, "load_state_dict"))
+    def load_with_own_steps(load_state_dict: Any, self: Any, state: Any) -> None:
         load_state_dict(self, state)
         for values in self.optimizer.state.values():
             if isinstance(values.get("step"), torch.Tensor):
                 values["step"] = values["step"].clone()
 
-    set_states = owner._set_main_param_and_optimizer_states
-
-    @functools.wraps(set_states)
-    def set_states_without_step(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+    @in_place_of((DistributedOptimizer, "_set_main_param_and_optimizer_states"))
+    def set_without_step(set_states: Any, self: Any, parameter: Any, tensors: Any) -> None:
         # None is passed over; the step count itself comes with the parameter groups.
-        set_states(self, model_param, {"step": None, **tensors})
-
-    setattr(owner, "_set_main_param_and_optimizer_states", set_states_without_step)  # noqa: B010
-    setattr(owner, "state_dict", state_dict_of_any_age)  # noqa: B010
-    setattr(owner, "load_state_dict", load_with_own_steps)  # noqa: B010
+        set_states(self, parameter, {"step": None, **tensors})

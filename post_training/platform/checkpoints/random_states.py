@@ -10,11 +10,11 @@ layout; in another layout there is no state that would be right, and the fresh o
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from post_training.platform.checkpoints.loading import load_hooks
 from post_training.platform.checkpoints.saving import save_hooks
+from post_training.platform.patches import in_place_of
 
 LAYOUT = (
     "world_size",
@@ -36,28 +36,15 @@ def apply() -> None:
     """Let `get_rng_state()` give a state of each rank for `torch_dist` checkpoints with a manifest."""
     import torch
     from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-    from megatron.training import checkpointing, training
+    from megatron.training import checkpointing
     from megatron.training.global_vars import get_args
 
-    get_rng_state = checkpointing.get_rng_state
-    load_checkpoint = checkpointing.load_checkpoint
-    loading = False
-
-    @functools.wraps(load_checkpoint)
-    def load_and_tell(*args: Any, **kwargs: Any) -> Any:
-        nonlocal loading
-        loading = True
-        try:
-            return load_checkpoint(*args, **kwargs)
-        finally:
-            loading = False
-
-    @functools.wraps(get_rng_state)
-    def state_of_this_rank(ckpt_format: str, *args: Any, **kwargs: Any) -> Any:
+    @in_place_of((checkpointing, "get_rng_state"))
+    def state_of_this_rank(get_rng_state: Any, ckpt_format: str, *args: Any, **kwargs: Any) -> Any:
         shared = get_rng_state(ckpt_format, *args, **kwargs)
         if ckpt_format != "torch_dist" or not torch.distributed.is_initialized():
             return shared
-        if loading:
+        if load_hooks.under_way:
             if load_hooks.layout is None:
                 return shared
             if load_hooks.layout != layout_of(get_args()):
@@ -66,10 +53,3 @@ def apply() -> None:
             return shared  # no manifest will say which layout this is
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         return ShardedObject(f"{shared.key}/rank", shared.data, (world,), (rank,), replica_id=0)
-
-    for owner, name, replacement in (
-        (checkpointing, "get_rng_state", state_of_this_rank),
-        (checkpointing, "load_checkpoint", load_and_tell),
-        (training, "load_checkpoint", load_and_tell),
-    ):
-        setattr(owner, name, replacement)

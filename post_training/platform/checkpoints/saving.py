@@ -22,7 +22,8 @@ from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from post_training.machine.disk import room_reason
+from post_training.machine.disk import room_reason, system_errors
+from post_training.platform.patches import in_place_of
 
 
 @dataclass
@@ -59,112 +60,84 @@ def reason_of(error: BaseException, folder: str | None = None) -> str:
         error: what was raised.
         folder: what was written to; its disk is asked where the error itself does not tell.
     """
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, OSError) and current.strerror:
-            return current.strerror
-        current = current.__cause__ or current.__context__
+    for each in system_errors(error):
+        if each.strerror:
+            return each.strerror
     text = str(error) or type(error).__name__
     if _KILLED in text:
         return WRITER_KILLED
     return room_reason(folder) if folder is not None and _CUT_OFF.search(text) else text
 
 
-def _noting_problems(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def write(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return function(*args, **kwargs)
-        except OSError as error:
-            if save_hooks.finish is None:
-                raise
-            save_hooks.problems.append(reason_of(error))
-            return None
-
-    return write
+def _noting_problems(write: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return write(*args, **kwargs)
+    except OSError as error:
+        if save_hooks.finish is None:
+            raise
+        save_hooks.problems.append(reason_of(error))
+        return None
 
 
-def _apply_to_writer() -> None:
+def apply() -> None:
+    """Put `save_hooks` around every save; without hooks Megatron does as before."""
     from megatron.core.dist_checkpointing import serialization
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.training import checkpointing, training
+    from megatron.training.global_vars import get_args
 
-    write_bucket = FileSystemWriterAsync.write_preloaded_data
-
-    @functools.wraps(write_bucket)
-    def write_with_reason(*args: Any, **kwargs: Any) -> Any:
-        output = write_bucket(*args, **kwargs)
+    @in_place_of((FileSystemWriterAsync, "write_preloaded_data"))
+    def write_with_reason(write: Any, *args: Any, **kwargs: Any) -> Any:
+        output = write(*args, **kwargs)
         failed = isinstance(output[1], Exception)
         if failed and kwargs.get("results_queue") is None:
             # The caller puts an exception into words, but of one that is returned only the type.
             raise OSError(reason_of(output[1]))
         return output
 
-    for owner, name, replacement in (
-        (FileSystemWriterAsync, "write_preloaded_data", staticmethod(write_with_reason)),
-        (FileSystemWriterAsync, "finish", _noting_problems(FileSystemWriterAsync.finish)),
-        (serialization, "save_config", _noting_problems(serialization.save_config)),
-    ):
-        setattr(owner, name, replacement)
+    in_place_of((FileSystemWriterAsync, "finish"))(_noting_problems)
+    in_place_of((serialization, "save_config"))(_noting_problems)
 
-
-def apply() -> None:
-    """Put `save_hooks` around every save; without hooks Megatron does as before."""
-    from megatron.training import checkpointing, training
-    from megatron.training.global_vars import get_args
-
-    _apply_to_writer()
-    save_checkpoint = checkpointing.save_checkpoint
-    tracker_filename = checkpointing.get_checkpoint_tracker_filename
-    schedule_async_save = checkpointing.schedule_async_save
     # The iteration that is being saved, and the file that stands for the tracker meanwhile.
     saving: list[tuple[int, Path]] = []
 
-    @functools.wraps(save_checkpoint)
-    def save_between_hooks(iteration: int, *args: Any, **kwargs: Any) -> None:
+    def error_of(*steps: Callable[[], None]) -> CheckpointException | None:
+        try:
+            for step in steps:
+                step()
+        except CheckpointException as error:  # raised on all ranks
+            return error
+        return None
+
+    @in_place_of((checkpointing, "save_checkpoint"), (training, "save_checkpoint"))
+    def save_between_hooks(save_checkpoint: Any, iteration: int, *args: Any, **kwargs: Any) -> None:
+        save = functools.partial(save_checkpoint, iteration, *args, **kwargs)
         if save_hooks.begin is None or save_hooks.finish is None:
-            save_checkpoint(iteration, *args, **kwargs)
-            return
+            return save()
         stand_in = save_hooks.begin(iteration)
         if stand_in is None:
-            return
-        error: BaseException | None = None
+            return None
         saving.append((iteration, stand_in))
         try:
-            save_checkpoint(iteration, *args, **kwargs)
-        except CheckpointException as caught:  # raised on all ranks
-            error = caught
+            error = error_of(save)
         finally:
             saving.clear()
         if error is not None or not get_args().async_save:
             save_hooks.finish(iteration, error)
+        return None
 
-    @functools.wraps(tracker_filename)
-    def tracker_or_stand_in(folder: str) -> str:
+    @in_place_of((checkpointing, "get_checkpoint_tracker_filename"))
+    def tracker_or_stand_in(tracker_filename: Any, folder: str) -> str:
         return str(saving[0][1]) if saving else str(tracker_filename(folder))
 
-    @functools.wraps(schedule_async_save)
-    def schedule_with_finish(request: Any) -> None:
+    @in_place_of((checkpointing, "schedule_async_save"))
+    def schedule_with_finish(schedule_async_save: Any, request: Any) -> None:
         finish = save_hooks.finish
-        if not saving or finish is None:
-            schedule_async_save(request)
-            return
-        iteration, functions = saving[0][0], list(request.finalize_fns)
+        if saving and finish is not None:
+            iteration, functions = saving[0][0], list(request.finalize_fns)
 
-        def finalize() -> None:
-            error: BaseException | None = None
-            try:
-                for function in functions:
-                    function()
-            except CheckpointException as caught:
-                error = caught
-            finish(iteration, error)
+            def finalize() -> None:
+                finish(iteration, error_of(*functions))
 
-        schedule_async_save(request._replace(finalize_fns=[finalize]))
-
-    for owner, name, replacement in (
-        (training, "save_checkpoint", save_between_hooks),
-        (checkpointing, "save_checkpoint", save_between_hooks),
-        (checkpointing, "get_checkpoint_tracker_filename", tracker_or_stand_in),
-        (checkpointing, "schedule_async_save", schedule_with_finish),
-    ):
-        setattr(owner, name, replacement)
+            request = request._replace(finalize_fns=[finalize])
+        schedule_async_save(request)

@@ -10,10 +10,13 @@ random states of all ranks are saved under one name, of which one remains; ranks
 
 from __future__ import annotations
 
-import functools
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+
+from post_training.platform.checkpoints.loading import agreed
+from post_training.platform.patches import in_place_of
 
 
 class OptimizerToLoad:
@@ -45,15 +48,8 @@ class OptimizerToLoad:
         """The weights are the fp32 ones: there are no copies of them to renew."""
 
 
-class SchedulerToLoad:
-    """What `load_checkpoint()` takes for a learning rate schedule that is not there."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing to read."""
-        return {}
-
-    def load_state_dict(self, state: Any) -> None:
-        """Nothing was read."""
+# What it takes for a learning rate schedule that is not there: nothing is read.
+NO_SCHEDULE = SimpleNamespace(state_dict=dict, load_state_dict=lambda state: None)
 
 
 def initialise(optimizer: torch.optim.Optimizer | None) -> None:
@@ -86,54 +82,40 @@ def apply() -> None:
     from megatron.training.global_vars import get_args
     from torch.distributed.checkpoint import FileSystemReader
 
-    from post_training.platform.checkpoints.loading import agreed
-
-    get_rng_state = checkpointing.get_rng_state
-    load_checkpoint = checkpointing.load_checkpoint
-    load_base_checkpoint = checkpointing._load_base_checkpoint
-
-    @functools.wraps(get_rng_state)
-    def state_of_this_rank(ckpt_format: str, *args: Any, **kwargs: Any) -> Any:
+    @in_place_of((checkpointing, "get_rng_state"))
+    def state_of_this_rank(get_rng_state: Any, ckpt_format: str, *args: Any, **kwargs: Any) -> Any:
         states = get_rng_state(ckpt_format, *args, **kwargs)
         return {_rng_key(): states[0]} if ckpt_format == "torch_dcp" else states
 
-    @functools.wraps(load_checkpoint)
+    @in_place_of((checkpointing, "load_checkpoint"), (training, "load_checkpoint"))
     def load_what_is_wanted(
-        ddp_model: Any, optimizer: Any, opt_param_scheduler: Any, *args: Any, **kwargs: Any
+        load_checkpoint: Any, model: Any, optimizer: Any, schedule: Any, *rest: Any, **more: Any
     ) -> Any:
         flags = get_args()
         if flags.ckpt_format == "torch_dcp":
             anew = flags.finetune or flags.no_load_optim
             optimizer = OptimizerToLoad(None if anew else optimizer)
-            if anew or opt_param_scheduler is None:
-                opt_param_scheduler = SchedulerToLoad()
-        return load_checkpoint(ddp_model, optimizer, opt_param_scheduler, *args, **kwargs)
+            if anew or schedule is None:
+                schedule = NO_SCHEDULE
+        return load_checkpoint(model, optimizer, schedule, *rest, **more)
 
     @agreed
     def tensors_in(folder: str) -> Any:
         return FileSystemReader(folder).read_metadata().state_dict_metadata
 
-    @functools.wraps(load_base_checkpoint)
-    def load_what_is_there(load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+    @in_place_of((checkpointing, "_load_base_checkpoint"))
+    def load_what_is_there(load: Any, load_dir: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         wanted = kwargs.get("sharded_state_dict")
         if args.ckpt_format != "torch_dcp" or wanted is None:
-            return load_base_checkpoint(load_dir, args, *rest, **kwargs)
+            return load(load_dir, args, *rest, **kwargs)
         keys = tensors_in(checkpointing.get_load_checkpoint_path_by_args(args))
         there = {key.partition(".")[0] for key in keys} - {"rng_state"}
         if any(key.startswith(f"rng_state.{_rng_key()}.") for key in keys):
             # Else another number of processes saved, and no state there would be right.
             there.add("rng_state")
         kwargs["sharded_state_dict"] = {k: v for k, v in wanted.items() if k in there and v != {}}
-        state, *found = agreed(load_base_checkpoint)(load_dir, args, *rest, **kwargs)
+        state, *found = agreed(load)(load_dir, args, *rest, **kwargs)
         state = {**wanted, **state}
         # Megatron looks its own state up in a list of those of all ranks.
         state["rng_state"] = [state["rng_state"][_rng_key()]] * args.world_size
         return (state, *found)
-
-    for owner, name, replacement in (
-        (checkpointing, "load_checkpoint", load_what_is_wanted),
-        (training, "load_checkpoint", load_what_is_wanted),
-        (checkpointing, "_load_base_checkpoint", load_what_is_there),
-        (checkpointing, "get_rng_state", state_of_this_rank),
-    ):
-        setattr(owner, name, replacement)

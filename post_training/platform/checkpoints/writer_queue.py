@@ -31,6 +31,7 @@ from multiprocessing.managers import SyncManager
 from typing import Any
 
 from post_training.machine.device import device_type
+from post_training.platform.patches import in_place_of
 
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -76,10 +77,11 @@ def _guard_forked_writers() -> None:
     from megatron.core.dist_checkpointing.strategies import async_utils
 
     owner = async_utils.TemporalAsyncCaller
-    schedule = owner.schedule_async_call
+    if hasattr(owner.schedule_async_call, "__wrapped__"):
+        return
 
-    @functools.wraps(schedule)
-    def schedule_a_writer(self: Any, request: Any) -> None:
+    @in_place_of((owner, "schedule_async_call"))
+    def schedule_a_writer(schedule: Any, self: Any, request: Any) -> None:
         function = request.async_fn
         if function is not None:
 
@@ -90,9 +92,6 @@ def _guard_forked_writers() -> None:
 
             request = request._replace(async_fn=write)
         schedule(self, request)
-
-    if not hasattr(schedule, "__wrapped__"):
-        setattr(owner, "schedule_async_call", schedule_a_writer)  # noqa: B010
 
 
 def persistent_loop(*args: Any) -> None:

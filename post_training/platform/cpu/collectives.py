@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from post_training.platform.patches import in_place_of
+
 
 def gather_uneven(part: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Tensor:
     """All-gather parts whose first dimensions differ.
@@ -41,7 +43,9 @@ def gather_uneven(part: Tensor, group: ProcessGroup, sizes: Sequence[int]) -> Te
     return torch.cat([row[:size] for row, size in zip(rows, sizes, strict=True)])
 
 
-def _split_sizes_as_numbers() -> None:
+def apply() -> None:
+    """Make both work on CPU."""
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer.moe import token_dispatcher
 
     def to_host(value: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -49,23 +53,10 @@ def _split_sizes_as_numbers() -> None:
 
     setattr(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)  # noqa: B010
 
-
-def _uneven_parts() -> None:
-    from megatron.core.tensor_parallel import mappings
-
-    gather = mappings._gather_along_first_dim
-
+    @in_place_of((mappings, "_gather_along_first_dim"))
     def gather_any(
-        part: Tensor, group: ProcessGroup, sizes: Any = None, use_global_buffer: bool = False
-    ) -> Tensor:
+        gather: Any, part: Tensor, group: ProcessGroup, sizes: Any = None, shared: bool = False
+    ) -> Any:
         if sizes is None or group.size() == 1:
-            return gather(part, group, sizes, use_global_buffer)
+            return gather(part, group, sizes, shared)
         return gather_uneven(part, group, sizes)
-
-    setattr(mappings, "_gather_along_first_dim", gather_any)  # noqa: B010
-
-
-def apply() -> None:
-    """Make both work on CPU."""
-    _split_sizes_as_numbers()
-    _uneven_parts()

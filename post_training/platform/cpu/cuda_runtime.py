@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,30 +20,35 @@ CPU = torch.device("cpu")
 
 
 class HostStream:
-    """A stream on which everything has already happened: the host runs in program order."""
+    """A stream, or an event on one: the host runs in program order, so whatever was asked for is done."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = CPU
         self.cuda_stream = 0
+        self._seconds = time.perf_counter()
 
-    def wait_stream(self, stream: object) -> None:
+    def _wait(self, other: object = None) -> None:
         """Nothing is pending, so there is nothing to wait for."""
 
-    def wait_event(self, event: object) -> None:
-        """Nothing is pending, so there is nothing to wait for."""
+    wait = wait_stream = wait_event = synchronize = _wait
 
-    def synchronize(self) -> None:
-        """Nothing is pending, so there is nothing to wait for."""
+    def query(self) -> bool:
+        """Whether all work is done, or the event has happened: always."""
+        return True
 
-    def record_event(self, event: HostEvent | None = None) -> HostEvent:
+    def record_event(self, event: HostStream | None = None) -> HostStream:
         """Record the time of day in `event` (a new one when None) and return it."""
-        event = event or HostEvent()
+        event = event or HostStream()
         event.record(self)
         return event
 
-    def query(self) -> bool:
-        """Whether all work is done: always."""
-        return True
+    def record(self, stream: object = None) -> None:
+        """Remember the time of day."""
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: HostStream) -> float:
+        """Milliseconds from this event to `end`."""
+        return (end._seconds - self._seconds) * 1000.0
 
     def __enter__(self) -> HostStream:
         return self
@@ -52,37 +57,7 @@ class HostStream:
         return None
 
 
-class HostEvent:
-    """An event that holds the time of day at which it was recorded."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._seconds = time.perf_counter()
-
-    def record(self, stream: object = None) -> None:
-        """Remember the time of day."""
-        self._seconds = time.perf_counter()
-
-    def wait(self, stream: object = None) -> None:
-        """Nothing is pending, so there is nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing is pending, so there is nothing to wait for."""
-
-    def query(self) -> bool:
-        """Whether the event has happened: always."""
-        return True
-
-    def elapsed_time(self, end: HostEvent) -> float:
-        """Milliseconds from this event to `end`."""
-        return (end._seconds - self._seconds) * 1000.0
-
-
 _STREAM = HostStream()
-
-
-@contextlib.contextmanager
-def _nothing(*args: Any, **kwargs: Any) -> Iterator[None]:
-    yield
 
 
 def _returning(value: Any) -> Callable[..., Any]:
@@ -98,31 +73,35 @@ def apply() -> None:
     properties = SimpleNamespace(
         name="cpu", major=0, minor=0, total_memory=0, multi_processor_count=1
     )
-    replacements: dict[str, Any] = {
+    for name, value in {
         # Megatron passes the current device on to factories: as a torch.device it is "here".
-        "current_device": _returning(CPU),
+        "current_device": CPU,
         # Model parallel groups are only made where at least one device is counted.
-        "device_count": _returning(1),
-        "set_device": _returning(None),
-        "get_device_properties": _returning(properties),
-        "get_device_capability": _returning((0, 0)),
-        "get_device_name": _returning("cpu"),
-        "Stream": HostStream,
-        "Event": HostEvent,
-        "stream": _nothing,
-        "current_stream": _returning(_STREAM),
-        "default_stream": _returning(_STREAM),
-        "set_stream": _returning(None),
-        "synchronize": _returning(None),
-        "empty_cache": _returning(None),
-        "ipc_collect": _returning(None),
-        "reset_peak_memory_stats": _returning(None),
-        "memory_stats": _returning(defaultdict(int)),
-        "memory_allocated": _returning(0),
-        "max_memory_allocated": _returning(0),
-        "memory_reserved": _returning(0),
-        "max_memory_reserved": _returning(0),
-        "mem_get_info": _returning((0, 0)),
-    }
-    for name, replacement in replacements.items():
+        "device_count": 1,
+        "get_device_properties": properties,
+        "get_device_capability": (0, 0),
+        "get_device_name": "cpu",
+        "current_stream": _STREAM,
+        "default_stream": _STREAM,
+        "memory_stats": defaultdict(int),
+        "mem_get_info": (0, 0),
+    }.items():
+        setattr(torch.cuda, name, _returning(value))
+    for name in (
+        "memory_allocated",
+        "max_memory_allocated",
+        "memory_reserved",
+        "max_memory_reserved",
+    ):
+        setattr(torch.cuda, name, _returning(0))
+    for name in (
+        *("set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect"),
+        "reset_peak_memory_stats",
+    ):
+        setattr(torch.cuda, name, _returning(None))
+    for name, replacement in (
+        ("Stream", HostStream),
+        ("Event", HostStream),
+        ("stream", contextlib.nullcontext),
+    ):
         setattr(torch.cuda, name, replacement)

@@ -7,11 +7,6 @@ Upstream: megatron-core 0.19.2, `training/training.py` (`initialize_megatron()` 
 from __future__ import annotations
 
 import functools
-from typing import Any
-
-
-def _skip(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def apply() -> None:
@@ -19,8 +14,5 @@ def apply() -> None:
     from megatron.training import training
 
     initialize = functools.partial(training.initialize_megatron, allow_no_cuda=True)
-    for name, replacement in (
-        ("initialize_megatron", initialize),
-        ("set_jit_fusion_options", _skip),
-    ):
-        setattr(training, name, replacement)
+    setattr(training, "initialize_megatron", initialize)  # noqa: B010
+    setattr(training, "set_jit_fusion_options", lambda tp_size=None: None)  # noqa: B010

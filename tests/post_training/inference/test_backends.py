@@ -1,14 +1,11 @@
 """Which model the tools take, and which flags contradict each other."""
 
-import argparse
-
 import pytest
 
 from post_training.errors import SetupError
 from post_training.inference.backends import (
     BACKENDS,
-    add_model_arguments,
-    add_sampling_arguments,
+    answering_parser,
     open_backend,
 )
 
@@ -24,18 +21,12 @@ from post_training.inference.backends import (
     ],
 )
 def test_flags_that_name_no_model_or_several_are_refused(backend, flags, told):
-    parser = argparse.ArgumentParser()
-    add_model_arguments(parser)
-    add_sampling_arguments(parser)
     with pytest.raises(SetupError) as caught:
-        open_backend(parser.parse_args(["--backend", backend, *flags.split()]))
+        open_backend(answering_parser(None).parse_args(["--backend", backend, *flags.split()]))
     assert str(caught.value).startswith(told)
 
 
 def test_a_run_is_exported_before_transformers_reads_it():
-    parser = argparse.ArgumentParser()
-    add_model_arguments(parser)
-    add_sampling_arguments(parser)
     flags = "--backend transformers --output-dir run --iteration 3"
     with pytest.raises(SetupError, match=r"export_hf.py --output-dir run, and give --hf-model"):
-        open_backend(parser.parse_args(flags.split()))
+        open_backend(answering_parser(None).parse_args(flags.split()))

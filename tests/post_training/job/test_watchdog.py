@@ -149,9 +149,7 @@ def test_a_rank_that_hangs_before_it_is_watched_is_the_one_that_says_nothing(wor
 
 @pytest.mark.slow
 def test_a_hang_in_set_up(words, tmp_path):
-    statuses, console = run_until_it_ends(
-        words, tmp_path / "out", "--hang-timeout", "1.5", fault=faults.hang_in_set_up
-    )
+    statuses, console = run_until_it_ends(words, tmp_path / "out", fault=faults.hang_in_set_up)
     assert statuses == [1, 1]
     assert "error: rank 1 in set-up: no progress" in console and "sleep_for_ever" in console
 

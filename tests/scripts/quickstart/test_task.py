@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts.quickstart import task as quickstart_task
 from scripts.quickstart.base_model import END_OF_TEXT, TURN_END, TURN_START
 from scripts.quickstart.conversations import KINDS
 from scripts.quickstart.rows import TEST_ROWS, TRAIN_ROWS, make_rows
-from scripts.quickstart.train_flags import TRAIN_FLAGS
+from tests.helpers.launch import ROOT
 
 
 def _read(path: Path) -> list[dict]:
@@ -94,9 +95,10 @@ def test_conversations_fit_a_pack_and_special_tokens_stay_out(task: Path) -> Non
     }
     assert len(special) == 3 and tokenizer.eos_token == TURN_END
     assert tokenizer.pad_token == END_OF_TEXT
+    seq_length = yaml.safe_load((ROOT / "scripts/quickstart/train.yaml").read_text())["seq_length"]
     for row in _read(task / "train.jsonl")[:500] + _read(task / "test.jsonl"):
         ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
-        assert len(ids) < TRAIN_FLAGS.seq_length
+        assert len(ids) < seq_length
         assert tokenizer.pad_token_id not in ids
         for message in row["messages"]:
             plain = tokenizer(message["content"])["input_ids"]
@@ -147,27 +149,6 @@ def test_base_model_is_small_divisible_float32_and_knows_nothing(task: Path) -> 
             best = model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
             right += best[start - 1 : len(ids) - 2] == ids[start : len(ids) - 1]
     assert right < 5
-
-
-def test_flags_are_printed_as_a_command_line(capsys: pytest.CaptureFixture[str]) -> None:
-    quickstart_task.main(["--print-flags"])
-    words = capsys.readouterr().out.split()
-    flags = dict(zip(words[::2], words[1::2], strict=True))
-    assert set(flags) == {
-        "--seq-length",
-        "--global-batch-size",
-        "--micro-batch-size",
-        "--train-iters",
-        "--lr",
-        "--min-lr",
-        "--lr-warmup-iters",
-        "--lr-decay-style",
-        "--weight-decay",
-        "--adam-beta2",
-        "--clip-grad",
-    }
-    assert flags["--lr-decay-style"] == "cosine"
-    assert int(flags["--global-batch-size"]) % int(flags["--micro-batch-size"]) == 0
 
 
 def test_out_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from post_training.platform.checkpoints.loading import fit_to_checkpoint, keys_of
+from post_training.platform.checkpoints.loading import (
+    CheckpointUnreadable,
+    fit_to_checkpoint,
+    keys_of,
+)
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_ranks
 
@@ -102,7 +105,7 @@ def _between_kinds_of_layers(folder, out):
         try:
             dist_checkpointing.load.__wrapped__({"model": chunk.sharded_state_dict()}, checkpoint)
             upstream = "loads"
-        except CheckpointException as error:
+        except CheckpointUnreadable as error:
             upstream = str(error)
         state = dist_checkpointing.load({"model": chunk.sharded_state_dict()}, checkpoint)
         chunk.load_state_dict(state["model"], strict=True)

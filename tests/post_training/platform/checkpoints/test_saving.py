@@ -1,6 +1,7 @@
 """That upstream still needs what is hooked in; what a save does then is in `tests/runs/test_saving.py`."""
 
 import errno
+import functools
 import inspect
 import shutil
 from collections import namedtuple
@@ -57,7 +58,7 @@ def test_what_one_rank_cannot_write_is_noted_where_somebody_listens(monkeypatch)
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    write = saving._noting_problems(full)
+    write = functools.partial(saving._noting_problems, full)
     with pytest.raises(OSError, match="No space"):
         write()
     monkeypatch.setattr(save_hooks, "finish", lambda iteration, error: None)
