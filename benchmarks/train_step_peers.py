@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from data import SFTDataset, prepare_documents
+from post_training.hf.tokenizer import open_tokenizer
 
 # TRL masks answers by generation blocks only.
 TEMPLATE = (
@@ -45,7 +46,7 @@ def plain(options: dict[str, Any]) -> None:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    tokenizer = open_tokenizer(options["model"], "model")
     batch, micro = options["batch"], options["micro"]
     packs = SFTDataset(
         batch * options["iterations"],
@@ -150,7 +151,7 @@ def trl(options: dict[str, Any], *, packing: bool) -> None:
             for row in rows
         ]
     )
-    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    tokenizer = open_tokenizer(options["model"], "model")
     tokenizer.chat_template = TEMPLATE
     with tempfile.TemporaryDirectory() as folder:
         # Without packing as many rows a batch as a pack holds on average.
