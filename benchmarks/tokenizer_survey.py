@@ -73,11 +73,14 @@ def differs(tokenizer: Any, file: Path, texts: Sequence[str]) -> str | None:
 
 
 def survey(
-    folder: Path, tokenizers: Sequence[Path], texts: Sequence[str]
+    folder: Path,
+    tokenizers: Sequence[Path],
+    texts: Sequence[str],
+    kinds: Sequence[tuple[str | None, str | None]] = tuple(product(CLASSES, MODEL_TYPES)),
 ) -> list[tuple[str, str, str]]:
     """What became of each folder: its name, ours and `AutoTokenizer`'s."""
     found = []
-    for number, (path, kind, model) in enumerate(product(tokenizers, CLASSES, MODEL_TYPES)):
+    for number, (path, (kind, model)) in enumerate(product(tokenizers, kinds)):
         here = folder / str(number)
         make_folder(here, path, kind, model)
         try:

@@ -80,7 +80,8 @@ def check_older_reader(config: PretrainedConfig, written: dict[str, Any]) -> Non
     newer = {"rope_parameters", "dtype"}
     # Of a name and its alias one is the older one: each is enough.
     for without in (newer | set(config.attribute_map), newer | set(config.attribute_map.values())):
-        older = {key: value for key, value in written.items() if key not in without}
+        # A copy: it writes into the dictionaries that it gets.
+        older = copy.deepcopy({k: value for k, value in written.items() if k not in without})
         found = json.loads(type(config).from_dict(older).to_json_string())
         for key, value in expected.items():
             if found.get(key) != value:
