@@ -74,3 +74,10 @@ def test_no_texts_give_nothing(tokenizer):
     assert masked(tokenizer).tokenize([], []) == []
     (empty,) = masked(tokenizer).tokenize([""], [[]])
     assert (empty.ids.dtype, len(empty.ids), len(empty.mask)) == (np.int32, 0, 0)
+
+
+def test_remembered_ids_that_are_not_the_tokenizer_s_stop_the_run(tokenizer):
+    ours = masked(tokenizer)
+    ours._words._memory["four"] = (1, 2)
+    with pytest.raises(RuntimeError, match="other ids than the tokenizer for 'four'"):
+        ours.tokenize(["a", "four"], [[], []])
