@@ -12,7 +12,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from post_training.checkpoint.store import Checkpoint
 from post_training.errors import SetupError
 from post_training.hf.check import check_hf_weights
-from post_training.hf.config import local_model_folder
+from post_training.hf.folder import local_model_folder
 from post_training.hf.rotary import RotaryScaling, rope_parameters
 from post_training.hf.weights import load_hf_weights
 from post_training.machine.device import device_type

@@ -29,9 +29,9 @@ from trl_rows import TEMPLATE, dataset_of
 
 _MEMORY = """
 import json, resource, sys
-from transformers import AutoTokenizer
+from post_training.hf.tokenizer import open_tokenizer
 from data import SFTDataset, prepare_documents
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+tokenizer = open_tokenizer(sys.argv[1], "tokenizer")
 documents = prepare_documents(files=[sys.argv[2]], tokenizer=tokenizer, seq_length=2048,
                               cache_dir=sys.argv[3], workers=2)
 dataset = SFTDataset(None, documents, tokenizer, 2048)
@@ -61,9 +61,9 @@ def main() -> None:
 
 
 def _compare(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    from transformers import AutoTokenizer
+    from post_training.hf.tokenizer import open_tokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = open_tokenizer(args.tokenizer, "--tokenizer")
     text = Path(args.data).read_text(encoding="utf-8").rstrip("\n") + "\n"
     many = folder / "many.jsonl"
     many.write_text(text * args.repeat, encoding="utf-8")

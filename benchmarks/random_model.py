@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from post_training.hf.folder import TOKENIZER_FILES, copy_files
+from post_training.hf.tokenizer import open_tokenizer
 
 
 def make_qwen3(
     folder: Path, tokenizer: Path, *, hidden: int, layers: int, heads: int = 8, kv_heads: int = 4
 ) -> None:
     """Write configuration, random fp32 weights (fixed seed) and tokenizer to `folder`."""
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = open_tokenizer(str(tokenizer), "tokenizer")
     config = Qwen3Config(
         vocab_size=len(loaded),
         hidden_size=hidden,
@@ -26,4 +29,4 @@ def make_qwen3(
     )
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    loaded.save_pretrained(folder)
+    copy_files(tokenizer, folder, TOKENIZER_FILES)

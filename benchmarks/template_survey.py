@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from data.errors import DataError, RowError
 from data.masking.answers import AnswerFinder, trained_spans
@@ -30,6 +30,7 @@ from data.templates.reasoning import keep_reasoning
 from data.templates.template import ChatTemplate
 from data.templates.tokenizer_facts import added_tokens, backend_json, special_tokens
 from data.tokenise.masked_tokenizer import MaskedTokenizer
+from post_training.hf.tokenizer import open_tokenizer
 
 # What looks like a special token in a template's source.
 _SPECIAL = re.compile(
@@ -313,8 +314,8 @@ def load_tokenizers(
         names: Names or patterns of those to load.
     """
     paths = sorted(p.parent for name in names for p in folder.glob(f"{name}/tokenizer.json"))
-    found = [SurveyTokenizer(p.name, AutoTokenizer.from_pretrained(p)) for p in paths]
-    stand_in = AutoTokenizer.from_pretrained(paths[-1])
+    found = [SurveyTokenizer(p.name, open_tokenizer(str(p), "tokenizer")) for p in paths]
+    stand_in = open_tokenizer(str(paths[-1]), "tokenizer")
     named = {name for path in templates for name in tokens_named_in(path.read_text("utf-8"))}
     stand_in.add_special_tokens({"additional_special_tokens": sorted(named)})
     stand_in.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 from trl_rows import TEMPLATE, dataset_of
 
 from data import SFTDataset, prepare_documents
+from post_training.hf.tokenizer import open_tokenizer
 
 
 def tell(loss: float, seconds: float, real: float, trained: float) -> None:
@@ -38,7 +39,7 @@ def plain(options: dict[str, Any]) -> None:
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    tokenizer = open_tokenizer(options["model"], "model")
     batch, micro = options["batch"], options["micro"]
     packs = SFTDataset(
         batch * options["iterations"],
@@ -130,7 +131,7 @@ def trl(options: dict[str, Any], *, packing: bool) -> None:
             steps.trained = sum(float((micro["labels"] != -100).sum()) for micro in result[0])
             return result
 
-    tokenizer = AutoTokenizer.from_pretrained(options["model"])
+    tokenizer = open_tokenizer(options["model"], "model")
     tokenizer.chat_template = TEMPLATE
     with tempfile.TemporaryDirectory() as folder:
         # Without packing as many rows a batch as a pack holds on average.

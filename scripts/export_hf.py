@@ -22,7 +22,7 @@ from post_training import platform
 platform.apply()
 
 from post_training.errors import SetupError
-from post_training.export.hf import export_hf
+from post_training.export.hf import DTYPES, export_hf
 from post_training.inference.load import load_model
 from post_training.inference.quiet import hush, quiet_libraries
 
@@ -40,6 +40,9 @@ def main() -> int:
         help="folder it lies in (default: OUTPUT_DIR/checkpoints, else what --save was)",
     )
     parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
+    parser.add_argument(
+        "--dtype", choices=list(DTYPES), help="of the weights (default: the run's precision)"
+    )
     options = parser.parse_args()
     hush()
     try:
@@ -57,6 +60,8 @@ def main() -> int:
             loaded.tokenizer,
             target,
             hf_model=args.hf_model,
+            hf_tokenizer=args.hf_tokenizer,
+            dtype=DTYPES.get(options.dtype),
             max_shard_size=options.max_shard_size,
         )
     except (SetupError, OSError) as error:

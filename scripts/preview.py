@@ -38,6 +38,8 @@ from data.sources.readers import dataset_chunks, file_chunks
 from data.tokenise.options import TokenizeOptions
 from post_training.batch.data_report import describe
 from post_training.batch.splits import SPLITS, Split, plan_split
+from post_training.errors import SetupError
+from post_training.hf.tokenizer import open_tokenizer
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,20 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         _preview(args)
-    except DataError as error:
+    except (DataError, SetupError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 def _preview(args: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        raise DataError(f"--tokenizer {args.tokenizer}: cannot be loaded ({first}).") from error
+    tokenizer = open_tokenizer(args.tokenizer, "--tokenizer")
     if args.global_batch_size is not None and args.global_batch_size < 1:
         raise DataError(f"--global-batch-size {args.global_batch_size}: expected 1 or more.")
     if args.rows < 0:

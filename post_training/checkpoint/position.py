@@ -16,7 +16,7 @@ from post_training.batch.splits import Split
 from post_training.checkpoint.origin import origin
 from post_training.checkpoint.store import Checkpoint, checkpoint_path
 from post_training.errors import SetupError
-from post_training.hf.config import local_model_folder
+from post_training.hf.folder import local_model_folder
 from post_training.platform.checkpoints.random_states import layout_of
 
 # What a position in the data, a number of packs, depends on besides the documents, which come last: their

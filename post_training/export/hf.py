@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from post_training.errors import SetupError
-from post_training.hf.config import local_model_folder
+from post_training.export.readers import complaints
+from post_training.hf.config_json import write_model_config
+from post_training.hf.folder import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    copy_files,
+    local_model_folder,
+    local_tokenizer_folder,
+)
 from post_training.hf.weights import hf_state_dict
 
 if TYPE_CHECKING:
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5
 GENERATION = "generation_config.json"
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 17 + 25 = 42; naïve façade, 東京.\n"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export_hf(
@@ -29,13 +39,16 @@ def export_hf(
     tokenizer: Any,
     folder: str | Path,
     *,
-    hf_model: str | None = None,
+    hf_model: str,
+    hf_tokenizer: str | None = None,
+    dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
 ) -> float:
     """Write a model as a HuggingFace folder, reload it and compare its logits.
 
     Everything is written beside `folder` first and moved there when the comparison has passed. That is made
-    in fp32, to which weights of any dtype are turned without loss.
+    in fp32, to which weights of any dtype are turned without loss. What training did not change is copied
+    byte for byte; what readers will trip over in it is told on stderr.
 
     Args:
         chunks: the whole unwrapped Megatron model in evaluation mode, as the list's one chunk. It is used
@@ -43,7 +56,9 @@ def export_hf(
         config: the HuggingFace configuration the model was made from.
         tokenizer: the HuggingFace tokenizer.
         folder: where to write; replaced if it is an earlier export.
-        hf_model: where generation_config.json is copied from; without one it follows from `config`.
+        hf_model: folder or name of which the files that training does not change are copied.
+        hf_tokenizer: the same for the files of the tokenizer, where they are another's.
+        dtype: of the weights; the model's own where it is None.
         max_shard_size: largest safetensors file.
 
     Returns:
@@ -52,7 +67,7 @@ def export_hf(
 
     Raises:
         SetupError: the model was not made from a HuggingFace configuration, `folder` holds something
-            else, or the reloaded model does not agree.
+            else, a weight is too large for `dtype`, or the reloaded model does not agree.
     """
     from huggingface_hub import save_torch_state_dict
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -68,20 +83,24 @@ def export_hf(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
 
+    if dtype is not None:
+        _cast(chunks[0], dtype)
     state = {name: value.cpu() for name, value in hf_state_dict(chunks[0], config).items()}
-    dtype = next(iter(state.values())).dtype
-    config.dtype = dtype
-    config.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    generation = Path(local_model_folder(hf_model), GENERATION) if hf_model else None
-    if generation is not None and generation.is_file():
-        shutil.copyfile(generation, partial / GENERATION)
-    else:
+    config.dtype = next(iter(state.values())).dtype
+    source = local_model_folder(hf_model)
+    copy_files(source, partial, MODEL_FILES)
+    copy_files(local_tokenizer_folder(hf_tokenizer or hf_model), partial, TOKENIZER_FILES)
+    write_model_config(config, partial, source)
+    if not (partial / GENERATION).is_file():
         GenerationConfig.from_model_config(config).save_pretrained(partial)
     save_torch_state_dict(
         state, str(partial), max_shard_size=max_shard_size, metadata={"format": "pt"}
     )
     del state
+    # safetensors makes files for their owner only: all have the mode that the umask gives.
+    mode = (partial / "config.json").stat().st_mode
+    for weights in partial.glob("*.safetensors"):
+        weights.chmod(mode)
 
     tokens = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
     expected = _logits(chunks[0].float(), tokens, config.vocab_size)
@@ -93,10 +112,28 @@ def export_hf(
             f"the reloaded model's logits differ from Megatron's by {difference:.2e} of the largest one "
             f"(allowed {TOLERANCE:.0e}); the export is left in {partial}"
         )
+    for complaint in complaints(partial):
+        print(f"warning: {target}: {complaint}", file=sys.stderr)
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
     return difference
+
+
+@torch.no_grad()
+def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Turn all weights to a dtype, in place.
+
+    Raises:
+        SetupError: one is too large for it.
+    """
+    for name, parameter in model.named_parameters():
+        turned = parameter.to(dtype)
+        if not torch.equal(turned.isfinite(), parameter.isfinite()):
+            raise SetupError(
+                f"--dtype: {name} holds {parameter.abs().max().item():.3g}, more than {dtype} can; use bf16"
+            )
+        parameter.data = turned
 
 
 @torch.inference_mode()

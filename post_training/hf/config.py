@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -103,21 +102,3 @@ def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
         **experts,
         **family.flags(config),
     }
-
-
-@functools.cache
-def local_model_folder(name_or_path: str) -> Path:
-    """The folder of a HuggingFace model: itself, or where the hub client keeps a named one.
-
-    Raises:
-        SetupError: a named model cannot be had.
-    """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name_or_path, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SetupError(f"--hf-model {name_or_path}: cannot be downloaded ({reason})") from error

@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from post_training.errors import SetupError
-from post_training.hf.config import local_model_folder
+from post_training.hf.folder import local_model_folder
+from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.generate import Sampling, generate, stop_tokens
 from post_training.inference.load import LoadedModel, load_model
 from post_training.inference.quiet import quiet_libraries
@@ -149,14 +150,14 @@ class TransformersBackend:
         Raises:
             SetupError: it cannot be loaded.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
 
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-            tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
             raise SetupError(f"--hf-model {folder}: {first_line}") from error
+        tokenizer = open_tokenizer(folder, "--hf-model")
         if torch.cuda.is_available():
             model = model.cuda()
         return cls(model, tokenizer, folder, sampling, batch_size)

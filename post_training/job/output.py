@@ -12,7 +12,15 @@ from typing import Any, TextIO
 
 from post_training.arguments.config_file import resolved_config, write_config
 from post_training.errors import SetupError
-from post_training.hf.config import local_model_folder
+from post_training.hf.config_json import with_limit, write_model_config
+from post_training.hf.folder import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    copy_files,
+    local_model_folder,
+    local_tokenizer_folder,
+    write_template,
+)
 from post_training.job import run_lock
 from post_training.layout.model_size import checkpoint_bytes, shown_bytes
 from post_training.machine.disk import log_stream
@@ -93,21 +101,20 @@ def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
         return
     folder = Path(args.output_dir) / MODEL_FOLDER
     folder.mkdir(exist_ok=True)
+    copy_files(local_tokenizer_folder(args.hf_tokenizer or args.hf_model), folder, TOKENIZER_FILES)
     if args.chat_template:
         from data.templates.tokenizer_facts import template_source
 
-        tokenizer.chat_template = template_source(tokenizer, args.chat_template)
+        write_template(folder, template_source(tokenizer, args.chat_template))
     elif not tokenizer.chat_template and args.finetune_hf_dataset:
         from data.prepare.prepare import dataset_template
         from data.prepare.splits import parse_weighted
 
         ((name, _),) = parse_weighted([args.finetune_hf_dataset])
-        tokenizer.chat_template = dataset_template(name)
-    tokenizer.save_pretrained(folder)
+        if template := dataset_template(name):
+            write_template(folder, template)
     if args.hf_config is None:
         return
-    args.hf_config.save_pretrained(folder)
     source = local_model_folder(args.hf_model)
-    defaults = source / "generation_config.json"
-    if defaults.is_file() and source.resolve() != folder.resolve():
-        shutil.copyfile(defaults, folder / defaults.name)
+    copy_files(source, folder, MODEL_FILES)
+    write_model_config(with_limit(args.hf_config, args.seq_length), folder, source)

@@ -300,7 +300,7 @@ def fails_while_others_hang() -> None:
 
 def hang_in_set_up() -> None:
     """Rank 1 never comes to the point where the ranks meet."""
-    from post_training.job.watchdog import PATIENCE
+    from post_training.arguments.completion import PATIENCE
 
     finetune = _finetune()
     model_config = finetune.model_config

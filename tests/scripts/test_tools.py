@@ -64,7 +64,17 @@ def test_export_reloads_and_continues_the_base_model(exported, hf_model):
     assert any(not torch.equal(before[name], after[name]) for name in before)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert tokenizer.chat_template
-    assert (exported / "generation_config.json").is_file()
+    copied = {path.name for path in hf_model("qwen3").iterdir()} - {
+        "config.json",
+        "model.safetensors",
+    }
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= copied
+    for name in copied:
+        assert (exported / name).read_bytes() == (hf_model("qwen3") / name).read_bytes(), name
+    assert len({path.stat().st_mode for path in exported.iterdir()}) == 1
+    config = json.loads((exported / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["torch_dtype"] == config["dtype"] == "float32"
 
 
 @pytest.mark.slow
@@ -101,9 +111,11 @@ def test_a_copied_run_reads_its_own_checkpoints(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run.folder, copy)
     done = run_script(
-        "scripts/export_hf.py", "--output-dir", str(copy), "--to", str(tmp_path / "hf")
+        *("scripts/export_hf.py", "--output-dir", str(copy), "--to", str(tmp_path / "hf")),
+        *("--dtype", "bf16"),
     )
     assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "hf").dtype == torch.bfloat16
     assert str(copy / "checkpoints") in done.stdout
 
 

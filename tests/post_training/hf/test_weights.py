@@ -11,7 +11,7 @@ from post_training.hf.families import model_weights
 from post_training.hf.weights import read_parameter, split_parameter, whole_name
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_rank, run_ranks
-from tests.helpers.models import FAMILIES, VOCABULARY, load_model
+from tests.helpers.models import FAMILIES, VOCABULARY, load_model, make_config, make_model
 
 IDS = torch.randint(0, VOCABULARY, (48,), generator=torch.Generator().manual_seed(0))
 TP2 = ["--tensor-model-parallel-size", "2"]
@@ -23,6 +23,20 @@ def assert_bit_exact(found, folder):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_exported_tensor_shares_memory(family):
+    """Not even where a view is contiguous already: one query group, one head."""
+    config = make_config(family, num_key_value_heads=1, num_attention_heads=1)
+    config.architectures = [type(make_model(make_config(family))).__name__]
+    for name, weight in model_weights(config).items():
+        rows = sum(shape[0] for shape in weight.tensors.values())
+        value = torch.empty(rows, *next(iter(weight.tensors.values()))[1:])
+        parts = dict(split_parameter(weight, value))
+        assert {key: tuple(part.shape) for key, part in parts.items()} == dict(weight.tensors), name
+        found = {part.untyped_storage().data_ptr() for part in parts.values()}
+        assert len(found) == len(parts) and value.untyped_storage().data_ptr() not in found, name
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

@@ -1,0 +1,110 @@
+"""The small files of a HuggingFace folder: which go along with a model that was trained, as they are."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from post_training.errors import SetupError
+
+# In the order in which they are looked for.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "vocab.txt",
+    "tekken.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "tokenization_*.py",
+)
+# The model card is left out: it speaks of another model.
+MODEL_FILES = (
+    "generation_config.json",
+    "configuration_*.py",
+    "modeling_*.py",
+    "LICENSE*",
+    "NOTICE*",
+)
+TEMPLATE = "chat_template.jinja"
+
+
+@functools.cache
+def local_model_folder(name_or_path: str) -> Path:
+    """The folder of a HuggingFace model: itself, or where the hub client keeps a named one.
+
+    Raises:
+        SetupError: a named model cannot be had.
+    """
+    patterns = ["*.safetensors", "*.json", *TOKENIZER_FILES, *MODEL_FILES]
+    try:
+        return _local(name_or_path, patterns)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SetupError(f"--hf-model {name_or_path}: cannot be downloaded ({reason})") from error
+
+
+def local_tokenizer_folder(name_or_path: str) -> Path:
+    """The folder of a tokenizer, likewise; of a named one nothing else is downloaded.
+
+    Raises:
+        OSError, ValueError: a named one cannot be had.
+    """
+    return _local(name_or_path, ["config.json", *TOKENIZER_FILES])
+
+
+def _local(name_or_path: str, patterns: list[str]) -> Path:
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+
+
+def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> list[Path]:
+    """Copy what a folder has of some files, byte for byte; what only the target has of them is removed.
+
+    Returns:
+        The copies.
+    """
+    patterns = tuple(patterns)
+    if source.resolve() == target.resolve():
+        return []
+    wanted = {
+        path.relative_to(source)
+        for pattern in patterns
+        for path in source.glob(pattern)
+        if path.is_file()
+    }
+    for stale in {path for pattern in patterns for path in target.glob(pattern)}:
+        if stale.relative_to(target) not in wanted:
+            stale.unlink()
+    for name in sorted(wanted):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        # Not the mode: a folder that many read may be read-only.
+        shutil.copyfile(source / name, target / name)
+    return [target / name for name in sorted(wanted)]
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Make a chat template the folder's own, in every file that a reader may look in."""
+    (folder / TEMPLATE).write_text(template, encoding="utf-8")
+    for file in ("tokenizer_config.json", "chat_template.json"):
+        if (folder / file).is_file():
+            content: dict[str, Any] = json.loads((folder / file).read_text(encoding="utf-8"))
+            content["chat_template"] = template
+            text = json.dumps(content, ensure_ascii=False, indent=2)
+            (folder / file).write_text(text + "\n", encoding="utf-8")
+    for other in (folder / "additional_chat_templates").glob("*.jinja"):
+        other.unlink()

@@ -1,0 +1,77 @@
+"""config.json says the same to readers of transformers 4.x and 5."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from post_training.errors import SetupError
+from post_training.hf.config_json import check_older_reader, with_limit, write_model_config
+from post_training.hf.rotary import rope_parameters
+from tests.helpers.models import FAMILIES, edit_json, make_config
+
+# What a reader of 4.57.6 takes where config.json lacks the key, by its configuration classes.
+DEFAULTS = {"rope_theta": 10000.0, "rope_scaling": None, "torch_dtype": None}
+DEFAULTS |= {"num_experts": 128, "num_local_experts": 8}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_older_reader_takes_the_same(hf_model, tmp_path, family):
+    base = hf_model(family)
+    config = AutoConfig.from_pretrained(base)
+    write_model_config(with_limit(config, 4000), tmp_path, base)
+    written = json.loads((tmp_path / "config.json").read_text())
+    older = DEFAULTS | {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype")}
+    rope = rope_parameters(config)
+    assert older["rope_theta"] == rope.pop("rope_theta")
+    assert older["rope_scaling"] == (rope if family == "llama" else None)
+    assert older["torch_dtype"] == written["dtype"] == "float32"
+    if family in ("mixtral", "qwen3_moe"):
+        key = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}[family]
+        assert older[key] == 4
+    assert config.max_position_embeddings == 512 and older["max_position_embeddings"] == 4000
+    again = AutoConfig.from_pretrained(tmp_path).to_dict()
+    assert again == config.to_dict() | {
+        "max_position_embeddings": 4000,
+        "_name_or_path": again["_name_or_path"],
+        **{key: again[key] for key in again.keys() - config.to_dict().keys()},
+    }
+
+
+def test_keys_of_the_base_that_nobody_knows_are_kept(hf_model, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    config = AutoConfig.from_pretrained(hf_model("qwen3"))
+    config.save_pretrained(base)
+    edit_json(base / "config.json", rope_theta=7.0, of_the_maker=[1])
+    write_model_config(config, tmp_path, base)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["of_the_maker"] == [1] and written["rope_theta"] == 10000.0
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "rope_theta", 10000.0),
+        ("llama", "rope_scaling", None),
+        ("qwen3", "torch_dtype", "float16"),
+        ("qwen3_moe", "num_experts", 128),
+    ],
+)
+def test_what_an_older_reader_would_take_otherwise_is_refused(
+    hf_model, tmp_path, family, key, value
+):
+    config = AutoConfig.from_pretrained(hf_model(family))
+    write_model_config(config, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    check_older_reader(config, written)
+    with pytest.raises(SetupError, match=r"a reader of transformers 4\.x would take"):
+        check_older_reader(config, written | {key: value})
+
+
+def test_a_limit_that_frequencies_hang_on_stays():
+    config = make_config(
+        "qwen3", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    )
+    assert with_limit(config, 4000).max_position_embeddings == 512
+    assert with_limit(make_config("qwen3"), 100).max_position_embeddings == 512

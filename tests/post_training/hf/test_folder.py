@@ -1,0 +1,46 @@
+"""Files that go along with a model are copied byte for byte; a template of the user's wins."""
+
+import json
+
+from transformers import PreTrainedTokenizerFast
+
+from post_training.hf.folder import MODEL_FILES, TOKENIZER_FILES, copy_files, write_template
+from tests.helpers.models import make_tokenizer
+
+
+def test_bytes_are_copied_and_what_is_left_of_before_goes(tmp_path):
+    base, target = tmp_path / "base", tmp_path / "target"
+    names = "tokenizer.json tokenizer.model merges.txt a.tiktoken generation_config.json LICENSE README.md"
+    for folder, files in ((base, names), (target, "vocab.json config.json chat_template.jinja")):
+        folder.mkdir()
+        for name in files.split():
+            (folder / name).write_bytes(f'{{ "{name}":\r\n1}}'.encode())
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "rag.jinja").write_text("x")
+    (base / "tokenizer.json").chmod(0o400)
+    copied = [
+        path for kind in (TOKENIZER_FILES, MODEL_FILES) for path in copy_files(base, target, kind)
+    ]
+    found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    wanted = {*names.split(), "additional_chat_templates/rag.jinja"} - {"README.md"}
+    assert found == wanted | {"config.json"} and len(copied) == len(wanted)
+    assert all((target / name).read_bytes() == (base / name).read_bytes() for name in wanted)
+    assert (target / "tokenizer.json").stat().st_mode == (target / "LICENSE").stat().st_mode
+    assert copy_files(base, base, TOKENIZER_FILES) == [] and (base / "tokenizer.json").is_file()
+
+
+def test_a_template_of_the_users_is_the_only_one(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    said = json.loads(config.read_text()) | {"chat_template": "old"}
+    config.write_text(json.dumps(said))
+    (tmp_path / "chat_template.json").write_text('{"chat_template": "old"}')
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("old")
+    write_template(tmp_path, "new {{ é }}")
+    assert PreTrainedTokenizerFast.from_pretrained(tmp_path).chat_template == "new {{ é }}"
+    # Readers older than chat_template.jinja.
+    assert json.loads(config.read_text()) == said | {"chat_template": "new {{ é }}"}
+    assert (
+        json.loads((tmp_path / "chat_template.json").read_text())["chat_template"] == "new {{ é }}"
+    )
