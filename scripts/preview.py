@@ -82,6 +82,8 @@ def _preview(args: argparse.Namespace) -> None:
     options, facts = tokenize_options(tokenizer, settings)
     separator = "none" if options.separator is None else options.added[options.separator]
     print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}; separator {separator}")
+    if options.day:
+        print(f"date: the template writes {options.day} (--template-date)")
     for warning in facts["warnings"]:
         print(f"warning: {warning}")
     special = set(options.added)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from data.errors import RowError
 from data.masking.marked_rendering import MarkedRendering
-from data.masking.turns import EMPTY_THINK, Turn, end_of_reasoning, is_plain, skip, skip_space
+from data.masking.turns import Turn, end_of_reasoning, is_plain, skip_space
 from data.rows.conversation import Conversation, Message
 from data.templates.headers import TurnMarkup
 from data.templates.marks import Piece, Span, mark_conversation
@@ -61,11 +61,12 @@ def turns_from_blocks(
         if empty and follows:
             continue
         message = assistants[len(turns)] if len(turns) < len(assistants) else -1
-        turns.append(_turn_in_block(markup, text, begin, end, message, roles))
+        turns.append(_turn_in_block(markup, text, begin, end, message, row.messages))
     if not turns:
         raise RowError("no generation block", "the template marked nothing in this row")
     one_each = len(turns) == len(assistants)
-    if one_each and all(is_plain(row.messages[turn.message]) for turn in turns):
+    plain = one_each and "tool" not in roles
+    if plain and all(is_plain(row.messages[turn.message]) for turn in turns):
         for turn in turns:
             said = row.messages[turn.message]["content"].strip()
             if said not in text[turn.start : turn.end]:
@@ -76,12 +77,18 @@ def turns_from_blocks(
 
 
 def _turn_in_block(
-    markup: TurnMarkup, text: str, begin: int, end: int, message: int, roles: list[str]
+    markup: TurnMarkup,
+    text: str,
+    begin: int,
+    end: int,
+    message: int,
+    messages: Sequence[Message],
 ) -> Turn:
     stops = markup.stop_pattern
-    header = markup.header(roles[message - 1] if message > 0 else None)
+    previous = messages[message - 1] if message > 0 else None
+    header = markup.header(previous["role"] if previous else None)
     start = begin + _overlap(header, text, begin, end)
-    start = skip(EMPTY_THINK, text, start, end)
+    start = markup.skip_opening(previous, text, start, end)
     found = list(stops.finditer(text, start, end))
     stopped = bool(found) and not markup.tokens.sub("", text[found[-1].end() : end]).strip()
     if stopped:

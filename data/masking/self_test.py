@@ -7,7 +7,6 @@ basic only means that rows of that kind will be refused one by one, with the sam
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -223,7 +222,7 @@ def _try(finder: AnswerFinder, probe: Probe, report: TemplateReport) -> tuple[Ve
         rendering = finder.find(conversation)
     except RowError as error:
         return "refused", str(error)
-    wrong = _contradiction(rendering, conversation, finder.markup.tokens)
+    wrong = _contradiction(rendering, conversation, finder)
     if wrong:
         return "wrong", wrong
     if finder.method == "generation":
@@ -243,9 +242,11 @@ def _try(finder: AnswerFinder, probe: Probe, report: TemplateReport) -> tuple[Ve
 
 
 def _contradiction(
-    rendering: Rendering, conversation: Conversation, tokens: re.Pattern[str]
+    rendering: Rendering, conversation: Conversation, finder: AnswerFinder
 ) -> str | None:
     """What is wrong with the turns, told from the messages alone; None when nothing is."""
+    tokens = finder.markup.tokens
+    droppable = finder.may_drop_reasoning_before(conversation.messages)
     _, pieces = mark_conversation(conversation.messages)
     texts: dict[int, str] = {}  # a template may write one message in several stretches
     for turn in rendering.turns:
@@ -266,6 +267,8 @@ def _contradiction(
             if piece.message != index or not piece.text:
                 continue
             found = text.find(piece.text, at)
+            if found < 0 and piece.kind == "reasoning" and index < droppable:
+                continue
             if found < 0:
                 return f"turn {index + 1} trains {text!r}, which lacks {piece.text!r}"
             if any(opener in text[:found] for opener in openers) and not at:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
@@ -43,6 +44,7 @@ class PrepareOptions:
         separator: ``auto``, ``none`` or the text of a token.
         workers: Worker processes; None for one a core, 0 for none.
         template_variables: Further template variables, such as ``enable_thinking``.
+        template_date: What the clock of a template says, as YYYY-MM-DD; None for today.
     """
 
     seq_length: int
@@ -56,6 +58,7 @@ class PrepareOptions:
     separator: str = "auto"
     workers: int | None = None
     template_variables: tuple[tuple[str, Any], ...] = ()
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         if self.seq_length < 2:
@@ -64,12 +67,25 @@ class PrepareOptions:
             raise DataError(
                 f"--data-workers {self.workers}: expected 0 or more; leave it out for one a core."
             )
+        if self.template_date is not None and self.day is None:
+            raise DataError(
+                f"--template-date {self.template_date}: expected a day as YYYY-MM-DD, such as 2026-01-31."
+            )
         name = self.conversation_format
         if name is not None and name not in FORMATS and ":" not in name:
             raise DataError(
                 f"--conversation-format {name}: unknown; known are {', '.join(FORMATS)}, or "
                 "package.module:function."
             )
+
+
+    @property
+    def day(self) -> date | None:
+        """``template_date`` as a date; None without one, or with one that is none."""
+        try:
+            return date.fromisoformat(self.template_date or "")
+        except ValueError:
+            return None
 
 
 def tokenize_options(
@@ -88,7 +104,9 @@ def tokenize_options(
     special, added = added_tokens(tokenizer)
     names = special_tokens(tokenizer)
     backend = backend_json(tokenizer)
-    report, rendered = _self_test(source, names, special, added, settings)
+    template = ChatTemplate(source, names, dict(settings.template_variables), settings.day)
+    day = template.day.isoformat() if template.day else ""
+    report, rendered = _self_test(template, special, added, settings)
     report.require_usable()
     if report.stops and not report.stop_is_token:
         raise DataError(
@@ -100,6 +118,8 @@ def tokenize_options(
     warnings = []
     if not report.stops_last:
         warnings.append("the template writes no stop token after the last assistant turn")
+    if settings.template_date and not day:
+        warnings.append(f"--template-date {settings.template_date}: the chat template has no clock")
     options = TokenizeOptions(
         tokenizer=backend,
         special_tokens=names,
@@ -115,12 +135,14 @@ def tokenize_options(
         reasoning=settings.reasoning,
         loss_on=settings.loss_on,
         separator=separator,
+        day=day,
     )
     facts = {
         "format": settings.conversation_format,
         "mask_method": report.method,
         "stops": report.stops,
         "separator": separator,
+        "template_date": day,
         "reasoning_parts_removed_from_template": removed,
         "warnings": warnings,
     }
@@ -128,13 +150,11 @@ def tokenize_options(
 
 
 def _self_test(
-    source: str,
-    names: dict[str, str],
+    template: ChatTemplate,
     special: tuple[str, ...],
     added: dict[int, str],
     settings: PrepareOptions,
 ) -> tuple[TemplateReport, str]:
-    template = ChatTemplate(source, names, dict(settings.template_variables))
     finder = AnswerFinder(template, special, list(added.values()), reasoning=settings.reasoning)
     report = check_template(finder)
     first = next(probes()).conversation

@@ -168,6 +168,7 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
         "separator": args.separator,
         "workers": args.data_workers,
         "template_variables": _variables(args.chat_template_variables),
+        "template_date": args.template_date,
     }
 
 

@@ -23,6 +23,7 @@ class TokenizeOptions:
         added: Ids and texts of all added tokens.
         template: Jinja source.
         variables: Further template variables.
+        day: What the template's clock says, as YYYY-MM-DD; empty where it has none.
         format: Name of the rows' format, resolved.
         mapping: Column names and converters for it.
         seq_length: Longest document.
@@ -47,3 +48,4 @@ class TokenizeOptions:
     reasoning: Reasoning = "keep"
     loss_on: LossOn = "all"
     separator: int | None = None
+    day: str = ""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import date
 
 from data.errors import RowError
-from data.masking.answers import AnswerFinder, trained_spans
+from data.masking.answers import AnswerFinder, edges_of_answers, trained_spans
 from data.rows.conversation import Conversation
 from data.rows.registry import converter
 from data.sources.chunks import RawRow
@@ -24,6 +25,7 @@ class RowText:
         conversation: The same as a conversation.
         text: The rendered text.
         spans: The character spans in it that are trained, ascending.
+        edges: Those of their edges at which inference's prompt ends, or an answer does.
         turns: How many turns the assistant has.
         stopped: How many of them end with a stop.
     """
@@ -32,6 +34,7 @@ class RowText:
     conversation: Conversation
     text: str
     spans: list[Span]
+    edges: list[int]
     turns: int
     stopped: int
 
@@ -46,7 +49,8 @@ class RowRenderer:
     def __init__(self, options: TokenizeOptions) -> None:
         self.reasoning, self.loss_on = options.reasoning, options.loss_on
         self.convert = converter(options.format, options.mapping)
-        template = ChatTemplate(options.template, options.special_tokens, options.variables)
+        day = date.fromisoformat(options.day) if options.day else None
+        template = ChatTemplate(options.template, options.special_tokens, options.variables, day)
         self.finder = AnswerFinder(
             template,
             options.special,
@@ -78,16 +82,19 @@ class RowRenderer:
                 raise RowError("bad text", f"not valid Unicode ({error.reason})") from error
         spans = trained_spans(rendering, conversation, self.reasoning, self.loss_on)
         stopped = sum(turn.stopped for turn in rendering.turns)
-        return RowText(raw, conversation, rendering.text, spans, len(rendering.turns), stopped)
+        edges = edges_of_answers(rendering, spans)
+        return RowText(
+            raw, conversation, rendering.text, spans, edges, len(rendering.turns), stopped
+        )
 
-    def without_oldest_turns(self, row: RowText, fits: Callable[[str], bool]) -> RowText | None:
+    def without_oldest_turns(self, row: RowText, fits: Callable[[RowText], bool]) -> RowText | None:
         """Leave out the oldest turns, question and answers together, until the rest fits.
 
         What is left is rendered like any conversation, so no header, answer or stop is ever cut.
 
         Args:
             row: The row.
-            fits: Whether a text is short enough.
+            fits: Whether a row is short enough.
 
         Returns:
             The row with the fewest turns left out; None where not even the last turn fits.
@@ -109,7 +116,7 @@ class RowRenderer:
                 rendered = self._rendered(row.raw, shorter)
             except RowError:
                 rendered = None
-            if rendered is not None and fits(rendered.text):
+            if rendered is not None and fits(rendered):
                 best, high = rendered, middle
             else:
                 low = middle + 1

@@ -112,6 +112,9 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Split]]:
         documents = prepare_documents_from_args(args, split, tokenizer)
         if documents is None:
             continue
+        # config.yaml runs the same again on another day.
+        first = documents.parts[0] if isinstance(documents, DocumentSet) else documents
+        args.template_date = first.report.get("template_date") or args.template_date
         if args.vocab_size is not None and documents.max_token_id >= args.vocab_size:
             raise SetupError(
                 f"the {split} data holds token id {documents.max_token_id}, the model's vocabulary has "

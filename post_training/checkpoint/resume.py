@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from data.prepare.prepare import DAY
 from post_training.checkpoint.origin import check_origin
 from post_training.checkpoint.position import DataPosition
 from post_training.checkpoint.store import (
@@ -84,6 +85,10 @@ def choose_checkpoint(args: argparse.Namespace) -> Checkpoint | None:
 def _take(args: argparse.Namespace, checkpoint: Checkpoint) -> None:
     """Let Megatron load this one, whatever its tracker file names."""
     args.ckpt_step = checkpoint.iteration
+    if args.template_date is None and not args.finetune:
+        # The data are those of the first start, whatever day it is now.
+        made_of = (checkpoint.manifest or {}).get("data", {}).get("made_of", ())
+        args.template_date = next((part[DAY] for part in made_of if part.get(DAY)), None)
     args.modelopt_enabled = checkpoint.has_modelopt
     load_hooks.layout = (checkpoint.manifest or {}).get("layout")
 
