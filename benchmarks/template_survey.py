@@ -22,7 +22,7 @@ import numpy.typing as npt
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.errors import DataError, RowError
-from data.masking.answers import AnswerFinder, trained_spans
+from data.masking.answers import AnswerFinder, edges_of_answers, trained_spans
 from data.masking.self_test import Probe, Verdict, check_template, probes
 from data.rows.conversation import Message
 from data.templates.marks import Span
@@ -67,6 +67,10 @@ class SurveyTokenizer:
     def finder(self, source: str) -> AnswerFinder:
         """An answer finder for a template with this tokenizer's tokens."""
         return AnswerFinder(ChatTemplate(source, self.names), self.special, self.added)
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, special ones included."""
+        return self.masked.backend.decode(list(ids), skip_special_tokens=False)
 
     def fits(self, finder: AnswerFinder) -> bool:
         """Whether what the template writes around turns are tokens of this tokenizer."""
@@ -162,14 +166,18 @@ def _tokenised(
     """Whether the mask that training would use is what the characters say."""
     rendering = finder.find(probe.conversation)
     text, spans = rendering.text, trained_spans(rendering, probe.conversation)
-    (ours,) = tokenizer.masked.tokenize([text], [spans])
+    edges = edges_of_answers(rendering, spans)
+    (ours,) = tokenizer.masked.tokenize([text], [spans], [edges])
+    offsets = tokenizer.masked.offsets(text, edges)
     encoding = tokenizer.masked.backend.encode(text, add_special_tokens=False)
-    if encoding.ids != ours.ids.tolist():
+    if encoding.ids != ours.ids.tolist() and (
+        encoding.offsets == offsets or tokenizer.decoded(ours.ids) != tokenizer.decoded(encoding.ids)
+    ):
         return "wrong", "the tokens are not those of the tokenizer"
-    expected = mask_by_characters(text, spans, encoding.ids, encoding.offsets, tokenizer.added_ids)
+    expected = mask_by_characters(text, spans, ours.ids.tolist(), offsets, tokenizer.added_ids)
     if not np.array_equal(ours.mask, expected):
         at = int(np.flatnonzero(ours.mask != expected)[0])
-        return "wrong", f"token {at} ({encoding.tokens[at]!r}) has mask {ours.mask[at]}"
+        return "wrong", f"token {at} ({text[slice(*offsets[at])]!r}) has mask {ours.mask[at]}"
     if not ours.mask.any():
         return "refused", "nothing to train: an empty answer without a stop"
     return "exact", ""

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.errors import RowError
-from data.masking.generation_blocks import RenderedRow, turns_from_blocks
+from data.masking.generation_blocks import RenderedRow, trusted_turns, turns_from_blocks
 from data.masking.marked_rendering import MarkedRendering, render_marked
 from data.masking.refusals import (
     reason_once,
@@ -66,6 +66,7 @@ class AnswerFinder:
         special_tokens: Texts of the tokenizer's special tokens.
         added_tokens: Texts of all its added tokens.
         method: ``generation`` or ``marks``; None for ``generation`` where the template has it.
+        trust_blocks: Take the blocks of a template as they are, whatever marks say.
         reasoning: Policy; under ``last`` and ``mask`` a template may drop that of earlier turns.
     """
 
@@ -76,8 +77,10 @@ class AnswerFinder:
         added_tokens: Sequence[str] = (),
         method: Method | None = None,
         reasoning: Reasoning = "keep",
+        trust_blocks: bool = False,
     ) -> None:
         self.template = template
+        self.trust_blocks = trust_blocks
         self.method: Method = method or ("generation" if template.has_generation else "marks")
         self.reasoning: Reasoning = reasoning
         self.special_tokens, self.added_tokens = special_tokens, added_tokens
@@ -106,7 +109,10 @@ class AnswerFinder:
         everything = [messages, conversation.tools, self.template.variables]
         refuse_escapes(everything, self.template.source, text)
         if (method or self.method) == "generation":
-            turns = turns_from_blocks(row, blocks, self.markup, self._marked)
+            if self.trust_blocks:
+                turns = trusted_turns(row, blocks, self.markup)
+            else:
+                turns = turns_from_blocks(row, blocks, self.markup, self._marked)
         else:
             turns = self._turns_from_marks(row, self._marked(row))
         require_results(conversation.messages, text)
@@ -126,6 +132,9 @@ class AnswerFinder:
             first, last = here[0][1][0], here[-1][1][1]
             # Everybody's speech is in order, and a message's own pieces stand together.
             at = speech.index(here[0][1])
+            if speech[at + len(here) - 1] != here[-1][1]:
+                what = f"the template writes others' text inside message {message + 1}"
+                raise RowError("marks lost", what)
             before = speech[at - 1][1] if at else 0
             at += len(here)
             limit = speech[at][0] if at < len(speech) else len(text)

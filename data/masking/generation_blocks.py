@@ -88,6 +88,8 @@ def _turn_in_block(
     previous = messages[message - 1] if message > 0 else None
     header = markup.header(previous["role"] if previous else None)
     start = begin + _overlap(header, text, begin, end)
+    if start == begin:
+        start -= _space_before(header, text, begin)
     start = markup.skip_opening(previous, text, start, end)
     found = list(stops.finditer(text, start, end))
     stopped = bool(found) and not markup.tokens.sub("", text[found[-1].end() : end]).strip()
@@ -155,6 +157,46 @@ def _checked_by_marks(
             f"{(piece.text or '')[:60]!r}",
         )
     return named
+
+
+def trusted_turns(row: RenderedRow, blocks: Sequence[Span], markup: TurnMarkup) -> list[Turn]:
+    """A turn for every block, as its author placed it.
+
+    Raises:
+        RowError: something that the assistant says is in no block.
+    """
+    _, pieces = mark_conversation(row.messages)
+    said = [piece for piece in pieces if piece.text is not None]
+    turns: list[Turn] = []
+    for begin, end in blocks:
+        message = said[0].message if said else turns[-1].message if turns else -1
+        at = begin
+        while said:
+            found = row.text.find(said[0].text or "", at, end)
+            if found < 0:
+                break
+            at = found + len(said[0].text or "")
+            message = said.pop(0).message
+        closing = row.text.rfind("</think>", begin, end)
+        reasoning_end = None
+        if closing >= 0:
+            reasoning_end = skip_space(row.text, closing + len("</think>"), end)
+        stop = markup.stop_pattern.search(row.text, at, end) is not None
+        turns.append(Turn(message, begin, end, reasoning_end, stop))
+    if not turns:
+        raise RowError("no generation block", "the template marked nothing in this row")
+    if said:
+        what = f"{said[0].kind} of message {said[0].message + 1}: {(said[0].text or '')[:60]!r}"
+        raise RowError("answer outside a block", what)
+    return turns
+
+
+def _space_before(header: str | None, text: str, begin: int) -> int:
+    """How much white space the template has between what the prompt ends with and a block."""
+    space = begin - len(text[:begin].rstrip())
+    if not header or text.endswith(header, 0, begin):
+        return 0
+    return next((n for n in range(1, space + 1) if text.endswith(header, 0, begin - n)), 0)
 
 
 def _first_said(row: RenderedRow, turn: Turn, pieces: Sequence[Piece]) -> int:

@@ -83,7 +83,7 @@ def render_marked(
             problem = RowError("marks change the text", _first_difference(plain, text))
             continue
         try:
-            pieces = _match(pieces, [text[a:b] for a, b in spans], may_drop_before)
+            pieces = _match_in_any_order(pieces, [text[a:b] for a, b in spans], may_drop_before)
             if not mark_names:
                 _require_marked_calls(messages)
             if mark_others:
@@ -168,6 +168,21 @@ def _require_others(messages: Sequence[Message], texts: list[str]) -> None:
         raise question_dropped(*missing[0])
 
 
+def _match_in_any_order(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[Piece]:
+    """As `_match`, for templates that write calls behind the content and for those that write them before."""
+    try:
+        return _match(pieces, texts, may_drop_before)
+    except RowError as error:
+        before = {"reasoning": 0, "tool": 1, "content": 2}
+        other = sorted(pieces, key=lambda piece: (piece.message, before[piece.kind]))
+        if error.reason == "reasoning dropped" or other == pieces:
+            raise
+        try:
+            return _match(other, texts, may_drop_before)
+        except RowError:
+            raise error from None
+
+
 def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[Piece]:
     """Pair the pieces that were marked with the texts that came out; nothing may be missing.
 
@@ -178,7 +193,7 @@ def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[
     rest = iter(pieces)
     for text in texts:
         for piece in rest:
-            if piece.text is None or piece.text == text:
+            if piece.came_out_as(text):
                 matched.append(piece)
                 break
             dropped.append(piece)

@@ -44,6 +44,7 @@ class PrepareOptions:
         separator: ``auto``, ``none`` or the text of a token.
         workers: Worker processes; None for one a core, 0 for none.
         template_variables: Further template variables, such as ``enable_thinking``.
+        trust_blocks: Take the template's generation blocks as they are.
         template_date: What the clock of a template says, as YYYY-MM-DD; None for today.
     """
 
@@ -59,6 +60,7 @@ class PrepareOptions:
     workers: int | None = None
     template_variables: tuple[tuple[str, Any], ...] = ()
     template_date: str | None = None
+    trust_blocks: bool = False
 
     def __post_init__(self) -> None:
         if self.seq_length < 2:
@@ -105,6 +107,10 @@ def tokenize_options(
     names = special_tokens(tokenizer)
     backend = backend_json(tokenizer)
     template = ChatTemplate(source, names, dict(settings.template_variables), settings.day)
+    if settings.trust_blocks and not template.has_generation:
+        raise DataError(
+            "--trust-generation-blocks: the chat template has no {% generation %} blocks. Leave it out."
+        )
     day = template.day.isoformat() if template.day else ""
     report, rendered = _self_test(template, special, added, settings)
     report.require_usable()
@@ -134,6 +140,7 @@ def tokenize_options(
         on_bad_row=settings.on_bad_row,
         reasoning=settings.reasoning,
         loss_on=settings.loss_on,
+        trust_blocks=settings.trust_blocks,
         separator=separator,
         day=day,
     )
@@ -155,7 +162,13 @@ def _self_test(
     added: dict[int, str],
     settings: PrepareOptions,
 ) -> tuple[TemplateReport, str]:
-    finder = AnswerFinder(template, special, list(added.values()), reasoning=settings.reasoning)
+    finder = AnswerFinder(
+        template,
+        special,
+        list(added.values()),
+        reasoning=settings.reasoning,
+        trust_blocks=settings.trust_blocks,
+    )
     report = check_template(finder)
     first = next(probes()).conversation
     rendered = finder.find(first).text if report.usable else ""

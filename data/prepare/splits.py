@@ -169,6 +169,7 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
         "workers": args.data_workers,
         "template_variables": _variables(args.chat_template_variables),
         "template_date": args.template_date,
+        "trust_blocks": args.trust_generation_blocks,
     }
 
 

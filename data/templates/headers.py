@@ -15,17 +15,15 @@ from data.errors import RowError
 from data.rows.conversation import Message
 from data.templates.marks import ANSWER_CLOSE, ANSWER_OPEN, OTHER_CLOSE
 from data.templates.probe_messages import ANSWER, ASK, CALL, CALL_ID, RESULT, render_probe
+from data.templates.reasoning import LEADING_CLOSE, LEADING_EMPTY_BLOCK, OPENED_BLOCK
 from data.templates.stops import learn_stops
 from data.templates.template import ChatTemplate
 
-_OPENING_THINK = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 _THINK_TAGS = {"<think>", "</think>"}
 _THINK_TAG = re.compile(r"</?think>")
+# Tokens that part reasoning from answers, whatever a family calls them.
+_CHANNEL = re.compile(r"think|thought|channel|reason|response|final", re.IGNORECASE)
 _ONLY_TAGS = re.compile(r"(?:\s|</?think>)*\Z")
-# Templates end the block with at most two line breaks; more white space is the answer's own. Where a
-# prompt opens the block, an answer that has none in its template may close it (GLM-4.7).
-_EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
-_CLOSED_THINK = re.compile(r"\s*</think>\n{0,2}")
 
 
 class TurnMarkup:
@@ -48,6 +46,8 @@ class TurnMarkup:
         self._template = template
         self._forms = forms
         self.tokens = _any_of([*special_tokens, *added_tokens])
+        channels = [token for token in {*special_tokens, *added_tokens} if _CHANNEL.search(token)]
+        self._channel = _any_of(channels)
         self._longest = max(map(len, [*special_tokens, *added_tokens]), default=0)
         self._headers: dict[str | None, str | None] = {}
         self._openings: dict[str | None, str] = {}
@@ -108,7 +108,7 @@ class TurnMarkup:
             start: Where the header ends.
             limit: Where the first thing that the assistant says begins, or its block ends.
         """
-        empty = _EMPTY_THINK.match(text, start, limit)
+        empty = LEADING_EMPTY_BLOCK.match(text, start, limit)
         if empty:
             return empty.end()
         role = previous["role"] if previous else None
@@ -116,8 +116,8 @@ class TurnMarkup:
         opening = self._openings.get(role, self._openings.get("user", ""))
         if not opening:
             return start
-        closed = _CLOSED_THINK.match(text, start, limit)
-        if closed and opening.endswith("<think>"):
+        closed = LEADING_CLOSE.match(text, start, limit)
+        if closed and not LEADING_CLOSE.search(opening):
             return closed.end()
         same = len(commonprefix([opening, text[start:limit]]))
         # White space behind the tag may differ, and is the model's own then.
@@ -180,7 +180,7 @@ class TurnMarkup:
             # No generation prompt to learn from: all that precedes the answer is header.
             header = gap
         # A think tag that the template opens by itself varies from turn to turn.
-        header = _OPENING_THINK.sub("", header)
+        header = OPENED_BLOCK.sub("", header)
         if offered.startswith(header):
             self._openings[role] = offered[len(header) :]
         return header
@@ -199,8 +199,8 @@ class TurnMarkup:
         header = gap[:length]
         if not (gap[length:].strip() and offered[length:].strip()):
             return header
-        if _ONLY_TAGS.match(gap, length) and _ONLY_TAGS.match(offered, length):
-            return header  # a prompt that opens a block which answers without reasoning have closed
+        if all(_ONLY_TAGS.match(self._channel.sub("", text[length:])) for text in (gap, offered)):
+            return header  # a prompt that opens reasoning, before an answer that has none
         # They differ before the assistant's name, but end with the same tokens.
         same = len(commonprefix([gap[::-1], offered[::-1]]))
         if self.tokens.search(gap, len(gap) - same):

@@ -31,6 +31,7 @@ class TokenizeOptions:
         on_bad_row: What happens to rows that cannot be used.
         reasoning: Which reasoning is trained.
         loss_on: Which turns are trained.
+        trust_blocks: Whether a template's generation blocks are taken as they are.
         separator: Token id appended to every document, never trained; None for none.
     """
 
@@ -47,5 +48,6 @@ class TokenizeOptions:
     on_bad_row: OnBadRow = "error"
     reasoning: Reasoning = "keep"
     loss_on: LossOn = "all"
+    trust_blocks: bool = False
     separator: int | None = None
     day: str = ""

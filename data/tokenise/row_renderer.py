@@ -56,6 +56,7 @@ class RowRenderer:
             options.special,
             list(options.added.values()),
             reasoning=options.reasoning,
+            trust_blocks=options.trust_blocks,
         )
 
     def render(self, raw: RawRow) -> RowText:
