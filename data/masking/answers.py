@@ -38,7 +38,7 @@ from data.masking.refusals import (
     what_it_lacks,
 )
 from data.masking.turns import OPENED_THINK, Turn, end_of_reasoning, skip
-from data.rows.conversation import Conversation, begin_of_last_turn
+from data.rows.conversation import Conversation, Message, begin_of_last_turn
 from data.templates.forms import MessageForms
 from data.templates.headers import TurnMarkup
 from data.templates.marks import BLOCK_CLOSE, BLOCK_OPEN, Piece, Span, has_marks, split_marks
@@ -105,9 +105,9 @@ class AnswerFinder:
         if has_marks(text):
             raise RowError("reserved character", "the text holds one of U+FDD0 to U+FDD5")
         row = RenderedRow(conversation, messages, text)
-        require_questions(conversation.messages, text)
         everything = [messages, conversation.tools, self.template.variables]
         refuse_escapes(everything, self.template.source, text)
+        require_questions(conversation.messages, text)
         if (method or self.method) == "generation":
             if self.trust_blocks:
                 turns = trusted_turns(row, blocks, self.markup)
@@ -173,7 +173,7 @@ class AnswerFinder:
         )
 
     def may_drop_reasoning_before(self, messages: Sequence[Message]) -> int:
-        """The first message whose reasoning the template must write; all but ``keep`` train none before."""
+        """The first message whose reasoning the template must write; ``keep`` alone trains all."""
         return 0 if self.reasoning == "keep" else begin_of_last_turn(messages)
 
 

@@ -169,7 +169,7 @@ def _require_others(messages: Sequence[Message], texts: list[str]) -> None:
 
 
 def _match_in_any_order(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[Piece]:
-    """As `_match`, for templates that write calls behind the content and for those that write them before."""
+    """As `_match`, for templates that write calls behind the content or before it."""
     try:
         return _match(pieces, texts, may_drop_before)
     except RowError as error:

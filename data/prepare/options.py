@@ -80,7 +80,6 @@ class PrepareOptions:
                 "package.module:function."
             )
 
-
     @property
     def day(self) -> date | None:
         """``template_date`` as a date; None without one, or with one that is none."""

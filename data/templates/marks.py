@@ -48,7 +48,7 @@ class Piece:
         """Whether a text between marks is this piece."""
         if self.text is not None or self.escaped is None:
             return self.text in (text, None)
-        # JSON may be inside JSON, and some templates escape quotes only: but for backslashes it is the same.
+        # JSON may be inside JSON, and some templates escape quotes only: backslashes may differ.
         spelled = {self.escaped, *(json.dumps(self.escaped, ensure_ascii=a) for a in (True, False))}
         bare = {each.replace("\\", "").strip('"') for each in spelled}
         return text.replace("\\", "").strip('"') in bare

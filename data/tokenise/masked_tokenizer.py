@@ -88,7 +88,9 @@ class MaskedTokenizer:
         found = self._spelled(texts, spans)
         left = [number for number, result in enumerate(found) if result is None]
         if left:
-            again = self._with_offsets(*([each[n] for n in left] for each in (texts, spans, edges)))
+            again = self._with_offsets(
+                [texts[n] for n in left], [spans[n] for n in left], [edges[n] for n in left]
+            )
             for number, result in zip(left, again, strict=True):
                 found[number] = result
         return [result for result in found if result is not None]
@@ -162,8 +164,8 @@ class MaskedTokenizer:
         token = whole.char_to_token(edge)
         if token is None or whole.ids[token] in self._added_ids:
             return False
-        begin, _ = whole.token_to_chars(token)
-        return bool(begin < edge)
+        begin: int = whole.offsets[token][0]
+        return begin < edge
 
     @cached_property
     def _going_on(self) -> Tokenizer:

@@ -64,8 +64,9 @@ def test_what_the_template_and_the_tokenizer_leave_out_is_counted_and_told(
     rows = [{**rows[0], "answer": "    return"}, {**rows[1], "tools": [tool]}, cut]
     file = write_rows(tmp_path / "a.jsonl", rows)
     for cache in (None, tmp_path / "cache"):
-        # A line break and three spaces are one token: half header, half answer.
+        # A line break and three spaces would be one token: half header, half answer.
         documents = prepare(tokenizer, [file], cache)
+        assert trained_text(tokenizer, documents) == "    return<|im_end|>"
         report = documents.report
         assert report["tools_not_shown"] == 1
         untold = f"1 rows of {file} have tools on offer that the chat template does not show"
@@ -73,9 +74,7 @@ def test_what_the_template_and_the_tokenizer_leave_out_is_counted_and_told(
         assert report["unclosed_thoughts"] == 1
         cut_off = f"1 rows of {file} have an answer that ends inside its <think> block"
         assert any(cut_off in warning for warning in report["warnings"])
-        assert report["boundary_tokens"] == 1
-        told = f"1 tokens of {file} hold the end of a header"
-        assert any(told in warning for warning in report["warnings"])
+        assert report["boundary_tokens"] == 0
     shown = CHATML.replace("{%- for", "{{- tools|tojson if tools else '' }}{%- for", 1)
     documents = prepare(tokenizer, [file], chat_template=shown)
     assert documents.report["tools_not_shown"] == 0
