@@ -166,7 +166,6 @@ def _tokenised(
     (ours,) = tokenizer.masked.tokenize([text], [spans], [edges])
     offsets = tokenizer.masked.offsets(text, edges)
     encoding = tokenizer.masked.backend.encode(text, add_special_tokens=False)
-    # The tokenizer's tokens, unless the text was cut inside one.
     if (encoding.ids == ours.ids.tolist()) != (encoding.offsets == offsets):
         return "wrong", "the tokens are not those of the tokenizer"
     expected = mask_by_characters(text, spans, ours.ids.tolist(), offsets, tokenizer.added_ids)

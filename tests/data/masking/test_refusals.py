@@ -55,6 +55,8 @@ def test_arguments_that_come_out_changed_are_refused():
 
     found = finder(THINKING)
     assert found.find(call('Ki"ga\\li\né')).turns
-    loud = THINKING.replace("call.function.arguments | tojson", "call.function.arguments|tojson|upper")
+    loud = THINKING.replace(
+        "call.function.arguments | tojson", "call.function.arguments|tojson|upper"
+    )
     with pytest.raises(RowError, match="answer dropped|marks lost"):
         finder(loud).find(call("Kigali"))

@@ -3,6 +3,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,13 @@ import data.prepare.prepare
 from data.documents.provenance import document_place
 from data.errors import DataError
 from data.prepare.options import PrepareOptions
-from data.prepare.prepare import _CODE_FOLDERS, named_settings, prepare_documents, prepare_rows
+from data.prepare.prepare import (
+    _CODE_FOLDERS,
+    DAY,
+    named_settings,
+    prepare_documents,
+    prepare_rows,
+)
 from data.templates.tokenizer_facts import template_source
 from tests.data.conftest import CHATML, make_rows
 from tests.helpers.templates import GENERATION, THINKING
@@ -113,6 +120,28 @@ def test_another_key_for_anything_that_changes_the_documents(tokenizer, rows, tm
     write_rows(tmp_path / "a.jsonl", rows[:-1])
     assert prepare(tokenizer, [path], tmp_path / "cache").fingerprint not in seen
     assert len(prepare(tokenizer, [path], tmp_path / "cache")) == len(rows) - 1
+
+
+def test_the_day_that_a_template_writes_is_an_input(tokenizer, rows, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", rows[:3])
+    dated = "{{ '<|im_start|>system\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML
+
+    def documents(template, day):
+        options = {"chat_template": template, "template_date": day}
+        return prepare(tokenizer, [path], tmp_path / "cache", **options)
+
+    leap, other, again = (documents(dated, f"2024-02-{day}") for day in (29, 28, 29))
+    assert "29 Feb 2024" in tokenizer.decode(leap[0][0])
+    assert same(leap, again) and leap.fingerprint == again.fingerprint != other.fingerprint
+    assert leap.report["made_of"][DAY] == leap.report["template_date"] == "2024-02-29"
+    assert documents(dated, None).report["template_date"] == date.today().isoformat()
+    # A template without a clock is the same every day.
+    undated = documents(CHATML, "2024-02-29")
+    assert undated.fingerprint == documents(CHATML, None).fingerprint
+    assert DAY not in undated.report["made_of"]
+    assert any("has no clock" in warning for warning in undated.report["warnings"])
+    with pytest.raises(DataError, match="--template-date tomorrow: expected a day"):
+        documents(dated, "tomorrow")
 
 
 def test_separator_ends_each_document_and_is_never_trained(tokenizer, rows):

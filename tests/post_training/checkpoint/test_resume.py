@@ -6,6 +6,7 @@ import sys
 import pytest
 import yaml
 
+from data.prepare.prepare import DAY
 from post_training.batch.splits import plan_split
 from post_training.checkpoint import resume, store
 from post_training.checkpoint.position import find_position
@@ -45,6 +46,20 @@ def test_own_checkpoint_comes_before_load(parse, tmp_path):
     # --ckpt-step is about --load, which this run has left behind.
     args = parse(*load, "--ckpt-step", "5")
     assert chosen(args) == own and args.ckpt_step == 7
+
+
+def test_the_day_of_the_first_start_is_kept(parse, tmp_path):
+    made_of = [{}, {DAY: "2024-02-29"}]
+    make_checkpoint(tmp_path / "out/checkpoints", facts={"data": {"made_of": made_of}})
+    args = parse()
+    resume.choose_checkpoint(args)
+    assert args.template_date == "2024-02-29"
+    args = parse("--template-date", "2024-03-01")  # a resume refuses the other data
+    resume.choose_checkpoint(args)
+    assert args.template_date == "2024-03-01"
+    args = parse("--load", str(tmp_path / "out/checkpoints"), "--finetune", out="new")
+    resume.choose_checkpoint(args)
+    assert args.template_date is None
 
 
 def test_an_older_checkpoint_of_its_own(parse, tmp_path):
