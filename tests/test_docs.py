@@ -35,3 +35,11 @@ def test_links_and_scripts_exist(page):
         r"(?:python|bash) ((?:scripts|tests|benchmarks)/[\w/]+\.(?:py|sh))", text
     ):
         assert (ROOT / script).is_file(), f"{page.name} names {script}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    """By their path from the root; in the pictures of docs/architecture.md from a package too."""
+    folders = [ROOT, ROOT / "post_training", ROOT / "data"]
+    for name in re.findall(r"(?<![\w/.-])(\w+/[\w/]+\.py)\b", page.read_text()):
+        assert any((folder / name).is_file() for folder in folders), f"{page.name} names {name}"

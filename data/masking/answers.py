@@ -132,9 +132,6 @@ class AnswerFinder:
             first, last = here[0][1][0], here[-1][1][1]
             # Everybody's speech is in order, and a message's own pieces stand together.
             at = speech.index(here[0][1])
-            if speech[at + len(here) - 1] != here[-1][1]:
-                what = f"the template writes others' text inside message {message + 1}"
-                raise RowError("marks lost", what)
             before = speech[at - 1][1] if at else 0
             at += len(here)
             limit = speech[at][0] if at < len(speech) else len(text)
@@ -194,7 +191,8 @@ def trained_spans(
         masked = reasoning == "mask" or (reasoning == "last" and not is_last)
         if masked and turn.reasoning_end is not None:
             start = turn.reasoning_end
-        if start < turn.end:
+        # An empty answer without a stop has nothing to learn but the white space around it.
+        if start < turn.end and (turn.stopped or rendering.text[start : turn.end].strip()):
             spans += without_empty_blocks(rendering.text, (start, turn.end))
     return spans
 

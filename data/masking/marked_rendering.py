@@ -86,6 +86,11 @@ def render_marked(
             pieces = _match_in_any_order(pieces, [text[a:b] for a, b in spans], may_drop_before)
             if not mark_names:
                 _require_marked_calls(messages)
+            for before, after in pairwise(zip(pieces, spans, strict=True)):
+                inside = any(before[1][1] <= begin < after[1][0] for begin, _ in others)
+                if inside and before[0].message == after[0].message:
+                    what = f"the template writes others' text inside message {after[0].message + 1}"
+                    raise RowError("marks lost", what)
             if mark_others:
                 _require_others(messages, [text[a:b] for a, b in others])
         except RowError as error:

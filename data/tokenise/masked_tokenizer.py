@@ -33,6 +33,7 @@ from tokenizers import Encoding, Tokenizer
 
 from data.templates.marks import Span
 from data.tokenise.token_mask import token_mask
+from data.tokenise.word_tokenizer import WordTokenizer
 
 # Bytes that occur in no valid UTF-8: a token with this spelling never joins to a text.
 _UNSPELLABLE = b"\xff"
@@ -66,6 +67,7 @@ class MaskedTokenizer:
         self.backend = _backend(tokenizer)
         self._added_ids = frozenset(added)
         self._spelling = _Spelling(self.backend, added)
+        self._words = WordTokenizer.of(self.backend)
         self.spells = self._spells()
 
     def tokenize(
@@ -107,7 +109,7 @@ class MaskedTokenizer:
     def _spells(self) -> bool:
         """Whether it is worth trying: the tokens of a small text spell it out."""
         text = "Is it 7?\n"
-        return b"".join(map(self._spelling.__getitem__, self._encode([text])[0])) == text.encode()
+        return b"".join(map(self._spelling.__getitem__, self._ids([text])[0])) == text.encode()
 
     def _with_offsets(
         self,
@@ -176,7 +178,8 @@ class MaskedTokenizer:
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[TokenizedText | None]:
         """The texts whose tokens spell them out; None for those that need the library's offsets."""
-        ids = self._encode(texts)
+        ids = self._ids(texts)
+        self._spot_check(texts, ids)
         every = list(chain.from_iterable(ids))
         flat = np.array(every, np.int32)
         spelled = list(map(self._spelling.__getitem__, every))
@@ -197,6 +200,24 @@ class MaskedTokenizer:
             results.append(result)
             first, begins_at = last, ends[last - 1] if last else 0
         return results
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._words is None:
+            return self._encode(texts)
+        of_words = self._words.ids
+        ids = [of_words(text) if text.isascii() else None for text in texts]
+        others = iter(self._encode([t for t, own in zip(texts, ids, strict=True) if own is None]))
+        return [next(others) if own is None else own for own in ids]
+
+    def _spot_check(self, texts: Sequence[str], ids: Sequence[list[int]]) -> None:
+        """Compare one text of each batch with the library, whatever was checked at the start."""
+        if self._words is None or not texts:
+            return
+        longest = max(range(len(texts)), key=lambda number: len(texts[number]))
+        if self._encode([texts[longest]])[0] != ids[longest]:
+            raise RuntimeError(
+                f"data.tokenise.word_tokenizer gives other ids than the tokenizer for {texts[longest]!r}"
+            )
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -1,7 +1,7 @@
 """The words of a command line and the file of its `--config`, each read before the whole parser is there.
 
 Megatron's parser is completed with defaults that follow from some of its own flags; and whether FSDP2 is
-asked for must be known before CUDA starts (`platform/cuda_connections.py`).
+asked for must be known before CUDA starts (`machine/environment.py`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does the GPU compute what the CPU computes? The first part of gpu_check.py."""
+"""Does the GPU compute what the CPU computes? The first part of check.py."""
 
 from __future__ import annotations
 

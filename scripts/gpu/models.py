@@ -1,4 +1,4 @@
-"""The models and rows of gpu_check.py: tiny ones of each family, 1B- and 8B-shaped ones."""
+"""The models and rows of check.py: tiny ones of each family, 1B- and 8B-shaped ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A start of finetune.py as a process of its own, for gpu_check.py."""
+"""A start of finetune.py as a process of its own, for check.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast do 1B- and 8B-shaped models train? The second part of gpu_check.py."""
+"""How fast do 1B- and 8B-shaped models train? The second part of check.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """`finetune.py` from the command line: outputs, resuming, signals, evaluation, and what it refuses.
 
-That its numbers are right on every layout is in `test_layouts.py`.
+That its numbers are right on every layout is in `tests/numerics/test_layouts.py`.
 """
 
 import json

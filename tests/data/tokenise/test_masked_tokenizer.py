@@ -104,3 +104,10 @@ def test_prompt_and_answer_are_tokenised_as_at_inference(request, tokenizer, nam
     assert decoded.strip() == (prompt + answer).strip()
     assert cut.mask[first:last].all()
     assert (offsets[first][0], offsets[last - 1][1]) == (begin, end)
+
+
+def test_remembered_ids_that_are_not_the_tokenizer_s_stop_the_run(tokenizer):
+    ours = masked(tokenizer)
+    ours._words._memory["four"] = (1, 2)
+    with pytest.raises(RuntimeError, match="other ids than the tokenizer for 'four'"):
+        ours.tokenize(["a", "four"], [[], []])
