@@ -42,7 +42,7 @@ from megatron.training.global_vars import set_global_variables
 
 from data import DataError
 from model_provider import check_weights, model_config
-from post_training.arguments.completion import complete_run, validate
+from post_training.arguments.completion import complete_run, keep_date, validate
 from post_training.arguments.parser import parse_arguments
 from post_training.batch.assemble import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.batch.data_report import describe
@@ -53,6 +53,7 @@ from post_training.batch.splits import (
     evaluation_batches,
     first_prompts,
     prepare_data,
+    template_date,
 )
 from post_training.checkpoint import resume
 from post_training.checkpoint.position import DataPosition, find_position
@@ -209,7 +210,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = resume.choose_checkpoint(args)
         check_weights(args, start.checkpoint)
         output.prepare_output(args)
+        keep_date(args, start.template_date)
         tokenizer, splits = prepare_data(args)
+        keep_date(args, template_date(splits))
         position = find_position(args, splits.get("train"), start.continued)
         if rank == 0:
             print(describe(splits, args), file=console)

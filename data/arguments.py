@@ -58,6 +58,12 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Token after each document, never trained: auto, none, or a special token.")  # fmt: skip
     add("--chat-template-variables", default=None, metavar="JSON",
         help='Further template variables, such as {"enable_thinking": false}.')  # fmt: skip
+    add("--trust-generation-blocks", action="store_true",
+        help="Train what a template's {%% generation %%} blocks enclose, as they are, also where they "
+        "contradict what follows from its generation prompt.")  # fmt: skip
+    add("--template-date", default=None, metavar="YYYY-MM-DD",
+        help="The day that a template's clock says (strftime_now). Default: that of the run's first start, "
+        "which a resume keeps.")  # fmt: skip
     add("--data-cache-dir", default=None, metavar="DIR",
         help="Folder of tokenised data, shared between runs and nodes. Default: sft-data in "
         "$XDG_CACHE_HOME or ~/.cache.")  # fmt: skip

@@ -156,6 +156,8 @@ def _with_format(settings: PrepareOptions, chunks: Iterator[Chunk]) -> PrepareOp
 def _say_masks(options: TokenizeOptions, facts: dict[str, Any]) -> None:
     separator = "none" if options.separator is None else options.added[options.separator]
     print(f"mask: {facts['mask_method']}; turns end with {facts['stops']}; separator {separator}")
+    if options.day:
+        print(f"date: the template writes {options.day} (--template-date)")
     for warning in facts["warnings"]:
         print(f"warning: {warning}")
 

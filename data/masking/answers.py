@@ -26,16 +26,19 @@ from dataclasses import dataclass
 from typing import Literal
 
 from data.errors import RowError
-from data.masking.generation_blocks import RenderedRow, turns_from_blocks
+from data.masking.generation_blocks import RenderedRow, trusted_turns, turns_from_blocks
 from data.masking.marked_rendering import MarkedRendering, render_marked
 from data.masking.refusals import (
+    reason_once,
+    refuse_escapes,
     refuse_stops_inside,
     refuse_stray_tags,
     require_questions,
+    require_results,
     what_it_lacks,
 )
-from data.masking.turns import EMPTY_THINK, OPENED_THINK, Turn, end_of_reasoning, skip
-from data.rows.conversation import Conversation, begin_of_last_turn
+from data.masking.turns import OPENED_THINK, Turn, end_of_reasoning, skip
+from data.rows.conversation import Conversation, Message, begin_of_last_turn
 from data.templates.forms import MessageForms
 from data.templates.headers import TurnMarkup
 from data.templates.marks import BLOCK_CLOSE, BLOCK_OPEN, Piece, Span, has_marks, split_marks
@@ -63,7 +66,8 @@ class AnswerFinder:
         special_tokens: Texts of the tokenizer's special tokens.
         added_tokens: Texts of all its added tokens.
         method: ``generation`` or ``marks``; None for ``generation`` where the template has it.
-        reasoning: Policy; under ``last`` a template may drop the reasoning of earlier turns.
+        trust_blocks: Take the blocks of a template as they are, whatever marks say.
+        reasoning: Policy; under ``last`` and ``mask`` a template may drop that of earlier turns.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class AnswerFinder:
         added_tokens: Sequence[str] = (),
         method: Method | None = None,
         reasoning: Reasoning = "keep",
+        trust_blocks: bool = False,
     ) -> None:
         self.template = template
+        self.trust_blocks = trust_blocks
         self.method: Method = method or ("generation" if template.has_generation else "marks")
         self.reasoning: Reasoning = reasoning
         self.special_tokens, self.added_tokens = special_tokens, added_tokens
@@ -87,7 +93,7 @@ class AnswerFinder:
         Raises:
             RowError: the template refuses the messages, or the turns cannot be told exactly.
         """
-        said = self.forms.open_thinking(conversation.messages)
+        said = self.forms.open_thinking(reason_once(conversation.messages))
         if self.reasoning != "keep":
             refuse_stray_tags(said)
         messages = self.forms.apply(said)
@@ -99,11 +105,17 @@ class AnswerFinder:
         if has_marks(text):
             raise RowError("reserved character", "the text holds one of U+FDD0 to U+FDD5")
         row = RenderedRow(conversation, messages, text)
+        everything = [messages, conversation.tools, self.template.variables]
+        refuse_escapes(everything, self.template.source, text)
         require_questions(conversation.messages, text)
         if (method or self.method) == "generation":
-            turns = turns_from_blocks(row, blocks, self.markup, self._marked)
+            if self.trust_blocks:
+                turns = trusted_turns(row, blocks, self.markup)
+            else:
+                turns = turns_from_blocks(row, blocks, self.markup, self._marked)
         else:
             turns = self._turns_from_marks(row, self._marked(row))
+        require_results(conversation.messages, text)
         refuse_stops_inside(conversation, text, turns, self.markup.stops)
         return Rendering(text, turns)
 
@@ -130,7 +142,8 @@ class AnswerFinder:
             unclosed = before_it.count("<think>") > before_it.count("</think>")
             if unclosed and here[0][0].kind != "reasoning":
                 start = skip(OPENED_THINK, text, start, first)
-            start = skip(EMPTY_THINK, text, start, first)
+            # What the prompt writes itself is not for the model to write.
+            start = self.markup.skip_opening(previous, text, start, first)
             self.markup.check_start(text, start, first)
             stop = self.markup.stop_pattern.search(text, last, limit)
             if stop is None and here[-1][0].kind == "tool":
@@ -149,8 +162,16 @@ class AnswerFinder:
 
     def _marked(self, row: RenderedRow) -> MarkedRendering:
         return render_marked(
-            self.template, row.messages, row.conversation.tools, row.text, self.reasoning == "last"
+            self.template,
+            row.messages,
+            row.conversation.tools,
+            row.text,
+            self.may_drop_reasoning_before(row.messages),
         )
+
+    def may_drop_reasoning_before(self, messages: Sequence[Message]) -> int:
+        """The first message whose reasoning the template must write; ``keep`` alone trains all."""
+        return 0 if self.reasoning == "keep" else begin_of_last_turn(messages)
 
 
 def trained_spans(
@@ -170,6 +191,21 @@ def trained_spans(
         masked = reasoning == "mask" or (reasoning == "last" and not is_last)
         if masked and turn.reasoning_end is not None:
             start = turn.reasoning_end
-        if start < turn.end:
+        # An empty answer without a stop has nothing to learn but the white space around it.
+        if start < turn.end and (turn.stopped or rendering.text[start : turn.end].strip()):
             spans += without_empty_blocks(rendering.text, (start, turn.end))
     return spans
+
+
+def edges_of_answers(rendering: Rendering, spans: Sequence[Span]) -> list[int]:
+    """The edges of trained spans at which inference's prompt ends or an answer does, ascending.
+
+    Others, where untrained reasoning ends, lie inside what the model writes.
+    """
+    inside = {turn.reasoning_end for turn in rendering.turns}
+    edges: set[int] = set()
+    for turn in rendering.turns:
+        own = [span for span in spans if turn.start <= span[0] and span[1] <= turn.end]
+        if own:
+            edges |= {own[0][0], own[-1][1]} - inside
+    return sorted(edges)

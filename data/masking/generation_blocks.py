@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from data.errors import RowError
 from data.masking.marked_rendering import MarkedRendering
-from data.masking.turns import EMPTY_THINK, Turn, end_of_reasoning, is_plain, skip, skip_space
+from data.masking.turns import Turn, end_of_reasoning, is_plain, skip_space
 from data.rows.conversation import Conversation, Message
 from data.templates.headers import TurnMarkup
 from data.templates.marks import Piece, Span, mark_conversation
@@ -61,11 +61,12 @@ def turns_from_blocks(
         if empty and follows:
             continue
         message = assistants[len(turns)] if len(turns) < len(assistants) else -1
-        turns.append(_turn_in_block(markup, text, begin, end, message, roles))
+        turns.append(_turn_in_block(markup, text, begin, end, message, row.messages))
     if not turns:
         raise RowError("no generation block", "the template marked nothing in this row")
     one_each = len(turns) == len(assistants)
-    if one_each and all(is_plain(row.messages[turn.message]) for turn in turns):
+    plain = one_each and "tool" not in roles
+    if plain and all(is_plain(row.messages[turn.message]) for turn in turns):
         for turn in turns:
             said = row.messages[turn.message]["content"].strip()
             if said not in text[turn.start : turn.end]:
@@ -76,12 +77,20 @@ def turns_from_blocks(
 
 
 def _turn_in_block(
-    markup: TurnMarkup, text: str, begin: int, end: int, message: int, roles: list[str]
+    markup: TurnMarkup,
+    text: str,
+    begin: int,
+    end: int,
+    message: int,
+    messages: Sequence[Message],
 ) -> Turn:
     stops = markup.stop_pattern
-    header = markup.header(roles[message - 1] if message > 0 else None)
+    previous = messages[message - 1] if message > 0 else None
+    header = markup.header(previous["role"] if previous else None)
     start = begin + _overlap(header, text, begin, end)
-    start = skip(EMPTY_THINK, text, start, end)
+    if start == begin:
+        start -= _space_before(header, text, begin)
+    start = markup.skip_opening(previous, text, start, end)
     found = list(stops.finditer(text, start, end))
     stopped = bool(found) and not markup.tokens.sub("", text[found[-1].end() : end]).strip()
     if stopped:
@@ -148,6 +157,46 @@ def _checked_by_marks(
             f"{(piece.text or '')[:60]!r}",
         )
     return named
+
+
+def trusted_turns(row: RenderedRow, blocks: Sequence[Span], markup: TurnMarkup) -> list[Turn]:
+    """A turn for every block, as its author placed it.
+
+    Raises:
+        RowError: something that the assistant says is in no block.
+    """
+    _, pieces = mark_conversation(row.messages)
+    said = [piece for piece in pieces if piece.text is not None]
+    turns: list[Turn] = []
+    for begin, end in blocks:
+        message = said[0].message if said else turns[-1].message if turns else -1
+        at = begin
+        while said:
+            found = row.text.find(said[0].text or "", at, end)
+            if found < 0:
+                break
+            at = found + len(said[0].text or "")
+            message = said.pop(0).message
+        closing = row.text.rfind("</think>", begin, end)
+        reasoning_end = None
+        if closing >= 0:
+            reasoning_end = skip_space(row.text, closing + len("</think>"), end)
+        stop = markup.stop_pattern.search(row.text, at, end) is not None
+        turns.append(Turn(message, begin, end, reasoning_end, stop))
+    if not turns:
+        raise RowError("no generation block", "the template marked nothing in this row")
+    if said:
+        what = f"{said[0].kind} of message {said[0].message + 1}: {(said[0].text or '')[:60]!r}"
+        raise RowError("answer outside a block", what)
+    return turns
+
+
+def _space_before(header: str | None, text: str, begin: int) -> int:
+    """How much white space the template has between what the prompt ends with and a block."""
+    space = begin - len(text[:begin].rstrip())
+    if not header or text.endswith(header, 0, begin):
+        return 0
+    return next((n for n in range(1, space + 1) if text.endswith(header, 0, begin - n)), 0)
 
 
 def _first_said(row: RenderedRow, turn: Turn, pieces: Sequence[Piece]) -> int:

@@ -7,13 +7,15 @@ character by character, and every mark must have come out, in order; then their 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from data.errors import RowError
-from data.rows.conversation import Message, begin_of_last_turn
+from data.masking.refusals import question_dropped
+from data.rows.conversation import Message
 from data.templates.marks import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
@@ -51,7 +53,7 @@ def render_marked(
     messages: Sequence[Message],
     tools: Sequence[dict[str, Any]] | None,
     text: str,
-    may_drop_reasoning: bool,
+    may_drop_before: int,
 ) -> MarkedRendering:
     """Render once more with marks, and check that nothing else changes.
 
@@ -60,7 +62,7 @@ def render_marked(
         messages: The messages, in the forms that it wants.
         tools: The tools on offer.
         text: The rendering without marks.
-        may_drop_reasoning: Whether reasoning of turns before the last may be left out.
+        may_drop_before: Index of the message before which reasoning may be left out.
 
     Raises:
         RowError: the template treats marked text differently, or leaves some of it out.
@@ -80,13 +82,17 @@ def render_marked(
         if plain != text:
             problem = RowError("marks change the text", _first_difference(plain, text))
             continue
-        last = begin_of_last_turn(messages)
         try:
-            pieces = _match(
-                pieces, [text[a:b] for a, b in spans], last if may_drop_reasoning else 0
-            )
+            pieces = _match_in_any_order(pieces, [text[a:b] for a, b in spans], may_drop_before)
             if not mark_names:
                 _require_marked_calls(messages)
+            for before, after in pairwise(zip(pieces, spans, strict=True)):
+                inside = any(before[1][1] <= begin < after[1][0] for begin, _ in others)
+                if inside and before[0].message == after[0].message:
+                    what = f"the template writes others' text inside message {after[0].message + 1}"
+                    raise RowError("marks lost", what)
+            if mark_others:
+                _require_others(messages, [text[a:b] for a, b in others])
         except RowError as error:
             if error.reason != "marks lost":
                 raise
@@ -143,6 +149,45 @@ def _require_marked_calls(messages: Sequence[Message]) -> None:
             )
 
 
+def _require_others(messages: Sequence[Message], texts: list[str]) -> None:
+    """See that what all but the assistant say came out, once for every time that it was said.
+
+    Raises:
+        RowError: a message is missing.
+    """
+    left = Counter(texts)
+    missing: list[tuple[int, Message]] = []
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "assistant":
+            continue
+        content = message.get("content")
+        parts = [{"text": content}] if isinstance(content, str) else content or []
+        for part in parts:
+            said = part["text"].strip() if isinstance(part.get("text"), str) else ""
+            if said and not left[said]:
+                missing.append((number, message))
+            left[said] -= 1
+    # A result that is written as JSON comes out under another spelling.
+    rewritten = sum(count for count in left.values() if count > 0)
+    if len(missing) > rewritten:
+        raise question_dropped(*missing[0])
+
+
+def _match_in_any_order(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[Piece]:
+    """As `_match`, for templates that write calls behind the content or before it."""
+    try:
+        return _match(pieces, texts, may_drop_before)
+    except RowError as error:
+        before = {"reasoning": 0, "tool": 1, "content": 2}
+        other = sorted(pieces, key=lambda piece: (piece.message, before[piece.kind]))
+        if error.reason == "reasoning dropped" or other == pieces:
+            raise
+        try:
+            return _match(other, texts, may_drop_before)
+        except RowError:
+            raise error from None
+
+
 def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[Piece]:
     """Pair the pieces that were marked with the texts that came out; nothing may be missing.
 
@@ -153,7 +198,7 @@ def _match(pieces: list[Piece], texts: list[str], may_drop_before: int) -> list[
     rest = iter(pieces)
     for text in texts:
         for piece in rest:
-            if piece.text is None or piece.text == text:
+            if piece.came_out_as(text):
                 matched.append(piece)
                 break
             dropped.append(piece)

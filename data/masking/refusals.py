@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from data.errors import RowError
 from data.masking.turns import Turn
-from data.rows.conversation import REASONING_FIELDS, Conversation, Message
+from data.rows.conversation import REASONING_FIELDS, Conversation, Message, split_thinking
+
+_ENTITY = re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|amp|lt|gt|quot|apos);")
 
 
 def refuse_stray_tags(messages: Sequence[Message]) -> None:
@@ -86,20 +90,112 @@ def _refuse_said(stop: str, conversation: Conversation) -> None:
 
 
 def require_questions(messages: Sequence[Message], text: str) -> None:
-    """See that what users and system prompts say comes out; results of tools may be rewritten.
+    """See that what users and system prompts say comes out.
 
     Raises:
         RowError: an answer would be trained without its question.
     """
     for number, message in enumerate(messages, 1):
         said = message["content"]
-        if message["role"] in ("user", "system") and isinstance(said, str):
-            if said.strip() not in text:
-                raise RowError(
-                    "question dropped",
-                    f"the template leaves out or changes what message {number} ({message['role']}) "
-                    f"says: {said.strip()[:60]!r}; --chat-template FILE gives another",
-                )
+        if message["role"] not in ("assistant", "tool") and said.strip() not in text:
+            raise question_dropped(number, message)
+
+
+def require_results(messages: Sequence[Message], text: str) -> None:
+    """See that the results of tools come out; a template may spell them as JSON, or their values.
+
+    Raises:
+        RowError: an answer would be trained without what it is about.
+    """
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "tool" and not _rewritten(message["content"].strip(), text):
+            raise question_dropped(number, message)
+
+
+def question_dropped(number: int, message: Message) -> RowError:
+    """The refusal of a row of which a template leaves out message ``number`` (from 1)."""
+    what = "tool result" if message["role"] == "tool" else "question"
+    return RowError(
+        f"{what} dropped",
+        f"the template leaves out or changes what message {number} ({message['role']}) "
+        f"says: {str(message['content']).strip()[:60]!r}; --chat-template FILE gives another",
+    )
+
+
+def _rewritten(said: str, text: str) -> bool:
+    """Whether a tool's result is in the text as JSON spells it, or each value of it is."""
+    if any(spelled in text for spelled in _spellings(said)):
+        return True
+    try:
+        value = json.loads(said)
+    except (ValueError, RecursionError):
+        return False
+    return all(any(s in text for s in _spellings(leaf)) for leaf in _leaves(value))
+
+
+def _spellings(said: str) -> set[str]:
+    return {said, json.dumps(said)[1:-1], json.dumps(said, ensure_ascii=False)[1:-1]}
+
+
+def _leaves(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [leaf for key, item in value.items() for leaf in [key, *_leaves(item)]]
+    if isinstance(value, list):
+        return [leaf for item in value for leaf in _leaves(item)]
+    return [value.strip()] if isinstance(value, str) else []
+
+
+def refuse_escapes(said: Sequence[Any], source: str, text: str) -> None:
+    """Refuse HTML's spelling of characters where nobody used it: no chat is HTML.
+
+    Args:
+        said: Everything that went into the template.
+        source: The template.
+        text: What it wrote.
+
+    Raises:
+        RowError: the template escapes what it writes, such as quotes as ``&#34;``.
+    """
+    if "&" not in text:
+        return
+    found = set(_ENTITY.findall(text))
+    if found:
+        found -= set(_ENTITY.findall(source + json.dumps(said, ensure_ascii=False, default=str)))
+    if found:
+        raise RowError(
+            "escaped text",
+            f"the template writes {min(found)!r}, which nobody said: it escapes text as HTML; take "
+            "`escape` and the like out of it (--chat-template FILE)",
+        )
+
+
+def reason_once(messages: Sequence[Message]) -> list[Message]:
+    """Messages whose reasoning is in a field or in the content, not in both; else the same objects.
+
+    Raises:
+        RowError: both places have some, and they differ.
+    """
+    return [
+        _reasons_once(number, message) if message["role"] == "assistant" else message
+        for number, message in enumerate(messages, 1)
+    ]
+
+
+def _reasons_once(number: int, message: Message) -> Message:
+    said = message["content"]
+    fields = [name for name in REASONING_FIELDS if message.get(name)]
+    if not fields or not isinstance(said, str) or "</think>" not in said:
+        return message
+    inside, rest = split_thinking(said.lstrip())
+    if inside.strip() in ("", str(message[fields[0]]).strip()):
+        return {**message, "content": rest}
+    if said.lstrip().startswith("<think>"):
+        raise RowError(
+            "reasoning twice",
+            f"message {number} has {str(message[fields[0]])[:60]!r} in {fields[0]} and "
+            f"{inside.strip()[:60]!r} in its content: give one of them",
+        )
+    return message
 
 
 def what_it_lacks(messages: Sequence[Message]) -> str:

@@ -7,13 +7,13 @@ basic only means that rows of that kind will be refused one by one, with the sam
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from data.errors import DataError, RowError
 from data.masking.answers import AnswerFinder, Rendering
+from data.masking.turns import Turn
 from data.rows.conversation import Conversation, Message
 from data.templates.marks import mark_conversation
 
@@ -204,7 +204,8 @@ class TemplateReport:
                 raise DataError(
                     f"the chat template cannot be masked: probe '{result.name}' is "
                     f"{result.verdict} ({result.detail}). Pass --chat-template with a template "
-                    "that renders every turn, or mark answers with {% generation %} in it."
+                    "that renders every turn, or mark answers with {% generation %} in it; blocks that "
+                    "are right all the same are taken as they are with --trust-generation-blocks."
                 )
 
 
@@ -223,15 +224,15 @@ def _try(finder: AnswerFinder, probe: Probe, report: TemplateReport) -> tuple[Ve
         rendering = finder.find(conversation)
     except RowError as error:
         return "refused", str(error)
-    wrong = _contradiction(rendering, conversation, finder.markup.tokens)
-    if wrong:
+    wrong = _contradiction(rendering, conversation, finder)
+    if wrong and not finder.trust_blocks:
         return "wrong", wrong
-    if finder.method == "generation":
+    if finder.method == "generation" and not finder.trust_blocks:
         try:
             other = finder.find(conversation, "marks")
         except RowError:
             other = rendering  # what marks cannot tell, the template's author does
-        if [(t.start, t.end) for t in other.turns] != [(t.start, t.end) for t in rendering.turns]:
+        if not _same_but_for_space(rendering.text, rendering.turns, other.turns):
             return "wrong", (
                 "{% generation %} blocks give "
                 f"{[rendering.text[t.start : t.end] for t in rendering.turns]}, "
@@ -242,10 +243,24 @@ def _try(finder: AnswerFinder, probe: Probe, report: TemplateReport) -> tuple[Ve
     return "exact", " | ".join(rendering.text[t.start : t.end] for t in rendering.turns)
 
 
+def _same_but_for_space(text: str, one: Sequence[Turn], other: Sequence[Turn]) -> bool:
+    """Whether turns begin and end at the same places, white space between them aside."""
+    if len(one) != len(other):
+        return False
+    edges = [
+        sorted(pair)
+        for a, b in zip(one, other, strict=True)
+        for pair in ((a.start, b.start), (a.end, b.end))
+    ]
+    return not any(text[first:last].strip() for first, last in edges)
+
+
 def _contradiction(
-    rendering: Rendering, conversation: Conversation, tokens: re.Pattern[str]
+    rendering: Rendering, conversation: Conversation, finder: AnswerFinder
 ) -> str | None:
     """What is wrong with the turns, told from the messages alone; None when nothing is."""
+    tokens = finder.markup.tokens
+    droppable = finder.may_drop_reasoning_before(conversation.messages)
     _, pieces = mark_conversation(conversation.messages)
     texts: dict[int, str] = {}  # a template may write one message in several stretches
     for turn in rendering.turns:
@@ -261,16 +276,20 @@ def _contradiction(
     if set(texts) != messages:
         return f"answers {sorted(messages)} were given, answers {sorted(texts)} would be trained"
     for index, text in texts.items():
-        at = 0
+        at = dict.fromkeys(("reasoning", "content", "tool"), 0)  # calls may come before the content
+        first = len(text)
         for piece in pieces:
             if piece.message != index or not piece.text:
                 continue
-            found = text.find(piece.text, at)
+            found = text.find(piece.text, at[piece.kind])
+            if found < 0 and piece.kind == "reasoning" and index < droppable:
+                continue
             if found < 0:
                 return f"turn {index + 1} trains {text!r}, which lacks {piece.text!r}"
-            if any(opener in text[:found] for opener in openers) and not at:
-                return f"turn {index + 1} trains {text!r}, which opens with another message"
-            at = found + len(piece.text)
+            first = min(first, found)
+            at[piece.kind] = found + len(piece.text)
+        if any(opener in text[:first] for opener in openers):
+            return f"turn {index + 1} trains {text!r}, which opens with another message"
         for message in conversation.messages:
             said = str(message["content"]).strip()
             if message["role"] != "assistant" and len(said) > 10 and said in text:

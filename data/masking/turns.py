@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from data.rows.conversation import REASONING_FIELDS, Message
 from data.templates.marks import Piece, Span
 
-# Templates end the block with at most two line breaks; more white space is the answer's own.
-EMPTY_THINK = re.compile(r"\s*<think>\s*</think>\n{0,2}")
 # A block that the template opens, as in its generation prompt, before an answer without reasoning.
 OPENED_THINK = re.compile(r"\s*<think>\n?(?!\s*</think>)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
@@ -47,6 +48,8 @@ class PrepareOptions:
         template_variables: Further template variables, such as ``enable_thinking``.
         max_rows: Read only so many rows of each source, the first; None for all.
         dataset_template: A template of the dataset's own, for tokenizers that have none.
+        trust_blocks: Take the template's generation blocks as they are.
+        template_date: What the clock of a template says, as YYYY-MM-DD; None for today.
     """
 
     seq_length: int
@@ -62,6 +65,8 @@ class PrepareOptions:
     template_variables: tuple[tuple[str, Any], ...] = ()
     max_rows: int | None = None
     dataset_template: str | None = None
+    template_date: str | None = None
+    trust_blocks: bool = False
 
     def __post_init__(self) -> None:
         if self.seq_length < 2:
@@ -69,6 +74,10 @@ class PrepareOptions:
         if self.workers is not None and self.workers < 0:
             raise DataError(
                 f"--data-workers {self.workers}: expected 0 or more; leave it out for one a core."
+            )
+        if self.template_date is not None and self.day is None:
+            raise DataError(
+                f"--template-date {self.template_date}: expected a day as YYYY-MM-DD, such as 2026-01-31."
             )
         if self.max_rows is not None and self.max_rows < 1:
             raise DataError(
@@ -80,6 +89,14 @@ class PrepareOptions:
                 f"--conversation-format {name}: unknown; known are {', '.join(FORMAT_NAMES)}, or "
                 "package.module:function."
             )
+
+    @property
+    def day(self) -> date | None:
+        """``template_date`` as a date; None without one, or with one that is none."""
+        try:
+            return date.fromisoformat(self.template_date or "")
+        except ValueError:
+            return None
 
 
 def needs_format(tokenizer: PreTrainedTokenizerBase, settings: PrepareOptions) -> bool:
@@ -110,7 +127,13 @@ def tokenize_options(
     source, removed = keep_reasoning(template_source(tokenizer, own))
     special, added = added_tokens(tokenizer)
     names = special_tokens(tokenizer)
-    report, rendered = _self_test(source, names, special, added, settings)
+    template = ChatTemplate(source, names, dict(settings.template_variables), settings.day)
+    if settings.trust_blocks and not template.has_generation:
+        raise DataError(
+            "--trust-generation-blocks: the chat template has no {% generation %} blocks. Leave it out."
+        )
+    day = template.day.isoformat() if template.day else ""
+    report, rendered = _self_test(template, special, added, settings)
     report.require_usable()
     if report.stops and not report.stop_is_token:
         raise DataError(
@@ -122,12 +145,15 @@ def tokenize_options(
     warnings = []
     if not report.stops_last:
         warnings.append("the template writes no stop token after the last assistant turn")
-    options = _options(tokenizer, settings, source, separator)
+    if settings.template_date and not day:
+        warnings.append(f"--template-date {settings.template_date}: the chat template has no clock")
+    options = _options(tokenizer, settings, source, separator, day)
     facts = {
         "format": settings.conversation_format,
         "mask_method": report.method,
         "stops": report.stops,
         "separator": separator,
+        "template_date": day,
         "reasoning_parts_removed_from_template": removed,
         "warnings": warnings,
     }
@@ -168,6 +194,7 @@ def _options(
     settings: PrepareOptions,
     source: str,
     separator: int | None,
+    day: str = "",
 ) -> TokenizeOptions:
     special, added = added_tokens(tokenizer)
     prefix, end = text_frame(tokenizer)
@@ -185,21 +212,27 @@ def _options(
         on_bad_row=settings.on_bad_row,
         reasoning=settings.reasoning,
         loss_on=settings.loss_on,
+        trust_blocks=settings.trust_blocks,
         separator=separator,
         text_prefix=prefix,
         text_end=end,
+        day=day,
     )
 
 
 def _self_test(
-    source: str,
-    names: dict[str, str],
+    template: ChatTemplate,
     special: tuple[str, ...],
     added: dict[int, str],
     settings: PrepareOptions,
 ) -> tuple[TemplateReport, str]:
-    template = ChatTemplate(source, names, dict(settings.template_variables))
-    finder = AnswerFinder(template, special, list(added.values()), reasoning=settings.reasoning)
+    finder = AnswerFinder(
+        template,
+        special,
+        list(added.values()),
+        reasoning=settings.reasoning,
+        trust_blocks=settings.trust_blocks,
+    )
     report = check_template(finder)
     first = next(probes()).conversation
     rendered = finder.find(first).text if report.usable else ""

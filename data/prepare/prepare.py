@@ -47,6 +47,8 @@ _LIBRARIES = ("tokenizers", "jinja2")
 # Folders of this package whose code ids, masks and shards depend on: it is part of every cache key. A key
 # says only whether to tokenise again; whether documents are the same, their contents say.
 _CODE_FOLDERS = ("sources", "rows", "templates", "documents", "masking", "tokenise")
+# The key of what a template's clock said, in what documents are made of.
+DAY = "day of the chat template"
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -353,6 +355,7 @@ class _Preparation:
         options["kinds"] = self.source.kinds
         options["max_rows"] = self.settings.max_rows
         template = options.pop("template")
+        day = options.pop("day")
         names = ("tokenizer", "special_tokens", "special", "added")
         tokenizer = [options.pop(name) for name in names]
         libraries = [f"{name} {importlib.metadata.version(name)}" for name in _LIBRARIES]
@@ -361,6 +364,7 @@ class _Preparation:
             "bytes of the files": self.source.digest,
             "tokenizer": text_hash(json.dumps(tokenizer)),
             "chat template": text_hash(template),
+            **({DAY: day} if day else {}),
             "data flags": text_hash(json.dumps(options, sort_keys=True, default=str)),
             "converter": text_hash(converter_source(name).hex()) if name else "",
             "libraries": ", ".join(libraries),

@@ -171,6 +171,8 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
         "workers": args.data_workers,
         "max_rows": args.max_rows,
         "template_variables": _variables(args.chat_template_variables),
+        "template_date": args.template_date,
+        "trust_blocks": args.trust_generation_blocks,
     }
 
 

@@ -15,11 +15,15 @@ from data.errors import RowError
 from data.rows.conversation import Message
 from data.templates.marks import ANSWER_CLOSE, ANSWER_OPEN, OTHER_CLOSE
 from data.templates.probe_messages import ANSWER, ASK, CALL, CALL_ID, RESULT, render_probe
+from data.templates.reasoning import LEADING_CLOSE, LEADING_EMPTY_BLOCK, OPENED_BLOCK
 from data.templates.stops import learn_stops
 from data.templates.template import ChatTemplate
 
-_OPENING_THINK = re.compile(r"<think>\s*(?:</think>\s*)?\Z")
 _THINK_TAGS = {"<think>", "</think>"}
+_THINK_TAG = re.compile(r"</?think>")
+# Tokens that part reasoning from answers, whatever a family calls them.
+_CHANNEL = re.compile(r"think|thought|channel|reason|response|final", re.IGNORECASE)
+_ONLY_TAGS = re.compile(r"(?:\s|</?think>)*\Z")
 
 
 class TurnMarkup:
@@ -42,8 +46,11 @@ class TurnMarkup:
         self._template = template
         self._forms = forms
         self.tokens = _any_of([*special_tokens, *added_tokens])
+        channels = [token for token in {*special_tokens, *added_tokens} if _CHANNEL.search(token)]
+        self._channel = _any_of(channels)
         self._longest = max(map(len, [*special_tokens, *added_tokens]), default=0)
         self._headers: dict[str | None, str | None] = {}
+        self._openings: dict[str | None, str] = {}
         self.stops = learn_stops(template, forms, [_any_of(special_tokens), self.tokens])
         self.stop_pattern = _any_of(self.stops)
         self.stop_is_token = bool(self.stops) and all(
@@ -91,6 +98,31 @@ class TurnMarkup:
             f"after role {role!r} the template writes {gap[-60:]!r} before the answer, "
             f"expected {header!r}",
         )
+
+    def skip_opening(self, previous: Message | None, text: str, start: int, limit: int) -> int:
+        """Where the model begins to write: after what the generation prompt has behind the header.
+
+        Args:
+            previous: The message before the answer.
+            text: The rendered conversation.
+            start: Where the header ends.
+            limit: Where the first thing that the assistant says begins, or its block ends.
+        """
+        empty = LEADING_EMPTY_BLOCK.match(text, start, limit)
+        if empty:
+            return empty.end()
+        role = previous["role"] if previous else None
+        self.header(role)
+        opening = self._openings.get(role, self._openings.get("user", ""))
+        if not opening:
+            return start
+        closed = LEADING_CLOSE.match(text, start, limit)
+        if closed and not LEADING_CLOSE.search(opening):
+            return closed.end()
+        same = len(commonprefix([opening, text[start:limit]]))
+        # White space behind the tag may differ, and is the model's own then.
+        whole = same == len(opening) or opening[:same].rstrip() == opening.rstrip()
+        return start + same if whole else start
 
     def check_start(self, text: str, start: int, said: int) -> None:
         """See that a turn begins with what the assistant writes, not with a rest of its header.
@@ -148,7 +180,10 @@ class TurnMarkup:
             # No generation prompt to learn from: all that precedes the answer is header.
             header = gap
         # A think tag that the template opens by itself varies from turn to turn.
-        return _OPENING_THINK.sub("", header)
+        header = OPENED_BLOCK.sub("", header)
+        if offered.startswith(header):
+            self._openings[role] = offered[len(header) :]
+        return header
 
     def _common_header(self, gap: str, offered: str) -> str:
         """How much of the text before an answer the generation prompt offers.
@@ -158,12 +193,14 @@ class TurnMarkup:
         """
         length = len(commonprefix([gap, offered]))
         for text in (gap, offered):
-            for token in self.tokens.finditer(text):
+            for token in (*self.tokens.finditer(text), *_THINK_TAG.finditer(text)):
                 if token.start() < length < token.end():
                     length = token.start()
         header = gap[:length]
         if not (gap[length:].strip() and offered[length:].strip()):
             return header
+        if all(_ONLY_TAGS.match(self._channel.sub("", text[length:])) for text in (gap, offered)):
+            return header  # a prompt that opens reasoning, before an answer that has none
         # They differ before the assistant's name, but end with the same tokens.
         same = len(commonprefix([gap[::-1], offered[::-1]]))
         if self.tokens.search(gap, len(gap) - same):

@@ -8,6 +8,7 @@ between them.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,12 +35,23 @@ class Piece:
     Attributes:
         message: Index of its message.
         kind: What it is part of.
-        text: The text between the marks, or None where the template will escape it.
+        text: The text between the marks, or None where the template may escape it.
+        escaped: That text then, before it is; None where it is the name of an argument.
     """
 
     message: int
     kind: PieceKind
     text: str | None
+    escaped: str | None = None
+
+    def came_out_as(self, text: str) -> bool:
+        """Whether a text between marks is this piece."""
+        if self.text is not None or self.escaped is None:
+            return self.text in (text, None)
+        # JSON may be inside JSON, and some templates escape quotes only: backslashes may differ.
+        spelled = {self.escaped, *(json.dumps(self.escaped, ensure_ascii=a) for a in (True, False))}
+        bare = {each.replace("\\", "").strip('"') for each in spelled}
+        return text.replace("\\", "").strip('"') in bare
 
 
 def mark_conversation(
@@ -188,7 +200,7 @@ def _mark_call(
 
 def _mark_leaves(value: Any, message: int, pieces: list[Piece]) -> Any:
     if isinstance(value, str) and value.strip():
-        pieces.append(Piece(message, "tool", None))
+        pieces.append(Piece(message, "tool", None, value.strip()))
         return _wrap(value, ANSWER_OPEN, ANSWER_CLOSE)
     if isinstance(value, dict):
         return {key: _mark_leaves(item, message, pieces) for key, item in value.items()}

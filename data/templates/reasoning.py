@@ -26,11 +26,23 @@ REMOVE_THINK_CHAT_TEMPLATE = re.compile(
 ONLY_AFTER_LAST_QUESTION = re.compile(
     r"loop\.index0\s*>\s*(?:\w+\.)?last_(?:query|user)\w*(?:\.value)?"
 )
+# What opens and closes reasoning in the families that mark it inside a turn.
+_BLOCKS = (
+    (r"<think>", r"</think>"),
+    (r"<\|START_THINKING\|>", r"<\|END_THINKING\|>"),
+    (r"\[THINK\]", r"\[/THINK\]"),
+    (r"<\|channel>thought", r"<channel\|>"),
+)
 # Blocks with nothing in them, as templates and data write them. Templates end one with at most two
 # line breaks; more white space is the answer's own.
-_EMPTY_BLOCK = re.compile(
-    r"(?:<think>\s*</think>|<\|START_THINKING\|>\s*<\|END_THINKING\|>|\[THINK\]\s*\[/THINK\]"
-    r"|<\|channel>thought\s*<channel\|>)\n{0,2}"
+_EMPTY = "|".join(rf"{opening}\s*{closing}" for opening, closing in _BLOCKS)
+_EMPTY_BLOCK = re.compile(rf"(?:{_EMPTY})\n{{0,2}}")
+LEADING_EMPTY_BLOCK = re.compile(rf"\s*(?:{_EMPTY})\n{{0,2}}")
+# Where a prompt opens the block, an answer that has none may close it (GLM-4.7).
+LEADING_CLOSE = re.compile(rf"\s*(?:{'|'.join(closing for _, closing in _BLOCKS)})\n{{0,2}}")
+# A block that a prompt opens, or has empty.
+OPENED_BLOCK = re.compile(
+    "(?:" + "|".join(rf"{opening}\s*(?:{closing}\s*)?" for opening, closing in _BLOCKS) + r")\Z"
 )
 _OR_REASONING = r"(\g<0> or reasoning_content)"
 _PLAIN: list[list[Message]] = [

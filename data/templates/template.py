@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
+from datetime import date, datetime, time
+from functools import lru_cache, partial
 from types import BuiltinMethodType
 from typing import Any, NoReturn
 
@@ -43,8 +43,8 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(pattern: str) -> str:
-    return datetime.now().strftime(pattern)
+def _strftime(day: date, pattern: str) -> str:
+    return datetime.combine(day, time()).strftime(pattern)
 
 
 def _to_json(
@@ -58,6 +58,12 @@ def _to_json(
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+
+
+def _plain(value: Any) -> str:
+    # Jinja's `safe` makes text of a kind that escapes what is joined to it, quotes as &#34;. No chat is
+    # HTML: there is nothing to be safe from.
+    return str(value)
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -101,6 +107,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return jinja2.sandbox.ImmutableSandboxedEnvironment.call(*arguments, **keywords)
 
 
+_CLOCK = "strftime_now"
 _DICT_ATTRIBUTES = frozenset(dir(dict))
 _STRING_METHODS = frozenset(
     ("split", "strip", "lstrip", "rstrip", "startswith", "endswith", "replace", "lower", "upper")
@@ -116,8 +123,11 @@ def _environment() -> jinja2.Environment:
         extensions=[_GenerationBlocks, jinja2.ext.loopcontrols],
     )
     environment.filters["tojson"] = _to_json
+    environment.filters["safe"] = _plain
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    # A rendering follows from its inputs: the clock is one of them, chance is none.
+    environment.globals[_CLOCK] = partial(_strftime, date.min)
+    del environment.filters["random"], environment.globals["lipsum"]
     return environment
 
 
@@ -137,6 +147,10 @@ class ChatTemplate:
         source: Jinja source.
         special_tokens: What templates may name, such as ``bos_token`` and ``eos_token``.
         variables: Further template variables, such as ``enable_thinking``.
+        day: What the template's clock says, at midnight; None for today.
+
+    Attributes:
+        day: That day where the template asks for it, else None.
 
     Raises:
         DataError: the source is not valid Jinja.
@@ -147,8 +161,10 @@ class ChatTemplate:
         source: str,
         special_tokens: Mapping[str, str] | None = None,
         variables: Mapping[str, Any] | None = None,
+        day: date | None = None,
     ) -> None:
         self.source = source
+        self.day = (day or date.today()) if _CLOCK in source else None
         self.variables = {**(special_tokens or {}), **(variables or {})}
         # What ``tools`` is in a conversation without tools; a few templates need an empty list.
         self.no_tools: list[Any] | None = None
@@ -160,6 +176,8 @@ class ChatTemplate:
                 f"--chat-template{line}: not a valid Jinja template ({error}). Fix the template."
             ) from error
         self._globals = {**self._template.globals, **self.variables}
+        if self.day is not None:
+            self._globals[_CLOCK] = partial(_strftime, self.day)
 
     def render(
         self,

@@ -11,18 +11,25 @@ bytes back, running sums of their lengths are the tokens' places; if every edge 
 falls between two tokens, the mask is what lies between the edges. Both are checked for every text,
 and a text that fails either check, or any text of another kind of tokenizer, is tokenised again with
 the library's offsets (``data.tokenise.token_mask``).
+
+Where prompt and answer meet inside a token, as after a header that ends in a blank, inference never has
+that token: it is given the ids of the prompt and writes those of the answer. Such a text is cut there, and
+its parts are tokenised one by one. An added token that swallows the white space after it is left whole.
 """
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from data.templates.marks import Span
 from data.tokenise.token_mask import token_mask
@@ -56,42 +63,48 @@ class MaskedTokenizer:
     """
 
     def __init__(self, tokenizer: str, added: dict[int, str]) -> None:
-        self.backend = Tokenizer.from_str(tokenizer)
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        # Adds special tokens, which templates write themselves, and may cut spaces off offsets.
-        self.backend.post_processor = None
+        self._json = tokenizer
+        self.backend = _backend(tokenizer)
         self._added_ids = frozenset(added)
         self._spelling = _Spelling(self.backend, added)
         self._words = WordTokenizer.of(self.backend)
         self.spells = self._spells()
 
     def tokenize(
-        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+        self,
+        texts: Sequence[str],
+        spans: Sequence[Sequence[Span]],
+        edges: Sequence[Sequence[int]] = (),
     ) -> list[TokenizedText]:
         """Tokenise texts, without adding special tokens.
 
         Args:
             texts: Valid Unicode.
             spans: For each text its trained character spans [begin, end), ascending.
+            edges: For each text those edges of its spans at which a prompt ends or an answer does,
+                ascending; none where empty.
         """
+        edges = edges or [()] * len(texts)
         if not self.spells:
-            return self._with_offsets(texts, spans)
+            return self._with_offsets(texts, spans, edges)
         found = self._spelled(texts, spans)
         left = [number for number, result in enumerate(found) if result is None]
         if left:
-            again = self._with_offsets([texts[n] for n in left], [spans[n] for n in left])
+            again = self._with_offsets(
+                [texts[n] for n in left], [spans[n] for n in left], [edges[n] for n in left]
+            )
             for number, result in zip(left, again, strict=True):
                 found[number] = result
         return [result for result in found if result is not None]
 
-    def count(self, text: str) -> int:
-        """The number of tokens in a text."""
-        return len(self._ids([text])[0])
-
-    def offsets(self, text: str) -> list[Span]:
-        """The character span of each token, as the library tells it."""
-        return self.backend.encode(text, add_special_tokens=False).offsets
+    def offsets(self, text: str, edges: Sequence[int] = ()) -> list[Span]:
+        """The character span of each token, as the library tells it; ``edges`` as for ``tokenize``."""
+        whole = self.backend.encode(text, add_special_tokens=False)
+        return [
+            (begin + at, end + at)
+            for at, part in self._parts(text, whole, edges)
+            for begin, end in part.offsets
+        ]
 
     def _spells(self) -> bool:
         """Whether it is worth trying: the tokens of a small text spell it out."""
@@ -99,14 +112,67 @@ class MaskedTokenizer:
         return b"".join(map(self._spelling.__getitem__, self._ids([text])[0])) == text.encode()
 
     def _with_offsets(
-        self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
+        self,
+        texts: Sequence[str],
+        spans: Sequence[Sequence[Span]],
+        edges: Sequence[Sequence[int]],
     ) -> list[TokenizedText]:
         encodings = self.backend.encode_batch(list(texts), add_special_tokens=False)
         results = []
-        for encoding, text, own in zip(encodings, texts, spans, strict=True):
-            mask, crossing = token_mask(encoding, own, text, self._added_ids)
-            results.append(TokenizedText(np.array(encoding.ids, np.int32), mask, crossing))
+        for encoding, text, own, cuts in zip(encodings, texts, spans, edges, strict=True):
+            ids: list[int] = []
+            masks = []
+            crossings = 0
+            parts = self._parts(text, encoding, cuts)
+            ends = [*(at for at, _ in parts[1:]), len(text)]
+            for (at, part), end in zip(parts, ends, strict=True):
+                inside = [(max(a, at) - at, min(b, end) - at) for a, b in own if a < end and b > at]
+                mask, crossing = token_mask(part, inside, text[at:end], self._added_ids)
+                ids += part.ids
+                masks.append(mask)
+                crossings += crossing
+            results.append(TokenizedText(np.array(ids, np.int32), np.concatenate(masks), crossings))
         return results
+
+    def _parts(
+        self, text: str, whole: Encoding, edges: Sequence[int]
+    ) -> list[tuple[int, Encoding]]:
+        """The parts of a text between the edges that fall inside a token, and where each begins.
+
+        Args:
+            text: The text.
+            whole: The same, tokenised.
+            edges: Characters at which prompt and answer meet.
+        """
+        cuts = [edge for edge in edges if self._inside(whole, edge)]
+        if not cuts:
+            return [(0, whole)]
+        added = [
+            begin
+            for token, (begin, _) in zip(whole.ids, whole.offsets, strict=True)
+            if token in self._added_ids
+        ]
+        parts = [(0, self.backend.encode(text[: cuts[0]], add_special_tokens=False))]
+        for begin, end in pairwise([*cuts, len(text)]):
+            # Behind an added token a text begins anew, as it does at inference.
+            again = min((at for at in added if begin <= at < end), default=end)
+            for at, until, backend in ((begin, again, self._going_on), (again, end, self.backend)):
+                if at < until:
+                    parts.append((at, backend.encode(text[at:until], add_special_tokens=False)))
+        return parts
+
+    def _inside(self, whole: Encoding, edge: int) -> bool:
+        """Whether a character is inside a token, other than the white space that an added one takes."""
+        token = whole.char_to_token(edge)
+        if token is None or whole.ids[token] in self._added_ids:
+            return False
+        begin: int = whole.offsets[token][0]
+        return begin < edge
+
+    @cached_property
+    def _going_on(self) -> Tokenizer:
+        """The tokenizer for a text that goes on: many put a blank before a text that begins."""
+        return _backend(json.dumps(_without_prefix(json.loads(self._json))))
 
     def _spelled(
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
@@ -156,6 +222,32 @@ class MaskedTokenizer:
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+
+def _backend(tokenizer: str) -> Tokenizer:
+    backend = Tokenizer.from_str(tokenizer)
+    backend.no_padding()
+    backend.no_truncation()
+    # Adds special tokens, which templates write themselves, and may cut spaces off offsets.
+    backend.post_processor = None
+    return backend
+
+
+def _without_prefix(tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's JSON, without what it puts before a text that begins."""
+
+    def mend(step: Any) -> Any:
+        if not isinstance(step, dict) or step.get("type") == "Prepend":
+            return None
+        for steps in ("normalizers", "pretokenizers"):
+            if steps in step:
+                step = {**step, steps: [kept for each in step[steps] if (kept := mend(each))]}
+        if "prepend_scheme" in step:
+            step = {**step, "prepend_scheme": "never"}
+        return {**step, "add_prefix_space": False} if "add_prefix_space" in step else step
+
+    parts = ("normalizer", "pre_tokenizer")
+    return {**tokenizer, **{part: mend(tokenizer.get(part)) for part in parts}}
 
 
 class _Spelling(dict[int, bytes]):

@@ -23,6 +23,7 @@ class TokenizeOptions:
         added: Ids and texts of all added tokens.
         template: Jinja source.
         variables: Further template variables.
+        day: What the template's clock says, as YYYY-MM-DD; empty where it has none.
         format: Name of the rows' format, resolved.
         mapping: Column names and converters for it.
         seq_length: Longest document.
@@ -30,6 +31,7 @@ class TokenizeOptions:
         on_bad_row: What happens to rows that cannot be used.
         reasoning: Which reasoning is trained.
         loss_on: Which turns are trained.
+        trust_blocks: Whether a template's generation blocks are taken as they are.
         separator: Token id appended to every document, never trained; None for none.
         text_prefix: Token ids that the tokenizer puts before a text, for raw text.
         text_end: Token id of the end of a text, for raw text; None where there is none.
@@ -48,6 +50,8 @@ class TokenizeOptions:
     on_bad_row: OnBadRow = "error"
     reasoning: Reasoning = "keep"
     loss_on: LossOn = "all"
+    trust_blocks: bool = False
     separator: int | None = None
     text_prefix: tuple[int, ...] = ()
     text_end: int | None = None
+    day: str = ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import date
 from typing import Any
 
 from data.errors import DataError, RowError
-from data.masking.answers import AnswerFinder, Rendering, trained_spans
+from data.masking.answers import AnswerFinder, Rendering, edges_of_answers, trained_spans
 from data.masking.self_test import check_template
 from data.rows.conversation import Conversation
 from data.rows.plain import PLAIN_FORMATS, PlainRow, plain_row
@@ -31,6 +32,7 @@ class RowText:
         conversation: The same as a conversation.
         text: The rendered text.
         spans: The character spans in it that are trained, ascending.
+        edges: Those of their edges at which inference's prompt ends, or an answer does.
         turns: How many turns the assistant has.
         stopped: How many of them end with a stop.
         plain: What the row holds where it is no conversation; the text is empty if that is token ids.
@@ -40,6 +42,7 @@ class RowText:
     conversation: Conversation
     text: str
     spans: list[Span]
+    edges: list[int]
     turns: int
     stopped: int
     plain: PlainRow | None = None
@@ -62,14 +65,16 @@ class RowRenderer:
 
     def _new_finder(self, variables: Mapping[str, Any]) -> AnswerFinder:
         options = self.options
+        day = date.fromisoformat(options.day) if options.day else None
         template = ChatTemplate(
-            options.template, options.special_tokens, {**options.variables, **variables}
+            options.template, options.special_tokens, {**options.variables, **variables}, day
         )
         return AnswerFinder(
             template,
             options.special,
             list(options.added.values()),
             reasoning=options.reasoning,
+            trust_blocks=options.trust_blocks,
         )
 
     def _finder_for(self, variables: Mapping[str, Any]) -> AnswerFinder:
@@ -109,7 +114,7 @@ class RowRenderer:
         plain = plain_row(self.options.format, row, self.options.mapping)
         _require_unicode(plain.text)
         empty = Conversation([], unread=plain.unread)
-        return RowText(raw, empty, plain.text, [(0, len(plain.text))], 0, 0, plain)
+        return RowText(raw, empty, plain.text, [(0, len(plain.text))], [], 0, 0, plain)
 
     def _rendered(self, raw: RawRow, conversation: Conversation) -> RowText:
         rendering = self._finder_for(conversation.variables).find(conversation)
@@ -118,16 +123,19 @@ class RowRenderer:
             rendering = _without_last_stop(rendering, conversation)
         spans = trained_spans(rendering, conversation, self.reasoning, self.loss_on)
         stopped = sum(turn.stopped for turn in rendering.turns)
-        return RowText(raw, conversation, rendering.text, spans, len(rendering.turns), stopped)
+        edges = edges_of_answers(rendering, spans)
+        return RowText(
+            raw, conversation, rendering.text, spans, edges, len(rendering.turns), stopped
+        )
 
-    def without_oldest_turns(self, row: RowText, fits: Callable[[str], bool]) -> RowText | None:
+    def without_oldest_turns(self, row: RowText, fits: Callable[[RowText], bool]) -> RowText | None:
         """Leave out the oldest turns, question and answers together, until the rest fits.
 
         What is left is rendered like any conversation, so no header, answer or stop is ever cut.
 
         Args:
             row: The row.
-            fits: Whether a text is short enough.
+            fits: Whether a row is short enough.
 
         Returns:
             The row with the fewest turns left out; None where not even the last turn fits.
@@ -150,7 +158,7 @@ class RowRenderer:
                 rendered = self._rendered(row.raw, shorter)
             except RowError:
                 rendered = None
-            if rendered is not None and fits(rendered.text):
+            if rendered is not None and fits(rendered):
                 best, high = rendered, middle
             else:
                 low = middle + 1

@@ -141,7 +141,7 @@ class RowTokenizer:
         if pending.plain is not None:
             shown, offsets = shown_tokens(ids.tolist(), self.tokenizer)
             return PreviewRow(raw, "kept", "", shown, ids.tolist(), mask.tolist(), offsets)
-        offsets = self.tokenizer.offsets(pending.text)
+        offsets = self.tokenizer.offsets(pending.text, pending.edges)
         status = "trimmed" if counts["trimmed"] > trimmed else "kept"
         return PreviewRow(raw, status, "", pending.text, ids.tolist(), mask.tolist(), offsets)
 
@@ -150,8 +150,7 @@ class RowTokenizer:
     ) -> Iterator[tuple[RowText, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
         if not batch:
             return
-        texts = [pending.text for pending in batch]
-        tokenized = self.tokenizer.tokenize(texts, [pending.spans for pending in batch])
+        tokenized = self._tokens(batch)
         for pending, tokens in zip(batch, tokenized, strict=True):
             if pending.plain is not None:
                 tokens = plain_tokens(pending.plain, tokens, self.options)
@@ -183,6 +182,11 @@ class RowTokenizer:
                 counts[UNREAD + name] += 1
             yield pending, ids, mask
 
+    def _tokens(self, rows: Sequence[RowText]) -> list[TokenizedText]:
+        return self.tokenizer.tokenize(
+            [row.text for row in rows], [row.spans for row in rows], [row.edges for row in rows]
+        )
+
     def _document(
         self, pending: RowText, tokens: TokenizedText
     ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int, bool]:
@@ -198,12 +202,13 @@ class RowTokenizer:
             length = len(tokens.ids)
             if self.options.overlong == "trim-turns":
                 shorter = self.renderer.without_oldest_turns(
-                    pending, lambda text: self.tokenizer.count(text) <= room
+                    pending, lambda row: len(self._tokens([row])[0].ids) <= room
                 )
                 if shorter is not None:
                     pending.text, pending.spans = shorter.text, shorter.spans
+                    pending.edges = shorter.edges
                     pending.turns, pending.stopped = shorter.turns, shorter.stopped
-                    (tokens,) = self.tokenizer.tokenize([shorter.text], [shorter.spans])
+                    (tokens,) = self._tokens([shorter])
                     trimmed = True
             if not trimmed:
                 raise RowError(OVERLONG, f"{length} tokens, --seq-length is {room}")

@@ -4,8 +4,9 @@ A token is trained when every character of it was written by the assistant. At a
 falls inside a token that means: a token which begins in the header or the question and ends in the
 answer is not trained, because inference never asks the model for it (there the prompt ends where
 the header ends), and neither is one that begins in the answer and ends in what the template writes
-after the stop. Such tokens are counted (``boundary_tokens`` in the report); with the usual
-templates there are none, because headers and stops end in special tokens or line breaks.
+after the stop. Such tokens are counted (``boundary_tokens`` in the report). There are few: headers and
+stops end in special tokens or line breaks, and texts are cut where they do not
+(``data.tokenise.masked_tokenizer``).
 One exception: an added token such as Phi-3's ``<|end|>`` swallows the white space that follows it.
 It is the stop, and it is trained.
 """

@@ -112,6 +112,16 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.sequence_parallel = False  # after the check, whose proposal may turn to a larger size
 
 
+def keep_date(args: argparse.Namespace, day: str | None) -> None:
+    """Set the day that a chat template's clock says, where nobody has given one.
+
+    Before the data are prepared to that of the checkpoint, whose data go on, and after it to what the
+    clock said, so that `config.yaml` runs the same again on another day.
+    """
+    if args.template_date is None:
+        args.template_date = day
+
+
 def complete_run(
     args: argparse.Namespace,
     *,

@@ -65,7 +65,8 @@ def _describe_part(part: Documents, use: str, args: argparse.Namespace) -> str:
     trained = report.get("trained_tokens", 0) / max(1, report.get("tokens", 0))
     return (
         f"{name}: format {report.get('format')}, masks by {report.get('mask_method')}; "
-        f"{report.get('read', 0):,} rows read, {report.get('kept', 0):,} kept"
+        + (f"dated {day} by the template; " if (day := report.get("template_date")) else "")
+        + f"{report.get('read', 0):,} rows read, {report.get('kept', 0):,} kept"
         + (f", dropped: {reasons} (listed in {listed})" if reasons else "")
         + (f", {report['trimmed']:,} trimmed" if report.get("trimmed") else "")
         + f"; {report.get('tokens', 0):,} tokens, {trained:.0%} trained{use}"

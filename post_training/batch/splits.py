@@ -128,6 +128,17 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Split]]:
     return tokenizer, splits
 
 
+def template_date(splits: Mapping[str, Split]) -> str | None:
+    """The day that the clock of the chat template said; None for a template without one."""
+    for split in splits.values():
+        documents = split.documents
+        parts = documents.parts if isinstance(documents, DocumentSet) else [documents]
+        for part in parts:
+            if day := part.report.get("template_date"):
+                return str(day)
+    return None
+
+
 def evaluation_batches(args: argparse.Namespace, splits: Mapping[str, Split]) -> dict[str, int]:
     """Global batches of each split to evaluate: the whole split, or `--eval-iters` of it (0: none)."""
     batches: dict[str, int] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from data import DocumentSet, SFTDataset
 from data.documents.earlier_caches import cache_has_documents
+from data.prepare.prepare import DAY
 from data.prepare.splits import cache_dir
 from post_training.arguments.schedule import check_learning_rate
 from post_training.batch.splits import Split
@@ -23,7 +24,7 @@ from post_training.platform.checkpoints.random_states import layout_of
 # packs depend on these.
 PLAN_KEYS = ("seq_length", "seed", "packing", "global_batch_size")
 # Of what documents are made of, what is no hash.
-_SHOWN = ("path", "libraries")
+_SHOWN = ("path", "libraries", DAY)
 
 
 class PlannedData:

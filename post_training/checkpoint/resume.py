@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from data.prepare.prepare import DAY
 from post_training.checkpoint.origin import check_origin
 from post_training.checkpoint.position import DataPosition
 from post_training.checkpoint.store import (
@@ -37,6 +38,8 @@ class Start:
     """Only its weights are taken."""
     replaceable: bool
     """Whether the one before it may be taken where it is damaged: nobody has named it."""
+    template_date: str | None
+    """What the clock of its chat template said: its data are those of its first start."""
     asked: argparse.Namespace
     """The arguments as they were then: a checkpoint's origin is written in terms of these, and Megatron's
     validation spells some of them otherwise."""
@@ -95,7 +98,7 @@ def choose_checkpoint(args: argparse.Namespace) -> Start:
                 f"(no latest_checkpointed_iteration.txt){_meant(Path(foreign))}"
             )
     else:
-        return Start(None, None, finetune, replaceable=False, asked=asked)
+        return Start(None, None, finetune, replaceable=False, template_date=None, asked=asked)
     own = load == args.save
     if checkpoint.manifest is None and not (finetune or args.skip_train):
         raise SetupError(
@@ -109,7 +112,16 @@ def choose_checkpoint(args: argparse.Namespace) -> Start:
     if complaint is not None and args.rank == 0:
         print(f"warning: {complaint}; continuing from {checkpoint.path}", file=sys.stderr)
     check_origin(args, checkpoint, weights_only=finetune)
-    return Start(checkpoint, load, finetune, replaceable=newest is not None, asked=asked)
+    made_of = (checkpoint.manifest or {}).get("data", {}).get("made_of", ())
+    day = None if finetune else next((part[DAY] for part in made_of if part.get(DAY)), None)
+    return Start(
+        checkpoint,
+        load,
+        finetune,
+        replaceable=newest is not None,
+        template_date=day,
+        asked=asked,
+    )
 
 
 def expect(checkpoint: Checkpoint | None) -> None:

@@ -286,7 +286,8 @@ def test_raw_answers_to_a_prompt_that_opens_the_tag_are_reasoning_and_answer(pol
         assert rendering.text == shown + raw + "<|im_end|>\n"
         spans = trained_spans(rendering, conversation, policy)
         texts.append([rendering.text[a:b] for a, b in spans])
-    expected = "Four.<|im_end|>" if policy == "mask" else whole + "<|im_end|>"
+    # The tag is in the prompt, so it is not for the model to write.
+    expected = "Four.<|im_end|>" if policy == "mask" else raw + "<|im_end|>"
     assert texts == [[expected]] * 2
     # Tags that are talked about are left alone where there are both, or two.
     talk = chat("How?", "Write <think> and </think>.")

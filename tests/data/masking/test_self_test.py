@@ -45,3 +45,12 @@ def test_template_that_ends_no_last_turn_is_told():
     source = CHATML.replace("'<|im_end|>\\n'", "('' if loop.last else '<|im_end|>\\n')")
     report, _ = verdicts(source)
     assert not report.stops_last
+
+
+@pytest.mark.parametrize("policy", ["keep", "last", "mask"])
+def test_templates_that_drop_earlier_reasoning_are_for_the_policies_that_train_none(policy):
+    report = check_template(finder(THINKING, reasoning=policy))
+    report.require_usable()
+    found = {result.name: result.verdict for result in report.results}
+    assert found["reasoning"] == "exact"
+    assert found["reasoning in an earlier turn"] == ("refused" if policy == "keep" else "exact")

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from data.errors import DataError
 from data.prepare.options import PrepareOptions
 from data.prepare.prepare import (
     _CODE_FOLDERS,
+    DAY,
     dataset_template,
     named_settings,
     prepare_documents,
@@ -71,8 +73,9 @@ def test_what_the_template_and_the_tokenizer_leave_out_is_counted_and_told(
     rows = [{**rows[0], "answer": "    return"}, {**rows[1], "tools": [tool]}, cut]
     file = write_rows(tmp_path / "a.jsonl", rows)
     for cache in (None, tmp_path / "cache"):
-        # A line break and three spaces are one token: half header, half answer.
+        # A line break and three spaces would be one token: half header, half answer.
         documents = prepare(tokenizer, [file], cache)
+        assert trained_text(tokenizer, documents) == "    return<|im_end|>"
         report = documents.report
         assert report["tools_not_shown"] == 1
         untold = f"1 rows of {file} have tools on offer that the chat template does not show"
@@ -80,9 +83,7 @@ def test_what_the_template_and_the_tokenizer_leave_out_is_counted_and_told(
         assert report["unclosed_thoughts"] == 1
         cut_off = f"1 rows of {file} have an answer that ends inside its <think> block"
         assert any(cut_off in warning for warning in report["warnings"])
-        assert report["boundary_tokens"] == 1
-        told = f"1 tokens of {file} hold the end of a header"
-        assert any(told in warning for warning in report["warnings"])
+        assert report["boundary_tokens"] == 0
     shown = CHATML.replace("{%- for", "{{- tools|tojson if tools else '' }}{%- for", 1)
     documents = prepare(tokenizer, [file], chat_template=shown)
     assert documents.report["tools_not_shown"] == 0
@@ -121,6 +122,28 @@ def test_another_key_for_anything_that_changes_the_documents(tokenizer, rows, tm
     write_rows(tmp_path / "a.jsonl", rows[:-1])
     assert prepare(tokenizer, [path], tmp_path / "cache").fingerprint not in seen
     assert len(prepare(tokenizer, [path], tmp_path / "cache")) == len(rows) - 1
+
+
+def test_the_day_that_a_template_writes_is_an_input(tokenizer, rows, tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", rows[:3])
+    dated = "{{ '<|im_start|>system\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}" + CHATML
+
+    def documents(template, day):
+        options = {"chat_template": template, "template_date": day}
+        return prepare(tokenizer, [path], tmp_path / "cache", **options)
+
+    leap, other, again = (documents(dated, f"2024-02-{day}") for day in (29, 28, 29))
+    assert "29 Feb 2024" in tokenizer.decode(leap[0][0])
+    assert same(leap, again) and leap.fingerprint == again.fingerprint != other.fingerprint
+    assert leap.report["made_of"][DAY] == leap.report["template_date"] == "2024-02-29"
+    assert documents(dated, None).report["template_date"] == date.today().isoformat()
+    # A template without a clock is the same every day.
+    undated = documents(CHATML, "2024-02-29")
+    assert undated.fingerprint == documents(CHATML, None).fingerprint
+    assert DAY not in undated.report["made_of"]
+    assert any("has no clock" in warning for warning in undated.report["warnings"])
+    with pytest.raises(DataError, match="--template-date tomorrow: expected a day"):
+        documents(dated, "tomorrow")
 
 
 def test_separator_ends_each_document_and_is_never_trained(tokenizer, rows):

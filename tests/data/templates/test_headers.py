@@ -92,7 +92,7 @@ def test_a_header_cut_short_refuses_rows_and_is_wrong_in_the_self_test(
     with pytest.raises(RowError, match=problem):
         found.find(conversation)
     monkeypatch.setattr(TurnMarkup, "check_start", lambda *_: None)
-    wrong = _contradiction(found.find(conversation), conversation, found.markup.tokens)
+    wrong = _contradiction(found.find(conversation), conversation, found)
     assert wrong is not None
     assert "begins inside" in wrong or "opens with another message" in wrong
 

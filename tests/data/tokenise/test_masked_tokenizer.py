@@ -76,6 +76,36 @@ def test_no_texts_give_nothing(tokenizer):
     assert (empty.ids.dtype, len(empty.ids), len(empty.mask)) == (np.int32, 0, 0)
 
 
+@pytest.mark.parametrize("name", ["embedded", "qwen3", "mistral-7b-instruct", "phi-3-mini", "gpt2"])
+def test_prompt_and_answer_are_tokenised_as_at_inference(request, tokenizer, name):
+    ours = masked(tokenizer)
+    if name != "embedded":
+        folder = request.getfixturevalue("test_data") / f"tokenizers/{name}"
+        text = (folder / "tokenizer.json").read_text()
+        backend = Tokenizer.from_str(text)
+        ours = MaskedTokenizer(
+            text, {n: t.content for n, t in backend.get_added_tokens_decoder().items()}
+        )
+    prompt, answer, after = "User: is it? Assistant: ", "It is four. ", "  User: why? "
+    text = prompt + answer + after
+    begin, end = len(prompt), len(prompt + answer)
+    (whole,) = ours.tokenize([text], [[(begin, end)]])
+    assert whole.crossing
+    (cut,) = ours.tokenize([text], [[(begin, end)]], [[begin, end]])
+    assert cut.crossing == 0
+    trained = np.flatnonzero(cut.mask)
+    first, last = int(trained[0]), int(trained[-1]) + 1
+    asked = ours.backend.encode(prompt, add_special_tokens=False).ids
+    assert cut.ids[:first].tolist() == asked  # what inference is given
+    offsets = ours.offsets(text, [begin, end])
+    assert len(offsets) == len(cut.ids)
+    # What it writes, joined to that, is the answer, and no blank more.
+    decoded = ours.backend.decode(cut.ids[:last].tolist(), skip_special_tokens=False)
+    assert decoded.strip() == (prompt + answer).strip()
+    assert cut.mask[first:last].all()
+    assert (offsets[first][0], offsets[last - 1][1]) == (begin, end)
+
+
 def test_remembered_ids_that_are_not_the_tokenizer_s_stop_the_run(tokenizer):
     ours = masked(tokenizer)
     ours._words._memory["four"] = (1, 2)

@@ -6,7 +6,8 @@ import sys
 import pytest
 import yaml
 
-from post_training.arguments.completion import complete_run, validate
+from data.prepare.prepare import DAY
+from post_training.arguments.completion import complete_run, keep_date, validate
 from post_training.batch.splits import plan_split
 from post_training.checkpoint import resume, store
 from post_training.checkpoint.position import find_position
@@ -52,6 +53,17 @@ def test_own_checkpoint_comes_before_load(parse, tmp_path):
     # --ckpt-step is about --load, which this run has left behind.
     args = parse(*load, "--ckpt-step", "5")
     assert chosen(args) == own and told(args) == (args.save, 7)
+
+
+def test_the_day_of_the_first_start_is_kept(parse, tmp_path):
+    made_of = [{}, {DAY: "2024-02-29"}]
+    make_checkpoint(tmp_path / "out/checkpoints", facts={"data": {"made_of": made_of}})
+    for flags, day in (([], "2024-02-29"), (["--template-date", "2024-03-01"], "2024-03-01")):
+        args = parse(*flags)  # a resume refuses other data
+        keep_date(args, resume.choose_checkpoint(args).template_date)
+        assert args.template_date == day
+    args = parse("--load", str(tmp_path / "out/checkpoints"), "--finetune", out="new")
+    assert resume.choose_checkpoint(args).template_date is None
 
 
 def test_an_older_checkpoint_of_its_own(parse, tmp_path):
