@@ -23,6 +23,7 @@ from post_training import platform
 platform.apply()
 
 from data import DataError
+from model_provider import model_config
 from post_training.errors import SetupError
 from post_training.inference.backends import answering_parser, open_backend
 from post_training.inference.exact_match import evaluate, read_questions
@@ -46,7 +47,7 @@ def main() -> int:
         questions = read_questions(options.data)
         if options.json:
             Path(options.json).touch()  # rather now than after all answers
-        backend = open_backend(options)
+        backend = open_backend(options, model_config)
         begin = time.perf_counter()
         scores = evaluate(backend, questions, pattern)
     except (SetupError, DataError, OSError) as error:

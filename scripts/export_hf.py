@@ -21,6 +21,7 @@ from post_training import platform
 
 platform.apply()
 
+from model_provider import model_config
 from post_training.errors import SetupError
 from post_training.export.hf import DTYPES, export_hf
 from post_training.inference.load import load_model
@@ -48,6 +49,7 @@ def main() -> int:
     try:
         with quiet_libraries():
             loaded = load_model(
+                model_config,
                 output_dir=options.output_dir,
                 iteration=options.iteration,
                 checkpoints=options.checkpoints,

@@ -17,6 +17,7 @@ from post_training import platform
 
 platform.apply()
 
+from model_provider import model_config
 from post_training.errors import SetupError
 from post_training.inference.backends import answering_parser, open_backend
 from post_training.inference.generate import encode_prompt
@@ -41,7 +42,7 @@ def main() -> int:
     try:
         if not prompts:
             raise SetupError("--prompt is missing, and standard input is empty")
-        backend = open_backend(options)
+        backend = open_backend(options, model_config)
         system = [{"role": "system", "content": options.system}] if options.system else []
         encoded = [
             backend.tokenizer(prompt, add_special_tokens=True)["input_ids"]

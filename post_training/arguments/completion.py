@@ -22,7 +22,7 @@ from post_training.arguments.schedule import check_step_flags, complete_recomput
 from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import sliding_window
 from post_training.layout import sizes
-from post_training.machine.device import device_type, warn_once
+from post_training.machine.device import device_type
 
 # Set-up, the first step, an evaluation's first batch and saving may take this many times as long as an
 # ordinary step.
@@ -88,12 +88,6 @@ def complete_flags(args: argparse.Namespace) -> None:
                 f"window), which is not supported; use --seq-length {window} or less"
             )
         # Rotary positions are computed, not learned: the model's limit is advice, not a table size.
-        if args.seq_length > args.max_position_embeddings and not args.skip_train:
-            warn_once(
-                f"--seq-length {args.seq_length}: the model was made for {args.max_position_embeddings} "
-                f"tokens (max_position_embeddings of config.json); longer documents are trained all the "
-                f"same, and the exported config.json says {args.seq_length}"
-            )
         args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
         args.padded_vocab_size = sizes.padded_vocabulary(args.vocab_size, args)
     elif args.vocab_size and not args.padded_vocab_size:

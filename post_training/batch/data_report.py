@@ -39,6 +39,17 @@ def describe(splits: Mapping[str, Split], args: argparse.Namespace) -> str:
         lines += [f"{split}: {warning}" for warning in used.report.get("warnings") or ()]
         if split != "train" and "train" in splits:
             lines += _describe_overlap(split, used, splits["train"].documents)
+    config = getattr(args, "hf_config", None)
+    if (
+        config is not None
+        and "train" in splits
+        and args.seq_length > config.max_position_embeddings
+    ):
+        lines.append(
+            f"warning: --seq-length {args.seq_length}: the model was made for "
+            f"{config.max_position_embeddings} tokens (max_position_embeddings of config.json); longer "
+            f"documents are trained all the same, and the exported config.json says {args.seq_length}"
+        )
     return "\n".join(lines)
 
 

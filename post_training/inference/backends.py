@@ -13,7 +13,7 @@ from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.generate import Sampling, generate, stop_tokens
-from post_training.inference.load import LoadedModel, load_model
+from post_training.inference.load import LoadedModel, ModelConfig, load_model
 from post_training.inference.quiet import quiet_libraries
 
 BACKENDS = ("megatron", "transformers")
@@ -80,7 +80,7 @@ def _check_model_arguments(options: argparse.Namespace) -> None:
         )
 
 
-def open_backend(options: argparse.Namespace) -> Backend:
+def open_backend(options: argparse.Namespace, model_config: ModelConfig) -> Backend:
     """Load the model that the flags name.
 
     Raises:
@@ -100,7 +100,10 @@ def open_backend(options: argparse.Namespace) -> Backend:
         return TransformersBackend.load(options.hf_model, sampling, options.batch_size)
     with quiet_libraries():
         loaded = load_model(
-            output_dir=options.output_dir, hf_model=options.hf_model, iteration=options.iteration
+            model_config,
+            output_dir=options.output_dir,
+            hf_model=options.hf_model,
+            iteration=options.iteration,
         )
     return MegatronBackend(loaded, sampling, options.batch_size)
 

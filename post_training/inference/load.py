@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,12 @@ class LoadedModel:
         return int(self.args.vocab_size)
 
 
+# Megatron's configuration of a model whose weights lie in a checkpoint, or in a HuggingFace folder.
+ModelConfig = Callable[[argparse.Namespace, Checkpoint | None], Any]
+
+
 def load_model(
+    model_config: ModelConfig,
     *,
     output_dir: str | None = None,
     hf_model: str | None = None,
@@ -47,6 +53,7 @@ def load_model(
     """Build the model in this process and load its weights.
 
     Args:
+        model_config: `model_provider.model_config`, which lies above this room.
         output_dir: folder of a run; its newest complete checkpoint is loaded, whatever parallel layout
             wrote it.
         hf_model: a HuggingFace folder or hub name instead.
@@ -65,7 +72,7 @@ def load_model(
         args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration, checkpoints)
         source = str(checkpoint.path)
     try:
-        model = _build(args, checkpoint)
+        model = _build(args, checkpoint, model_config)
     except CheckpointUnreadable as error:
         raise SetupError(f"{source}: {error}; --iteration takes another checkpoint") from error
     return LoadedModel(model, load_tokenizer(args), args, source)
@@ -95,13 +102,13 @@ def _checkpoint_of_run(
     return arguments_of_run(folder, config, by_modelopt=checkpoint.has_modelopt), checkpoint
 
 
-def _build(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
+def _build(
+    args: argparse.Namespace, checkpoint: Checkpoint | None, model_config: ModelConfig
+) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.utils import unwrap_model
     from megatron.training import checkpointing, training
     from megatron.training.global_vars import set_global_variables
-
-    from model_provider import model_config
 
     if checkpoint is None:
         complete_inference(args)

@@ -15,6 +15,7 @@ from post_training.layout.flops import model_flops, peak_flops
 from post_training.machine.device import current_device
 from post_training.metrics.progress import Progress
 from post_training.metrics.step_counters import ExpertTotals, StepTotals, counters
+from post_training.platform.checkpoints.saving import save_hooks
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
 
 # What Megatron itself writes to TensorBoard, and what is no number to draw.
@@ -189,8 +190,10 @@ class RunLog:
         self.pause_begin = time.perf_counter()
 
     def on_save_end(self, iteration: int) -> None:
-        """Write down how long training waited for the checkpoint."""
-        self._write({"iteration": iteration, "save_seconds": self._pause()})
+        """Write down how long training waited for the checkpoint, if one was written."""
+        pause = self._pause()
+        if not save_hooks.there_already:
+            self._write({"iteration": iteration, "save_seconds": pause})
 
     def _pause(self) -> float:
         """Seconds since `pause_begin`, which are no part of a step's."""

@@ -76,10 +76,11 @@ def exported(argv: Sequence[str]) -> dict[str, Tensor]:
 
 def exported_from_run(output_dir: str) -> dict[str, Tensor]:
     """HuggingFace tensors of a run's newest checkpoint, read as the tools read it; one rank."""
+    from model_provider import model_config
     from post_training.hf.weights import hf_state_dict
     from post_training.inference.load import load_model
 
-    loaded = load_model(output_dir=output_dir)
+    loaded = load_model(model_config, output_dir=output_dir)
     return hf_state_dict(loaded.model, loaded.args.hf_config)
 
 

@@ -70,11 +70,12 @@ def theirs(folder: Path, ids: Tensor) -> Tensor:
 
 def _ours(folder: str, prompt: list[int], new: int) -> tuple[Tensor, list[Tensor], list[int]]:
     """Logits of the pack and of each document alone, and a continuation of `prompt`; one rank."""
+    from model_provider import model_config
     from post_training.batch.packed_documents import PackedDocuments
     from post_training.inference.generate import Sampling, generate
     from post_training.inference.load import load_model
 
-    loaded = load_model(hf_model=folder)
+    loaded = load_model(model_config, hf_model=folder)
     packed = PackedDocuments.from_lengths(LENGTHS, qkv_format="sbhd")
     documents = [document(length) for length in LENGTHS]
     assert packed.position_ids is not None

@@ -102,7 +102,8 @@ def test_a_refused_layout_is_one_line(hf_model, chat_data, tmp_path):
     launcher = ["scripts/launch.py", "--nproc-per-node", "2", "finetune.py"]
     done = run_script(*launcher, *files, *flags, "--train-iters", "1")
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    starting, line = done.stderr.splitlines()
+    assert starting.startswith("starting: ")
     assert line.removeprefix("error ").startswith(("error: ", "on rank 1: "))
     assert "cannot be divided by tensor 3" in line
 

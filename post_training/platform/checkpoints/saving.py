@@ -38,6 +38,8 @@ class SaveHooks:
     after the last file has been written, in an asynchronous save some steps later."""
     problems: list[str] = field(default_factory=list)
     """What this rank alone failed to write in the save that is going on."""
+    there_already: bool = False
+    """The last save that was asked for wrote nothing: its checkpoint is there."""
 
 
 save_hooks = SaveHooks()
@@ -115,6 +117,7 @@ def apply() -> None:
         if save_hooks.begin is None or save_hooks.finish is None:
             return save()
         stand_in = save_hooks.begin(iteration)
+        save_hooks.there_already = stand_in is None
         if stand_in is None:
             return None
         saving.append((iteration, stand_in))

@@ -49,9 +49,10 @@ def _save_config(argv):
 
 
 def _restore_by_tools(output_dir, iteration):
+    from model_provider import model_config
     from post_training.inference.load import load_model
 
-    return _facts(load_model(output_dir=output_dir, iteration=iteration).model)
+    return _facts(load_model(model_config, output_dir=output_dir, iteration=iteration).model)
 
 
 @pytest.mark.slow

@@ -32,11 +32,12 @@ def export(folder: str, target: str, theta: float) -> tuple[float | str, bool]:
     Returns:
         The difference, or why it is refused; and whether the Megatron model is still in memory.
     """
+    from model_provider import model_config
     from post_training.errors import SetupError
     from post_training.export.hf import export_hf
     from post_training.inference.load import load_model
 
-    loaded = load_model(hf_model=folder)
+    loaded = load_model(model_config, hf_model=folder)
     chunks, loaded.model = [loaded.model], None
     model = weakref.ref(chunks[0])
     config = loaded.args.hf_config
