@@ -232,6 +232,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tell(error, console, started=started)
     except KeyboardInterrupt:
         return 130
+    except SystemExit as ended:
+        if started and ended.code not in (None, 0):  # Megatron prints its reasons and leaves
+            print(f"error on rank {rank}: Megatron ended the run; its log says why", file=console)
+        raise
     except Exception as error:
         full = no_room(error)
         if full is not None and not watchdog.explains(error):

@@ -72,6 +72,10 @@ def main() -> int:
         signal.signal(number, _pass_on)
     try:
         run.run(arguments)
+    except (ValueError, AssertionError, OSError) as error:  # of its own arguments
+        reason = str(error) or "one of torchrun's arguments cannot be used"
+        print(f"error: {reason}", file=sys.stderr)
+        return 2
     except ChildFailedError as error:
         status = status_of(error.failures.values())
         if status not in _TOLD:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Documents:
         report: Counts: rows read, rows kept, rows dropped by reason, tokens, trained tokens, and
             what was detected.
         contents: Hash of ids, masks and their order, whatever they were made from: equal documents have
-            equal ones. Computed where it is not given.
+            equal ones (``contents_of``). Computed where it is not given.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -59,10 +60,8 @@ class Documents:
 
     def __post_init__(self) -> None:
         if not self.contents:
-            digest = hashlib.sha256()
-            for array in (self.input_ids, self.loss_mask, self.offsets):
-                digest.update(array.data)  # a mapped file is read as the hash goes over it
-            object.__setattr__(self, "contents", digest.hexdigest()[:32])
+            contents = contents_of(self.lengths, self.hashes, [self.loss_mask])
+            object.__setattr__(self, "contents", contents)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -137,6 +136,26 @@ def map_documents(folder: Path, manifest: dict[str, Any]) -> Documents:
         report=manifest["report"],
         contents=manifest.get("contents", ""),
     )
+
+
+def contents_of(
+    lengths: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64],
+    masks: Iterable[npt.NDArray[np.uint8]],
+) -> str:
+    """Hash of documents in their order: the same for a file and for all that a mixture takes of it.
+
+    Args:
+        lengths: Tokens in each document, int64 ``[num_documents]``.
+        hashes: Hash of each document's tokens, uint64 ``[num_documents]``.
+        masks: Their masks one behind the other, in pieces of any size; a mapped file is read as the hash
+            goes over it.
+    """
+    digest = hashlib.sha256(np.ascontiguousarray(lengths).data)
+    digest.update(np.ascontiguousarray(hashes).data)
+    for mask in masks:
+        digest.update(mask.data)
+    return digest.hexdigest()[:32]
 
 
 def _map(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:

@@ -6,16 +6,16 @@ one or more of them.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data.documents.documents import Documents
+from data.documents.documents import Documents, contents_of
 from data.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
@@ -49,11 +49,18 @@ class DocumentSet:
 
     @cached_property
     def contents(self) -> str:
-        """Hash of the parts' contents and of what was chosen of them."""
-        digest = hashlib.sha256("".join(part.contents for part in self.parts).encode())
-        digest.update(self.part_of.data)
-        digest.update(self.index_of.data)
-        return digest.hexdigest()[:32]
+        """Hash of the chosen documents in their order, wherever they were chosen from."""
+        return contents_of(self.lengths, self.hashes, self._masks())
+
+    def _masks(self) -> Iterator[npt.NDArray[np.uint8]]:
+        """The masks one behind the other, a run of neighbours at a time."""
+        breaks = (np.diff(self.part_of) != 0) | (np.diff(self.index_of) != 1)
+        bounds = [0, *(np.flatnonzero(breaks) + 1).tolist(), len(self)]
+        for begin, end in pairwise(bounds):
+            if begin < end:
+                part = self.parts[int(self.part_of[begin])]
+                first, last = int(self.index_of[begin]), int(self.index_of[end - 1])
+                yield part.loss_mask[int(part.offsets[first]) : int(part.offsets[last + 1])]
 
     @property
     def lengths(self) -> IntArray:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data import DocumentSet, SFTDataset
@@ -15,7 +16,7 @@ from data.prepare.splits import cache_dir
 from post_training.arguments.schedule import check_learning_rate
 from post_training.batch.splits import Split
 from post_training.checkpoint.origin import origin
-from post_training.checkpoint.store import Checkpoint, checkpoint_path
+from post_training.checkpoint.store import Checkpoint
 from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder
 from post_training.platform.checkpoints.random_states import layout_of
@@ -81,7 +82,7 @@ class PlannedData:
             return 0
         path, manifest = checkpoint.path, checkpoint.manifest
         assert manifest is not None  # else `choose_checkpoint` has refused it
-        own = path == checkpoint_path(args.save, manifest["iteration"])
+        own = path.parent == Path(args.save)
         if own and manifest["base_weights"] != self._base_weights:
             raise SetupError(
                 f"--output-dir {args.output_dir} holds a run that was started from other weights than "

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import torch
 
 from post_training.checkpoint import store
+from post_training.checkpoint.integrity import contents_defect
 from post_training.errors import RunStopped
 from post_training.job.watchdog import watchdog
 from post_training.layout.model_size import checkpoint_bytes, shown_bytes
@@ -85,7 +86,7 @@ class CheckpointSaver:
         if self.args.rank == 0:
             folder = store.checkpoint_path(self.args.save, iteration)
             try:
-                problem = self._what_failed(error) or store.contents_defect(folder)
+                problem = self._what_failed(error) or contents_defect(folder)
                 if problem is None:
                     facts = self._facts_of.pop(iteration)
                     store.finish_save(self.args.save, iteration, facts)

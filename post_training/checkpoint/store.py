@@ -7,9 +7,9 @@
     iter_0000015.saving                 as this mark beside it says
 
 A checkpoint with a manifest is complete when every file that the manifest names has the size and the
-check sum that it names. The sum is of the whole of small files and of `.metadata`, and of both ends of the
-others, which costs two short reads a file: it finds what is cut off, missing, zeroed or of another save. A
-flipped bit amid a tensor it does not find (Megatron's `--verify-integrity` reads everything and does).
+check sum that it names. The sum is of the whole of files up to 256 MiB and of `.metadata`, and of a
+sixty-fourth of larger ones: what is cut off, missing, of another save, or damaged over 64 MiB is found in
+all. A smaller hole amid a larger file may not be (Megatron's `--verify-integrity` reads it all and does).
 
 A folder in which no checkpoint has a manifest is plain Megatron's: what its tracker file names counts,
 when its files are those of its own table of contents.
@@ -26,14 +26,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from post_training.checkpoint.integrity import check_sum, contents_defect
 from post_training.errors import SetupError
 
 MANIFEST = "manifest.json"
-METADATA = ".metadata"
 TRACKER = "latest_checkpointed_iteration.txt"
 UNFINISHED = ".saving"
 REMOVED = ".removed"
-_EDGE = 65536  # bytes at each end of a file that its check sum is of
+# In a manifest: the check sum of everything else in it.
+_OWN_SUM = "manifest_crc32"
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def checkpoint_path(folder: str | Path, iteration: int) -> Path:
 def iteration_of(checkpoint: Path) -> int | None:
     """The iteration in a checkpoint folder's name, or None when it is not named like one."""
     prefix, _, number = checkpoint.name.partition("iter_")
-    return int(number) if not prefix and number.isdigit() else None
+    return int(number) if not prefix and number.isascii() and number.isdigit() else None
 
 
 def mark_of(checkpoint: Path) -> Path:
@@ -78,47 +79,19 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        return None
+    sums = manifest.get(
+        "crc32", manifest["files"]
+    )  # older versions wrote none, and no sum of its own
+    if not isinstance(sums, dict) or sums.keys() != manifest["files"].keys():
+        return None
+    return manifest if manifest.get(_OWN_SUM, _sum_of(manifest)) == _sum_of(manifest) else None
 
 
-def _check_sum(path: Path) -> int:
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= 2 * _EDGE or path.name == METADATA:
-            return zlib.crc32(file.read())
-        first = zlib.crc32(file.read(_EDGE))
-        file.seek(size - _EDGE)
-        return zlib.crc32(file.read(_EDGE), first)
-
-
-def contents_defect(checkpoint: Path) -> str | None:
-    """Compare the files of a `torch_dist` or `torch_dcp` checkpoint with its own table of contents.
-
-    Returns:
-        What is unreadable, cut off or missing, or None.
-    """
-    if not (checkpoint / METADATA).is_file():
-        return None if any(checkpoint.iterdir()) else "it is empty"
-    from torch.distributed.checkpoint import FileSystemReader
-
-    name = METADATA
-    try:
-        contents = FileSystemReader(checkpoint).read_metadata().storage_data
-        name = "metadata.json"  # in `torch_dist` only
-        if (checkpoint / name).exists():
-            json.loads((checkpoint / name).read_bytes())
-    except Exception as error:  # noqa: BLE001 - whatever unpickling garbage meets
-        return f"{name} cannot be read ({type(error).__name__})"
-    ends: dict[str, int] = {}
-    for info in contents.values():
-        end = info.offset + info.length
-        ends[info.relative_path] = max(end, ends.get(info.relative_path, 0))
-    for name, end in ends.items():
-        path = checkpoint / name
-        found = path.stat().st_size if path.is_file() else 0
-        if found < end:
-            return f"{name} has {found} of {end} bytes"
-    return None
+def _sum_of(manifest: Mapping[str, Any]) -> int:
+    others = {key: value for key, value in manifest.items() if key != _OWN_SUM}
+    return zlib.crc32(json.dumps(others, sort_keys=True).encode())
 
 
 def defect(checkpoint: Path) -> str | None:
@@ -140,7 +113,7 @@ def defect(checkpoint: Path) -> str | None:
             found = (checkpoint / name).stat().st_size
             if found != size:
                 return f"{name} has {found} of {size} bytes"
-            if sums is not None and _check_sum(checkpoint / name) != sums[name]:
+            if sums is not None and check_sum(checkpoint / name) != sums[name]:
                 return f"{name} does not hold what was saved"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
@@ -151,9 +124,9 @@ def tracked_iteration(folder: str | Path) -> int | str | None:
     """What the tracker file names: an iteration, `release`, or nothing that makes sense."""
     try:
         text = (Path(folder) / TRACKER).read_text().strip()
-    except OSError:
+    except (OSError, UnicodeDecodeError):
         return None
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         return int(text)
     return text if text == "release" else None
 
@@ -191,13 +164,29 @@ def find_checkpoint(folder: str | Path) -> tuple[Checkpoint | None, str | None]:
                 return Checkpoint.at(path), None  # killed when only the tracker was to be written
         meant, before = checkpoint_path(folder, tracked), tracked
     elif tracked is None:
-        return newest_before(folder, None), None
+        return _without_tracker(folder)
     else:
         meant, before = folder / tracked, 0
     wrong = defect(meant)
     if wrong is None:
         return Checkpoint.at(meant), None
     return newest_before(folder, before), f"{meant}: {wrong}"
+
+
+def _without_tracker(folder: Path) -> tuple[Checkpoint | None, str | None]:
+    """As `find_checkpoint`, where no tracker file says which checkpoint is meant."""
+    complaint = None
+    if (folder / TRACKER).exists():
+        complaint = f"{folder / TRACKER} cannot be read"
+    found = ((iteration_of(path), path) for path in folder.glob("iter_*") if path.is_dir())
+    known = sorted(((number, path) for number, path in found if number is not None), reverse=True)
+    for _, path in known:
+        wrong = defect(path)
+        if wrong is None:
+            return Checkpoint.at(path), complaint
+        if (path / MANIFEST).exists() or not mark_of(path).exists():
+            complaint = complaint or f"{path}: {wrong}"
+    return None, complaint if known else None
 
 
 def latest_checkpoint(folder: str | Path) -> Checkpoint | None:
@@ -257,8 +246,10 @@ def finish_save(folder: str | Path, iteration: int, facts: Mapping[str, Any]) ->
         "iteration": iteration,
         **facts,
         "files": {name: (checkpoint / name).stat().st_size for name in names},
-        "crc32": {name: _check_sum(checkpoint / name) for name in names},
+        "crc32": {name: check_sum(checkpoint / name) for name in names},
     }
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    manifest[_OWN_SUM] = _sum_of(manifest)
     _replace(checkpoint / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     point_at(folder, iteration)
     mark_of(checkpoint).unlink(missing_ok=True)

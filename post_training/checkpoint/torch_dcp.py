@@ -10,7 +10,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import load as read
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from post_training.checkpoint.store import METADATA, Checkpoint
+from post_training.checkpoint.integrity import METADATA
+from post_training.checkpoint.store import Checkpoint
 from post_training.errors import SetupError
 from post_training.hf.weights import whole_name
 from post_training.platform.checkpoints.loading import agreed

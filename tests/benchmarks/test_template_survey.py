@@ -59,7 +59,7 @@ def test_comparisons_find_a_token_too_much_or_too_few(few, templates, monkeypatc
     real = MaskedTokenizer.tokenize
     for at, value in ((-1, 0), (0, 1)):  # the last stop is left out; the first header is trained
 
-        def off_by_one(self, texts, spans, edges, at=at, value=value):
+        def off_by_one(self, texts, spans, edges=(), at=at, value=value):
             found = real(self, texts, spans, edges)
             for tokenized in found:
                 place = np.flatnonzero(tokenized.mask)[at] if at else 0

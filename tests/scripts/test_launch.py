@@ -96,6 +96,22 @@ def test_a_script_that_is_not_there():
     assert (done.returncode, done.stderr) == (2, "error: nowhere.py: no such file\n")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--nproc-per-node", "x"],
+        ["--nproc-per-node", "0"],
+        ["--nnodes", "x"],
+        ["--no-python", "/no"],
+    ],
+    ids=" ".join,
+)
+def test_arguments_of_torchrun_that_cannot_be_used_are_one_line(words):
+    done = run_script("scripts/launch.py", *words, "finetune.py")
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_refused_layout_is_one_line(hf_model, chat_data, tmp_path):
     files = ["--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)]
     flags = ["--tensor-model-parallel-size", "3", "--output-dir", str(tmp_path / "out")]

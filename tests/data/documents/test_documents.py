@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def documents(ids=(5, 6, 7, 8), mask=(0, 1, 0, 1), offsets=(0, 2, 4)):
         loss_mask=np.array(mask, np.uint8),
         offsets=np.array(offsets, np.int64),
         provenance=np.zeros((count, 2), np.int64),
-        hashes=np.zeros(count, np.uint64),
+        hashes=np.array([hash(ids[a:b]) for a, b in pairwise(offsets)], np.int64).view(np.uint64),
         fingerprint="f",
     )
 

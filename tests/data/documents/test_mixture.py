@@ -57,11 +57,22 @@ def test_contents_are_those_of_the_parts_and_what_was_chosen(parts, tokenizer):
         mix_documents(parts, [1, 2, 2], names, 0),
         *split_documents(parts[0], [8, 1, 1]),
         replace(mixture, parts=[parts[0], parts[1], parts[0]]),
-        replace(mixture, part_of=np.roll(mixture.part_of, 1)),
-        replace(mixture, index_of=np.roll(mixture.index_of, 1)),
+        replace(mixture, part_of=mixture.part_of[::-1], index_of=mixture.index_of[::-1]),
     ]
     seen = {each.contents for each in (*others, mixture, *parts)}
     assert len(seen) == len(others) + 1 + len(parts)
+
+
+def test_contents_of_a_set_are_those_of_the_same_documents(parts, tokenizer):
+    """All of one source, and the part of a split that added rows have not fallen into."""
+    assert mix_documents(parts[:1], [3], ["a"], 0).contents == parts[0].contents
+    rows = make_rows(40)
+    before, after = (
+        split_documents(prepare_rows(each, tokenizer=tokenizer, seq_length=256), [8, 1, 1])
+        for each in (rows, [*rows, *make_rows(1, 9)])
+    )
+    same = [old.contents == new.contents for old, new in zip(before, after, strict=True)]
+    assert sorted(same) == [False, True, True]
 
 
 def test_split_does_not_move_documents_when_data_is_added(tokenizer):

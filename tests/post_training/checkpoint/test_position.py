@@ -216,7 +216,7 @@ def test_a_checkpoint_of_a_version_before_is_compared_with_its_cache(
     for key in ("contents", "made_of"):
         del data[key]
     data |= {"documents": name, "plan_hash": named(json.dumps(plan))}
-    edit_json(checkpoint / store.MANIFEST, data=data)
+    edit_json(checkpoint / store.MANIFEST, data=data, manifest_crc32=None)
 
     words = [*SEQ, "--data-cache-dir", f"{folder}/cache"]
     capsys.readouterr()
@@ -281,7 +281,8 @@ def test_epochs_count_from_where_the_data_began_anew(parse, other_documents, sav
 
 
 def test_a_manifest_that_contradicts_itself_is_refused(parse, documents, saved):
+    """One of an older version, which has no check sum of its own."""
     checkpoint = saved(8)
-    edit_json(checkpoint / store.MANIFEST, consumed_samples=12)
+    edit_json(checkpoint / store.MANIFEST, consumed_samples=12, manifest_crc32=None)
     with pytest.raises(SetupError, match="manifest.json has been changed"):
         position_of(parse(*SEQ), documents, checkpoint)

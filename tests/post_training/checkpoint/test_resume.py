@@ -1,6 +1,5 @@
 """What a run continues from, and what it refuses; that its numbers go on: `tests/runs/test_resume.py`."""
 
-import json
 import sys
 
 import pytest
@@ -14,7 +13,7 @@ from post_training.checkpoint.position import find_position
 from post_training.errors import RunStopped, SetupError
 from post_training.job import output
 from tests.helpers.models import make_tokenizer
-from tests.helpers.positions import SEQ, make_checkpoint, position_of
+from tests.helpers.positions import SEQ, make_checkpoint
 
 
 @pytest.fixture
@@ -211,12 +210,3 @@ def test_another_number_of_steps_needs_another_start(
         fall_back(args, other_documents)
     again = parse(*SEQ, "--restart-data")
     assert chosen(again).name == "iter_0000002"
-
-
-def test_a_manifest_that_contradicts_itself_is_refused(parse, documents, saved):
-    checkpoint = saved(8)
-    file = checkpoint / store.MANIFEST
-    manifest = json.loads(file.read_text())
-    file.write_text(json.dumps(manifest | {"consumed_samples": 12}))
-    with pytest.raises(SetupError, match="manifest.json has been changed"):
-        position_of(parse(*SEQ), documents, checkpoint)

@@ -8,8 +8,9 @@ import zlib
 import pytest
 import torch
 
-from post_training.checkpoint import store
+from post_training.checkpoint import integrity, store
 from post_training.errors import SetupError
+from tests.helpers.models import edit_json
 
 FACTS = {"consumed_samples": 4}
 
@@ -49,6 +50,7 @@ def test_a_complete_checkpoint(tmp_path):
     assert store.find_checkpoint(tmp_path) == (store.Checkpoint.at(path), None)
     assert tracked(tmp_path) == "5" and names(tmp_path) == ["iter_0000005"]
     manifest = store.read_manifest(path)
+    assert manifest is not None and manifest.pop("manifest_crc32")
     assert manifest == {
         "iteration": 5,
         **FACTS,
@@ -122,27 +124,65 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
         store.chosen_checkpoint(tmp_path, None)
 
 
-@pytest.mark.parametrize("place", [0, 65_535, 134_465, 199_999])
-def test_both_ends_of_large_files_are_looked_at(tmp_path, place):
-    """And `.metadata` as a whole: the rest of a file says where it is."""
+def damage(file, place):
+    with file.open("r+b") as opened:
+        opened.seek(place)
+        opened.write(b"x")
+
+
+@pytest.mark.parametrize("place", [0, 100_000, 199_999])
+def test_damage_anywhere_is_found(tmp_path, place):
     checkpoint = store.begin_save(tmp_path, 5)
-    for name in ("__0_0.distcp", ".metadata"):
-        (checkpoint / name).write_bytes(bytes(200_000))
+    (checkpoint / "__0_0.distcp").write_bytes(bytes(200_000))
     store.finish_save(tmp_path, 5, FACTS)
     assert store.defect(checkpoint) is None
-
-    def damage(name, place):
-        with (checkpoint / name).open("r+b") as file:
-            file.seek(place)
-            file.write(b"x")
-
-    damage("__0_0.distcp", 100_000)
-    assert store.defect(checkpoint) is None, "the price of reading little"
-    damage("__0_0.distcp", place)
+    damage(checkpoint / "__0_0.distcp", place)
     assert store.defect(checkpoint) == "__0_0.distcp does not hold what was saved"
-    (checkpoint / "__0_0.distcp").write_bytes(bytes(200_000))
-    damage(".metadata", 100_000)
+
+
+def test_of_large_files_a_part_is_read(tmp_path, monkeypatch):
+    """And `.metadata` as a whole: the rest of a file says where it is."""
+    monkeypatch.setattr(integrity, "_WHOLE", 100_000)
+    monkeypatch.setattr(integrity, "_STRETCH", 64_000)
+    monkeypatch.setattr(integrity, "_PIECE", 1_000)
+    checkpoint = store.begin_save(tmp_path, 5)
+    shard, metadata = checkpoint / "__0_0.distcp", checkpoint / ".metadata"
+    for file in (shard, metadata):
+        file.write_bytes(bytes(200_000))
+    store.finish_save(tmp_path, 5, FACTS)
+    damage(shard, 100_000)
+    assert store.defect(checkpoint) is None, "the price of reading little"
+    for place in (0, 999, 64_000, 128_999, 199_000, 199_999):
+        shard.write_bytes(bytes(200_000))
+        damage(shard, place)
+        assert store.defect(checkpoint) == "__0_0.distcp does not hold what was saved"
+    shard.write_bytes(bytes(200_000))
+    damage(metadata, 100_000)
     assert store.defect(checkpoint) == ".metadata does not hold what was saved"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": ["__0_0.distcp"]},
+        {"files": None},
+        {"crc32": {}},
+        {"crc32": [1]},
+        {"consumed_samples": -4},
+        {"iteration": None},
+        {"more": 1},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_says_something_else_is_damaged(tmp_path, change):
+    """Valid JSON though it is: everything in it is part of its own check sum."""
+    path = save(tmp_path, 5)
+    edit_json(path / store.MANIFEST, **change)
+    assert store.defect(path) == "its manifest.json cannot be read"
+    # Older versions wrote no sums.
+    path = save(tmp_path, 10)
+    edit_json(path / store.MANIFEST, manifest_crc32=None, crc32=None)
+    assert store.read_manifest(path) is not None
 
 
 def test_of_plain_megatron_its_own_table_of_contents_is_compared(tmp_path):
@@ -166,7 +206,7 @@ def test_of_plain_megatron_its_own_table_of_contents_is_compared(tmp_path):
     assert ".metadata cannot be read (" in (store.defect(path) or "")
 
 
-@pytest.mark.parametrize("tracker", ["", "garbled", None])
+@pytest.mark.parametrize("tracker", ["", "garbled", "²", b"\xff\xfe4", None])
 def test_without_a_readable_tracker_the_newest_complete_one_counts(tmp_path, tracker):
     save(tmp_path, 5)
     last = save(tmp_path, 10)
@@ -174,8 +214,20 @@ def test_without_a_readable_tracker_the_newest_complete_one_counts(tmp_path, tra
     if tracker is None:
         (tmp_path / store.TRACKER).unlink()
     else:
-        (tmp_path / store.TRACKER).write_text(tracker)
+        tracker = tracker if isinstance(tracker, bytes) else tracker.encode()
+        (tmp_path / store.TRACKER).write_bytes(tracker)
+    (tmp_path / "iter_²").mkdir()
     assert newest(tmp_path) == last
+    told = None if tracker is None else f"{tmp_path / store.TRACKER} cannot be read"
+    assert store.find_checkpoint(tmp_path)[1] == told
+    # Damage is named, and a folder with nothing but damage is no fresh one.
+    spoil(last, "zeroed")
+    found, complaint = store.find_checkpoint(tmp_path)
+    assert found and found.iteration == 5 and complaint is not None
+    assert told or "iter_0000010: __0_0.distcp does not hold" in complaint
+    spoil(found.path, "manifest missing")
+    with pytest.raises(SetupError, match="no older complete checkpoint"):
+        store.chosen_checkpoint(tmp_path, None)
 
 
 def test_an_older_number_in_the_tracker_goes_back(tmp_path):

@@ -24,7 +24,7 @@ from post_training.inference.backends import (
 def test_flags_that_name_no_model_or_several_are_refused(backend, flags, told):
     with pytest.raises(SetupError) as caught:
         open_backend(
-            answering_parser(None).parse_args(["--backend", backend, *flags.split()]), None
+            answering_parser(None).parse_args(["--backend", backend, *flags.split()]), model_config
         )
     assert str(caught.value).startswith(told)
 
