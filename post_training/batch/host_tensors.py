@@ -30,12 +30,13 @@ def host_group(group: ProcessGroup) -> ProcessGroup:
     if torch.distributed.get_backend(group) == "gloo":
         return group
     if group not in _twins:
-        _twins[group] = torch.distributed.new_group(
+        twin: Any = torch.distributed.new_group(
             torch.distributed.get_process_group_ranks(group),
             backend="gloo",
             # Other groups' ranks need not come.
             use_local_synchronization=True,
         )
+        _twins[group] = twin  # not the number that stands for no member: this rank is one
     return _twins[group]
 
 

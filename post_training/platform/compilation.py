@@ -2,8 +2,8 @@
 
 Upstream: megatron-core 0.19.2, `core/jit.py` decorates its fused element-wise functions with
 `torch.compile`, and on CUDA `training/initialize.py` calls them before the first step. On CPU the first
-call would start a C++ compiler for each of them, for kernels that no CPU run uses. On CUDA Triton (3.6 and
-3.7, `triton/runtime/build.py`) builds modules of C: without a compiler or Python's headers, as in many
+call would start a C++ compiler for each of them, for kernels that no CPU run uses. On CUDA Triton (3.6 to
+3.8, `triton/runtime/build.py`) builds modules of C: without a compiler or Python's headers, as in many
 images made for running, the call raises.
 """
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 
 from post_training.batch.assemble import assemble_batch
@@ -37,7 +39,7 @@ def _broadcast_beside_another_backend() -> tuple[list[int], bool, bool]:
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     # Like NCCL it carries no tensor of the host: its collectives do nothing at all.
-    other = torch.distributed.new_group([0, 1], backend="fake")
+    other: Any = torch.distributed.new_group([0, 1], backend="fake")
     values = torch.arange(3) * (1 - rank)
     torch.distributed.broadcast(values, 0, group=host_group(other))
     gloo = torch.distributed.group.WORLD

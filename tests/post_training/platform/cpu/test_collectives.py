@@ -1,3 +1,5 @@
+from typing import Any
+
 from tests.helpers.launch import run_ranks
 
 # Rows that rank 0 and rank 1 send to each rank, and hold: no two are alike.
@@ -16,7 +18,7 @@ def _uneven() -> tuple[list[float], list[float], list[float], dict[str, str]]:
     group, rank = distributed.group.WORLD, distributed.get_rank()
     refused: dict[str, str] = {}
     sizes = [sizes[rank] for sizes in SENT]
-    splits = [torch.tensor(SENT[rank]), torch.tensor(sizes)]
+    splits: Any = [torch.tensor(SENT[rank]), torch.tensor(sizes)]
     rows = torch.arange(sum(SENT[rank])).float()[:, None] + 10 * rank
     received = torch.empty(sum(sizes), 1)
     try:
