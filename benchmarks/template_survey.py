@@ -279,13 +279,21 @@ def differences(
     blocks = [match.span() for match in _EMPTY_BLOCK.finditer(text)]
     begins, ends = {begin for begin, _ in spans}, [end for _, end in spans]
     found: set[str] = set()
-    runs = np.flatnonzero(np.diff((ours != theirs).astype(np.int8), prepend=0, append=0))
+    differ = ours != theirs
+    crossing = set()
+    for number in np.flatnonzero(differ & (theirs > 0)).tolist():
+        begin, until = offsets[number]
+        if any(begin < edge < until for edge in [*begins, *ends]):
+            found.add("token of header and answer")
+            crossing.add(number)
+            differ[number] = False
+    runs = np.flatnonzero(np.diff(differ.astype(np.int8), prepend=0, append=0))
     for first, last in runs.reshape(-1, 2).tolist():
         begin, until = offsets[first][0], offsets[last - 1][1]
         extra = bool(theirs[first:last].all())
         if extra and any(a <= begin and until <= b for a, b in blocks):
             found.add("empty think block")
-        elif extra and until in begins:
+        elif extra and (until in begins or last in crossing):
             found.add("header")
         elif (
             extra
@@ -294,8 +302,6 @@ def differences(
             and (_says_nothing(text[begin:until]) or (last == first + 1 and text[begin].isspace()))
         ):
             found.add("after the stop")
-        elif extra and last == first + 1 and any(begin < edge < until for edge in [*begins, *ends]):
-            found.add("token of header and answer")
         else:
             found.add(f"answer {text[begin:until]!r}")
     return found

@@ -33,7 +33,7 @@ def test_equals_huggingface_in_a_plain_loop(case: Case, matrix: Matrix, tmp_path
     assert found.update < UPDATE_BOUNDS[recipe.optimizer]
     assert [step["trained_tokens"] for step in steps] == found.truth.trained_tokens
     # A count: the same on every layout, but for tokens about which rounding decides.
-    assert found.right < 0.5 and sum(right.tokens for right in found.truth.right) > 50
+    assert found.right < 0.5 and any(right.tokens for right in found.truth.right)
     rates = [recipe.learning_rate(step) for step in range(recipe.steps)]
     assert [step["lr"] for step in steps] == pytest.approx(rates)
     if case.family in ("mixtral", "qwen3_moe"):
