@@ -18,11 +18,13 @@ def _packs_read(argv):
     from megatron.training.global_vars import set_global_variables
 
     import finetune
+    from post_training.arguments.completion import complete_run
     from post_training.arguments.parser import parse_arguments
     from post_training.batch.splits import prepare_data
 
     args = parse_arguments(argv)
     _, splits = prepare_data(args)
+    complete_run(args, load=None, ckpt_step=None, finetune=False, by_modelopt=False)
     validate_args(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
