@@ -37,7 +37,7 @@ def sft_defaults() -> dict[str, Any]:
         "rerun_mode": "disabled",
         # Each token travels to the ranks of its experts only, not to all.
         "moe_token_dispatcher_type": "alltoall",
-        # As in transformers: off unless it is asked for (`post_training/arguments/experts.py`).
+        # As in transformers: off unless it is asked for (`post_training/arguments/completion.py`).
         "moe_router_load_balancing_type": "none",
         "moe_aux_loss_coeff": None,
         # Training on with more steps stretches the schedule, which a checkpoint would fix otherwise.
