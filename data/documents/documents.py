@@ -85,6 +85,10 @@ class Documents:
         return int(self.report.get("max_token_id", -1))
 
 
+# Without these nothing can be mapped.
+_NEEDED = {"tokens", "documents", "fingerprint", "report"}
+
+
 def open_documents(folder: Path) -> Documents:
     """Memory-map a published cache folder.
 
@@ -106,9 +110,10 @@ def cache_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder}: not a complete token cache ({error}). Remove the folder and run again."
         ) from error
-    if manifest.get("format") != CACHE_FORMAT:
+    found = manifest.get("format") if isinstance(manifest, dict) else None
+    if found != CACHE_FORMAT or not manifest.keys() >= _NEEDED:
         raise DataError(
-            f"{folder}: token cache of format {manifest.get('format')}, "
+            f"{folder}: token cache of format {found}, or a part of one; "
             f"this version reads {CACHE_FORMAT}. "
             "Remove the folder and run again."
         )

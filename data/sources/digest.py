@@ -45,10 +45,11 @@ def file_digests(paths: Sequence[Path], memory_dir: Path | None) -> list[str]:
     for path in paths:
         try:
             stat = path.stat()
-            identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_ctime_ns]
+            identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
             known = memory.get(str(path.resolve()))
-            if known and known[:-1] == identity:
-                digests.append(known[-1])
+            # Versions that knew no ctime wrote, and read, the digest in this place.
+            if known and [*known[:3], *known[4:]] == [*identity, stat.st_ctime_ns]:
+                digests.append(known[3])
                 continue
             with path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -56,7 +57,7 @@ def file_digests(paths: Sequence[Path], memory_dir: Path | None) -> list[str]:
             raise DataError(f"{path}: cannot be read ({error}).") from error
         digests.append(digest)
         if time.time_ns() - max(stat.st_mtime_ns, stat.st_ctime_ns) > _SETTLED_NS:
-            memory[str(path.resolve())] = [*identity, digest]
+            memory[str(path.resolve())] = [*identity, digest, stat.st_ctime_ns]
             changed = True
     if changed and memory_dir is not None:
         _store(memory_dir, memory)
@@ -67,10 +68,10 @@ def _load(memory_dir: Path | None) -> dict[str, Any]:
     if memory_dir is None:
         return {}
     try:
-        memory: dict[str, Any] = json.loads((memory_dir / _MEMORY).read_text(encoding="utf-8"))
+        memory = json.loads((memory_dir / _MEMORY).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return memory
+    return memory if isinstance(memory, dict) else {}
 
 
 def _store(memory_dir: Path, memory: dict[str, Any]) -> None:

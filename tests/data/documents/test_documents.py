@@ -9,6 +9,7 @@ import pytest
 
 from data.documents.cache_build import FolderSink, MemorySink
 from data.documents.documents import Documents, open_documents
+from data.errors import DataError
 from tests.data.documents.test_cache_build import shard
 
 
@@ -52,3 +53,10 @@ def test_a_cache_keeps_the_hash_of_its_contents(tmp_path):
     del manifest["contents"]
     (tmp_path / "a/manifest.json").write_text(json.dumps(manifest))
     assert open_documents(tmp_path / "a").contents == kept
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 2}', "{", "null"])
+def test_a_manifest_of_something_else_is_told_of(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="[Rr]emove the folder"):
+        open_documents(tmp_path)

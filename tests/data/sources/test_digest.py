@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 
 import pytest
@@ -53,7 +55,21 @@ def test_file_written_a_moment_ago_is_not_remembered(tmp_path):
 
 def test_damaged_memory_is_no_trouble(tmp_path):
     a = old(tmp_path / "a", "one")
-    (tmp_path / "digests.json").write_text("{broken")
+    for text in ("{broken", "[]", "7"):
+        (tmp_path / "digests.json").write_text(text)
+        assert digest_files([a], tmp_path) == digest_files([a], None)
+
+
+def test_versions_that_share_a_memory_read_it(tmp_path, monkeypatch):
+    """One that knew no ctime reads `[size, mtime, inode, digest]`, and writes that."""
+    monkeypatch.setattr("data.sources.digest._SETTLED_NS", -1)
+    a, file = old(tmp_path / "a", "one"), tmp_path / "digests.json"
+    digest_files([a], tmp_path)
+    ((path, entry),) = json.loads(file.read_text()).items()
+    stat = a.stat()
+    assert entry[:3] == [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    assert entry[3] == hashlib.sha256(b"one").hexdigest()
+    file.write_text(json.dumps({path: [*entry[:3], "of some other time"]}))
     assert digest_files([a], tmp_path) == digest_files([a], None)
 
 
