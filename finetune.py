@@ -59,6 +59,8 @@ from post_training.checkpoint import resume
 from post_training.checkpoint.position import DataPosition, find_position
 from post_training.checkpoint.saver import CheckpointSaver
 from post_training.distillation.acceptance import report_acceptance
+from post_training.distillation.eagle import part_names
+from post_training.distillation.offline import draft_tokens, stored_features
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
@@ -67,6 +69,7 @@ from post_training.job.watchdog import tell_failure, watchdog
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
 from post_training.metrics.run_log import RunLog
+from post_training.metrics.step_counters import counters
 from post_training.model.layer_spec import uses_packed_attention
 from post_training.platform.checkpoints import writer_queue
 from post_training.platform.training_hooks import hooks
@@ -114,7 +117,8 @@ def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, *, traini
         micro_batch_size=args.micro_batch_size if training else args.eval_micro_batch_size,
         seq_length=args.seq_length,
         qkv_format="sbhd" if uses_packed_attention(args) else "thd",
-        experts=bool(args.num_experts) and training,
+        experts=bool(args.num_experts) and training and args.draft is None,
+        features=stored_features(args),
     )
 
 
@@ -132,15 +136,19 @@ def forward_step(
     chunk = unwrap_model(model)
     if not chunk.pre_process:
         join_stage_input(chunk)
-    output_tensor = model(
-        batch.tokens,
-        batch.position_ids,
-        None,
-        labels=batch.labels,
-        packed_seq_params=batch.packed,
-        output_processor=trained_token_loss(args.vocab_size or args.padded_vocab_size),
-        output_processor_context=batch.trained,
-    )
+    inputs = batch.tokens, batch.position_ids, None
+    if args.draft is None:
+        output_tensor = model(
+            *inputs,
+            labels=batch.labels,
+            packed_seq_params=batch.packed,
+            output_processor=trained_token_loss(args.vocab_size or args.padded_vocab_size),
+            output_processor_context=batch.trained,
+        )
+    else:
+        output_tensor = model(
+            *inputs, packed_seq_params=batch.packed, trained=batch.trained, **batch.features
+        )
     if not chunk.post_process:
         micro = args.micro_batch_size if model.training else args.eval_micro_batch_size
         output_tensor = split_stage_output(output_tensor, micro)
@@ -167,6 +175,8 @@ def finetune(
     watchdog.start(args, console)
     resume.Fallback(args, start, position, console)
     run_log = RunLog(args, console, {name: split.sources.names for name, split in splits.items()})
+    if args.draft is not None:
+        counters.name_parts(part_names(args.draft_ttt_steps))
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, splits.get("train"), run_log)
@@ -187,7 +197,9 @@ def finetune(
     provider.is_distributed = True  # type: ignore[attr-defined]
     with ending_together(run_log):
         pretrain(
-            pretrain_cfg_container_from_args(args, model_config(args, start.checkpoint)),
+            pretrain_cfg_container_from_args(
+                args, model_config(args, start.checkpoint, draft_tokens=draft_tokens(args, splits))
+            ),
             provider,
             ModelType.encoder_or_decoder,
             forward_step,

@@ -12,6 +12,7 @@ from megatron.training.argument_utils import gpt_config_from_args
 from post_training.checkpoint.store import Checkpoint
 from post_training.errors import SetupError
 from post_training.hf.check import check_hf_weights
+from post_training.hf.draft import DraftShape
 from post_training.hf.folder import local_model_folder
 from post_training.hf.rotary import RotaryScaling, rope_parameters
 from post_training.hf.weights import load_hf_weights
@@ -21,12 +22,18 @@ from post_training.model.rotary import install_rotary
 from post_training.model.router import follow_documents
 
 
-def model_config(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any:
+def model_config(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint | None,
+    *,
+    draft_tokens: torch.Tensor | None = None,
+) -> Any:
     """Megatron's `GPTModelConfig` of this run; `pretrain()` builds the model from it.
 
     Args:
         args: validated arguments.
         checkpoint: what will be loaded, if anything.
+        draft_tokens: those that a new draft can write: int64 [draft vocabulary]; None: all.
 
     Returns:
         The configuration. Its hooks put in rotary embeddings for packed documents and, unless a
@@ -35,6 +42,8 @@ def model_config(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = decoder_block_spec
     transformer = config.transformer
+    if args.export_offline_model:
+        transformer.num_layers = 0
     # Of several rows a stage sends a view of its output (`split_stage_output`), in training or
     # evaluation: its memory cannot be given away.
     sizes = {args.micro_batch_size, args.eval_micro_batch_size or 1}
@@ -49,11 +58,15 @@ def model_config(args: argparse.Namespace, checkpoint: Checkpoint | None) -> Any
     if args.num_experts:
         hooks.append(functools.partial(follow_documents))
     if checkpoint is not None and checkpoint.has_modelopt:
-        hooks.append(functools.partial(_convert_by_modelopt, folder=str(checkpoint.path)))
+        hooks.append(
+            functools.partial(_convert_by_modelopt, folder=str(checkpoint.path), args=args)
+        )
     if from_hf:
         hooks.append(
             functools.partial(_fill_weights, folder=args.hf_model, hf_config=args.hf_config)
         )
+    if args.draft is not None and checkpoint is None:
+        hooks.append(functools.partial(_add_draft, args=args, tokens=draft_tokens))
     if device_type() == "cuda" and (args.skip_train or not args.use_torch_fsdp2):
         hooks.append(functools.partial(_move_to_gpu))
     config.pre_wrap_hooks = [*config.pre_wrap_hooks, *hooks]
@@ -107,11 +120,33 @@ def _move_to_gpu(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
     return chunks
 
 
-def _convert_by_modelopt(chunks: list[torch.nn.Module], folder: str) -> list[torch.nn.Module]:
+def _convert_by_modelopt(
+    chunks: list[torch.nn.Module], folder: str, args: argparse.Namespace
+) -> list[torch.nn.Module]:
     """Make of the fresh model what its checkpoint is of; the weights follow later."""
     from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
 
-    restore_sharded_modelopt_state(chunks, folder)
+    if args.draft is None:
+        restore_sharded_modelopt_state(chunks, folder)
+        return chunks
+    from post_training.distillation import eagle
+
+    with eagle.own_layers():
+        restore_sharded_modelopt_state(chunks, folder)
+    for chunk in chunks:
+        eagle.equip(chunk, eagle.DraftSettings.of(args))
+    return chunks
+
+
+def _add_draft(
+    chunks: list[torch.nn.Module], args: argparse.Namespace, tokens: torch.Tensor | None
+) -> list[torch.nn.Module]:
+    """Give the base an untrained draft."""
+    from post_training.distillation import eagle
+
+    shape = DraftShape.of(args.hf_config, args.draft_vocab_size)
+    for chunk in chunks:
+        eagle.add_draft(chunk, shape, eagle.DraftSettings.of(args), tokens=tokens, seed=args.seed)
     return chunks
 
 

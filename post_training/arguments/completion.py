@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import sliding_window
@@ -99,6 +100,7 @@ def complete_flags(args: argparse.Namespace) -> None:
         # Megatron trains experts with tensor parallelism only this way.
         args.sequence_parallel = True
         args.derived.append("sequence_parallel")
+    complete_distillation(args)
     sizes.check(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)
@@ -141,7 +143,8 @@ def complete_run(
             (`hooks.evaluation_iterations`); to Megatron `eval_iters` says only whether there are any.
     """
     args.load, args.ckpt_step, args.finetune = load, ckpt_step, finetune
-    args.modelopt_enabled = by_modelopt
+    # Also of a model that is to be converted: its state is saved with every checkpoint.
+    args.modelopt_enabled = by_modelopt or args.draft is not None
     args.data_begins_at = begins_at
     if train_iters is not None:
         args.train_iters = train_iters

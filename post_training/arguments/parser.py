@@ -17,6 +17,7 @@ from post_training.arguments.command_line import CommandLine
 from post_training.arguments.completion import complete_flags
 from post_training.arguments.config_file import apply_settings
 from post_training.arguments.defaults import fsdp2_defaults, platform_defaults, sft_defaults
+from post_training.arguments.distillation import add_distillation_arguments
 from post_training.arguments.other_names import hint_for
 from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
@@ -102,6 +103,7 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     group.add_argument(
         "--no-progress", action="store_true", help="no progress bar, a line every --log-interval"
     )
+    add_distillation_arguments(parser)
     add_data_arguments(parser)
     return parser
 

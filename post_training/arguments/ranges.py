@@ -159,6 +159,9 @@ _TABLE: tuple[tuple[Number, str], ...] = (
         "save_dgrads_interval non_persistent_save_interval",
     ),
     (_integer(1, off={-1: None}), "save_retain_interval keep_checkpoints"),
+    (_integer(1, SIZE), "draft_vocab_size"),
+    (_integer(1, 64), "draft_ttt_steps"),
+    (_real(0, 1), "draft_loss_decay"),
     (_integer(1, off={-1: 0, 0: 0}), "manual_gc_interval"),
     # The optimizer and its schedule.
     (

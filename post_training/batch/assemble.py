@@ -16,7 +16,7 @@ Where a document begins is told by the lengths alone, which travel beside the to
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -57,6 +57,8 @@ class Batch:
     """1 where the label is trained, else 0: uint8 [tokens]."""
     packed: PackedDocuments
     trained: TrainedTokens
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    """Stored features of the tokens by name: [tokens, 1, width] each."""
 
 
 def broadcast_over_tensor_parallel(
@@ -161,6 +163,7 @@ def read_batch(
     seq_length: int,
     qkv_format: str,
     experts: bool = False,
+    features: Mapping[str, tuple[int, torch.dtype]] | None = None,
 ) -> Batch:
     """Next micro batch of this data parallel rank, on every tensor parallel rank and pipeline stage.
 
@@ -172,6 +175,7 @@ def read_batch(
         seq_length: tokens in a pack.
         qkv_format: `thd` for Transformer Engine, `sbhd` for the local spec and context parallelism.
         experts: the model routes tokens to experts.
+        features: width and dtype of each feature that the packs carry, by name.
     """
     data = next(data_iterator) if data_iterator is not None else None
     batch = assemble_batch(
@@ -182,7 +186,29 @@ def read_batch(
         experts=experts,
     )
     moved: Batch = to_device(batch, current_device())
-    return moved
+    if not features:
+        return moved
+    tokens = micro_batch_size * seq_length
+    return replace(
+        moved,
+        features={name: _feature(name, tokens, *kind, data) for name, kind in features.items()},
+    )
+
+
+def _feature(
+    name: str, tokens: int, width: int, dtype: torch.dtype, data: Mapping[str, Tensor] | None
+) -> Tensor:
+    """One feature of a micro batch on every tensor parallel rank and on its device: [tokens, 1, width]."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    device = current_device()
+    if data is not None:
+        row = to_device(data[name].reshape(tokens, 1, width), device)
+    else:
+        row = torch.empty(tokens, 1, width, dtype=dtype, device=device)
+    if group.size() > 1:
+        source = parallel_state.get_tensor_model_parallel_src_rank()
+        torch.distributed.broadcast(row, source, group=group)
+    return row
 
 
 def join_stage_input(model: Any) -> None:

@@ -51,8 +51,9 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
     def __next__(self) -> dict[str, torch.Tensor]:
         """The next micro batch: each field `[micro batch, seq_length]`.
 
-        Those of the packs without `position_ids`, which follow from the lengths; and `groups` int64, the
-        number of each token's source, 0 in padding and where sources are not told apart.
+        Those of the packs, features too, without `position_ids`, which follow from the lengths; and
+        `groups` int64, the number of each token's source, 0 in padding and where sources are not told
+        apart.
         """
         begin = time.perf_counter()
         if self.repeat and self.next_index >= self.repeat:
@@ -64,6 +65,10 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
         self.next_index += self.micro_batch_size
         fields = ("input_ids", "loss_mask", "document_lengths")
         batch = {name: torch.stack([pack[name] for pack in packs]) for name in fields}
+        batch |= {
+            name: torch.stack([pack[name] for pack in packs])
+            for name in packs[0].keys() - {*fields, "position_ids"}
+        }
         batch["groups"] = torch.zeros_like(batch["input_ids"])
         for index, pack, groups in zip(indices, packs, batch["groups"], strict=True):
             lengths = pack["document_lengths"][pack["document_lengths"] > 0]

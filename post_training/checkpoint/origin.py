@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from post_training.arguments.architecture import ARCHITECTURE
+from post_training.arguments.distillation import draft_of
 from post_training.checkpoint.optimizer_form import check_optimizer, optimizer_form
 from post_training.checkpoint.store import Checkpoint
 from post_training.checkpoint.torch_dcp import check_format
@@ -48,6 +49,7 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         keys = ROPE_KEYS + SCALED.get(str(rope.get("rope_type")), ())
         architecture["rope_parameters"] = {k: rope[k] for k in keys if rope.get(k) is not None}
         architecture["sliding_window"] = sliding_window(args.hf_config)
+    architecture["draft"] = draft_of(args)
     found = {
         "architecture": architecture,
         "ckpt_format": args.ckpt_format,

@@ -59,7 +59,11 @@ def step_attention(
 
 
 def _document(
-    query: Tensor, key: Tensor, value: Tensor, own_keys: Sequence[Tensor], own_values: Sequence[Tensor]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    own_keys: Sequence[Tensor],
+    own_values: Sequence[Tensor],
 ) -> Tensor:
     """[heads, tokens, dim] of one document."""
     tokens = query.shape[1]

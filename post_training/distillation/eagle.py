@@ -11,6 +11,7 @@ one before, which ModelOpt's own forward does.
 
 from __future__ import annotations
 
+import argparse
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from post_training.distillation.draft_attention import step_attention
 from post_training.distillation.losses import divergence
 from post_training.hf.draft import DraftShape
 from post_training.hf.weights import read_parameter
+from post_training.metrics.step_counters import counters
 from post_training.model.attention import PackedAttention
 from post_training.model.norm import LocalNorm
 from post_training.platform.modelopt_eagle import built_from
@@ -44,15 +46,23 @@ class DraftSettings:
     """Of which layers of the base it reads the output, ascending; -1 is that of the embedding."""
     vocabulary: int
     """Tokens of the base's vocabulary."""
-    draft_tokens: Tensor | None = None
-    """Those that the draft can write, ascending: int64 [draft vocabulary]; None: all."""
     steps: int = 4
     """Test-time steps."""
     decay: float = 0.9
     """Step t weighs `decay ** t`."""
     detach: bool = False
     """Stop the gradient between steps, as ModelOpt's forward does."""
-    seed: int = 0
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> DraftSettings:
+        """Those of a run with `--draft`."""
+        return cls(
+            tuple(args.aux_layers),
+            args.vocab_size,
+            args.draft_ttt_steps,
+            args.draft_loss_decay,
+            args.draft_detach_steps,
+        )
 
 
 def layer_spec(config: Any) -> TransformerBlockSubmodules:
@@ -71,10 +81,11 @@ def own_layers() -> Iterator[None]:
         yield
 
 
-def modelopt_config(model: GPTModel, shape: DraftShape, settings: DraftSettings) -> dict[str, Any]:
-    """What ModelOpt is told; a checkpoint keeps it."""
+def modelopt_config(
+    model: GPTModel, shape: DraftShape, settings: DraftSettings, *, cut: bool
+) -> dict[str, Any]:
+    """What ModelOpt is told, and a checkpoint keeps; `cut`: the draft's vocabulary is not the base's."""
     config = model.config
-    cut = settings.draft_tokens is not None
     return {
         "eagle_ttt_steps": settings.steps,
         "eagle_loss_decay_factor": settings.decay,
@@ -100,24 +111,38 @@ def modelopt_config(model: GPTModel, shape: DraftShape, settings: DraftSettings)
     }
 
 
-def add_draft(model: GPTModel, shape: DraftShape, settings: DraftSettings) -> None:
+def add_draft(
+    model: GPTModel,
+    shape: DraftShape,
+    settings: DraftSettings,
+    *,
+    tokens: Tensor | None = None,
+    seed: int = 0,
+) -> None:
     """Give a base model, its weights loaded, an untrained draft; the base is frozen.
 
-    The draft's weights are the same on every layout: normal, of the base's standard deviation, and its output
-    layer begins as the base's own.
+    The draft's weights are the same on every layout: normal, of the base's standard deviation, and its
+    output layer begins as the base's own.
+
+    Args:
+        model: unwrapped.
+        shape: of the draft.
+        settings: what it is trained as.
+        tokens: those that the draft can write, ascending: int64 [draft vocabulary]; None: all.
+        seed: of its weights.
     """
     import modelopt.torch.speculative as mtsp
 
+    config = modelopt_config(model, shape, settings, cut=tokens is not None)
     with own_layers():
-        mtsp.convert(model, [("eagle", modelopt_config(model, shape, settings))])
+        mtsp.convert(model, [("eagle", config)])
     equip(model, settings)
     module: Any = model.eagle_module
-    if settings.draft_tokens is not None:
-        numbers = torch.arange(len(settings.draft_tokens))
-        module.d2t.copy_(settings.draft_tokens - numbers)
+    if tokens is not None:
+        module.d2t.copy_(tokens - torch.arange(len(tokens)))
     std = float(model.config.init_method_std)
     group = module.eagle_output_layer.tp_group
-    generator = torch.Generator().manual_seed(settings.seed)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in sorted(shape.weights().items()):
             parameter = module.get_parameter(name)
@@ -228,7 +253,10 @@ def base_states(model: GPTModel, layers: Sequence[int], *inputs: Any, **options:
     try:
         with torch.no_grad():
             final: Tensor = GPTModel.forward(
-                model, *inputs, **options, output_processor=lambda *, hidden_states, **_: hidden_states
+                model,
+                *inputs,
+                **options,
+                output_processor=lambda *, hidden_states, **_: hidden_states,
             )
     finally:
         for handle in handles:
@@ -263,8 +291,8 @@ class DraftForward:
             states: of the base model.
 
         Returns:
-            KL, float32 [steps, trained]; which of them count, float32 0 or 1, the same shape; and which drafts
-            are what the base model would write, likewise.
+            KL, float32 [steps, trained]; which of them count, 0 or 1, the same shape; and which drafts are
+            what the base model would write, likewise.
         """
         module: Any = model.eagle_module
         lengths, positions = packed.query_lengths, packed.position_ids
@@ -346,8 +374,8 @@ class DraftForward:
         return self._hide_padding(model, logits.squeeze(1).float())
 
     def _hide_padding(self, model: GPTModel, logits: Tensor) -> Tensor:
-        tokens = self.settings.draft_tokens
-        real = self.settings.vocabulary if tokens is None else len(tokens)
+        offsets = getattr(model.eagle_module, "d2t", None)
+        real = self.settings.vocabulary if offsets is None else len(offsets)
         rank = model.eagle_module.eagle_output_layer.tp_group.rank()
         return hide_vocabulary_padding(logits, real, rank)
 
@@ -358,13 +386,13 @@ class DraftForward:
         """The base model's logits over the draft's vocabulary, and its own choice of token.
 
         Returns:
-            float32 [trained, draft vocabulary of this rank]; int64 [trained], tokens of the base's vocabulary.
+            float32 [trained, draft vocabulary of this rank]; tokens, int64 [trained].
         """
         assert self._teacher is not None
         chosen = hidden.index_select(0, trained.indices).squeeze(1)
         logits = self._hide_padding(model, (chosen @ self._teacher.t()).float())
         group = model.output_layer.tp_group
-        if self.settings.draft_tokens is None:
+        if not hasattr(model.eagle_module, "d2t"):
             return logits, largest_over_ranks(logits, group)
         own = (
             model.shared_embedding_or_output_weight()
@@ -380,7 +408,7 @@ class DraftForward:
     def _right(self, module: Any, logits: Tensor, greedy: Tensor) -> Tensor:
         """1 where the draft's first choice is the base's, else 0: float32 [trained]."""
         choice = largest_over_ranks(logits, module.eagle_output_layer.tp_group)
-        if self.settings.draft_tokens is not None:
+        if hasattr(module, "d2t"):
             choice = choice + module.d2t[choice]
         return (choice == greedy).float()
 
@@ -422,8 +450,8 @@ def draft_forward(
     trained: TrainedTokens,
     aux_hidden_states: Tensor | None = None,
     hidden_states: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `model(...)` of a model with a draft computes: see `DraftForward.losses`.
+) -> Tensor:
+    """What `model(...)` of a model with a draft computes: the loss of each trained token, over all steps.
 
     Args:
         model: the unwrapped model.
@@ -432,8 +460,12 @@ def draft_forward(
         attention_mask: None: documents are all there is.
         packed_seq_params: the documents of the row.
         trained: positions whose next token is trained.
-        aux_hidden_states: stored ones of the whole row, [tokens, 1, 3 * hidden]; None: the base computes them.
+        aux_hidden_states: stored ones of the whole row, [tokens, 1, 3 * hidden]; None: the base
+            computes them.
         hidden_states: likewise, [tokens, 1, hidden].
+
+    Returns:
+        float32 [trained]. Losses and accuracy of each step are counted apart (`part_names`).
     """
     draft: DraftForward = model.draft
     if aux_hidden_states is None or hidden_states is None:
@@ -449,4 +481,14 @@ def draft_forward(
         if model.config.sequence_parallel:
             aux = tensor_parallel.scatter_to_sequence_parallel_region(aux)
         states = BaseStates(aux, final)
-    return draft.losses(model, tokens, packed_seq_params, trained, states)
+    losses, counted, right = draft.losses(model, tokens, packed_seq_params, trained, states)
+    sums = torch.cat([(losses.detach() * counted).sum(1), right.sum(1)])
+    counters.add_parts(sums, counted.sum(1).repeat(2))
+    decay = draft.settings.decay ** torch.arange(len(losses), device=losses.device).unsqueeze(1)
+    total: Tensor = (losses * counted * decay).sum(0)
+    return total
+
+
+def part_names(steps: int) -> list[str]:
+    """What `draft_forward` counts apart, by the number of the drafted token."""
+    return [f"draft_{what}_{step + 1}" for what in ("loss", "accuracy") for step in range(steps)]

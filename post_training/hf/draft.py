@@ -1,8 +1,8 @@
 """The draft of a speculative decoder (EAGLE-3) as servers read it: what it is made of, under which names.
 
-Names and keys are those that vLLM, SGLang and TensorRT-LLM load (`LlamaForCausalLMEagle3`): one Llama layer
-whose queries, keys and values read the next token's embedding beside the features, an input layer that makes
-the features of the base model's auxiliary hidden states, and an output layer of its own.
+Names and keys are those that vLLM, SGLang and TensorRT-LLM load (`LlamaForCausalLMEagle3`): one Llama
+layer whose queries, keys and values read the next token's embedding beside the features, an input layer
+that makes the features of the base model's auxiliary hidden states, and an output layer of its own.
 """
 
 from __future__ import annotations
@@ -138,8 +138,8 @@ def draft_config(
 ) -> dict[str, Any]:
     """What `config.json` of an exported draft says.
 
-    The layers stand in it twice: servers of vLLM's kind count the inputs of layers (the output of layer i is
-    the input of layer i + 1, 0 is the embedding), those of SGLang's and TensorRT-LLM's the outputs.
+    The layers stand in it twice: servers of vLLM's kind count the inputs of layers (the output of layer i
+    is the input of layer i + 1, 0 is the embedding), those of SGLang's and TensorRT-LLM's the outputs.
     """
     rope = rope_parameters(base)
     scaled = rope.get("rope_type", "default") != "default"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -29,6 +29,13 @@ _FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+
+
+class Sliced(Protocol):
+    """Whole tensors of which parts are read, each by `get_shape()` and indexing."""
+
+    def slice(self, name: str) -> Any:
+        """The tensor of a name."""
 
 
 def whole_name(name: str, *, first_layer: int = 0, first_expert: int = 0) -> str:
@@ -52,7 +59,7 @@ def _shard(size: int, rank: int, world: int) -> tuple[int, int]:
 
 
 def read_parameter(
-    checkpoint: HFCheckpoint,
+    checkpoint: Sliced,
     weight: Weight,
     shape: torch.Size,
     tp_rank: int,

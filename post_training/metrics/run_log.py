@@ -152,10 +152,11 @@ class RunLog:
         }
         if totals.sources:
             record["sources"] = _by_source(totals)
+        record |= totals.parts
         record |= self._routing(totals.experts)
         if step.skipped:
             record["skipped"] = True
-        if self.peak and seconds:
+        if self.peak and seconds and self.args.draft is None:  # the count is that of a whole model
             peak = seconds * self.args.world_size * self.peak
             record["mfu"] = (
                 model_flops(
@@ -223,6 +224,7 @@ class RunLog:
             "token_accuracy": totals.accuracy,
             "tokens": round(totals.trained_tokens),
             "seconds": pause,
+            **totals.parts,
         }
         if totals.sources:
             record["sources"] = _by_source(totals)

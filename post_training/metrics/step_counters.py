@@ -28,6 +28,8 @@ class StepTotals:
     """Share of the trained tokens that are the most probable ones; not a number where that is not known."""
     sources: dict[str, tuple[float, float]]
     """Sum of the losses and number of trained tokens of each source, where several are told apart."""
+    parts: dict[str, float]
+    """Means of what else was counted, by name: not a number where nothing was."""
     experts: ExpertTotals | None = None
     """For models with experts."""
 
@@ -57,6 +59,7 @@ class StepCounters:
 
     def __init__(self) -> None:
         self.source_names: list[str] = []
+        self.part_names: list[str] = []
         self._expert_shape = (0, 0)
         self.reset()
 
@@ -64,6 +67,10 @@ class StepCounters:
         """Start again from zero, with the losses of these sources apart; all ranks give the same."""
         self.source_names = list(source_names)
         self.reset()
+
+    def name_parts(self, names: Sequence[str]) -> None:
+        """Make room for what a loss is made of; every rank must call it alike."""
+        self.part_names = list(names)
 
     def watch_experts(self, layers: int, experts: int) -> None:
         """Make room for the routers' counts; every rank must call it alike.
@@ -82,6 +89,7 @@ class StepCounters:
         self.readers = 0.0
         self._losses: Tensor | float = 0.0
         self._right: Tensor | float = 0.0
+        self._parts: Tensor | float = 0.0
         self._experts: dict[int, Tensor] = {}
 
     def add_documents(self, lengths: Sequence[int]) -> None:
@@ -114,6 +122,15 @@ class StepCounters:
             right: float32 [trained], 1 where the label is the most probable token, times the weights.
         """
         self._right = self._right + right.double().sum()
+
+    def add_parts(self, sums: Tensor, counts: Tensor) -> None:
+        """Count parts of the losses of a micro batch; the device is not waited for.
+
+        Args:
+            sums: [named parts].
+            counts: of the tokens that each is a sum over: [named parts].
+        """
+        self._parts = self._parts + torch.stack([sums, counts]).double()
 
     def add_expert_tokens(self, layer: int, tokens: Tensor, balance: Tensor | None) -> None:
         """Count what a router did with a micro batch; the device is not waited for.
@@ -148,6 +165,11 @@ class StepCounters:
         rows = values.new_zeros(layers, experts + 1)
         for layer, row in self._experts.items():
             rows[layer - 1] = row
+        parts = values.new_zeros(2, len(self.part_names))
+        if isinstance(self._parts, Tensor) and first_of_group:
+            parts += self._parts
+        own = len(values)
+        values = torch.cat([values, parts.flatten()])
         lone = len(values)
         values = torch.cat([values, rows.flatten()])
         self.reset()
@@ -155,7 +177,8 @@ class StepCounters:
             torch.distributed.all_reduce(values)
         values = values.cpu()
         real, squared, seconds, readers, right = values[:5].tolist()
-        losses = values[5:lone].view(2, columns)
+        losses = values[5:own].view(2, columns)
+        part_sums, part_counts = values[own:lone].view(2, -1)
         loss, trained = losses.sum(1).tolist()
         # Each token is routed once: by one rank of its layer's stage and tensor parallel group.
         rows = values[lone:].view(layers, experts + 1)
@@ -168,6 +191,7 @@ class StepCounters:
             loss=loss / trained if trained else float("nan"),
             accuracy=right / trained if trained else float("nan"),
             sources=dict(zip(names, map(tuple, losses.T.tolist()), strict=True)) if names else {},
+            parts=dict(zip(self.part_names, (part_sums / part_counts).tolist(), strict=True)),
             experts=ExpertTotals(rows[:, :-1], float(rows[:, -1].mean() / trained))
             if len(rows) and trained
             else None,

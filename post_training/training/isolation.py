@@ -210,13 +210,14 @@ def perturbed(packs: Micro, lengths: list[int], vocabulary: int) -> tuple[Micro,
     # Another token for certain, and one that the model knows.
     other[first:last] = (ids[first:last] + vocabulary // 2) % vocabulary
     same = {
+        **packs,  # stored features, if any: of the tokens as they were
         "loss_mask": watched.to(torch.uint8).view(shape),
         "groups": groups.view(shape),
         "document_lengths": packs["document_lengths"],
     }
     return (
-        {"input_ids": ids.view(shape), **same},
-        {"input_ids": other.view(shape), **same},
+        {**same, "input_ids": ids.view(shape)},
+        {**same, "input_ids": other.view(shape)},
     )
 
 

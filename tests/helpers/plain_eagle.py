@@ -1,7 +1,8 @@
 """EAGLE-3 in plain PyTorch, one document at a time: what drafts here are compared with.
 
-Written from the paper (arXiv 2503.01840) and from what servers compute with a draft folder; it shares no code
-with the project. Keys and values of each query are kept in a list, as a server keeps them while it drafts.
+Written from the paper (arXiv 2503.01840) and from what servers compute with a draft folder; it shares no
+code with the project. Keys and values of each query are kept in a list, as a server
+keeps them while it drafts.
 """
 
 from __future__ import annotations
@@ -38,9 +39,7 @@ class PlainEagle:
                 rms_norm(feature, self.t["midlayer.hidden_norm.weight"], eps),
             ]
         )
-        q, k, v = (
-            (self.t[f"midlayer.self_attn.{n}_proj.weight"] @ x).view(-1, d) for n in "qkv"
-        )
+        q, k, v = ((self.t[f"midlayer.self_attn.{n}_proj.weight"] @ x).view(-1, d) for n in "qkv")
         theta = self.c["rope_theta"]
         return rotate(q, position, theta), rotate(k, position, theta), v
 
@@ -71,7 +70,7 @@ class PlainEagle:
             ids: int64 [tokens].
             mask: 1 where a token is trained.
             aux: [tokens, 3 * hidden].
-            teacher_logits: of the base at each token, over the draft's vocabulary: [tokens, draft vocabulary].
+            teacher_logits: of the base at each token, [tokens, draft vocabulary].
             steps: test-time steps.
         """
         features = [self.t["fc.weight"] @ a for a in aux]
