@@ -6,6 +6,8 @@ load. Attention over packed documents draws as many numbers as its documents are
 ranks with different packs part at the first step, and a resumed run would drop other units than the
 uninterrupted one. Here every rank saves its own state, under its own key, and takes it back in the same
 layout; in another layout there is no state that would be right, and the fresh ones of this start stay.
+This key holds a slash, which Megatron does not expect where it lists what a checkpoint holds (as it does for
+ModelOpt).
 """
 
 from __future__ import annotations
@@ -53,3 +55,13 @@ def apply() -> None:
             return shared  # no manifest will say which layout this is
         world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         return ShardedObject(f"{shared.key}/rank", shared.data, (world,), (rank,), replica_id=0)
+
+    listed = ShardedObject.empty_from_unique_key
+
+    def with_slashes(unique_key: str, replica_id: Any = 0) -> ShardedObject:
+        key, place = unique_key.rsplit("/", 1)
+        found = listed(f"{key.replace('/', '.')}/{place}", replica_id)
+        found.key = key
+        return found
+
+    ShardedObject.empty_from_unique_key = staticmethod(with_slashes)
