@@ -59,7 +59,7 @@ from post_training.checkpoint import resume
 from post_training.checkpoint.position import DataPosition, find_position
 from post_training.checkpoint.saver import CheckpointSaver
 from post_training.distillation.acceptance import report_acceptance
-from post_training.distillation.eagle import part_names
+from post_training.distillation.draft_forward import part_names
 from post_training.distillation.offline import draft_tokens, stored_features
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.job import output, run_lock

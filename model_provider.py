@@ -10,6 +10,8 @@ import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
 from post_training.checkpoint.store import Checkpoint
+from post_training.distillation.draft_forward import install_forward
+from post_training.distillation.draft_model import DraftSettings, add_draft, own_layers
 from post_training.errors import SetupError
 from post_training.hf.check import check_hf_weights
 from post_training.hf.draft import DraftShape
@@ -129,12 +131,10 @@ def _convert_by_modelopt(
     if args.draft is None:
         restore_sharded_modelopt_state(chunks, folder)
         return chunks
-    from post_training.distillation import eagle
-
-    with eagle.own_layers():
+    with own_layers():
         restore_sharded_modelopt_state(chunks, folder)
     for chunk in chunks:
-        eagle.equip(chunk, eagle.DraftSettings.of(args))
+        install_forward(chunk, DraftSettings.of(args))
     return chunks
 
 
@@ -142,11 +142,11 @@ def _add_draft(
     chunks: list[torch.nn.Module], args: argparse.Namespace, tokens: torch.Tensor | None
 ) -> list[torch.nn.Module]:
     """Give the base an untrained draft."""
-    from post_training.distillation import eagle
-
     shape = DraftShape.of(args.hf_config, args.draft_vocab_size)
+    settings = DraftSettings.of(args)
     for chunk in chunks:
-        eagle.add_draft(chunk, shape, eagle.DraftSettings.of(args), tokens=tokens, seed=args.seed)
+        add_draft(chunk, shape, settings, tokens=tokens, seed=args.seed)
+        install_forward(chunk, settings)
     return chunks
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 
 def has_draft_head(model: Any) -> bool:
-    """Whether ModelOpt has given `model` (unwrapped) heads that draft tokens."""
-    return hasattr(model, "pseudo_speculative_generate")
+    """Whether `model` (unwrapped) has heads that draft tokens, and the layers to judge them."""
+    return hasattr(model, "pseudo_speculative_generate") and len(model.decoder.layers) > 0
 
 
 def propose(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,6 +25,10 @@ def propose(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [1, 1] and int64 [1, drafted].
     """
+    draft = getattr(model, "draft", None)
+    if draft is not None:  # one of this project's
+        found: tuple[Tensor, Tensor] = draft.propose(model, tokens)
+        return found
     method = model.pseudo_speculative_generate
     if "input_ids" in inspect.signature(method).parameters:
         base, drafts = method(tokens)

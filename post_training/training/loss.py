@@ -73,16 +73,15 @@ def hide_vocabulary_padding(logits: Tensor, vocabulary: int, tp_rank: int) -> Te
 
 
 @torch.no_grad()
-def right_tokens(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
-    """Which labels are the most probable tokens, of equally probable ones the first of the vocabulary.
+def largest_tokens(logits: Tensor, group: ProcessGroup) -> Tensor:
+    """The most probable tokens, of equally probable ones the first of the vocabulary.
 
     Args:
         logits: [..., vocabulary rows of this tensor parallel rank], padded rows hidden; not changed.
-        labels: int64 [...].
         group: the tensor parallel group.
 
     Returns:
-        float32 [...], 1 or 0, the same on all ranks of the group.
+        int64 [...], the same on all ranks of the group.
     """
     rows = logits.shape[-1]
     largest, tokens = logits.max(dim=-1)  # the first of equals
@@ -95,8 +94,8 @@ def right_tokens(logits: Tensor, labels: Tensor, group: ProcessGroup) -> Tensor:
         every = every.view(group.size(), *own.shape)
         # Of equals the lowest rank, which holds the earlier tokens.
         winner = every[:, 0].max(dim=0, keepdim=True).indices
-        tokens = every[:, 1].gather(0, winner).squeeze(0)
-    return (tokens == labels).float()
+        tokens = every[:, 1].gather(0, winner).squeeze(0).long()
+    return tokens
 
 
 def trained_token_loss(vocabulary: int) -> Callable[..., Tensor]:
@@ -142,7 +141,7 @@ def trained_token_loss(vocabulary: int) -> Callable[..., Tensor]:
         hide_vocabulary_padding(logits, vocabulary, output_layer.tp_group.rank())
         chosen_labels = labels.flatten().index_select(0, context.indices).unsqueeze(0)
         # Before the loss, which overwrites fp32 logits.
-        right = right_tokens(logits.squeeze(1), chosen_labels[0], output_layer.tp_group)
+        right = largest_tokens(logits.squeeze(1), output_layer.tp_group) == chosen_labels[0]
         counters.add_right(right * context.weights)
         return compute_language_model_loss(chosen_labels, logits).flatten()
 

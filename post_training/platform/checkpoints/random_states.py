@@ -6,8 +6,8 @@ load. Attention over packed documents draws as many numbers as its documents are
 ranks with different packs part at the first step, and a resumed run would drop other units than the
 uninterrupted one. Here every rank saves its own state, under its own key, and takes it back in the same
 layout; in another layout there is no state that would be right, and the fresh ones of this start stay.
-This key holds a slash, which Megatron does not expect where it lists what a checkpoint holds (as it does for
-ModelOpt).
+This key holds a slash, which Megatron does not expect where it lists what a checkpoint holds (as it does
+for ModelOpt).
 """
 
 from __future__ import annotations

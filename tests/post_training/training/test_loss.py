@@ -118,20 +118,20 @@ def test_padded_rows_have_no_part_in_the_softmax(vocabulary, tp, dtype):
 
 def _right(logits, labels, vocabulary):
     """What this rank's part of the vocabulary gives, hidden padding and all."""
-    from post_training.training.loss import hide_vocabulary_padding, right_tokens
+    from post_training.training.loss import hide_vocabulary_padding, largest_tokens
 
     torch.distributed.init_process_group("gloo")
     group = torch.distributed.group.WORLD
     assert group is not None
     part = logits.chunk(group.size(), 1)[group.rank()].clone()
     before = hide_vocabulary_padding(part, vocabulary, group.rank()).clone()
-    found = right_tokens(part, labels, group)
+    found = (largest_tokens(part, group) == labels).float()
     assert torch.equal(part, before)
     return found
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_right_tokens_are_found_over_the_parts_of_the_vocabulary(world):
+def test_largest_tokens_are_found_over_the_parts_of_the_vocabulary(world):
     """Of equals the first of the vocabulary counts; padded rows, larger than all, never do."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randint(0, 3, (300, 16), generator=generator).float()

@@ -11,208 +11,24 @@ one before, which ModelOpt's own forward does.
 
 from __future__ import annotations
 
-import argparse
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
 
+from post_training.batch.host_tensors import to_device
 from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.distillation.draft_attention import step_attention
+from post_training.distillation.draft_model import DraftSettings, output_rows, teacher_rows
 from post_training.distillation.losses import divergence
-from post_training.hf.draft import DraftShape
-from post_training.hf.weights import read_parameter
 from post_training.metrics.step_counters import counters
-from post_training.model.attention import PackedAttention
-from post_training.model.norm import LocalNorm
-from post_training.platform.modelopt_eagle import built_from
-from post_training.training.loss import hide_vocabulary_padding
-
-
-@dataclass(frozen=True)
-class DraftSettings:
-    """What a draft is trained as."""
-
-    aux_layers: tuple[int, ...]
-    """Of which layers of the base it reads the output, ascending; -1 is that of the embedding."""
-    vocabulary: int
-    """Tokens of the base's vocabulary."""
-    steps: int = 4
-    """Test-time steps."""
-    decay: float = 0.9
-    """Step t weighs `decay ** t`."""
-    detach: bool = False
-    """Stop the gradient between steps, as ModelOpt's forward does."""
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> DraftSettings:
-        """Those of a run with `--draft`."""
-        return cls(
-            tuple(args.aux_layers),
-            args.vocab_size,
-            args.draft_ttt_steps,
-            args.draft_loss_decay,
-            args.draft_detach_steps,
-        )
-
-
-def layer_spec(config: Any) -> TransformerBlockSubmodules:
-    """Spec of a draft's decoder: the same local layers on every machine."""
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    parts = layer.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = LocalNorm
-    parts.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(layer_specs=[layer], layer_norm=LocalNorm)
-
-
-@contextmanager
-def own_layers() -> Iterator[None]:
-    """Around whatever makes ModelOpt build a draft: `add_draft`, and restoring its state."""
-    with built_from(LocalNorm, layer_spec):
-        yield
-
-
-def modelopt_config(
-    model: GPTModel, shape: DraftShape, settings: DraftSettings, *, cut: bool
-) -> dict[str, Any]:
-    """What ModelOpt is told, and a checkpoint keeps; `cut`: the draft's vocabulary is not the base's."""
-    config = model.config
-    return {
-        "eagle_ttt_steps": settings.steps,
-        "eagle_loss_decay_factor": settings.decay,
-        # Its offline mode turns sequence parallelism off for the whole model; the forward here needs none.
-        "eagle_offline": False,
-        "eagle_export_rope_scaling": {},
-        "eagle_architecture_config": {
-            "torch_dtype": str(config.params_dtype).removeprefix("torch."),
-            "num_hidden_layers": 1,
-            "intermediate_size": shape.intermediate_size,
-            "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.key_value_heads,
-            "head_dim": shape.head_dim,
-            "rms_norm_eps": config.layernorm_epsilon,
-            "initializer_range": config.init_method_std,
-            "rope_theta": shape.rope_theta,
-            "use_aux_hidden_state": True,
-            "use_last_layernorm": True,
-            "has_lm_head": True,
-            "eagle_aux_hidden_state_layer_ids": list(settings.aux_layers),
-            **({"draft_vocab_size": shape.vocabulary} if cut else {}),
-        },
-    }
-
-
-def add_draft(
-    model: GPTModel,
-    shape: DraftShape,
-    settings: DraftSettings,
-    *,
-    tokens: Tensor | None = None,
-    seed: int = 0,
-) -> None:
-    """Give a base model, its weights loaded, an untrained draft; the base is frozen.
-
-    The draft's weights are the same on every layout: normal, of the base's standard deviation, and its
-    output layer begins as the base's own.
-
-    Args:
-        model: unwrapped.
-        shape: of the draft.
-        settings: what it is trained as.
-        tokens: those that the draft can write, ascending: int64 [draft vocabulary]; None: all.
-        seed: of its weights.
-    """
-    import modelopt.torch.speculative as mtsp
-
-    config = modelopt_config(model, shape, settings, cut=tokens is not None)
-    with own_layers():
-        mtsp.convert(model, [("eagle", config)])
-    equip(model, settings)
-    module: Any = model.eagle_module
-    if tokens is not None:
-        module.d2t.copy_(tokens - torch.arange(len(tokens)))
-    std = float(model.config.init_method_std)
-    group = module.eagle_output_layer.tp_group
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in sorted(shape.weights().items()):
-            parameter = module.get_parameter(name)
-            if name == "eagle_output_layer.weight":
-                parameter.copy_(teacher_rows(model))
-                continue
-            whole = {
-                served: torch.ones(size)
-                if len(size) == 1
-                else torch.empty(size).normal_(0.0, std, generator=generator)
-                for served, size in weight.tensors.items()
-            }
-            parameter.copy_(
-                read_parameter(_Whole(whole), weight, parameter.shape, group.rank(), group.size())
-            )
-
-
-class _Whole:
-    """Tensors in memory, read as those of a HuggingFace folder are."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def slice(self, name: str) -> Any:
-        return _Slice(self.tensors[name])
-
-
-class _Slice:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.tensor[index]
-
-
-def equip(model: GPTModel, settings: DraftSettings) -> None:
-    """Let a model that ModelOpt has converted, now or in a checkpoint, run the forward of this file."""
-    for layer in model.decoder.layers:  # what collects states for ModelOpt's own forward
-        for key, hook in list(layer._forward_hooks.items()):
-            if getattr(hook, "__name__", "") == "_transformer_layer_forward_hook":
-                del layer._forward_hooks[key]
-    model.draft = DraftForward(settings)
-    model.forward = types.MethodType(draft_forward, model)
-
-
-@torch.no_grad()
-def teacher_rows(model: GPTModel) -> Tensor:
-    """Rows of the base's output layer for this rank's part of the draft's vocabulary: [rows, hidden]."""
-    own: Tensor = (
-        model.shared_embedding_or_output_weight()
-        if model.share_embeddings_and_output_weights
-        else model.output_layer.weight
-    )
-    offsets = getattr(model.eagle_module, "d2t", None)
-    if offsets is None:
-        return own.detach()
-    layer = model.output_layer
-    group = layer.tp_group
-    tokens = offsets + torch.arange(len(offsets), device=offsets.device)
-    rows = model.eagle_module.eagle_output_layer.weight.shape[0]
-    # Every rank gives what it holds of all wanted rows, and keeps its own part of the sum.
-    local = tokens - group.rank() * own.shape[0]
-    held = (local >= 0) & (local < own.shape[0])
-    wanted = own.detach()[local.clamp(0, own.shape[0] - 1)] * held.unsqueeze(1)
-    if group.size() > 1:
-        torch.distributed.all_reduce(wanted, group=group)
-    return wanted[group.rank() * rows : (group.rank() + 1) * rows].clone()
+from post_training.training.loss import hide_vocabulary_padding, largest_tokens
 
 
 @dataclass(frozen=True)
@@ -315,8 +131,47 @@ class DraftForward:
             logits = self._logits(model, hidden, queries)
             losses.append(divergence(logits, teacher, module.eagle_output_layer.tp_group))
             counted.append(trained.weights * (place > step))
-            right.append(self._right(module, logits.detach(), greedy) * counted[-1])
+            right.append((self._choice(module, logits.detach()) == greedy) * counted[-1])
         return torch.stack(losses), torch.stack(counted), torch.stack(right)
+
+    @torch.no_grad()
+    def propose(self, model: GPTModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The base model's next token, and what the draft writes after it, as a server drafts.
+
+        Args:
+            model: unwrapped.
+            tokens: int64 [1, tokens].
+
+        Returns:
+            int64 [1, 1] and int64 [1, steps], tokens of the base's vocabulary.
+        """
+        module: Any = model.eagle_module
+        count, size = tokens.shape[1], model.config.tensor_model_parallel_size
+        padding = -count % size  # sequence parallel ranks hold equal parts; a document of its own
+        row = torch.nn.functional.pad(tokens, (0, padding))
+        packed: PackedDocuments = to_device(
+            PackedDocuments.from_lengths(
+                [count, padding] if padding else [count], qkv_format="sbhd"
+            ),
+            tokens.device,
+        )
+        assert packed.position_ids is not None
+        inputs = row, packed.position_ids.unsqueeze(0), None
+        states = base_states(model, self.settings.aux_layers, *inputs, packed_seq_params=packed)
+        last = torch.tensor([count - 1], device=tokens.device)
+        base = written = self._greedy(model, states.hidden_states.index_select(0, last).squeeze(1))
+        hidden, _ = module.fc(states.aux_hidden_states)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        drafts = []
+        for step in range(self.settings.steps):
+            ids = row.roll(-(1 + step), dims=1)
+            # Only the last token's query matters from step 1 on.
+            ids[0, count - 1] = written
+            hidden = self._layer(model, hidden, ids, packed, step, keys, values)
+            written = self._choice(module, self._logits(model, hidden, last))
+            drafts.append(written)
+        return base.view(1, 1), torch.stack(drafts, dim=1)
 
     def _layer(
         self,
@@ -391,26 +246,23 @@ class DraftForward:
         assert self._teacher is not None
         chosen = hidden.index_select(0, trained.indices).squeeze(1)
         logits = self._hide_padding(model, (chosen @ self._teacher.t()).float())
-        group = model.output_layer.tp_group
-        if not hasattr(model.eagle_module, "d2t"):
-            return logits, largest_over_ranks(logits, group)
-        own = (
-            model.shared_embedding_or_output_weight()
-            if model.share_embeddings_and_output_weights
-            else model.output_layer.weight
-        )
-        whole = hide_vocabulary_padding(
-            (chosen @ own.t()).float(), self.settings.vocabulary, group.rank()
-        )
-        return logits, largest_over_ranks(whole, group)
+        if hasattr(model.eagle_module, "d2t"):
+            return logits, self._greedy(model, chosen)
+        return logits, largest_tokens(logits, model.output_layer.tp_group)
 
     @torch.no_grad()
-    def _right(self, module: Any, logits: Tensor, greedy: Tensor) -> Tensor:
-        """1 where the draft's first choice is the base's, else 0: float32 [trained]."""
-        choice = largest_over_ranks(logits, module.eagle_output_layer.tp_group)
-        if hasattr(module, "d2t"):
-            choice = choice + module.d2t[choice]
-        return (choice == greedy).float()
+    def _greedy(self, model: GPTModel, hidden: Tensor) -> Tensor:
+        """The base model's own choice of token: int64 [tokens] of hidden states [tokens, hidden]."""
+        logits = (hidden @ output_rows(model).t()).float()
+        group = model.output_layer.tp_group
+        hide_vocabulary_padding(logits, self.settings.vocabulary, group.rank())
+        return largest_tokens(logits, group)
+
+    @torch.no_grad()
+    def _choice(self, module: Any, logits: Tensor) -> Tensor:
+        """The draft's first choice, a token of the base's vocabulary: int64 [tokens]."""
+        choice = largest_tokens(logits, module.eagle_output_layer.tp_group)
+        return choice + module.d2t[choice] if hasattr(module, "d2t") else choice
 
 
 def _rotated(x: Tensor, angles: Tensor) -> Tensor:
@@ -418,26 +270,6 @@ def _rotated(x: Tensor, angles: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x.float() * angles.cos() + turned * angles.sin()).to(x.dtype)
-
-
-@torch.no_grad()
-def largest_over_ranks(logits: Tensor, group: Any) -> Tensor:
-    """The most probable token of a vocabulary that ranks share, the first of equals: int64 [tokens].
-
-    Args:
-        logits: float32 [tokens, vocabulary rows of this rank].
-        group: the tensor parallel group.
-    """
-    largest, tokens = logits.max(dim=-1)
-    tokens = tokens + group.rank() * logits.shape[-1]
-    if group.size() == 1:
-        return tokens
-    own = torch.stack([largest.double(), tokens.double()])
-    every = own.new_empty(group.size() * 2, own.shape[1])
-    torch.distributed.all_gather_into_tensor(every, own, group=group)
-    every = every.view(group.size(), 2, -1)
-    winner = every[:, 0].max(dim=0, keepdim=True).indices
-    return every[:, 1].gather(0, winner).squeeze(0).long()
 
 
 def draft_forward(
@@ -492,3 +324,13 @@ def draft_forward(
 def part_names(steps: int) -> list[str]:
     """What `draft_forward` counts apart, by the number of the drafted token."""
     return [f"draft_{what}_{step + 1}" for what in ("loss", "accuracy") for step in range(steps)]
+
+
+def install_forward(model: GPTModel, settings: DraftSettings) -> None:
+    """Let a model that ModelOpt has converted, now or in a checkpoint, run the forward of this file."""
+    for layer in model.decoder.layers:  # what collects states for ModelOpt's own forward
+        for key, hook in list(layer._forward_hooks.items()):
+            if getattr(hook, "__name__", "") == "_transformer_layer_forward_hook":
+                del layer._forward_hooks[key]
+    model.draft = DraftForward(settings)
+    model.forward = types.MethodType(draft_forward, model)
