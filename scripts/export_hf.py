@@ -1,4 +1,4 @@
-"""Writes a run's checkpoint, of any parallel layout, as a HuggingFace folder.
+"""Writes a run's checkpoint, of any parallel layout, as a HuggingFace folder; of a run with --draft the draft.
 
 python scripts/export_hf.py --output-dir runs/first --to runs/first/hf
 
@@ -23,6 +23,7 @@ platform.apply()
 
 from model_provider import model_config
 from post_training.errors import SetupError
+from post_training.export.draft import export_draft
 from post_training.export.hf import DTYPES, export_hf
 from post_training.inference.load import load_model
 from post_training.inference.quiet import hush, quiet_libraries
@@ -34,7 +35,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--output-dir", required=True, help="folder of the run")
-    parser.add_argument("--to", help="HuggingFace folder to write (default: OUTPUT_DIR/hf)")
+    parser.add_argument(
+        "--to", help="folder to write (default: OUTPUT_DIR/hf, of a draft OUTPUT_DIR/draft)"
+    )
     parser.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
     parser.add_argument(
         "--checkpoints",
@@ -54,7 +57,22 @@ def main() -> int:
                 iteration=options.iteration,
                 checkpoints=options.checkpoints,
             )
-        args, target = loaded.args, options.to or os.path.join(options.output_dir, "hf")
+        args = loaded.args
+        name = "hf" if args.draft is None else "draft"
+        target = options.to or os.path.join(options.output_dir, name)
+        if args.draft is not None:
+            difference = export_draft(
+                loaded.model,
+                args.hf_config,
+                loaded.tokenizer,
+                target,
+                dtype=DTYPES.get(options.dtype),
+            )
+            print(
+                f"{loaded.source} -> {target}: read as a server reads it, logits of all steps agree "
+                f"within {difference:.1e} of the largest one"
+            )
+            return 0
         chunks, loaded.model = [loaded.model], None
         difference = export_hf(
             chunks,

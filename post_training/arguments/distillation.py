@@ -111,7 +111,7 @@ def complete_distillation(args: argparse.Namespace) -> None:
         ("pipeline_model_parallel_size", 1, "a draft reads layers of all stages"),
         ("context_parallel_size", 1, "a draft's steps cross the parts of a document"),
         ("use_torch_fsdp2", False, "a draft is trained with Megatron's distributed optimizer"),
-        ("save_hf", False, "export the draft with scripts/export_draft.py"),
+        ("save_hf", False, "export the draft with scripts/export_hf.py"),
         ("hidden_dropout", 0.0, "a draft has none"),
         ("attention_dropout", 0.0, "a draft has none"),
     ):

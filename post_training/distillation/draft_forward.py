@@ -135,6 +135,29 @@ class DraftForward:
         return torch.stack(losses), torch.stack(counted), torch.stack(right)
 
     @torch.no_grad()
+    def logits(
+        self, model: GPTModel, ids: Tensor, packed: PackedDocuments, aux_hidden_states: Tensor
+    ) -> list[Tensor]:
+        """Of each step those of the last query, with given tokens to go on: [draft vocabulary] each.
+
+        Args:
+            model: unwrapped, in one process.
+            ids: int64 [tokens + steps].
+            packed: one document of `tokens`.
+            aux_hidden_states: [tokens, 1, 3 * hidden].
+        """
+        count = len(aux_hidden_states)
+        hidden, _ = model.eagle_module.fc(aux_hidden_states)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        found = []
+        for step in range(self.settings.steps):
+            row = ids[1 + step : 1 + step + count].unsqueeze(0)
+            hidden = self._layer(model, hidden, row, packed, step, keys, values)
+            found.append(self._logits(model, hidden, torch.tensor([count - 1]))[0])
+        return found
+
+    @torch.no_grad()
     def propose(self, model: GPTModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The base model's next token, and what the draft writes after it, as a server drafts.
 
