@@ -196,10 +196,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _why_no_manifest(folder: Path) -> str:
     if not folder.is_dir():
-        beside = sorted(path.parent.name for path in folder.parent.glob(f"*/{MANIFEST}"))
         return (
             f"{folder}: no such folder of features; {folder.parent} has "
-            f"{', '.join(beside) or 'none'}. Extract that split too."
+            f"{', '.join(_splits_in(folder.parent)) or 'none'}. Extract that split too."
         )
     if (folder / WRITING).exists():
         shards = len(list(folder.glob("features-*.json")))
@@ -207,10 +206,13 @@ def _why_no_manifest(folder: Path) -> str:
             f"{folder}: still being written, {shards} files of features are complete. Wait for the "
             "extraction to end, or start it again as before: it goes on where it stopped."
         )
-    within = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
-    if within:
+    if within := _splits_in(folder):
         return f"{folder}: holds the splits {', '.join(within)}; give the folder of one."
     return f"{folder}: holds no features, neither {MANIFEST} nor .pt files. Extract them into it first."
+
+
+def _splits_in(folder: Path) -> list[str]:
+    return [split for split in ("train", "valid", "test") if (folder / split).is_dir()]
 
 
 def identity(contents: str, fields: Sequence[Field], made_by: Mapping[str, Any]) -> dict[str, Any]:

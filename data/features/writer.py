@@ -14,6 +14,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +150,10 @@ class FeatureWriter:
             for killed in self.folder.glob(f"{name}.*.tmp"):
                 killed.unlink()
             crc32 = write_safetensors(temporary, tensors)
-            size = temporary.stat().st_size
+            entry = FileSum(path.name, temporary.stat().st_size, crc32)
             os.replace(temporary, path)
             sync(self.folder)
-            write_whole(
-                self.folder / f"{name}.json", json.dumps({"bytes": size, "crc32": crc32}) + "\n"
-            )
+            write_whole(self.folder / f"{name}.json", json.dumps(asdict(entry)))
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise _cannot_write(path, error) from error
@@ -248,26 +248,17 @@ class FeatureWriter:
 
     def _entry(self, shard: int) -> FileSum | None:
         """What is noted of a shard that is complete."""
-        name = self._name(shard)
-        try:
-            noted = json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        return FileSum(f"{name}.safetensors", noted["bytes"], noted["crc32"])
+        note = self.folder / f"{self._name(shard)}.json"
+        return FileSum(**json.loads(note.read_text(encoding="utf-8"))) if note.exists() else None
 
     def _is_complete(self, shard: int) -> bool:
-        if shard in self._complete:
-            return True
-        entry = self._entry(shard)
-        if entry is None:
-            return False
-        try:
-            entry.require_size(self.folder)
-            entry.require_sum(self.folder)
-        except DataError:  # written anew, to what it should be
-            return False
-        self._complete.add(shard)
-        return True
+        entry = None if shard in self._complete else self._entry(shard)
+        if entry is not None:
+            with suppress(DataError):  # what is not as it is noted is written anew
+                entry.require_size(self.folder)
+                entry.require_sum(self.folder)
+                self._complete.add(shard)
+        return shard in self._complete
 
     def _check(self, shard: int, tensors: Mapping[str, torch.Tensor]) -> None:
         wanted = {
@@ -304,7 +295,10 @@ class FeatureWriter:
             tokens = int(self._rows["token"][documents.start : documents.stop].sum())
             shards.append(
                 ShardFile(
-                    entry.file, entry.bytes, entry.crc32, documents.start, len(documents), tokens
+                    **asdict(entry),
+                    first_document=documents.start,
+                    documents=len(documents),
+                    tokens=tokens,
                 )
             )
         files = sorted({*ALL_FILES, "offsets.bin", DOCUMENTS_MANIFEST} - {"lengths.bin"})
