@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from data.documents.documents import Documents
     from data.documents.mixture import DocumentSet
     from data.errors import DataError
+    from data.features.dataset import OfflineDataset
     from data.packs.dataset import SFTDataset
     from data.prepare.prepare import prepare_documents
     from data.prepare.splits import prepare_documents_from_args
@@ -23,6 +24,7 @@ __all__ = [
     "DataError",
     "DocumentSet",
     "Documents",
+    "OfflineDataset",
     "SFTDataset",
     "add_data_arguments",
     "prepare_documents",
@@ -33,6 +35,7 @@ _HOME = {
     "DataError": "data.errors",
     "DocumentSet": "data.documents.mixture",
     "Documents": "data.documents.documents",
+    "OfflineDataset": "data.features.dataset",
     "SFTDataset": "data.packs.dataset",
     "add_data_arguments": "data.arguments",
     "prepare_documents": "data.prepare.prepare",

@@ -31,6 +31,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["tokenise"],
         ["prepare"],
         ["packs"],
+        ["features"],
         ["arguments", "preview", ""],
     ],
     "post_training": [

@@ -19,7 +19,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
             one, a ``datasets.Dataset`` or a sequence of rows, which are prepared here in memory with
             default options.
         tokenizer: HuggingFace tokenizer; its pad (else end-of-sequence) token fills the tail of
-            packs.
+            packs. For prepared documents that token's id is enough.
         seq_length: Tokens in a pack.
         num_shards: Data-parallel size.
         shard_index: This process' data-parallel rank.
@@ -81,7 +81,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
         self,
         num_packed_samples: int | None,
         hf_dataset: Documents | DocumentSet | str | Path | Sequence[Mapping[str, Any]] | Any,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | int,
         seq_length: int,
         num_shards: int = 1,
         shard_index: int = 0,
@@ -116,7 +116,7 @@ class SFTDataset(Dataset[dict[str, torch.Tensor]]):
 
     def shard(
         self, num_shards: int = 1, shard_index: int = 0, *, num_packed_samples: int | None = None
-    ) -> SFTDataset:
+    ) -> Self:
         """Other packs of the same plan, which is shared.
 
         Args:
@@ -241,10 +241,14 @@ def _check_shard(num_packed_samples: int | None, num_shards: int, shard_index: i
 
 
 def _as_documents(
-    rows: Any, tokenizer: PreTrainedTokenizerBase, seq_length: int
+    rows: Any, tokenizer: PreTrainedTokenizerBase | int, seq_length: int
 ) -> Documents | DocumentSet:
     if isinstance(rows, Documents | DocumentSet):
         return rows
+    if isinstance(tokenizer, int):
+        raise DataError(
+            "rows are prepared with a tokenizer; a token's id is enough for documents only."
+        )
     # Here, because preparing needs far more than reading packs does.
     from data.prepare.prepare import prepare_documents, prepare_rows
 
@@ -255,7 +259,9 @@ def _as_documents(
     return prepare_rows(rows, tokenizer=tokenizer, seq_length=seq_length)
 
 
-def _padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def _padding_id(tokenizer: PreTrainedTokenizerBase | int) -> int:
+    if isinstance(tokenizer, int):
+        return tokenizer
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)

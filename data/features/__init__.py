@@ -1,0 +1,1 @@
+"""Writes and reads dumped hidden states (OfflineDataset)."""

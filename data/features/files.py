@@ -1,0 +1,124 @@
+"""Files that are there as a whole or not at all, and their check sums."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.documents.cache_folder import machine
+from data.errors import DataError
+
+_PIECE = 1 << 20
+_MEND = "Copy it again from where it is whole, or remove the folder and extract its features again."
+_NAMES = {
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int32: "I32",
+}
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """A file of a folder: its name there, its bytes and the CRC-32 of all of them."""
+
+    file: str
+    bytes: int
+    crc32: int
+
+    @staticmethod
+    def of(folder: Path, file: str) -> FileSum:
+        """Read a file."""
+        return FileSum(file, (folder / file).stat().st_size, file_crc32(folder / file))
+
+    def require_size(self, folder: Path) -> None:
+        """Refuse a file that is not there or not whole.
+
+        Raises:
+            DataError: it is missing, or has another size.
+        """
+        path = folder / self.file
+        found = path.stat().st_size if path.is_file() else None
+        if found != self.bytes:
+            has = "is missing" if found is None else f"has {found:,} bytes"
+            raise DataError(f"{path}: {has}; {self.bytes:,} bytes were written. {_MEND}")
+
+    def require_sum(self, folder: Path) -> None:
+        """Refuse a file whose bytes are others than were written.
+
+        Raises:
+            DataError: the check sum is another.
+        """
+        path = folder / self.file
+        if (found := file_crc32(path)) != self.crc32:
+            raise DataError(
+                f"{path}: changed or damaged: its check sum is {found:08x}, that of what was written "
+                f"{self.crc32:08x}. {_MEND}"
+            )
+
+
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a whole file."""
+    found = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            found = zlib.crc32(piece, found)
+    return found
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, onto the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there as a whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{machine()}-{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
+    """Write tensors in the safetensors format, and return the CRC-32 of the file.
+
+    The library's own ``save_file`` gives the file a passing name that a kill leaves behind, and lets nobody
+    else read it (https://huggingface.co/docs/safetensors/index#format describes the format).
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        begin, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    crc32 = 0
+    with path.open("wb") as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            crc32 = zlib.crc32(part, crc32)
+            file.write(part)
+        for name in names:
+            data = tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
+            crc32 = zlib.crc32(data, crc32)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return crc32
