@@ -2,9 +2,9 @@
 
 python scripts/evaluate_draft.py --hf-model BASE --draft runs/draft/draft --data test.jsonl
 
-The last assistant turn of each row is left out and answered greedily, with and without the draft: both answers
-must be the same. Counts are vLLM's: drafted tokens behind the end of an answer count whole; how many tokens a
-pass really gave is printed beside.
+The last assistant turn of each row is left out and answered greedily, with and without the draft: both
+answers must be the same. Counts are vLLM's: drafted tokens behind the end of an answer count whole; how
+many tokens a pass really gave is printed beside.
 """
 
 from __future__ import annotations

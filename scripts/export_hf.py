@@ -1,4 +1,4 @@
-"""Writes a run's checkpoint, of any parallel layout, as a HuggingFace folder; of a run with --draft the draft.
+"""Writes a run's checkpoint, of any parallel layout, as a HuggingFace folder; with --draft only its draft.
 
 python scripts/export_hf.py --output-dir runs/first --to runs/first/hf
 
@@ -36,7 +36,7 @@ def main() -> int:
     )
     parser.add_argument("--output-dir", required=True, help="folder of the run")
     parser.add_argument(
-        "--to", help="folder to write (default: OUTPUT_DIR/hf, of a draft OUTPUT_DIR/draft)"
+        "--to", help="folder to write (default: OUTPUT_DIR/hf; a draft: OUTPUT_DIR/draft)"
     )
     parser.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
     parser.add_argument(

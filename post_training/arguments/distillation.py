@@ -72,7 +72,7 @@ def complete_distillation(args: argparse.Namespace) -> None:
     """
     if args.export_offline_model:
         args.draft = "eagle3"
-        if not args.offline_distillation_data:
+        if not args.offline_distillation_data and not args.skip_train:
             raise SetupError(
                 "--export-offline-model: name the features by --offline-distillation-data (written by "
                 "scripts/extract_features.py), or train online with --draft eagle3"

@@ -1,7 +1,7 @@
 """An exported draft, read and run as a server does: in plain torch, from nothing but its folder.
 
-new tokens are verified   their queries are computed from the base's own features, and their keys kept
-the draft goes on         each drafted token's query reads what the one before it made; those keys go again
+Queries of tokens that the base has verified are computed from the base's own features, and their keys are
+kept. When the draft goes on, each query reads what the one before it made; those keys are dropped again.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Verifier:
     def forget(self, count: int) -> None:
         """Drop the last `count` tokens."""
         if count:
-            self.cache.crop(self.cache.get_seq_length() - count)
+            self.cache.crop(-count)
 
 
 def greedy(verifier: Verifier, prompt: Sequence[int], limit: int, stops: set[int]) -> list[int]:

@@ -42,7 +42,7 @@ def draft_of_packs(argv, packs, cut):
         for parameter, _ in weights.values():  # norms that are not all alike
             if parameter.dim() == 1:
                 parameter.normal_(1.0, 0.2, generator=generator)
-    served = {}
+    served: dict[str, torch.Tensor] = {}
     if args.tensor_model_parallel_size == 1:
         for parameter, weight in weights.values():
             served |= {n: v.clone() for n, v in split_parameter(weight, parameter.detach())}
@@ -58,7 +58,7 @@ def draft_of_packs(argv, packs, cut):
             model, batch.tokens, batch.packed, batch.trained, states
         )
         (losses * counted).sum().backward()
-        gradients = {}
+        gradients: dict[str, torch.Tensor] = {}
         if args.tensor_model_parallel_size == 1:
             for parameter, weight in weights.values():
                 gradients |= dict(split_parameter(weight, parameter.grad))
@@ -104,7 +104,7 @@ def _plain(folder, pack, served, config, tokens):
 
 
 def test_a_draft_is_eagle_3_of_each_document(hf_model, tmp_path):
-    """Losses and gradients, with the whole vocabulary and a part of it; a changed neighbour moves no bit."""
+    """Losses and gradients, of the whole vocabulary and a part; a changed neighbour moves no bit."""
     rope = {"rope_type": "default", "rope_theta": 100.0}
     folder = hf_model("qwen3", tied=True, rope_parameters=rope)
     pack, other = _packs()
