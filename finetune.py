@@ -60,7 +60,12 @@ from post_training.checkpoint.position import DataPosition, find_position
 from post_training.checkpoint.saver import CheckpointSaver
 from post_training.distillation.acceptance import report_acceptance
 from post_training.distillation.draft_forward import part_names
-from post_training.distillation.offline import draft_tokens, stored_features
+from post_training.distillation.features import (
+    draft_tokens,
+    stored_features,
+    stored_names,
+    wanted_features,
+)
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
@@ -223,7 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_weights(args, start.checkpoint)
         output.prepare_output(args)
         keep_date(args, start.template_date)
-        tokenizer, splits = prepare_data(args)
+        tokenizer, splits = prepare_data(
+            args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
+        )
         keep_date(args, template_date(splits))
         position = find_position(args, splits.get("train"), start.continued)
         if rank == 0:
