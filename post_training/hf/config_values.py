@@ -44,7 +44,9 @@ def check_values(config: PretrainedConfig, name: str) -> None:
     wrong = next(_wrong_values(config, FAMILIES[config.architectures[0]]), None)
     if wrong is not None:
         key, value, expected = wrong
-        raise SetupError(f"--hf-model {name}: config.json says {key} {value!r}, expected {expected}")
+        raise SetupError(
+            f"--hf-model {name}: config.json says {key} {value!r}, expected {expected}"
+        )
 
 
 def check_spellings(written: Mapping[str, Any], name: str) -> None:
@@ -76,6 +78,7 @@ def check_spellings(written: Mapping[str, Any], name: str) -> None:
 
 def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[str, Any, str]]:
     """Key, value, and what was expected there."""
+    value: Any
     experts = ("num_experts", "num_experts_per_tok", family.experts.size) if family.experts else ()
     for key in (*_NEEDED, *experts):
         value, most = getattr(config, key, None), _MOST.get(key, _LARGEST)
@@ -93,17 +96,18 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
     if family.experts:
         yield from _wrong_experts(config)
     layers, without = config.num_hidden_layers, getattr(config, "no_rope_layers", None)
-    if without is not None and not (
-        isinstance(without, list) and len(without) >= layers and {0, 1}.issuperset(without)
-    ):
-        yield "no_rope_layers", without, f"0 or 1 for each of {layers} layers"
-    epsilon, deviation = config.rms_norm_eps, config.initializer_range
+    if without is not None:
+        fits = isinstance(without, list) and len(without) >= int(layers or 0)
+        if not fits or any(value not in (0, 1) for value in without):
+            yield "no_rope_layers", without, f"0 or 1 for each of {layers} layers"
+    epsilon: Any = config.rms_norm_eps
+    deviation: Any = config.initializer_range
     if not _is_number(epsilon) or not 0 < epsilon <= 1:
         yield "rms_norm_eps", epsilon, "a number above 0 and at most 1"
     if not _is_number(deviation) or not 0 <= deviation <= 1000:
         yield "initializer_range", deviation, "a number from 0 to 1000"
     parameters = getattr(config, "rope_parameters", None) or {}
-    theta = parameters.get("rope_theta")
+    theta: Any = parameters.get("rope_theta")
     if not _is_number(theta) or not 1 <= theta <= _LARGEST:
         yield "rope_theta", theta, f"a number from 1 to {_LARGEST}"
     for key in _ROPE_POSITIVE if parameters.get("rope_type", "default") != "default" else ():
@@ -133,6 +137,4 @@ def _is_size(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

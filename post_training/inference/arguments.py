@@ -36,6 +36,8 @@ FOR_INFERENCE = frozenset(
         *("make_vocab_size_divisible_by", "padded_vocab_size"),
         *("fp16", "bf16", "moe_router_dtype"),
         *("hf_model", "hf_tokenizer", "trust_remote_code"),
+        # How prompts are written.
+        *("chat_template_variables", "template_date"),
     }
 )
 _PRECISIONS: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}

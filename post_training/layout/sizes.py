@@ -225,8 +225,6 @@ def _check_sequence(args: argparse.Namespace) -> None:
 
 
 def _check_context_flags(args: argparse.Namespace) -> None:
-    if args.context_parallel_size == 1:
-        return
     if args.cp_comm_type not in ("all_gather", ["all_gather"]):
         raise SetupError(
             f"--cp-comm-type {args.cp_comm_type}: only all_gather is supported; leave the flag out"

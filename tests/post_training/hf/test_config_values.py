@@ -1,4 +1,4 @@
-"""A number of config.json that no model can have is refused by its name, whatever transformers makes of it."""
+"""A number of config.json that no model can have is refused, whatever transformers makes of it."""
 
 import json
 import shutil
@@ -10,7 +10,18 @@ from post_training.hf.config import load_hf_config, megatron_flags
 from tests.helpers.models import edit_json
 
 # Of the kinds of values that break something: none, below, of another type, not finite, huge.
-WRONG = (0, -1, 1.5, "x", [], {"a": 1}, True, float("nan"), float("inf"), 10**30)
+WRONG: tuple[object, ...] = (
+    0,
+    -1,
+    1.5,
+    "x",
+    [],
+    {"a": 1},
+    True,
+    float("nan"),
+    float("inf"),
+    10**30,
+)
 SIZES = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),
     *("num_key_value_heads", "vocab_size", "max_position_embeddings", "head_dim"),
