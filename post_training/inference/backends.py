@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from post_training.errors import SetupError
+from post_training.files import json_object
 from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.generate import Sampling, generate, stop_tokens
@@ -145,7 +147,7 @@ class MegatronBackend:
         folder = local_model_folder(self.loaded.args.hf_model)
         if not (folder / "generation_config.json").is_file():
             return None
-        return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_dict(json_object(folder / "generation_config.json"))
 
     def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """New token ids of each prompt, without the stop token."""
@@ -174,10 +176,13 @@ class TransformersBackend:
         """
         from transformers import AutoModelForCausalLM
 
+        stops = Path(folder) / "generation_config.json"
+        if stops.is_file():
+            json_object(stops)  # a broken one is passed over by transformers
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        except (OSError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
+        except Exception as error:  # whatever it makes of damaged files
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SetupError(f"--hf-model {folder}: {first_line}") from error
         tokenizer = open_tokenizer(folder, "--hf-model")
         if torch.cuda.is_available():

@@ -40,10 +40,17 @@ class Sampling:
 
 
 def stop_tokens(tokenizer: Any, generation_config: Any = None) -> set[int]:
-    """Tokens that end an answer: end of sequence, and what the template writes after an answer."""
+    """Tokens that end an answer: end of sequence, and what the template writes after an answer.
+
+    Raises:
+        SetupError: the generation configuration names something else.
+    """
     stops = {tokenizer.eos_token_id}
     configured = getattr(generation_config, "eos_token_id", None)
-    stops |= set(configured) if isinstance(configured, list) else {configured}
+    configured = configured if isinstance(configured, list) else [configured]
+    if not all(stop is None or isinstance(stop, int) for stop in configured):
+        raise SetupError(f"generation_config.json: eos_token_id {configured} are no token ids")
+    stops |= set(configured)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)

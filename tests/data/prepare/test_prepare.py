@@ -611,6 +611,17 @@ def test_unread_columns_and_empty_answers_are_counted_and_told(tokenizer, tmp_pa
     assert "context 2, id 3; --ignore-columns" in unread and empty.startswith("2 rows of ")
 
 
+def test_a_cache_whose_report_is_another_s_is_told_of(tokenizer, rows, tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    name = prepare(tokenizer, [file], tmp_path / "cache").fingerprint
+    manifest = tmp_path / "cache" / name / "manifest.json"
+    said = json.loads(manifest.read_text())
+    for key, value in (("unread", 3), ("warnings", None), ("read", {})):
+        manifest.write_text(json.dumps(said | {"report": said["report"] | {key: value}}))
+        with pytest.raises(DataError, match=f"{name}: not a complete token cache .*Remove the fo"):
+            prepare(tokenizer, [file], tmp_path / "cache")
+
+
 def test_row_s_own_template_variables_and_open_end(tokenizer, tmp_path):
     loud = "{%- if loud %}{{- 'LOUD' }}{%- endif %}" + CHATML
     pair = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes and"}]
