@@ -633,6 +633,11 @@ def test_row_s_own_template_variables_and_open_end(tokenizer, tmp_path):
     assert [tokenizer.decode(documents[n][0]).startswith("LOUD") for n in (0, 1)] == [True, False]
     assert trained_text(tokenizer, documents, 0) == "Yes and<|im_end|>"
     assert trained_text(tokenizer, documents, 1) == "Yes and"
+    # A variable that the template does not have is a slip of the pen.
+    for name, told in (("loud", []), ("lood", ["the chat template has no variable lood"])):
+        options = {"chat_template": loud, "template_variables": ((name, True),)}
+        warnings = prepare(tokenizer, [str(tmp_path / "a.jsonl")], **options).report["warnings"]
+        assert [w.partition(": ")[2] for w in warnings if "variable" in w] == told
 
 
 def test_dataset_s_own_template_serves_a_tokenizer_that_has_none(tokenizer, tmp_path):
