@@ -10,6 +10,7 @@ asked, 130 and 143 when SIGINT or SIGTERM ended them; 1 for everything else, wit
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import signal
@@ -64,7 +65,11 @@ def main() -> int:
         return 2
     # The two signals are ours; torchrun's own handler would raise.
     arguments.signals_to_handle = "SIGQUIT"
-    if arguments.rdzv_endpoint == "" and arguments.nnodes == "1:1":
+    if (refused := _refused(arguments)) is not None:
+        print(f"error: {refused}", file=sys.stderr)
+        return 2
+    alone = arguments.nnodes == "1:1" and arguments.rdzv_backend in ("static", "c10d")
+    if arguments.rdzv_endpoint == "" and alone:
         arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "127.0.0.1:0"
     if not arguments.max_restarts:  # else its lines are all that tells of the first failures
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel("CRITICAL")
@@ -82,6 +87,17 @@ def main() -> int:
             _tell(error.failures)
         return status
     return 0
+
+
+def _refused(arguments: argparse.Namespace) -> str | None:
+    """What torchrun would wait for, or stumble over without a word; None for what it takes."""
+    with contextlib.suppress(ValueError):  # auto, cpu, gpu
+        if int(arguments.nproc_per_node) < 1:
+            return f"--nproc-per-node {arguments.nproc_per_node}: must be at least 1"
+    most = arguments.nnodes.rpartition(":")[2]
+    if most.isdecimal() and arguments.node_rank >= int(most):
+        return f"--node-rank {arguments.node_rank}: the ranks of {most} nodes begin at 0"
+    return None
 
 
 def _tell(failures: dict[int, ProcessFailure]) -> None:

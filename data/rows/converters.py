@@ -19,6 +19,8 @@ ANSWER_COLUMNS = ("answer", "response", "output", "completion", "solution")
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 _TOOL_COLUMNS = ("tools", "functions", "tool_defs")
 _SYSTEM_COLUMNS = ("system", "system_prompt")
+# Template variables that only a row itself can say.
+OF_THE_ROW = ("messages", "tools", "documents", "add_generation_prompt")
 _TRANSCRIPT = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 
 
@@ -263,11 +265,10 @@ def template_variables(row: Row) -> Mapping[str, Any]:
         value = from_json(value, "bad template variables", "'chat_template_kwargs'")
     if not value:
         return {}
-    reserved = ("messages", "tools", "documents", "add_generation_prompt")
-    if not isinstance(value, Mapping) or any(name in value for name in reserved):
+    if not isinstance(value, Mapping) or any(name in value for name in OF_THE_ROW):
         raise RowError(
             "bad template variables",
-            f"'chat_template_kwargs' is no object, or one with {', '.join(reserved)}",
+            f"'chat_template_kwargs' is no object, or one with {', '.join(OF_THE_ROW)}",
         )
     return {name: item for name, item in value.items() if item is not None}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -102,6 +102,8 @@ class Other:
         try:
             return self.kind(given)
         except Exception as error:
+            if isinstance(error, argparse.ArgumentTypeError):
+                raise  # it says what is expected
             raise argparse.ArgumentTypeError(f"{given!r} is not valid ({error!r})") from error
 
 
@@ -223,15 +225,51 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(0, 100), "flash_attention_version empty_unused_memory_level timing_log_level"),
 )
 RANGES: dict[str, Number] = {name: number for number, names in _TABLE for name in names.split()}
+# Flags of the tools under scripts/, which Megatron's parser has not.
+TOOL_RANGES: dict[str, Number] = {
+    "rows": _integer(0),
+    "iteration": _integer(1),
+    "max_new_tokens": _integer(1),
+    "temperature": _real(0, 1000, hint="0: the most probable token"),
+    "top_p": _real(0, 1, above=True),
+    "top_k": _integer(0, hint="0: all tokens"),
+}
 
 
-def apply_ranges(parser: argparse.ArgumentParser) -> None:
-    """Let the parser read each flag of the table by its range, and take no empty word for any flag."""
+# Of what is sampled: no training, whose seed grows with each pipeline stage.
+SEED = _integer(0, 2**63 - 1)
+
+
+def require_ranges(values: Mapping[str, Any]) -> None:
+    """Check numbers that no command line gave, such as those of config.json.
+
+    Args:
+        values: by destination name; those that the table does not know, and None, are passed over.
+
+    Raises:
+        ValueError: one is out of its range; with the flag that it would be.
+    """
+    for name, value in values.items():
+        if name in RANGES and value is not None:
+            try:
+                RANGES[name](value)
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"--{name.replace('_', '-')}: {error}") from error
+
+
+def apply_ranges(parser: argparse.ArgumentParser, **own: Number) -> None:
+    """Let the parser read each flag of the tables by its range, and take no empty word for any flag.
+
+    Args:
+        parser: all of its flags are there.
+        own: ranges that hold for this parser alone, by destination name.
+    """
+    ranges = RANGES | TOOL_RANGES | own
     for action in parser._actions:
         if action.nargs == 0:
             continue
-        if action.type in (int, float) and action.dest in RANGES:
-            action.type = RANGES[action.dest]
+        if action.type in (int, float) and action.dest in ranges:
+            action.type = ranges[action.dest]
         elif action.type in (None, str):
             action.type = Text(action.default == "")
         elif callable(action.type) and action.type not in (int, float):

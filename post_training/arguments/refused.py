@@ -144,6 +144,7 @@ _REASONS: dict[str, str] = {
         "inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type "
         "nccl_all_reduce_for_prefill moe_pad_experts_for_cuda_graph_inference mlp_chunks_for_prefill"
     ),
+    "use --ckpt-format": "dist_ckpt_format_deprecated",
     "the loss is computed in fp32": "fp16_lm_cross_entropy",
     "its tokens go to experts that the router did not choose": (
         "moe_router_force_load_balancing moe_router_force_biased"

@@ -28,7 +28,9 @@ class HFCheckpoint:
         self._stack = ExitStack()
         try:
             self._index()
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except SetupError:
+            raise
+        except (SafetensorError, ValueError) as error:
             self._stack.close()
             raise SetupError(f"--hf-model {folder}: weight files are damaged ({error})") from error
 
@@ -37,7 +39,7 @@ class HFCheckpoint:
         single = self.folder / "model.safetensors"
         places: dict[str, str] = {}
         if index.is_file():
-            places = json.loads(index.read_text())["weight_map"]
+            places = _weight_map(index)
         files = set(places.values())
         if not files and single.is_file():
             files = {single.name}
@@ -81,3 +83,16 @@ class HFCheckpoint:
     def slice(self, name: str) -> Any:
         """A lazy view of one tensor: indexing it reads just that part from the file."""
         return self._opened(self._files[name]).get_slice(name)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
+    content = json.loads(index.read_text(encoding="utf-8"))
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
+        raise ValueError(f"{index.name} maps no tensors to files")
+    return places

@@ -34,7 +34,14 @@ def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
         else:
             reason = f"is neither a folder here nor a model that the hub gives ({detail})"
         raise SetupError(f"--hf-model {name_or_path}: {reason}") from error
-    check_architecture(config, name_or_path)
+    try:
+        check_architecture(config, name_or_path)
+    except SetupError:
+        raise
+    except Exception as error:  # of numbers and words that no model has
+        raise SetupError(
+            f"--hf-model {name_or_path}: config.json cannot be used ({error})"
+        ) from error
     return config
 
 
@@ -44,11 +51,20 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
     Raises:
         SetupError: with the list of architectures that can be loaded, or the option that cannot.
     """
-    found = (getattr(config, "architectures", None) or ["(none named)"])[0]
+    named = getattr(config, "architectures", None)
+    found = named[0] if isinstance(named, list) and named else "(none named)"
     if found not in FAMILIES:
         raise SetupError(
             f"--hf-model {name}: architecture {found} cannot be loaded; "
             f"these can: {', '.join(FAMILIES)}"
+        )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, found)
+    if by_type not in FAMILIES:
+        raise SetupError(
+            f"--hf-model {name}: config.json has the model_type {config.model_type} of a {by_type} beside "
+            f"the architecture {found}; which of them the weights are is not known"
         )
     for key in ("quantization_config", "compression_config"):
         if quantisation := getattr(config, key, None):

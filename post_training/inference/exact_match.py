@@ -52,7 +52,7 @@ def read_questions(files: Sequence[str]) -> list[Question]:
                         options = FormatOptions()
                         convert = converter(detect_format(raw.row, options), options)
                     conversation = convert(raw.row)
-                except RowError as error:
+                except (RowError, DataError) as error:  # of a row, or of all rows of its format
                     raise DataError(f"{raw.place}: {error}") from error
                 *prompt, last = conversation.messages or [{}]
                 if last.get("role") != "assistant" or not isinstance(last.get("content"), str):

@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 
+from post_training.arguments.parser import parse_arguments
 from post_training.errors import SetupError
 from post_training.hf.config import (
     check_architecture,
@@ -135,6 +136,27 @@ def test_unsupported_architecture_lists_those_that_can_be_loaded():
     config.architectures = None
     with pytest.raises(SetupError, match="none named"):
         check_architecture(config, "some/model")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3", {"architectures": 5}, "none named"),
+        ("qwen3", {"model_type": "gpt2"}, "model_type gpt2 of a GPT2LMHeadModel beside .*Qwen3For"),
+        ("qwen3", {"hidden_size": -1, "head_dim": None}, "config.json cannot be used"),
+        ("qwen3", {"num_key_value_heads": 0}, "--num-query-groups: 0 is out of range"),
+        ("qwen3", {"max_position_embeddings": -1}, "--max-position-embeddings: -1 is out of range"),
+        ("qwen3_moe", {"num_experts_per_tok": 5}, "--moe-router-topk 5: .* only 4 experts"),
+    ],
+)
+def test_a_model_that_cannot_be(hf_model, tmp_path, family, changes, message):
+    """Each is told with its folder or flag, in one line, before data are read."""
+    shutil.copy(hf_model(family) / "config.json", tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(SetupError, match=message):
+        parse_arguments(
+            ["--hf-model", str(tmp_path), "--output-dir", str(tmp_path / "o"), "--train-iters", "1"]
+        )
 
 
 def test_sliding_window():

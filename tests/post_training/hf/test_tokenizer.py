@@ -88,6 +88,18 @@ def test_special_tokens_are_the_configurations_else_the_classs(tokenizers, tmp_p
     assert tokenizer.eos_token is None and len(tokenizer) == 501
 
 
+def test_a_folder_that_lost_its_vocabulary_is_refused(tmp_path):
+    """transformers 5 makes a tokenizer of special tokens only: every word would be gone from the data."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    named = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    assert AutoTokenizer.from_pretrained(tmp_path)("Two plus two")["input_ids"] == []
+    with pytest.raises(
+        SetupError, match=r"--hf-model .*: holds no tokenizer\.json, nor another voc"
+    ):
+        open_tokenizer(str(tmp_path), "--hf-model")
+
+
 def test_a_token_of_another_id_is_refused(tokenizers, tmp_path):
     make_folder(tmp_path / "x", tokenizers / "byte_level", None, None)
     token = {"content": "<new>", "special": True}
