@@ -63,6 +63,13 @@ PART_OF = {
     "wandb_exp_name": "wandb_project",
     "wandb_save_dir": "wandb_project",
 }
+# Flags of one optimizer, which another passes over.
+OF_OPTIMIZER = {
+    "adam_beta1": "adam",
+    "adam_beta2": "adam",
+    "adam_eps": "adam",
+    "sgd_momentum": "sgd",
+}
 
 # Why, and single flags, which win over their group.
 _REASONS: dict[str, str] = {
@@ -273,6 +280,11 @@ class MegatronFlags:
             if getattr(args, key) not in values:
                 raise SetupError(
                     f"{self.written(key, args)} is not supported: only {' and '.join(values)} are"
+                )
+        for key, optimizer in OF_OPTIMIZER.items():
+            if self._given(key, args, expected) and args.optimizer != optimizer:
+                raise SetupError(
+                    f"{self.written(key, args)} does nothing without --optimizer {optimizer}; leave it out"
                 )
         for key in NEEDS_CUDA if device_type() != "cuda" else ():
             if self._given(key, args, expected) and getattr(args, key) != "none":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.tokenizer_survey import differs, make_folder, survey
 from post_training.errors import SetupError
@@ -112,3 +112,12 @@ def test_the_first_text_that_differs_is_named(tokenizers, tmp_path):
     make_folder(tmp_path / "x", tokenizers / "sentencepiece_like", "Qwen2Tokenizer", None)
     own = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
     assert first_difference(AutoTokenizer.from_pretrained(tmp_path / "x"), own) == PROBES[0]
+
+
+def test_a_library_that_reads_the_file_otherwise_is_refused(tokenizers, tmp_path, monkeypatch):
+    """As the classes of transformers 5 do, were they what its plain class is one day."""
+    make_folder(tmp_path / "x", tokenizers / "sentencepiece_like", "Qwen2Tokenizer", None)
+    other = AutoTokenizer.from_pretrained(tmp_path / "x")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda folder: other)
+    with pytest.raises(SetupError, match=r"give other ids for 'Two plus two'"):
+        open_tokenizer(str(tmp_path / "x"), "--tokenizer")
