@@ -28,7 +28,7 @@ def test_results_of_tools_that_vanish_are_refused(source, again):
 
 
 def test_a_result_that_vanishes_beside_what_is_said_twice_is_refused():
-    """By counting what came out the question's copy would stand for it; and trusted blocks count nothing."""
+    """A copy of the question would stand for it in the count; of trusted blocks nothing is counted."""
     kept = "{%- for message in messages if message.role != 'tool' %}"
     twice = "message.content * (2 if message.role == 'user' else 1)"
     drops = CHATML.replace("{%- for message in messages %}", kept)
