@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.errors import DataError, RowError
 from data.masking.answers import AnswerFinder, edges_of_answers, trained_spans
-from data.masking.self_test import Probe, Verdict, check_template, probes
+from data.masking.template_check import Probe, Verdict, check_template, probes
 from data.rows.conversation import Message
 from data.templates.marks import Span
 from data.templates.reasoning import keep_reasoning

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
 from data.masking.answers import AnswerFinder, LossOn, Reasoning
-from data.masking.self_test import TemplateReport, check_template, probes
+from data.masking.template_check import TemplateReport, check_template, probes
 from data.rows.converters import FormatOptions
 from data.rows.plain import PLAIN_FORMATS
 from data.rows.registry import FORMAT_NAMES, require_keys_of_use
@@ -133,7 +133,7 @@ def tokenize_options(
             "--trust-generation-blocks: the chat template has no {% generation %} blocks. Leave it out."
         )
     day = template.day.isoformat() if template.day else ""
-    report, rendered = _self_test(template, special, added, settings)
+    report, rendered = _checked_template(template, special, added, settings)
     report.require_usable()
     if report.stops and not report.stop_is_token:
         raise DataError(
@@ -220,7 +220,7 @@ def _options(
     )
 
 
-def _self_test(
+def _checked_template(
     template: ChatTemplate,
     special: tuple[str, ...],
     added: dict[int, str],
