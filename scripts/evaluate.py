@@ -24,7 +24,7 @@ platform.apply()
 
 from data import DataError
 from model_provider import model_config
-from post_training.arguments.ranges import SEED, apply_ranges
+from post_training.arguments.ranges import SEED, read_options
 from post_training.errors import SetupError
 from post_training.inference.backends import answering_parser, open_backend
 from post_training.inference.exact_match import evaluate, read_questions
@@ -37,8 +37,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", required=True, help="files of held-out rows")
     parser.add_argument("--answer-pattern", metavar="REGEX", help="compare only what it finds")
     parser.add_argument("--json", metavar="FILE", help="write the scores and every answer")
-    apply_ranges(parser, seed=SEED)
-    options = parser.parse_args()
+    options = read_options(parser, seed=SEED)
     hush()
     try:
         pattern = re.compile(options.answer_pattern) if options.answer_pattern else None

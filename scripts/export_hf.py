@@ -23,7 +23,7 @@ from post_training import platform
 platform.apply()
 
 from model_provider import model_config
-from post_training.arguments.ranges import apply_ranges
+from post_training.arguments.ranges import read_options
 from post_training.errors import SetupError
 from post_training.export.hf import DTYPES, export_hf, shard_size
 from post_training.hf.folder import check_export
@@ -49,8 +49,7 @@ def main() -> int:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of the weights (default: the run's precision)"
     )
-    apply_ranges(parser)
-    options = parser.parse_args()
+    options = read_options(parser)
     hush()
     target = options.to or os.path.join(options.output_dir, "hf")
     try:

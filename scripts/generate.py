@@ -18,7 +18,7 @@ from post_training import platform
 platform.apply()
 
 from model_provider import model_config
-from post_training.arguments.ranges import SEED, apply_ranges
+from post_training.arguments.ranges import SEED, read_options
 from post_training.errors import SetupError
 from post_training.inference.backends import answering_parser, open_backend
 from post_training.inference.generate import encode_prompt
@@ -33,8 +33,7 @@ def main() -> int:
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt without a chat template"
     )
-    apply_ranges(parser, seed=SEED)
-    options = parser.parse_args()
+    options = read_options(parser, seed=SEED)
     hush()
     prompts = options.prompt
     if prompts is None:

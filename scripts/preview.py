@@ -36,7 +36,7 @@ from data.sources.files import resolve_files
 from data.sources.hub import load_dataset
 from data.sources.readers import dataset_chunks, file_chunks
 from data.tokenise.options import TokenizeOptions
-from post_training.arguments.ranges import apply_ranges
+from post_training.arguments.ranges import read_options
 from post_training.batch.data_report import describe
 from post_training.batch.splits import SPLITS, Split, plan_split
 from post_training.errors import SetupError
@@ -56,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=3, help="Rows to show of each source.")
     parser.add_argument("--json", metavar="OUT", help="Write one JSON object a row.")
     parser.add_argument("--html", metavar="OUT", help="Write a coloured page.")
-    apply_ranges(add_data_arguments(parser))
-    args = parser.parse_args(argv)
+    args = read_options(add_data_arguments(parser), argv)
     try:
         _preview(args)
     except (DataError, SetupError) as error:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 NEVER = 2**31 - 1
 """The largest step, and so an interval that never comes."""
@@ -274,3 +275,23 @@ def apply_ranges(parser: argparse.ArgumentParser, **own: Number) -> None:
             action.type = Text(action.default == "")
         elif callable(action.type) and action.type not in (int, float):
             action.type = Other(action.type)
+
+
+def read_options(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None, **own: Number
+) -> argparse.Namespace:
+    """The command line of a tool: numbers in their ranges, and what is wrong told in one line, status 2.
+
+    Args:
+        parser: all of its flags are there.
+        words: without the program's name; `sys.argv[1:]` by default.
+        own: as for `apply_ranges`.
+    """
+
+    def error(message: str) -> NoReturn:
+        print(f"error: {message.removeprefix('argument ')}", file=sys.stderr)
+        raise SystemExit(2)
+
+    apply_ranges(parser, **own)
+    setattr(parser, "error", error)  # noqa: B010
+    return parser.parse_args(words)

@@ -40,7 +40,7 @@ def test_every_number_has_a_range_and_no_word_is_empty(parser, capsys):
             if isinstance(action.type, (Number, Text)) and not (given and action.type == Text()):
                 with pytest.raises(SystemExit, match="2"):
                     parser.parse_args([f"{action.option_strings[0]}={given}"])
-                assert f"error: argument {action.option_strings[0]}" in capsys.readouterr().err
+                assert f"error: {action.option_strings[0]}" in capsys.readouterr().err
 
 
 def test_a_size_of_files(capsys, monkeypatch):
@@ -48,7 +48,7 @@ def test_a_size_of_files(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["x", "--output-dir", "r", f"--max-shard-size={given}"])
         with pytest.raises(SystemExit, match="2"):
             export_hf.main()
-        assert "error: argument --max-shard-size: expects a size" in capsys.readouterr().err
+        assert "error: --max-shard-size: expects a size" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
