@@ -10,7 +10,6 @@ asked, 130 and 143 when SIGINT or SIGTERM ended them; 1 for everything else, wit
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import signal
@@ -65,7 +64,9 @@ def main() -> int:
         return 2
     # The two signals are ours; torchrun's own handler would raise.
     arguments.signals_to_handle = "SIGQUIT"
-    if (refused := _refused(arguments)) is not None:
+    if (
+        refused := _refused(arguments.nproc_per_node, arguments.nnodes, arguments.node_rank)
+    ) is not None:
         print(f"error: {refused}", file=sys.stderr)
         return 2
     alone = arguments.nnodes == "1:1" and arguments.rdzv_backend in ("static", "c10d")
@@ -89,14 +90,14 @@ def main() -> int:
     return 0
 
 
-def _refused(arguments: argparse.Namespace) -> str | None:
+def _refused(processes: str, nodes: str, node_rank: int) -> str | None:
     """What torchrun would wait for, or stumble over without a word; None for what it takes."""
     with contextlib.suppress(ValueError):  # auto, cpu, gpu
-        if int(arguments.nproc_per_node) < 1:
-            return f"--nproc-per-node {arguments.nproc_per_node}: must be at least 1"
-    most = arguments.nnodes.rpartition(":")[2]
-    if most.isdecimal() and arguments.node_rank >= int(most):
-        return f"--node-rank {arguments.node_rank}: the ranks of {most} nodes begin at 0"
+        if int(processes) < 1:
+            return f"--nproc-per-node {processes}: must be at least 1"
+    most = nodes.rpartition(":")[2]
+    if most.isdecimal() and node_rank >= int(most):
+        return f"--node-rank {node_rank}: the ranks of {most} nodes begin at 0"
     return None
 
 

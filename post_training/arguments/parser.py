@@ -18,7 +18,7 @@ from post_training.arguments.completion import complete_flags
 from post_training.arguments.config_file import apply_settings
 from post_training.arguments.defaults import fsdp2_defaults, platform_defaults, sft_defaults
 from post_training.arguments.other_names import hint_for
-from post_training.arguments.ranges import apply_ranges, require_ranges
+from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
 from post_training.arguments.usage import shorten_help
 from post_training.errors import SetupError
@@ -170,7 +170,6 @@ def parse_arguments(
             hf_config = load_hf_config(name, trust_remote_code=trust)
             try:
                 architecture.update(megatron_flags(hf_config))
-                require_ranges(architecture)
             except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise SetupError(
                     f"--hf-model {name}: config.json cannot be used ({error})"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -239,23 +239,6 @@ TOOL_RANGES: dict[str, Number] = {
 
 # Of what is sampled: no training, whose seed grows with each pipeline stage.
 SEED = _integer(0, 2**63 - 1)
-
-
-def require_ranges(values: Mapping[str, Any]) -> None:
-    """Check numbers that no command line gave, such as those of config.json.
-
-    Args:
-        values: by destination name; those that the table does not know, and None, are passed over.
-
-    Raises:
-        ValueError: one is out of its range; with the flag that it would be.
-    """
-    for name, value in values.items():
-        if name in RANGES and value is not None:
-            try:
-                RANGES[name](value)
-            except argparse.ArgumentTypeError as error:
-                raise ValueError(f"--{name.replace('_', '-')}: {error}") from error
 
 
 def apply_ranges(parser: argparse.ArgumentParser, **own: Number) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from post_training.errors import SetupError
+from post_training.files import json_object
 
 
 class HFCheckpoint:
@@ -29,17 +29,22 @@ class HFCheckpoint:
         try:
             self._index()
         except SetupError:
+            self._stack.close()
             raise
-        except (SafetensorError, ValueError) as error:
+        except SafetensorError as error:
             self._stack.close()
             raise SetupError(f"--hf-model {folder}: weight files are damaged ({error})") from error
 
     def _index(self) -> None:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
-        places: dict[str, str] = {}
+        places: Any = {}
         if index.is_file():
-            places = _weight_map(index)
+            places = json_object(index).get("weight_map")
+            if not isinstance(places, dict) or not all(
+                isinstance(file, str) for file in places.values()
+            ):
+                raise SetupError(f"{index}: weight_map is no mapping of tensors to files")
         files = set(places.values())
         if not files and single.is_file():
             files = {single.name}
@@ -83,16 +88,3 @@ class HFCheckpoint:
     def slice(self, name: str) -> Any:
         """A lazy view of one tensor: indexing it reads just that part from the file."""
         return self._opened(self._files[name]).get_slice(name)
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
-    content = json.loads(index.read_text(encoding="utf-8"))
-    places = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise ValueError(f"{index.name} maps no tensors to files")
-    return places

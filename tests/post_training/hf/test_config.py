@@ -118,7 +118,7 @@ def test_frequencies_are_those_of_transformers(rope):
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "x"}},
-            "yarn cannot be computed",
+            "factor of its rotary embedding .x., expected",
         ),
     ],
 )
@@ -141,12 +141,8 @@ def test_unsupported_architecture_lists_those_that_can_be_loaded():
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("qwen3", {"architectures": 5}, "none named"),
+        ("qwen3", {"architectures": 5}, "architecture 5 cannot be loaded"),
         ("qwen3", {"model_type": "gpt2"}, "model_type gpt2 of a GPT2LMHeadModel beside .*Qwen3For"),
-        ("qwen2", {"hidden_size": -1}, "config.json cannot be used .upper bound"),
-        ("qwen3", {"num_key_value_heads": 0}, "--num-query-groups: 0 is out of range"),
-        ("qwen3", {"max_position_embeddings": -1}, "--max-position-embeddings: -1 is out of range"),
-        ("qwen3_moe", {"num_experts_per_tok": 5}, "--moe-router-topk 5: .* only 4 experts"),
     ],
 )
 def test_a_model_that_cannot_be(hf_model, tmp_path, family, changes, message):
