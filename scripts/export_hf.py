@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 # The whole model must fit: host memory is the larger one, and the GPUs may be training.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -22,8 +23,10 @@ from post_training import platform
 platform.apply()
 
 from model_provider import model_config
+from post_training.arguments.ranges import read_options
 from post_training.errors import SetupError
-from post_training.export.hf import DTYPES, export_hf
+from post_training.export.hf import DTYPES, export_hf, shard_size
+from post_training.hf.folder import check_export
 from post_training.inference.load import load_model
 from post_training.inference.quiet import hush, quiet_libraries
 
@@ -40,13 +43,17 @@ def main() -> int:
         "--checkpoints",
         help="folder it lies in (default: OUTPUT_DIR/checkpoints, else what --save was)",
     )
-    parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
+    parser.add_argument(
+        "--max-shard-size", type=shard_size, default="5GB", help="largest safetensors file"
+    )
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of the weights (default: the run's precision)"
     )
-    options = parser.parse_args()
+    options = read_options(parser)
     hush()
+    target = options.to or os.path.join(options.output_dir, "hf")
     try:
+        check_export(Path(target), Path(options.output_dir))
         with quiet_libraries():
             loaded = load_model(
                 model_config,
@@ -54,7 +61,7 @@ def main() -> int:
                 iteration=options.iteration,
                 checkpoints=options.checkpoints,
             )
-        args, target = loaded.args, options.to or os.path.join(options.output_dir, "hf")
+        args = loaded.args
         chunks, loaded.model = [loaded.model], None
         difference = export_hf(
             chunks,

@@ -208,3 +208,5 @@ class ChatTemplate:
             raise RowError("template failed", detail) from error
         except RecursionError as error:
             raise RowError("template failed", "nested too deeply") from error
+        except MemoryError as error:
+            raise RowError("template failed", "it writes more than there is memory for") from error

@@ -70,6 +70,12 @@ class MaskedTokenizer:
         self._words = WordTokenizer.of(self.backend)
         self.spells = self._spells()
 
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest id that stands for a token."""
+        known = self.backend.get_vocab(with_added_tokens=True).values()
+        return max(chain(known, self._added_ids), default=-1)
+
     def tokenize(
         self,
         texts: Sequence[str],

@@ -152,9 +152,10 @@ class RowTokenizer:
             return
         tokenized = self._tokens(batch)
         for pending, tokens in zip(batch, tokenized, strict=True):
-            if pending.plain is not None:
-                tokens = plain_tokens(pending.plain, tokens, self.options)
             try:
+                if pending.plain is not None:
+                    tokens = plain_tokens(pending.plain, tokens, self.options)
+                    self._require_known(tokens.ids)
                 ids, mask, crossed, trimmed = self._document(pending, tokens)
             except RowError as error:
                 if error.reason in (OVERLONG, NOTHING_TO_TRAIN):
@@ -181,6 +182,18 @@ class RowTokenizer:
             for name in pending.conversation.unread:
                 counts[UNREAD + name] += 1
             yield pending, ids, mask
+
+    def _require_known(self, ids: npt.NDArray[np.int32]) -> None:
+        """Check ids that a row brought along.
+
+        Raises:
+            RowError: the tokenizer has no such token.
+        """
+        if len(ids) and ids.max() > self.tokenizer.largest_id:
+            raise RowError(
+                "bad token ids",
+                f"'input_ids' holds {ids.max()}, the tokenizer's largest id is {self.tokenizer.largest_id}",
+            )
 
     def _tokens(self, rows: Sequence[RowText]) -> list[TokenizedText]:
         return self.tokenizer.tokenize(
