@@ -140,6 +140,18 @@ def test_other_builds_of_tokenizers_are_left_to_the_library():
     assert WordTokenizer.of(backend) is None
 
 
+def test_words_that_their_tokens_do_not_spell_are_left_to_the_library():
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {"z"}) + ["???"]
+    numbers = {char: number for number, char in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(numbers, [], unk_token="???", fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = WordTokenizer.of(backend)
+    assert words is not None
+    assert words.tokens("zzz") is None  # its one token has as many characters
+    assert words.tokens("a") is not None
+    assert words.tokens("é") is None
+
+
 def test_one_token_inside_another_is_found_as_the_library_finds_it():
     backend = byte_level()
     backend.add_special_tokens([AddedToken(text, special=True) for text in ("<a>", "<a>b", "a>b<")])
