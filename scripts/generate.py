@@ -17,10 +17,10 @@ from post_training import platform
 
 platform.apply()
 
+from data import DataError
 from model_provider import model_config
 from post_training.errors import SetupError
 from post_training.inference.backends import answering_parser, open_backend
-from post_training.inference.generate import encode_prompt
 from post_training.inference.quiet import hush
 
 
@@ -47,11 +47,11 @@ def main() -> int:
         encoded = [
             backend.tokenizer(prompt, add_special_tokens=True)["input_ids"]
             if options.raw
-            else encode_prompt(backend.tokenizer, [*system, {"role": "user", "content": prompt}])
+            else backend.prompts.encode_turns(*system, {"role": "user", "content": prompt})
             for prompt in prompts
         ]
         answers = backend.generate(encoded)
-    except SetupError as error:
+    except (SetupError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for prompt, answer in zip(prompts, answers, strict=True):

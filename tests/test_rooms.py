@@ -35,6 +35,7 @@ FLOORS: dict[str, list[list[str]]] = {
     ],
     "post_training": [
         ["errors"],
+        ["files"],
         ["machine", "hf", "platform/patches"],
         ["platform/cpu", "platform/checkpoints"],
         ["platform", "layout"],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
 from data.masking.answers import AnswerFinder, LossOn, Reasoning
-from data.masking.self_test import TemplateReport, check_template, probes
+from data.masking.template_check import TemplateReport, check_template, probes
 from data.rows.converters import FormatOptions
 from data.rows.plain import PLAIN_FORMATS
 from data.rows.registry import FORMAT_NAMES, require_keys_of_use
@@ -133,7 +134,7 @@ def tokenize_options(
             "--trust-generation-blocks: the chat template has no {% generation %} blocks. Leave it out."
         )
     day = template.day.isoformat() if template.day else ""
-    report, rendered = _self_test(template, special, added, settings)
+    report, rendered = _checked_template(template, special, added, settings)
     report.require_usable()
     if report.stops and not report.stop_is_token:
         raise DataError(
@@ -147,6 +148,13 @@ def tokenize_options(
         warnings.append("the template writes no stop token after the last assistant turn")
     if settings.template_date and not day:
         warnings.append(f"--template-date {settings.template_date}: the chat template has no clock")
+    unread = [
+        n for n, _ in settings.template_variables if not re.search(rf"\b{re.escape(n)}\b", source)
+    ]
+    if unread:
+        warnings.append(
+            f"--chat-template-variables: the chat template has no variable {', '.join(unread)}"
+        )
     options = _options(tokenizer, settings, source, separator, day)
     facts = {
         "format": settings.conversation_format,
@@ -220,7 +228,7 @@ def _options(
     )
 
 
-def _self_test(
+def _checked_template(
     template: ChatTemplate,
     special: tuple[str, ...],
     added: dict[int, str],

@@ -13,6 +13,7 @@ from data.documents.documents import Documents
 from data.documents.mixture import DocumentSet, mix_documents, split_documents
 from data.errors import DataError
 from data.prepare.prepare import prepare_documents
+from data.rows.conversation import reserved_in
 from data.rows.converters import FormatOptions
 from data.sources.digest import file_digests
 from data.sources.files import resolve_files
@@ -170,7 +171,7 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
         "separator": args.separator,
         "workers": args.data_workers,
         "max_rows": args.max_rows,
-        "template_variables": _variables(args.chat_template_variables),
+        "template_variables": parse_variables(args.chat_template_variables),
         "template_date": args.template_date,
         "trust_blocks": args.trust_generation_blocks,
     }
@@ -239,15 +240,25 @@ def _ratios(text: str) -> list[float]:
     return [*ratios, 0.0][:3]
 
 
-def _variables(text: str | None) -> tuple[tuple[str, Any], ...]:
+def parse_variables(text: str | None) -> tuple[tuple[str, Any], ...]:
+    """The template variables of ``--chat-template-variables``, by name.
+
+    Raises:
+        DataError: it is no JSON object, or names what only the renderer sets.
+    """
     if text is None:
         return ()
     try:
         values = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"--chat-template-variables {text}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise DataError(f"--chat-template-variables {text}: expected a JSON object.")
+    if taken := reserved_in(values):
+        raise DataError(
+            f"--chat-template-variables {text}: {', '.join(taken)} is set by the rendering itself. Leave "
+            "it out; special tokens stand in tokenizer_config.json."
+        )
     return tuple(values.items())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.errors import DataError, RowError
 from data.masking.answers import AnswerFinder, Rendering, edges_of_answers, trained_spans
-from data.masking.self_test import check_template
+from data.masking.template_check import check_template
 from data.rows.conversation import Conversation
 from data.rows.plain import PLAIN_FORMATS, PlainRow, plain_row
 from data.rows.registry import converter

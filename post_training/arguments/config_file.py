@@ -15,9 +15,7 @@ from post_training.arguments.defaults import sft_defaults
 from post_training.arguments.other_names import hint_for
 from post_training.arguments.ranges import Number, Text
 from post_training.errors import SetupError
-
-# In config.yaml: the names of the flags that nobody wrote.
-DERIVED = "derived_flags"
+from post_training.files import DERIVED
 
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
 _NOT_WRITTEN = frozenset(

@@ -98,6 +98,8 @@ def choose_checkpoint(args: argparse.Namespace) -> Start:
                 f"(no latest_checkpointed_iteration.txt){_meant(Path(foreign))}"
             )
     else:
+        if finetune and args.rank == 0:
+            print("--finetune changes nothing: no --load names a checkpoint", file=sys.stderr)
         return Start(None, None, finetune, replaceable=False, template_date=None, asked=asked)
     own = load == args.save
     if checkpoint.manifest is None and not (finetune or args.skip_train):

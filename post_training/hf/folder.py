@@ -7,9 +7,9 @@ import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from post_training.errors import SetupError
+from post_training.files import json_object
 
 # In the order in which they are looked for.
 TOKENIZER_FILES = (
@@ -102,7 +102,7 @@ def write_template(folder: Path, template: str) -> None:
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
     for file in ("tokenizer_config.json", "chat_template.json"):
         if (folder / file).is_file():
-            content: dict[str, Any] = json.loads((folder / file).read_text(encoding="utf-8"))
+            content = json_object(folder / file)
             content["chat_template"] = template
             text = json.dumps(content, ensure_ascii=False, indent=2)
             (folder / file).write_text(text + "\n", encoding="utf-8")

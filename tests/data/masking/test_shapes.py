@@ -4,7 +4,7 @@ import pytest
 
 from data.errors import DataError
 from data.masking.answers import AnswerFinder
-from data.masking.self_test import check_template
+from data.masking.template_check import check_template
 from data.templates.template import ChatTemplate
 from tests.helpers.templates import GENERATION, chat, finder
 

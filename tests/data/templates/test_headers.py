@@ -5,7 +5,7 @@ import pytest
 from benchmarks.template_survey import tokens_named_in
 from data.errors import DataError, RowError
 from data.masking.answers import AnswerFinder, trained_spans
-from data.masking.self_test import _contradiction, check_template
+from data.masking.template_check import _contradiction, check_template
 from data.rows.conversation import Conversation
 from data.templates.headers import TurnMarkup
 from data.templates.template import ChatTemplate

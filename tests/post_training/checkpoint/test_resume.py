@@ -147,6 +147,8 @@ def test_a_checkpoint_that_does_not_know_its_data_gives_only_weights(parse, tmp_
 
 
 def test_finetune_is_about_load_and_says_so(parse, tmp_path, capsys):
+    assert chosen(parse("--finetune")) is None
+    assert capsys.readouterr().err.startswith("--finetune changes nothing: no --load")
     own = make_checkpoint(tmp_path / "out/checkpoints")
     assert chosen(parse()) == own and capsys.readouterr().err == ""
     start = resume.choose_checkpoint(parse("--finetune"))

@@ -1,7 +1,7 @@
 import pytest
 
 from data.errors import DataError
-from data.masking.self_test import check_template
+from data.masking.template_check import check_template
 from tests.data.conftest import CHATML
 from tests.helpers.templates import GENERATION, THINKING, finder
 
