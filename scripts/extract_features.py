@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from post_training import platform
@@ -57,7 +58,7 @@ REFUSED = (
 )
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     own = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
@@ -82,7 +83,7 @@ def main() -> int:
         help="only what --top-k stores: no draft can be trained",
     )
     own.add_argument("--shard-megabytes", type=int, default=512, help="of a file (512)")
-    options, rest = own.parse_known_args()
+    options, rest = own.parse_known_args(argv)
     hush()
     try:
         _extract(options, rest)

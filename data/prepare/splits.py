@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from data.documents.documents import Documents
 from data.documents.mixture import DocumentSet, mix_documents, split_documents
@@ -72,17 +74,24 @@ def _files_flag(split: DataSplit) -> str:
 
 
 def parse_weighted(entries: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Split ``PATH=WEIGHT`` entries; a path that exists as written is never split."""
+    """Split ``PATH=WEIGHT`` entries; a path that exists as written is never split.
+
+    Raises:
+        DataError: a weight is not positive.
+    """
     parsed: list[tuple[str, float | None]] = []
     for entry in entries:
-        path, equals, weight = entry.rpartition("=")
+        path, equals, word = entry.rpartition("=")
+        weight = None
         if equals and not Path(entry).exists():
-            try:
-                parsed.append((path, float(weight)))
-                continue
-            except ValueError:
-                pass  # an equals sign in a name, not a weight
-        parsed.append((entry, None))
+            with suppress(ValueError):  # an equals sign in a name, not a weight
+                weight = float(word)
+        if weight is None:
+            parsed.append((entry, None))
+        elif 0 < weight < math.inf:
+            parsed.append((path, weight))
+        else:
+            raise DataError(f"{entry}: a weight must be a number greater than 0 (PATH=WEIGHT).")
     return parsed
 
 
@@ -249,7 +258,7 @@ def parse_variables(text: str | None) -> tuple[tuple[str, Any], ...]:
     if text is None:
         return ()
     try:
-        values = json.loads(text)
+        values = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise DataError(f"--chat-template-variables {text}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
@@ -260,6 +269,10 @@ def parse_variables(text: str | None) -> tuple[tuple[str, Any], ...]:
             "it out; special tokens stand in tokenizer_config.json."
         )
     return tuple(values.items())
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
 
 
 def _seed(args: argparse.Namespace) -> int:

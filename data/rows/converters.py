@@ -294,12 +294,10 @@ def _system(row: Row, options: FormatOptions) -> Any:
 
 
 def _first(row: Row, columns: Sequence[str]) -> str:
-    found = next((name for name in columns if row.get(name) is not None), None)
-    if found is None:
-        raise RowError(
-            "missing column", f"none of {', '.join(columns)} in columns {columns_of(row)}"
-        )
-    return found
+    for name in columns:
+        if row.get(name) is not None:
+            return name
+    raise RowError("missing column", f"none of {', '.join(columns)} in columns {columns_of(row)}")
 
 
 def _missing(row: Row, column: str, flag: str) -> RowError:

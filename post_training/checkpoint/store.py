@@ -342,7 +342,7 @@ def chosen_checkpoint(
         if wrong is not None:
             raise SetupError(
                 f"{folder}: holds no complete checkpoint of iteration {iteration}: {wrong}; leave "
-                f"the iteration out to take the newest one"
+                f"--ckpt-step (of the tools: --iteration) out to take the newest one"
             )
         return Checkpoint.at(path), None
     checkpoint, complaint = find_checkpoint(folder)

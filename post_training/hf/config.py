@@ -54,6 +54,14 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
             f"--hf-model {name}: architecture {found} cannot be loaded; "
             f"these can: {', '.join(FAMILIES)}"
         )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, found)
+    if by_type not in FAMILIES:
+        raise SetupError(
+            f"--hf-model {name}: config.json has the model_type {config.model_type} of a {by_type} beside "
+            f"the architecture {found}; which of them the weights are is not known"
+        )
     for key in ("quantization_config", "compression_config"):
         if quantisation := getattr(config, key, None):
             method = dict(quantisation).get("quant_method", "method not named")

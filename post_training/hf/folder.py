@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,6 +71,27 @@ def _local(name_or_path: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name_or_path, allow_patterns=patterns))
+
+
+def check_export(target: Path, run: Path, name: str = "hf") -> None:
+    """Refuse to write over a folder that is not a run's own export: a base lies in such a folder too.
+
+    Args:
+        target: where a model is to be exported to.
+        run: the output folder of the run.
+        name: of its own export there.
+
+    Raises:
+        SetupError: there is something else.
+    """
+    place = target.absolute()
+    own = place.parent.resolve() / place.name == run.resolve() / name
+    free = not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir()))
+    if not free and not (own and not target.is_symlink() and (target / "config.json").is_file()):
+        raise SetupError(
+            f"--to {target}: is there already, and is not this run's earlier export in {run / name}; give "
+            f"another folder, or remove it"
+        )
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> list[Path]:

@@ -73,7 +73,9 @@ def open_tokenizer(name: str, flag: str, *, trust_remote_code: bool = False) -> 
     try:
         folder = local_tokenizer_folder(name)
         if not (folder / FILE).is_file():
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            _check_vocabulary(tokenizer, f"{flag} {name}")
+            return tokenizer
         tokenizer = _of_file(folder)
         tokenizer.name_or_path = name
         own = Tokenizer.from_file(str(folder / FILE))
@@ -133,6 +135,19 @@ def _of_file(folder: Path) -> Any:
             if getattr(by_class, name, None) in known:
                 setattr(tokenizer, name, getattr(by_class, name))
     return tokenizer
+
+
+def _check_vocabulary(tokenizer: Any, where: str) -> None:
+    """Check that a tokenizer knows words: without its files transformers 5 makes one that drops them all.
+
+    Raises:
+        SetupError: it does not.
+    """
+    if tokenizer.get_vocab().keys() <= {str(t) for t in tokenizer.added_tokens_decoder.values()}:
+        raise SetupError(
+            f"{where}: holds no {FILE}, nor another vocabulary of {type(tokenizer).__name__}: copy the "
+            f"whole folder"
+        )
 
 
 def _configuration(folder: Path) -> dict[str, Any]:

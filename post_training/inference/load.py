@@ -96,7 +96,8 @@ def _checkpoint_of_run(
     where = str(checkpoints or usual)
     checkpoint, complaint = chosen_checkpoint(where, iteration)
     if checkpoint is None:
-        raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
+        flag = f"--checkpoints {checkpoints}" if checkpoints else f"--output-dir {folder}"
+        raise SetupError(f"{flag}: holds no complete checkpoint")
     if complaint is not None:
         print(f"warning: {complaint}; using {checkpoint.path}", file=sys.stderr)
     return arguments_of_run(folder, config, by_modelopt=checkpoint.has_modelopt), checkpoint

@@ -640,6 +640,15 @@ def test_row_s_own_template_variables_and_open_end(tokenizer, tmp_path):
         assert [w.partition(": ")[2] for w in warnings if "variable" in w] == told
 
 
+def test_ids_that_the_tokenizer_does_not_have_are_a_bad_row(tokenizer, tmp_path):
+    largest = max(tokenizer.get_vocab().values())
+    rows = [{"input_ids": [5, 6, last]} for last in (largest, largest + 1)]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: bad token ids: .* largest id is {largest}"):
+        prepare(tokenizer, [file])
+    assert len(prepare(tokenizer, [file], on_bad_row="skip")) == 1
+
+
 def test_dataset_s_own_template_serves_a_tokenizer_that_has_none(tokenizer, tmp_path):
     bare = copy.copy(tokenizer)
     bare.chat_template = None
