@@ -456,7 +456,9 @@ def test_what_is_proposed_a_resume_takes(tmp_path):
         sizes.check(asked)
     begun = Namespace(**(vars(asked) | {"output_dir": str(tmp_path), "save": str(tmp_path)}))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
-    (tmp_path / "config.yaml").write_text("global_batch_size: 3\nseq_length: 128\n")
+    (tmp_path / "config.yaml").write_text(
+        "derived_flags: []\nglobal_batch_size: 3\nseq_length: 128\n"
+    )
     with pytest.raises(SetupError) as caught:
         sizes.check(begun)
     proposal = str(caught.value).partition("nearest that works on 4 processes:")[2]
