@@ -1,5 +1,6 @@
 """Extracted features are those of the HuggingFace model on each document alone, on every layout."""
 
+import functools
 import signal
 import subprocess
 
