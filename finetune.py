@@ -62,7 +62,7 @@ from post_training.distillation.acceptance import report_acceptance
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
-from post_training.job.signals import GracefulExit
+from post_training.job.signals import GracefulExit, interrupt, raise_if_interrupted
 from post_training.job.watchdog import tell_failure, watchdog
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
@@ -214,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer, splits = prepare_data(args)
         keep_date(args, template_date(splits))
         position = find_position(args, splits.get("train"), start.continued)
+        raise_if_interrupted()
         if rank == 0:
             print(describe(splits, args), file=console)
         console = output.redirect_logs(args)
@@ -249,5 +250,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())
