@@ -69,7 +69,7 @@ from post_training.distillation.features import (
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
-from post_training.job.signals import GracefulExit
+from post_training.job.signals import GracefulExit, interrupt, raise_if_interrupted
 from post_training.job.watchdog import tell_failure, watchdog
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
@@ -233,6 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         keep_date(args, template_date(splits))
         position = find_position(args, splits.get("train"), start.continued)
+        raise_if_interrupted()
         if rank == 0:
             print(describe(splits, args), file=console)
         console = output.redirect_logs(args)
@@ -268,5 +269,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())

@@ -22,6 +22,7 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
+from data.documents.check_sum import check_sum
 from data.documents.documents import CACHE_FORMAT, MANIFEST, Documents, map_documents
 from data.documents.shard import UNREAD, Shard
 from data.errors import DataError
@@ -180,6 +181,8 @@ class FolderSink:
             "report": report_of(self.finished.counts, self.finished.bad_rows) | extra,
         }
         manifest["contents"] = map_documents(self.folder, manifest).contents
+        manifest["crc32"] = {n: check_sum(self.folder / n) for n in (*ALL_FILES, "offsets.bin")}
+        del manifest["crc32"]["lengths.bin"]
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for name in (*ALL_FILES, "offsets.bin", MANIFEST):
             with (self.folder / name).open("rb") as file:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from data.documents.check_sum import check_sum
 from data.errors import DataError
 
 CACHE_FORMAT = 2
@@ -93,9 +94,18 @@ def open_documents(folder: Path) -> Documents:
     """Memory-map a published cache folder.
 
     Raises:
-        DataError: the folder is not a complete cache of this format.
+        DataError: the folder is not a complete cache of this format, or a file has changed since.
     """
-    return map_documents(folder, cache_manifest(folder))
+    manifest = cache_manifest(folder)
+    documents = map_documents(folder, manifest)
+    sums = manifest.get("crc32")  # older versions wrote none
+    for name, written in sums.items() if isinstance(sums, dict) else ():
+        if check_sum(folder / name) != written:
+            raise DataError(
+                f"{folder / name}: changed or damaged since the token cache was written. Remove the folder "
+                f"{folder} and run again."
+            )
+    return documents
 
 
 def cache_manifest(folder: Path) -> dict[str, Any]:

@@ -239,7 +239,8 @@ class _Preparation:
         report = documents.report | {
             "sources": self.source.names,
             "made_of": {"path": self._shown_names(), **made_of},
-            "warnings": documents.report["warnings"] + self._warnings(documents.report),
+            # Of this preparation's flags: those that do not change the documents are in no cache.
+            "warnings": self.facts.get("warnings", []) + self._warnings(documents.report),
         }
         return replace(documents, report=report)
 

@@ -3,28 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from pathlib import Path
 
 METADATA = ".metadata"
-# Larger files are not read as a whole for their check sums: one piece of each stretch, and the last piece.
-_WHOLE, _STRETCH, _PIECE = 256 << 20, 64 << 20, 1 << 20
-
-
-def check_sum(path: Path) -> int:
-    """Of the whole file, or of a large one the begin of each stretch and the end."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size <= _WHOLE or path.name == METADATA:
-            places = [*range(0, size, _PIECE)]
-        else:
-            places = [*range(0, size, _STRETCH), size - _PIECE]
-        found = 0
-        for place in places:
-            file.seek(place)
-            found = zlib.crc32(file.read(_PIECE), found)
-    return found
 
 
 def contents_defect(checkpoint: Path) -> str | None:

@@ -20,13 +20,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from post_training.checkpoint.integrity import check_sum, contents_defect
+from data.documents.check_sum import check_sum
+from post_training.checkpoint.integrity import METADATA, contents_defect
 from post_training.errors import SetupError
 
 MANIFEST = "manifest.json"
@@ -83,12 +85,22 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
         return None
     if any(not isinstance(manifest.get(key, {}), dict) for key in ("data", "origin")):
         return None  # of something else
+    data = manifest.get("data", {})
+    made_of = data.get("made_of", [])
+    if not isinstance(data.get("begins_at", 0), int) or not isinstance(made_of, list):
+        return None
+    if not all(isinstance(part, dict) for part in made_of):
+        return None
     sums = manifest.get(
         "crc32", manifest["files"]
     )  # older versions wrote none, and no sum of its own
     if not isinstance(sums, dict) or sums.keys() != manifest["files"].keys():
         return None
     return manifest if manifest.get(_OWN_SUM, _sum_of(manifest)) == _sum_of(manifest) else None
+
+
+def _sum(path: Path) -> int:
+    return check_sum(path, whole=path.name == METADATA)
 
 
 def _sum_of(manifest: Mapping[str, Any]) -> int:
@@ -115,7 +127,7 @@ def defect(checkpoint: Path) -> str | None:
             found = (checkpoint / name).stat().st_size
             if found != size:
                 return f"{name} has {found} of {size} bytes"
-            if sums is not None and check_sum(checkpoint / name) != sums[name]:
+            if sums is not None and _sum(checkpoint / name) != sums[name]:
                 return f"{name} does not hold what was saved"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
@@ -168,7 +180,7 @@ def find_checkpoint(folder: str | Path) -> tuple[Checkpoint | None, str | None]:
     elif tracked is None:
         return _without_tracker(folder)
     else:
-        meant, before = folder / tracked, 0
+        meant, before = folder / tracked, sys.maxsize  # "release", of no step
     wrong = defect(meant)
     if wrong is None:
         return Checkpoint.at(meant), None
@@ -248,7 +260,7 @@ def finish_save(folder: str | Path, iteration: int, facts: Mapping[str, Any]) ->
         "iteration": iteration,
         **facts,
         "files": {name: (checkpoint / name).stat().st_size for name in names},
-        "crc32": {name: check_sum(checkpoint / name) for name in names},
+        "crc32": {name: _sum(checkpoint / name) for name in names},
     }
     manifest = json.loads(json.dumps(manifest))  # as it will be read
     manifest[_OWN_SUM] = _sum_of(manifest)
@@ -354,6 +366,6 @@ def chosen_checkpoint(
 def no_older(folder: str | Path) -> str:
     """What to do where the only checkpoint of `folder` is damaged."""
     return (
-        f"there is no older complete checkpoint in {folder}: restore it from a copy, or delete "
-        f"{Path(folder) / TRACKER} to start from the beginning"
+        f"there is no older complete checkpoint in {folder}: restore one from a copy, or start from the "
+        f"beginning in another --output-dir"
     )

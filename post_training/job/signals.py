@@ -12,6 +12,24 @@ from typing import TextIO
 
 from post_training.job.watchdog import watchdog
 
+_interrupted = False
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """Handles SIGINT until there is a step to finish: raises KeyboardInterrupt, and remembers it.
+
+    Where Python calls a finaliser the exception is printed and forgotten; `raise_if_interrupted` is not.
+    """
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
+
+
+def raise_if_interrupted() -> None:
+    """Raise KeyboardInterrupt where one has been raised before, and been swallowed."""
+    if _interrupted:
+        raise KeyboardInterrupt
+
 
 class GracefulExit:
     """Turns the first SIGINT or SIGTERM into Megatron's request to save and exit.
@@ -26,6 +44,9 @@ class GracefulExit:
         Args:
             args: validated arguments.
             console: where rank 0 says what happens.
+
+        Raises:
+            KeyboardInterrupt: SIGINT has come before, and was lost.
         """
         from megatron.training.global_vars import get_signal_handler
 
@@ -34,6 +55,7 @@ class GracefulExit:
         self.megatron = get_signal_handler()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        raise_if_interrupted()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if watchdog.job_ends():

@@ -55,6 +55,19 @@ def test_a_cache_keeps_the_hash_of_its_contents(tmp_path):
     assert open_documents(tmp_path / "a").contents == kept
 
 
+@pytest.mark.parametrize("name", ["input_ids", "loss_mask", "offsets", "provenance", "hashes"])
+def test_a_cache_that_has_changed_is_not_trained(tmp_path, name):
+    """Of the same size: only the bytes tell."""
+    sink = FolderSink(tmp_path / "a.building")
+    sink.add(shard(0))
+    sink.publish(tmp_path / "a", "key", {})
+    open_documents(tmp_path / "a")
+    file = tmp_path / f"a/{name}.bin"
+    file.write_bytes(b"\1" * file.stat().st_size)
+    with pytest.raises(DataError, match=rf"{name}.bin: changed or damaged.*Remove the folder"):
+        open_documents(tmp_path / "a")
+
+
 WHOLE: dict[str, object] = {
     "format": 2,
     "tokens": 0,

@@ -141,7 +141,11 @@ def test_the_day_that_a_template_writes_is_an_input(tokenizer, rows, tmp_path):
     undated = documents(CHATML, "2024-02-29")
     assert undated.fingerprint == documents(CHATML, None).fingerprint
     assert DAY not in undated.report["made_of"]
+    # Also from a cache that was made without the flag; and not by one that was made with it.
     assert any("has no clock" in warning for warning in undated.report["warnings"])
+    again = documents(CHATML, "2024-02-29")
+    assert any("has no clock" in warning for warning in again.report["warnings"])
+    assert not any("clock" in warning for warning in documents(CHATML, None).report["warnings"])
     with pytest.raises(DataError, match="--template-date tomorrow: expected a day"):
         documents(dated, "tomorrow")
 

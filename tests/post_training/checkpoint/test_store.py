@@ -8,7 +8,8 @@ import zlib
 import pytest
 import torch
 
-from post_training.checkpoint import integrity, store
+from data.documents import check_sum
+from post_training.checkpoint import store
 from post_training.errors import SetupError
 from tests.helpers.models import edit_json
 
@@ -124,6 +125,23 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, how):
         store.chosen_checkpoint(tmp_path, None)
 
 
+def test_a_tracker_that_names_a_release_that_is_gone_gives_way(tmp_path):
+    path = save(tmp_path, 5)
+    (tmp_path / store.TRACKER).write_text("release")
+    found, complaint = store.find_checkpoint(tmp_path)
+    assert found is not None and found.path == path and complaint and "release" in complaint
+
+
+@pytest.mark.parametrize("data", [{"begins_at": "x"}, {"made_of": [1]}, {"made_of": {}}])
+def test_a_manifest_of_an_old_version_with_other_types_cannot_be_read(tmp_path, data):
+    before, path = save(tmp_path, 5), save(tmp_path, 10)
+    manifest = json.loads((path / store.MANIFEST).read_text())
+    del manifest["manifest_crc32"]
+    (path / store.MANIFEST).write_text(json.dumps(manifest | {"data": data}))
+    found, complaint = store.find_checkpoint(tmp_path)
+    assert found is not None and found.path == before and complaint is not None
+
+
 def damage(file, place):
     with file.open("r+b") as opened:
         opened.seek(place)
@@ -142,9 +160,9 @@ def test_damage_anywhere_is_found(tmp_path, place):
 
 def test_of_large_files_a_part_is_read(tmp_path, monkeypatch):
     """And `.metadata` as a whole: the rest of a file says where it is."""
-    monkeypatch.setattr(integrity, "_WHOLE", 100_000)
-    monkeypatch.setattr(integrity, "_STRETCH", 64_000)
-    monkeypatch.setattr(integrity, "_PIECE", 1_000)
+    monkeypatch.setattr(check_sum, "_WHOLE", 100_000)
+    monkeypatch.setattr(check_sum, "_STRETCH", 64_000)
+    monkeypatch.setattr(check_sum, "_PIECE", 1_000)
     checkpoint = store.begin_save(tmp_path, 5)
     shard, metadata = checkpoint / "__0_0.distcp", checkpoint / ".metadata"
     for file in (shard, metadata):

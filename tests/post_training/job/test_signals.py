@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.training import global_vars
 
+from post_training.job import signals
 from post_training.job.signals import GracefulExit
 
 
@@ -59,3 +60,25 @@ def test_a_console_that_cannot_be_written_to_is_no_reason_to_fail(megatron):
     GracefulExit(Namespace(rank=0), open(writer, "w"))
     signal.raise_signal(signal.SIGTERM)
     assert megatron._signal_received
+
+
+class _Finaliser:
+    """Python prints and forgets what is raised while it is deleted."""
+
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_a_finaliser_swallows_is_heard_later(megatron, monkeypatch):
+    monkeypatch.setattr(signals, "_interrupted", False)
+    signals.raise_if_interrupted()
+    signal.signal(signal.SIGINT, signals.interrupt)
+    thing = _Finaliser()
+    del thing
+    for later in (
+        signals.raise_if_interrupted,
+        lambda: GracefulExit(Namespace(rank=1), io.StringIO()),
+    ):
+        with pytest.raises(KeyboardInterrupt):
+            later()
