@@ -127,6 +127,8 @@ OTHER_NAMES: dict[str, str] = {
     "sequence_parallel_size": "--context-parallel-size",
     "expert_parallel_size": "--expert-model-parallel-size",
     "ep_size": "--expert-model-parallel-size",
+    "data_parallel_size": "it is what the other parallel sizes leave of all processes; leave it out",
+    "dp_size": "it is what the other parallel sizes leave of all processes; leave it out",
     "ddp_timeout": "--distributed-timeout-minutes",
 }
 
