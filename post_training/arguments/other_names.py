@@ -131,6 +131,8 @@ OTHER_NAMES: dict[str, str] = {
     "sequence_parallel_size": "--context-parallel-size",
     "expert_parallel_size": "--expert-model-parallel-size",
     "ep_size": "--expert-model-parallel-size",
+    "data_parallel_size": "it is what the other parallel sizes leave of all processes; leave it out",
+    "dp_size": "it is what the other parallel sizes leave of all processes; leave it out",
     "ddp_timeout": "--distributed-timeout-minutes",
     # ModelOpt's flags in Megatron-LM.
     "export_model_type": "the model follows from --hf-model; leave it out",

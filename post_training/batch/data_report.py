@@ -11,6 +11,7 @@ from data.documents.mixture import shared_documents
 from data.documents.provenance import document_place
 from data.prepare.splits import cache_dir
 from post_training.batch.splits import SPLITS, Split, SplitDocuments
+from post_training.hf.config_json import with_limit
 
 
 def describe(splits: Mapping[str, Split], args: argparse.Namespace) -> str:
@@ -45,10 +46,12 @@ def describe(splits: Mapping[str, Split], args: argparse.Namespace) -> str:
         and "train" in splits
         and args.seq_length > config.max_position_embeddings
     ):
+        limit = with_limit(config, args.seq_length).max_position_embeddings
         lines.append(
             f"warning: --seq-length {args.seq_length}: the model was made for "
             f"{config.max_position_embeddings} tokens (max_position_embeddings of config.json); longer "
-            f"documents are trained all the same, and the exported config.json says {args.seq_length}"
+            f"documents are trained all the same, and the exported config.json says {limit}"
+            + ("" if limit == args.seq_length else ", by which its frequencies are scaled")
         )
     return "\n".join(lines)
 

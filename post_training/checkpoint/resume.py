@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,11 +180,10 @@ class Fallback:
             check_origin(self.start.asked, before)
             if self.position is not None:
                 same_place = self.position.begins_at == self.position.data.begins_at(before)
-            if args.rank == 0 and not args.skip_train:
-                _mend_tracker(args, before.iteration)
         except SetupError as error:
             raise RunStopped(f"{wrong}; and of the one before: {error}") from error
         if damaged.has_modelopt or before.has_modelopt or not same_place:
+            self._settle(before)
             raise RunStopped(
                 f"{wrong}; give the same command again, it continues from {before.path}"
             )
@@ -192,6 +192,17 @@ class Fallback:
         self.checkpoint = before
         args.ckpt_step = before.iteration
         expect(before)
+        # Not before it is known to be whole: else a start that fails would lose one after the other.
+        load_hooks.loaded = functools.partial(self._settle, before)
+
+    def _settle(self, checkpoint: Checkpoint) -> None:
+        """Let the tracker file name a checkpoint."""
+        args, iteration = self.args, checkpoint.iteration
+        if args.rank == 0 and not args.skip_train and iteration is not None:
+            try:
+                _mend_tracker(args, iteration)
+            except SetupError as error:
+                raise RunStopped(str(error)) from error
 
 
 def _meant(load: Path) -> str:

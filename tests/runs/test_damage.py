@@ -139,3 +139,13 @@ def test_found_before_the_process_group(runs, tmp_path):
 def test_found_while_it_is_loaded(runs, tmp_path, layout, damage):
     """By one rank alone where each reads its own; nothing has been trained yet."""
     check_falls_back(runs, tmp_path, layout, damage)
+
+
+@pytest.mark.slow
+def test_asked_to_verify_what_was_saved_without_it(runs, tmp_path):
+    """Whole checkpoints stay whole: the newest goes on."""
+    one = Layout("one")
+    folder = runs.stopped(tmp_path / "out", one)
+    run = runs.run(folder, one, "--verify-integrity").ok()
+    assert "warning" not in run.console and [step["iteration"] for step in run.steps] == [*range(1, 7)]
+    assert run.losses == runs.made(one).losses

@@ -19,6 +19,7 @@ So what is asked for is fitted to what there is. Whatever else is missing stays 
 from __future__ import annotations
 
 import functools
+import os
 import traceback
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class LoadHooks:
     """Called on all ranks with what is wrong: sets the arguments to load another one, or raises."""
     under_way: bool = False
     """Whether Megatron is reading a checkpoint."""
+    loaded: Callable[[], None] | None = None
+    """Called on all ranks once a checkpoint is loaded as a whole."""
 
 
 load_hooks = LoadHooks()
@@ -161,6 +164,9 @@ def apply() -> None:
 
     @agreed
     def verify_on_rank_0(checkpoint_dir: str) -> None:
+        # One that was saved without --verify-integrity has none; the manifest's sums have been compared.
+        if not os.path.exists(os.path.join(checkpoint_dir, validation.INTEGRITY_FNAME)):
+            return
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             validation._verify_integrity_manifest_impl(checkpoint_dir)
 
@@ -170,7 +176,10 @@ def apply() -> None:
         try:
             while True:
                 try:
-                    return load_checkpoint(*args, **kwargs)
+                    result = load_checkpoint(*args, **kwargs)
+                    if load_hooks.loaded is not None:
+                        load_hooks.loaded()
+                    return result
                 except CheckpointUnreadable as error:
                     if load_hooks.fall_back is None:
                         raise

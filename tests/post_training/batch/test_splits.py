@@ -175,3 +175,7 @@ def test_documents_beyond_the_models_length_are_told(prepared):
     assert told[SEQ] == []
     (line,) = told[SEQ - 1]
     assert f"--seq-length {SEQ}: the model was made for {SEQ - 1} tokens" in line
+    assert line.endswith(f"exported config.json says {SEQ}")
+    yarn = SimpleNamespace(max_position_embeddings=SEQ - 1, rope_parameters={"rope_type": "yarn"})
+    text, *_ = prepared("--finetune-data-files", "DIR/b.jsonl", hf_config=yarn)
+    assert f"says {SEQ - 1}, by which its frequencies are scaled" in text

@@ -12,6 +12,7 @@ from post_training.checkpoint import resume, store
 from post_training.checkpoint.position import find_position
 from post_training.errors import RunStopped, SetupError
 from post_training.job import output
+from post_training.platform.checkpoints.loading import load_hooks
 from tests.helpers.models import make_tokenizer
 from tests.helpers.positions import SEQ, make_checkpoint
 
@@ -187,7 +188,10 @@ def test_the_one_before_is_loaded(parse, saved, fall_back, tmp_path, capsys):
     assert args.ckpt_step == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "iter_0000004: it cannot be read; continuing from" in line
-    assert (tmp_path / "out/checkpoints" / store.TRACKER).read_text() == "2"
+    tracker = tmp_path / "out/checkpoints" / store.TRACKER
+    assert tracker.read_text() == "4", "nobody knows yet whether that one can be read"
+    load_hooks.loaded()
+    assert tracker.read_text() == "2"
     with pytest.raises(RunStopped, match="iter_0000002: .*no older complete checkpoint"):
         fall_back(parse(*SEQ))
 
