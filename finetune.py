@@ -58,9 +58,11 @@ from post_training.batch.splits import (
 from post_training.checkpoint import resume
 from post_training.checkpoint.position import DataPosition, find_position
 from post_training.checkpoint.saver import CheckpointSaver
+from post_training.distillation import draft_forward, knowledge
 from post_training.distillation.acceptance import report_acceptance
-from post_training.distillation.draft_forward import part_names
+from post_training.distillation.knowledge_settings import check_pairs, knowledge_settings
 from post_training.distillation.offline import draft_tokens, stored_features
+from post_training.distillation.teacher import Teacher, choose_teacher
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
@@ -136,13 +138,18 @@ def forward_step(
     chunk = unwrap_model(model)
     if not chunk.pre_process:
         join_stage_input(chunk)
+    distiller: knowledge.Distiller | None = getattr(chunk, "distiller", None)
+    if distiller is not None:
+        distiller.begin(batch)
     inputs = batch.tokens, batch.position_ids, None
     if args.draft is None:
         output_tensor = model(
             *inputs,
             labels=batch.labels,
             packed_seq_params=batch.packed,
-            output_processor=trained_token_loss(args.vocab_size or args.padded_vocab_size),
+            output_processor=trained_token_loss(
+                args.vocab_size or args.padded_vocab_size, distiller and distiller.teach
+            ),
             output_processor_context=batch.trained,
         )
     else:
@@ -150,9 +157,12 @@ def forward_step(
             *inputs, packed_seq_params=batch.packed, trained=batch.trained, **batch.features
         )
     if not chunk.post_process:
+        if distiller is not None:
+            output_tensor = distiller.beside(output_tensor)
         micro = args.micro_batch_size if model.training else args.eval_micro_batch_size
         output_tensor = split_stage_output(output_tensor, micro)
-    return output_tensor, functools.partial(loss_func, batch.trained)
+    reported = distiller.lm if distiller is not None else None
+    return output_tensor, functools.partial(loss_func, batch.trained, reported=reported)
 
 
 def non_loss_data_func(
@@ -168,6 +178,7 @@ def finetune(
     splits: dict[str, Split],
     start: resume.Start,
     position: DataPosition | None,
+    teacher: Teacher | None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
@@ -176,7 +187,10 @@ def finetune(
     resume.Fallback(args, start, position, console)
     run_log = RunLog(args, console, {name: split.sources.names for name, split in splits.items()})
     if args.draft is not None:
-        counters.name_parts(part_names(args.draft_ttt_steps))
+        counters.name_parts(draft_forward.part_names(args.draft_ttt_steps))
+    settings = knowledge_settings(args)
+    if settings is not None:
+        counters.name_parts(knowledge.part_names(settings))
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, splits.get("train"), run_log)
@@ -198,7 +212,14 @@ def finetune(
     with ending_together(run_log):
         pretrain(
             pretrain_cfg_container_from_args(
-                args, model_config(args, start.checkpoint, draft_tokens=draft_tokens(args, splits))
+                args,
+                model_config(
+                    args,
+                    start.checkpoint,
+                    draft_tokens=draft_tokens(args, splits),
+                    knowledge=settings,
+                    teacher=teacher,
+                ),
             ),
             provider,
             ModelType.encoder_or_decoder,
@@ -221,6 +242,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_lock.hold(args)
         start = resume.choose_checkpoint(args)
         check_weights(args, start.checkpoint)
+        settings, teacher = knowledge_settings(args), choose_teacher(args)
+        if settings is not None and teacher is not None:
+            check_weights(teacher.args, teacher.checkpoint)
+            check_pairs(settings, args, teacher.args)
         output.prepare_output(args)
         keep_date(args, start.template_date)
         tokenizer, splits = prepare_data(args)
@@ -238,7 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete_run(args, **start.flags(), **place, evaluates=evaluates)
         validate(args)
         started = True
-        finetune(args, console, splits, start, position)
+        finetune(args, console, splits, start, position, teacher)
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)
