@@ -58,16 +58,22 @@ from post_training.batch.splits import (
 from post_training.checkpoint import resume
 from post_training.checkpoint.position import DataPosition, find_position
 from post_training.checkpoint.saver import CheckpointSaver
-from post_training.distillation import draft_forward, knowledge
 from post_training.distillation.acceptance import report_acceptance
-from post_training.distillation.knowledge_settings import check_pairs, knowledge_settings
-from post_training.distillation.offline import draft_tokens, stored_features
-from post_training.distillation.teacher import Teacher, choose_teacher
+from post_training.distillation.draft_forward import part_names
+from post_training.distillation.features import (
+    draft_tokens,
+    stored_features,
+    stored_names,
+    wanted_features,
+)
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
 from post_training.job.signals import GracefulExit
 from post_training.job.watchdog import tell_failure, watchdog
+from post_training.knowledge.distiller import Distiller, knowledge_parts
+from post_training.knowledge.settings import check_pairs, knowledge_settings
+from post_training.knowledge.teacher import Teacher, choose_teacher
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
 from post_training.metrics.run_log import RunLog
@@ -138,7 +144,7 @@ def forward_step(
     chunk = unwrap_model(model)
     if not chunk.pre_process:
         join_stage_input(chunk)
-    distiller: knowledge.Distiller | None = getattr(chunk, "distiller", None)
+    distiller: Distiller | None = getattr(chunk, "distiller", None)
     if distiller is not None:
         distiller.begin(batch)
     inputs = batch.tokens, batch.position_ids, None
@@ -187,10 +193,10 @@ def finetune(
     resume.Fallback(args, start, position, console)
     run_log = RunLog(args, console, {name: split.sources.names for name, split in splits.items()})
     if args.draft is not None:
-        counters.name_parts(draft_forward.part_names(args.draft_ttt_steps))
+        counters.name_parts(part_names(args.draft_ttt_steps))
     settings = knowledge_settings(args)
     if settings is not None:
-        counters.name_parts(knowledge.part_names(settings))
+        counters.name_parts(knowledge_parts(settings))
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, splits.get("train"), run_log)
@@ -248,7 +254,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_pairs(settings, args, teacher.args)
         output.prepare_output(args)
         keep_date(args, start.template_date)
-        tokenizer, splits = prepare_data(args)
+        tokenizer, splits = prepare_data(
+            args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
+        )
         keep_date(args, template_date(splits))
         position = find_position(args, splits.get("train"), start.continued)
         if rank == 0:

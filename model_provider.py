@@ -12,15 +12,15 @@ from megatron.training.argument_utils import gpt_config_from_args
 from post_training.checkpoint.store import Checkpoint
 from post_training.distillation.draft_forward import install_forward
 from post_training.distillation.draft_model import DraftSettings, add_draft, own_layers
-from post_training.distillation.knowledge import install_distiller
-from post_training.distillation.knowledge_settings import KnowledgeSettings
-from post_training.distillation.teacher import Teacher, build_teacher
 from post_training.errors import SetupError
 from post_training.hf.check import check_hf_weights
 from post_training.hf.draft import DraftShape
 from post_training.hf.folder import local_model_folder
 from post_training.hf.rotary import RotaryScaling, rope_parameters
 from post_training.hf.weights import load_hf_weights
+from post_training.knowledge.distiller import install_distiller
+from post_training.knowledge.settings import KnowledgeSettings
+from post_training.knowledge.teacher import Teacher, build_teacher
 from post_training.machine.device import device_type
 from post_training.model.layer_spec import decoder_block_spec, uses_packed_attention
 from post_training.model.rotary import install_rotary

@@ -298,8 +298,12 @@ def differences(
         elif (
             extra
             and any(end <= begin and not text[end:begin].strip() for end in ends)
-            # White space at the end of a block may be one token with what follows the block.
-            and (_says_nothing(text[begin:until]) or (last == first + 1 and text[begin].isspace()))
+            # White space at the end of a block may be one token with what follows the block, or be in
+            # two tokens, of which transformers 5.24 takes both.
+            and (
+                _says_nothing(text[begin:until])
+                or all(text[at : at + 1].isspace() for at, _ in offsets[first:last])
+            )
         ):
             found.add("after the stop")
         else:

@@ -25,15 +25,16 @@ from data.tokenise.row_tokenizer import PreviewRow, RowTokenizer
 
 _TRAINED, _SPECIAL, _PLAIN, _RESET = "\033[32m", "\033[35m", "\033[2m", "\033[0m"
 _HISTOGRAM_BINS = 10
-# Nothing is wider than the window: text breaks anywhere, and in a narrow one a source's figures stand
-# below each other, each beside its name.
+# Nothing is wider than the window: text breaks anywhere, but no figure and no heading within a word, and in
+# a narrow one a source's figures stand below each other, each beside its name.
 _STYLE = """body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
 body,table,pre{overflow-wrap:anywhere}table{width:100%}
 pre{white-space:pre-wrap;border:1px solid #ccc;padding:.7em;border-radius:4px}
 .t{background:#c8f0c8}.s{color:#a0a}.st{background:#c8f0c8;color:#a0a}.u{color:#777}
 table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2em .6em;text-align:right}
-td:first-child{min-width:8em;text-align:left}
-@media(max-width:60em){th{display:none}tr{display:block;margin-bottom:1em}
+td:first-child{min-width:8em;text-align:left}td:nth-child(2){min-width:6em}
+th,td:nth-child(n+3){overflow-wrap:normal}
+@media(max-width:70em){th{display:none}tr{display:block;margin-bottom:1em}
 td{display:flex;justify-content:space-between;gap:1em}td::before{content:attr(data-name);flex:none}}"""
 
 _HEAD = (

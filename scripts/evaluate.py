@@ -24,6 +24,7 @@ platform.apply()
 
 from data import DataError
 from model_provider import model_config
+from post_training.arguments.ranges import SEED, read_options
 from post_training.errors import SetupError
 from post_training.inference.backends import answering_parser, open_backend
 from post_training.inference.exact_match import evaluate, read_questions
@@ -36,7 +37,7 @@ def main() -> int:
     parser.add_argument("--data", nargs="+", required=True, help="files of held-out rows")
     parser.add_argument("--answer-pattern", metavar="REGEX", help="compare only what it finds")
     parser.add_argument("--json", metavar="FILE", help="write the scores and every answer")
-    options = parser.parse_args()
+    options = read_options(parser, seed=SEED)
     hush()
     try:
         pattern = re.compile(options.answer_pattern) if options.answer_pattern else None
@@ -46,7 +47,8 @@ def main() -> int:
     try:
         questions = read_questions(options.data)
         if options.json:
-            Path(options.json).touch()  # rather now than after all answers
+            with Path(options.json).open("a"):  # rather now than after all answers
+                pass
         backend = open_backend(options, model_config)
         begin = time.perf_counter()
         scores = evaluate(backend, questions, pattern)

@@ -24,7 +24,8 @@ from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.exact_match import read_questions
-from post_training.inference.generate import encode_prompt, stop_tokens
+from post_training.inference.generate import stop_tokens
+from post_training.inference.prompts import Prompts
 from post_training.inference.quiet import hush, quiet_libraries
 
 
@@ -66,9 +67,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     verifier = Verifier(model, draft.input_layers)
     stops = set(stop_tokens(tokenizer, model.generation_config))
     found = Acceptance(options.num_speculative_tokens)
+    prompts = Prompts(tokenizer)
     answers, seconds = [], [0.0, 0.0]
     for question in questions:
-        prompt = encode_prompt(tokenizer, question.messages, question.tools)
+        prompt = prompts.encode(question.prompt)
         began = time.perf_counter()
         plain = greedy(verifier, prompt, options.max_new_tokens, stops)
         middle = time.perf_counter()

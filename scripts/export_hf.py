@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 
 # The whole model must fit: host memory is the larger one, and the GPUs may be training.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -22,9 +23,12 @@ from post_training import platform
 platform.apply()
 
 from model_provider import model_config
+from post_training.arguments.ranges import read_options
 from post_training.errors import SetupError
 from post_training.export.draft import export_draft
-from post_training.export.hf import DTYPES, export_hf
+from post_training.export.hf import DTYPES, export_hf, shard_size
+from post_training.files import config_of_run
+from post_training.hf.folder import check_export
 from post_training.inference.load import load_model
 from post_training.inference.quiet import hush, quiet_libraries
 
@@ -43,13 +47,19 @@ def main() -> int:
         "--checkpoints",
         help="folder it lies in (default: OUTPUT_DIR/checkpoints, else what --save was)",
     )
-    parser.add_argument("--max-shard-size", default="5GB", help="largest safetensors file")
+    parser.add_argument(
+        "--max-shard-size", type=shard_size, default="5GB", help="largest safetensors file"
+    )
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of the weights (default: the run's precision)"
     )
-    options = parser.parse_args()
+    options = read_options(parser)
     hush()
+    run = Path(options.output_dir)
+    name = "draft" if config_of_run(run).get("draft") else "hf"
+    target = options.to or str(run / name)
     try:
+        check_export(Path(target), run, name)
         with quiet_libraries():
             loaded = load_model(
                 model_config,
@@ -58,8 +68,6 @@ def main() -> int:
                 checkpoints=options.checkpoints,
             )
         args = loaded.args
-        name = "hf" if args.draft is None else "draft"
-        target = options.to or os.path.join(options.output_dir, name)
         if args.draft is not None:
             difference = export_draft(
                 loaded.model,

@@ -17,10 +17,11 @@ from post_training import platform
 
 platform.apply()
 
+from data import DataError
 from model_provider import model_config
+from post_training.arguments.ranges import SEED, read_options
 from post_training.errors import SetupError
 from post_training.inference.backends import answering_parser, open_backend
-from post_training.inference.generate import encode_prompt
 from post_training.inference.quiet import hush
 
 
@@ -32,26 +33,31 @@ def main() -> int:
     parser.add_argument(
         "--raw", action="store_true", help="continue the prompt without a chat template"
     )
-    options = parser.parse_args()
+    options = read_options(parser, seed=SEED)
     hush()
     prompts = options.prompt
     if prompts is None:
         if sys.stdin.isatty():
             print("one prompt a line, end with Ctrl-D:", file=sys.stderr)
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        # Other bytes than UTF-8 as in the words of a command line, where they are surrogates.
+        text = sys.stdin.buffer.read().decode(errors="surrogateescape")
+        prompts = [line for line in text.split("\n") if line.strip()]
     try:
         if not prompts:
             raise SetupError("--prompt is missing, and standard input is empty")
+        for given in [*prompts, options.system or ""]:
+            if not given.isascii() and any("\ud800" <= letter <= "\udfff" for letter in given):
+                raise SetupError(f"the prompt {given!r} is not UTF-8")
         backend = open_backend(options, model_config)
         system = [{"role": "system", "content": options.system}] if options.system else []
         encoded = [
             backend.tokenizer(prompt, add_special_tokens=True)["input_ids"]
             if options.raw
-            else encode_prompt(backend.tokenizer, [*system, {"role": "user", "content": prompt}])
+            else backend.prompts.encode_turns(*system, {"role": "user", "content": prompt})
             for prompt in prompts
         ]
         answers = backend.generate(encoded)
-    except SetupError as error:
+    except (SetupError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -64,7 +64,13 @@ def main() -> int:
         return 2
     # The two signals are ours; torchrun's own handler would raise.
     arguments.signals_to_handle = "SIGQUIT"
-    if arguments.rdzv_endpoint == "" and arguments.nnodes == "1:1":
+    if (
+        refused := _refused(arguments.nproc_per_node, arguments.nnodes, arguments.node_rank)
+    ) is not None:
+        print(f"error: {refused}", file=sys.stderr)
+        return 2
+    alone = arguments.nnodes == "1:1" and arguments.rdzv_backend in ("static", "c10d")
+    if arguments.rdzv_endpoint == "" and alone:
         arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "127.0.0.1:0"
     if not arguments.max_restarts:  # else its lines are all that tells of the first failures
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel("CRITICAL")
@@ -82,6 +88,17 @@ def main() -> int:
             _tell(error.failures)
         return status
     return 0
+
+
+def _refused(processes: str, nodes: str, node_rank: int) -> str | None:
+    """What torchrun would wait for, or stumble over without a word; None for what it takes."""
+    with contextlib.suppress(ValueError):  # auto, cpu, gpu
+        if int(processes) < 1:
+            return f"--nproc-per-node {processes}: must be at least 1"
+    most = nodes.rpartition(":")[2]
+    if most.isdecimal() and node_rank >= int(most):
+        return f"--node-rank {node_rank}: the ranks of {most} nodes begin at 0"
+    return None
 
 
 def _tell(failures: dict[int, ProcessFailure]) -> None:

@@ -36,6 +36,7 @@ from data.sources.files import resolve_files
 from data.sources.hub import load_dataset
 from data.sources.readers import dataset_chunks, file_chunks
 from data.tokenise.options import TokenizeOptions
+from post_training.arguments.ranges import read_options
 from post_training.batch.data_report import describe
 from post_training.batch.splits import SPLITS, Split, plan_split
 from post_training.errors import SetupError
@@ -55,8 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=3, help="Rows to show of each source.")
     parser.add_argument("--json", metavar="OUT", help="Write one JSON object a row.")
     parser.add_argument("--html", metavar="OUT", help="Write a coloured page.")
-    add_data_arguments(parser)
-    args = parser.parse_args(argv)
+    args = read_options(add_data_arguments(parser), argv)
     try:
         _preview(args)
     except (DataError, SetupError) as error:
@@ -67,10 +67,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _preview(args: argparse.Namespace) -> None:
     tokenizer = open_tokenizer(args.tokenizer, "--tokenizer")
-    if args.global_batch_size is not None and args.global_batch_size < 1:
-        raise DataError(f"--global-batch-size {args.global_batch_size}: expected 1 or more.")
-    if args.rows < 0:
-        raise DataError(f"--rows {args.rows}: expected 0 or more.")
     if args.data and args.finetune_data_files:
         raise DataError("give either --data or --finetune-data-files, which mean the same.")
     flag = "--data" if args.data else "--finetune-data-files"

@@ -36,6 +36,7 @@ FLOORS: dict[str, list[list[str]]] = {
     ],
     "post_training": [
         ["errors"],
+        ["files"],
         ["machine", "hf", "platform/patches"],
         ["platform/cpu", "platform/checkpoints"],
         ["platform", "layout"],
@@ -44,6 +45,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["model", "checkpoint"],
         ["training", "inference"],
         ["distillation"],
+        ["knowledge"],
         ["export"],
     ],
 }

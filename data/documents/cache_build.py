@@ -79,6 +79,12 @@ def report_of(counts: Counter[str], bad_rows: list[list[str]]) -> dict[str, Any]
     return report
 
 
+def is_report(report: dict[str, Any]) -> bool:
+    """Whether a manifest's report has all that ``report_of`` writes and preparing adds."""
+    known = report_of(Counter(), []) | {"warnings": []}
+    return all(type(report.get(name)) is type(value) for name, value in known.items())
+
+
 class MemorySink:
     """Keeps shards in memory."""
 
@@ -290,6 +296,8 @@ def _journal_entry(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         entry: dict[str, Any] = json.loads(line)
-    except ValueError:
-        return None
-    return entry
+        sizes, counts = entry["sizes"], entry["counts"]
+        numbers = [*(sizes[name] for name in ALL_FILES), entry["crc32"], *counts.values()]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None  # of something else
+    return entry if all(type(number) is int for number in numbers) else None

@@ -86,7 +86,7 @@ class Documents:
 
 
 # Without these nothing can be mapped.
-_NEEDED = {"tokens", "documents", "fingerprint", "report"}
+_NEEDED: dict[str, type] = {"tokens": int, "documents": int, "fingerprint": str, "report": dict}
 
 
 def open_documents(folder: Path) -> Documents:
@@ -106,18 +106,24 @@ def cache_manifest(folder: Path) -> dict[str, Any]:
     """
     try:
         manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             f"{folder}: not a complete token cache ({error}). Remove the folder and run again."
         ) from error
     found = manifest.get("format") if isinstance(manifest, dict) else None
-    if found != CACHE_FORMAT or not manifest.keys() >= _NEEDED:
+    if found != CACHE_FORMAT or not _is_whole(manifest):
         raise DataError(
             f"{folder}: token cache of format {found}, or a part of one; "
             f"this version reads {CACHE_FORMAT}. "
             "Remove the folder and run again."
         )
     return manifest
+
+
+def _is_whole(manifest: dict[str, Any]) -> bool:
+    kinds = _NEEDED | {"contents": str} if "contents" in manifest else _NEEDED
+    typed = all(type(manifest.get(name)) is kind for name, kind in kinds.items())
+    return typed and min(manifest["tokens"], manifest["documents"]) >= 0
 
 
 def map_documents(folder: Path, manifest: dict[str, Any]) -> Documents:

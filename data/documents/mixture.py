@@ -98,19 +98,13 @@ def mix_documents(
 
     Args:
         parts: Documents of each source.
-        weights: Its weight; only their ratios count.
+        weights: Its weight, above 0; only their ratios count.
         names: Its name, for the report and messages.
         seed: Decides which documents of a larger source are taken.
 
     Returns:
         The mixture; ``report["mixture"]`` has each source's wanted and achieved share of tokens.
-
-    Raises:
-        DataError: a weight is not positive.
     """
-    for name, weight in zip(names, weights, strict=True):
-        if not weight > 0 or not np.isfinite(weight):
-            raise DataError(f"{name}={weight}: a weight must be a number greater than 0.")
     shares = np.array(weights) / sum(weights)
     lengths = [part.lengths for part in parts]
     totals = np.array([size.sum() for size in lengths])

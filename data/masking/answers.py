@@ -22,8 +22,7 @@ space and end-of-text tokens that the template writes after the stop are not tra
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from data.errors import RowError
 from data.masking.generation_blocks import RenderedRow, trusted_turns, turns_from_blocks
@@ -50,8 +49,7 @@ Reasoning = Literal["keep", "last", "mask"]
 LossOn = Literal["all", "last"]
 
 
-@dataclass(frozen=True)
-class Rendering:
+class Rendering(NamedTuple):
     """A rendered conversation: the text, and the assistant's turns in it."""
 
     text: str
@@ -182,7 +180,9 @@ def trained_spans(
 ) -> list[Span]:
     """The characters to train: turns that the row trains, with the reasoning policy applied."""
     spans: list[Span] = []
-    last = begin_of_last_turn(conversation.messages)
+    last = (
+        0 if (loss_on, reasoning) == ("all", "keep") else begin_of_last_turn(conversation.messages)
+    )
     for turn in rendering.turns:
         is_last = turn.message >= last
         if (loss_on == "last" and not is_last) or not conversation.trained[turn.message]:

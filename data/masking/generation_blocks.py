@@ -7,7 +7,7 @@ blocks is checked, with marks where the row is more than text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from data.errors import RowError
 from data.masking.marked_rendering import MarkedRendering
@@ -17,8 +17,7 @@ from data.templates.headers import TurnMarkup
 from data.templates.marks import Piece, Span, mark_conversation
 
 
-@dataclass(frozen=True)
-class RenderedRow:
+class RenderedRow(NamedTuple):
     """A conversation as its template rendered it.
 
     Attributes:
@@ -144,11 +143,11 @@ def _checked_by_marks(
         message = inside[-1][0].message
         if named and (named[-1].message, named[-1].end) == (message, turn.start):
             # One message in two adjoining blocks, reasoning and answer.
-            turn = replace(turn, start=named.pop().start)
+            turn = turn._replace(start=named.pop().start)
             inside = own + inside
         own = inside
         reasoning_end = end_of_reasoning(row.text, own, markup.tokens)
-        named.append(replace(turn, message=message, reasoning_end=reasoning_end))
+        named.append(turn._replace(message=message, reasoning_end=reasoning_end))
     if unplaced:
         piece = unplaced[0][0]
         raise RowError(

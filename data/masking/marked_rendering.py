@@ -6,12 +6,10 @@ character by character, and every mark must have come out, in order; then their 
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from data.errors import RowError
 from data.masking.refusals import question_dropped
@@ -30,11 +28,8 @@ from data.templates.marks import (
 )
 from data.templates.template import ChatTemplate
 
-_MARK = re.compile(f"[{ANSWER_OPEN}-{OTHER_CLOSE}]")
 
-
-@dataclass(frozen=True)
-class MarkedRendering:
+class MarkedRendering(NamedTuple):
     """What marks told about a conversation.
 
     Attributes:
@@ -74,11 +69,10 @@ def render_marked(
         try:
             rendered = template.render(marked, tools)
             rendered = split_marks(rendered, BLOCK_OPEN, BLOCK_CLOSE)[0]
-            spans, others = split_two_kinds(rendered)
+            plain, spans, others = split_two_kinds(rendered)
         except RowError as error:
             problem = error
             continue
-        plain = _MARK.sub("", rendered)
         if plain != text:
             problem = RowError("marks change the text", _first_difference(plain, text))
             continue
@@ -108,29 +102,29 @@ def render_marked(
     raise problem
 
 
-def split_two_kinds(marked: str) -> tuple[list[Span], list[Span]]:
-    """Character spans of answer marks and of other marks, in the text without any of them.
+def split_two_kinds(marked: str) -> tuple[str, list[Span], list[Span]]:
+    """The text without any marks, and in it the character spans of answer marks and of other marks.
 
     Raises:
         RowError: marks are lost, doubled or nested.
     """
-    answers: list[Span] = []
-    others: list[Span] = []
-    places = list(_MARK.finditer(marked))
-    if len(places) % 2:
+    alike = marked
+    for mark in (ANSWER_CLOSE, OTHER_OPEN, OTHER_CLOSE):
+        alike = alike.replace(mark, ANSWER_OPEN)  # one character is found faster than one of four
+    texts = alike.split(ANSWER_OPEN)
+    if len(texts) % 2 == 0:
         raise RowError("marks lost", "the template cuts a message's text")
-    for number, (begin, end) in enumerate(pairwise(places)):
-        if number % 2:
-            continue
-        pair = begin.group() + end.group()
-        span = (begin.start() - number, end.start() - number - 1)
-        if pair == ANSWER_OPEN + ANSWER_CLOSE:
-            answers.append(span)
-        elif pair == OTHER_OPEN + OTHER_CLOSE:
-            others.append(span)
-        else:
+    kinds: dict[str, list[Span]] = {ANSWER_OPEN + ANSWER_CLOSE: [], OTHER_OPEN + OTHER_CLOSE: []}
+    at = 0
+    for number in range(0, len(texts) - 1, 2):
+        begin = at + len(texts[number])
+        at = begin + len(texts[number + 1])
+        pair = marked[begin + number] + marked[at + number + 1]
+        if pair not in kinds:
             raise RowError("marks lost", "the template cuts or nests a message's text")
-    return answers, others
+        kinds[pair].append((begin, at))
+    answers, others = kinds.values()
+    return "".join(texts), answers, others
 
 
 def _require_marked_calls(messages: Sequence[Message]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from data.rows.conversation import REASONING_FIELDS, Message
 from data.templates.marks import Piece, Span
@@ -13,8 +13,7 @@ from data.templates.marks import Piece, Span
 OPENED_THINK = re.compile(r"\s*<think>\n?(?!\s*</think>)")
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One assistant message in the rendered text.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -147,6 +148,13 @@ def tokenize_options(
         warnings.append("the template writes no stop token after the last assistant turn")
     if settings.template_date and not day:
         warnings.append(f"--template-date {settings.template_date}: the chat template has no clock")
+    unread = [
+        n for n, _ in settings.template_variables if not re.search(rf"\b{re.escape(n)}\b", source)
+    ]
+    if unread:
+        warnings.append(
+            f"--chat-template-variables: the chat template has no variable {', '.join(unread)}"
+        )
     options = _options(tokenizer, settings, source, separator, day)
     facts = {
         "format": settings.conversation_format,

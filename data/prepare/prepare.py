@@ -14,7 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.documents.cache_build import FolderSink, MemorySink, feed
+from data.documents.cache_build import FolderSink, MemorySink, feed, is_report
 from data.documents.cache_folder import build_once
 from data.documents.documents import Documents, open_documents
 from data.documents.shard import Shard
@@ -228,7 +228,13 @@ class _Preparation:
             documents = self._in_memory()
         else:
             key = text_hash(json.dumps(made_of))
-            documents = open_documents(build_once(cache_dir, key, self._build))
+            folder = build_once(cache_dir, key, self._build)
+            documents = open_documents(folder)
+            if not is_report(documents.report):
+                raise DataError(
+                    f"{folder}: not a complete token cache (its report lacks something). Remove the folder "
+                    "and run again."
+                )
         # The cache is the same under any names of the files, so what names them is added here.
         report = documents.report | {
             "sources": self.source.names,

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from data.documents.documents import Documents
 from data.documents.mixture import DocumentSet, mix_documents, split_documents
 from data.errors import DataError
 from data.prepare.prepare import prepare_documents
+from data.rows.conversation import reserved_in
 from data.rows.converters import FormatOptions
 from data.sources.digest import file_digests
 from data.sources.files import resolve_files
@@ -71,17 +74,24 @@ def _files_flag(split: DataSplit) -> str:
 
 
 def parse_weighted(entries: Sequence[str]) -> list[tuple[str, float | None]]:
-    """Split ``PATH=WEIGHT`` entries; a path that exists as written is never split."""
+    """Split ``PATH=WEIGHT`` entries; a path that exists as written is never split.
+
+    Raises:
+        DataError: a weight is not positive.
+    """
     parsed: list[tuple[str, float | None]] = []
     for entry in entries:
-        path, equals, weight = entry.rpartition("=")
+        path, equals, word = entry.rpartition("=")
+        weight = None
         if equals and not Path(entry).exists():
-            try:
-                parsed.append((path, float(weight)))
-                continue
-            except ValueError:
-                pass  # an equals sign in a name, not a weight
-        parsed.append((entry, None))
+            with suppress(ValueError):  # an equals sign in a name, not a weight
+                weight = float(word)
+        if weight is None:
+            parsed.append((entry, None))
+        elif 0 < weight < math.inf:
+            parsed.append((path, weight))
+        else:
+            raise DataError(f"{entry}: a weight must be a number greater than 0 (PATH=WEIGHT).")
     return parsed
 
 
@@ -170,7 +180,7 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
         "separator": args.separator,
         "workers": args.data_workers,
         "max_rows": args.max_rows,
-        "template_variables": _variables(args.chat_template_variables),
+        "template_variables": parse_variables(args.chat_template_variables),
         "template_date": args.template_date,
         "trust_blocks": args.trust_generation_blocks,
     }
@@ -239,16 +249,30 @@ def _ratios(text: str) -> list[float]:
     return [*ratios, 0.0][:3]
 
 
-def _variables(text: str | None) -> tuple[tuple[str, Any], ...]:
+def parse_variables(text: str | None) -> tuple[tuple[str, Any], ...]:
+    """The template variables of ``--chat-template-variables``, by name.
+
+    Raises:
+        DataError: it is no JSON object, or names what only the renderer sets.
+    """
     if text is None:
         return ()
     try:
-        values = json.loads(text)
-    except ValueError as error:
+        values = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
         raise DataError(f"--chat-template-variables {text}: not valid JSON ({error}).") from error
     if not isinstance(values, dict):
         raise DataError(f"--chat-template-variables {text}: expected a JSON object.")
+    if taken := reserved_in(values):
+        raise DataError(
+            f"--chat-template-variables {text}: {', '.join(taken)} is set by the rendering itself. Leave "
+            "it out; special tokens stand in tokenizer_config.json."
+        )
     return tuple(values.items())
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
 
 
 def _seed(args: argparse.Namespace) -> int:

@@ -11,6 +11,21 @@ Message = dict[str, Any]
 # Where messages keep reasoning; rows use the first, a template may read another.
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
+# What the rendering sets, templates' functions among it: no variable may take its place.
+_RESERVED = frozenset(
+    (
+        *("messages", "tools", "documents", "add_generation_prompt"),
+        *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token"),
+        *("mask_token", "additional_special_tokens"),
+        *("raise_exception", "strftime_now", "range", "dict", "cycler", "joiner", "namespace"),
+    )
+)
+
+
+def reserved_in(variables: Mapping[str, Any]) -> list[str]:
+    """The names among template variables that only the rendering itself can set."""
+    return sorted(_RESERVED.intersection(variables))
+
 
 @dataclass
 class Conversation:

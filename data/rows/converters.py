@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import RowError
-from data.rows.conversation import Conversation
+from data.rows.conversation import Conversation, reserved_in
 from data.rows.messages import content_of, conversation_from_messages, role_of
 from data.rows.tool_calls import from_json
 
@@ -263,11 +263,12 @@ def template_variables(row: Row) -> Mapping[str, Any]:
         value = from_json(value, "bad template variables", "'chat_template_kwargs'")
     if not value:
         return {}
-    reserved = ("messages", "tools", "documents", "add_generation_prompt")
-    if not isinstance(value, Mapping) or any(name in value for name in reserved):
+    if not isinstance(value, Mapping):
+        raise RowError("bad template variables", "'chat_template_kwargs' is no object")
+    if taken := reserved_in({name: item for name, item in value.items() if item is not None}):
         raise RowError(
             "bad template variables",
-            f"'chat_template_kwargs' is no object, or one with {', '.join(reserved)}",
+            f"'chat_template_kwargs' has {', '.join(taken)}, set by the rendering itself",
         )
     return {name: item for name, item in value.items() if item is not None}
 
@@ -293,12 +294,10 @@ def _system(row: Row, options: FormatOptions) -> Any:
 
 
 def _first(row: Row, columns: Sequence[str]) -> str:
-    found = next((name for name in columns if row.get(name) is not None), None)
-    if found is None:
-        raise RowError(
-            "missing column", f"none of {', '.join(columns)} in columns {columns_of(row)}"
-        )
-    return found
+    for name in columns:
+        if row.get(name) is not None:
+            return name
+    raise RowError("missing column", f"none of {', '.join(columns)} in columns {columns_of(row)}")
 
 
 def _missing(row: Row, column: str, flag: str) -> RowError:

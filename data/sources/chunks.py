@@ -7,15 +7,14 @@ import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data.errors import RowError
 
 Kind = Literal["lines", "rows", "arrow"]
 
 
-@dataclass(frozen=True)
-class RawRow:
+class RawRow(NamedTuple):
     """A row as it was read, or why it could not be.
 
     Attributes:

@@ -46,9 +46,10 @@ def file_digests(paths: Sequence[Path], memory_dir: Path | None) -> list[str]:
         try:
             stat = path.stat()
             identity = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-            known = memory.get(str(path.resolve()))
+            known: Any = memory.get(str(path.resolve()))
             # Versions that knew no ctime wrote, and read, the digest in this place.
-            if known and [*known[:3], *known[4:]] == [*identity, stat.st_ctime_ns]:
+            fits = isinstance(known, list) and len(known) == 5 and isinstance(known[3], str)
+            if fits and [*known[:3], *known[4:]] == [*identity, stat.st_ctime_ns]:
                 digests.append(known[3])
                 continue
             with path.open("rb") as file:
@@ -69,7 +70,7 @@ def _load(memory_dir: Path | None) -> dict[str, Any]:
         return {}
     try:
         memory = json.loads((memory_dir / _MEMORY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return memory if isinstance(memory, dict) else {}
 

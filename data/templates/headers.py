@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from os.path import commonprefix
 
 from data.errors import RowError
@@ -139,12 +140,15 @@ class TurnMarkup:
         if any(m.start() < start < m.end() for m in self.tokens.finditer(text, *window)):
             around = text[max(0, start - 30) : start + 30]
             raise RowError("header in answer", f"the turn would begin inside a token of {around!r}")
-        header = self.header("user") or ""
-        foreign = {*self.tokens.findall(header), *self.stops} - _THINK_TAGS
         before = text[start:said]
-        found = sorted(token for token in foreign if token in before)
+        found = sorted(token for token in self._foreign if token in before)
         if found:
             raise RowError("header in answer", f"{before[-90:]!r} before the answer holds {found}")
+
+    @cached_property
+    def _foreign(self) -> set[str]:
+        """Tokens that end messages, or open answers."""
+        return {*self.tokens.findall(self.header("user") or ""), *self.stops} - _THINK_TAGS
 
     def _core(self, header: str | None) -> str:
         found = [match.start() for match in self.tokens.finditer(header or "")]

@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data.errors import RowError
 from data.rows.conversation import REASONING_FIELDS, Message
@@ -28,8 +27,7 @@ MARKS = ANSWER_OPEN + ANSWER_CLOSE + OTHER_OPEN + OTHER_CLOSE + BLOCK_OPEN + BLO
 _THINK_TAG = re.compile(r"(</?think>)")
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of text that the assistant wrote, as it was marked.
 
     Attributes:
@@ -137,6 +135,8 @@ def has_marks(text: str) -> bool:
 
 def _wrap(text: str, opening: str, closing: str) -> str:
     inner = text.strip()
+    if len(inner) == len(text):
+        return opening + text + closing if text else text
     if not inner:
         return text
     begin = len(text) - len(text.lstrip())

@@ -14,8 +14,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
-from jinja2.runtime import LoopContext
-from jinja2.utils import Namespace
+from jinja2.runtime import Context, LoopContext
+from jinja2.utils import Namespace, missing
 
 from data.errors import DataError, RowError
 from data.rows.conversation import Message
@@ -79,10 +79,8 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if kind is dict:
             # Attributes come before items, but a message's keys are no attributes of dict.
             if attribute not in _DICT_ATTRIBUTES:
-                try:
-                    return obj[attribute]
-                except KeyError:
-                    return self.undefined(obj=obj, name=attribute)
+                value = obj.get(attribute, missing)
+                return self.undefined(obj=obj, name=attribute) if value is missing else value
         elif kind is str:
             if attribute in _STRING_METHODS:
                 return getattr(obj, attribute)
@@ -96,15 +94,23 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 return self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
 
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        """Call something in a template; the first arguments are environment, context, callee."""
-        callee = arguments[2]
-        if type(callee) is BuiltinMethodType and type(callee.__self__) is str:
-            # Jinja passes its scopes to everything, for functions that ask for a context.
-            keywords.pop("_loop_vars", None)
-            keywords.pop("_block_vars", None)
-            return callee(*arguments[3:], **keywords)
-        return jinja2.sandbox.ImmutableSandboxedEnvironment.call(*arguments, **keywords)
+    def call(
+        self,
+        context: Context,
+        callee: Any,
+        /,
+        *arguments: Any,
+        _loop_vars: Any = None,
+        _block_vars: Any = None,
+        **keywords: Any,
+    ) -> Any:
+        """Call something in a template; Jinja passes its scopes, for functions that ask for them."""
+        if callee is Namespace or (
+            type(callee) is BuiltinMethodType and type(callee.__self__) is str
+        ):
+            return callee(*arguments, **keywords)
+        scopes = {"_loop_vars": _loop_vars, "_block_vars": _block_vars}
+        return super().call(context, callee, *arguments, **scopes, **keywords)
 
 
 _CLOCK = "strftime_now"
@@ -199,8 +205,9 @@ class ChatTemplate:
         }
         try:
             # What Template.render does, without merging the same globals again for every row.
-            context = self._template.new_context(variables, shared=True)
-            return "".join(self._template.root_render_func(context))
+            template = self._template
+            context = Context(template.environment, variables, template.name, template.blocks)
+            return "".join(template.root_render_func(context))
         except jinja2.TemplateError as error:
             raise RowError("template refused", str(error)) from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
@@ -208,3 +215,5 @@ class ChatTemplate:
             raise RowError("template failed", detail) from error
         except RecursionError as error:
             raise RowError("template failed", "nested too deeply") from error
+        except MemoryError as error:
+            raise RowError("template failed", "it writes more than there is memory for") from error

@@ -22,10 +22,9 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
-from typing import Any
+from itertools import chain, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +36,10 @@ from data.tokenise.word_tokenizer import WordTokenizer
 
 # Bytes that occur in no valid UTF-8: a token with this spelling never joins to a text.
 _UNSPELLABLE = b"\xff"
+_NO_TOKENS = np.empty((0, 2), np.int32)
 
 
-@dataclass(frozen=True)
-class TokenizedText:
+class TokenizedText(NamedTuple):
     """The tokens of one text.
 
     Attributes:
@@ -69,6 +68,12 @@ class MaskedTokenizer:
         self._spelling = _Spelling(self.backend, added)
         self._words = WordTokenizer.of(self.backend)
         self.spells = self._spells()
+
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest id that stands for a token."""
+        known = self.backend.get_vocab(with_added_tokens=True).values()
+        return max(chain(known, self._added_ids), default=-1)
 
     def tokenize(
         self,
@@ -108,8 +113,7 @@ class MaskedTokenizer:
 
     def _spells(self) -> bool:
         """Whether it is worth trying: the tokens of a small text spell it out."""
-        text = "Is it 7?\n"
-        return b"".join(map(self._spelling.__getitem__, self._ids([text])[0])) == text.encode()
+        return self._tokens(["Is it 7?\n"])[0] is not None
 
     def _with_offsets(
         self,
@@ -178,43 +182,47 @@ class MaskedTokenizer:
         self, texts: Sequence[str], spans: Sequence[Sequence[Span]]
     ) -> list[TokenizedText | None]:
         """The texts whose tokens spell them out; None for those that need the library's offsets."""
-        ids = self._ids(texts)
-        self._spot_check(texts, ids)
-        every = list(chain.from_iterable(ids))
-        flat = np.array(every, np.int32)
-        spelled = list(map(self._spelling.__getitem__, every))
-        ends = list(accumulate(map(len, spelled)))
-        mask = np.zeros(len(every), np.uint8)
+        tokens = self._tokens(texts)
+        flat = np.concatenate([_NO_TOKENS, *(own for own in tokens if own is not None)])
+        ids, ends = flat[:, 0].copy(), memoryview(np.cumsum(flat[:, 1]))
+        mask = np.zeros(len(ids), np.uint8)
         results: list[TokenizedText | None] = []
         first = begins_at = 0  # token, and byte in the texts one after another
-        for text, own_ids, own in zip(texts, ids, spans, strict=True):
-            last = first + len(own_ids)
-            data = text.encode()
+        for text, found, own in zip(texts, tokens, spans, strict=True):
+            last = first if found is None else first + len(found)
+            ends_at = ends[last - 1] if last else 0
             result = None
-            if b"".join(spelled[first:last]) == data:
-                trained = _tokens_of(own, text, data, begins_at, ends, first, last)
+            if found is not None and ends_at - begins_at == len(text.encode()):
+                trained = _tokens_of(own, text, begins_at, ends, first, last)
                 if trained is not None:
                     for begin, end in trained:
                         mask[begin:end] = 1
-                    result = TokenizedText(flat[first:last], mask[first:last], 0)
+                    result = TokenizedText(ids[first:last], mask[first:last], 0)
             results.append(result)
-            first, begins_at = last, ends[last - 1] if last else 0
+            first, begins_at = last, ends_at
         return results
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
-        if self._words is None:
-            return self._encode(texts)
-        of_words = self._words.ids
-        ids = [of_words(text) if text.isascii() else None for text in texts]
-        others = iter(self._encode([t for t, own in zip(texts, ids, strict=True) if own is None]))
-        return [next(others) if own is None else own for own in ids]
+    def _tokens(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32] | None]:
+        """For each text the tokens that spell it, as of ``WordTokenizer``; None where they do not."""
+        tokens = [self._words.tokens(text) if self._words else None for text in texts]
+        self._spot_check(texts, tokens)
+        left = [number for number, own in enumerate(tokens) if own is None]
+        for number, ids in zip(left, self._encode([texts[n] for n in left]), strict=True):
+            spelled = [self._spelling[token] for token in ids]
+            if b"".join(spelled) == texts[number].encode():
+                tokens[number] = np.array([ids, [*map(len, spelled)]], np.int32).T
+        return tokens
 
-    def _spot_check(self, texts: Sequence[str], ids: Sequence[list[int]]) -> None:
+    def _spot_check(
+        self, texts: Sequence[str], tokens: Sequence[npt.NDArray[np.int32] | None]
+    ) -> None:
         """Compare one text of each batch with the library, whatever was checked at the start."""
-        if self._words is None or not texts:
+        by_words = [number for number, own in enumerate(tokens) if own is not None]
+        longest = max(by_words, key=lambda number: len(texts[number]), default=None)
+        if longest is None:
             return
-        longest = max(range(len(texts)), key=lambda number: len(texts[number]))
-        if self._encode([texts[longest]])[0] != ids[longest]:
+        found = tokens[longest]
+        if found is not None and self._encode([texts[longest]])[0] != found[:, 0].tolist():
             raise RuntimeError(
                 f"data.tokenise.word_tokenizer gives other ids than the tokenizer for {texts[longest]!r}"
             )
@@ -285,9 +293,8 @@ _BYTE_OF = _byte_alphabet()
 def _tokens_of(
     spans: Sequence[Span],
     text: str,
-    data: bytes,
     begins_at: int,
-    ends: list[int],
+    ends: Sequence[int] | memoryview,
     first: int,
     last: int,
 ) -> list[Span] | None:
@@ -296,13 +303,12 @@ def _tokens_of(
     Args:
         spans: Character spans in the text.
         text: The text.
-        data: The same in UTF-8.
         begins_at: Where its first byte stands among the bytes of all texts.
         ends: Where each token of all texts ends among these bytes.
         first: The text's first token.
         last: One past its last token.
     """
-    ascii_only = len(data) == len(text)
+    ascii_only = text.isascii()
     ranges: list[Span] = []
     for span in spans:
         tokens = []

@@ -185,4 +185,4 @@ def _without_last_stop(rendering: Rendering, conversation: Conversation) -> Rend
     if at < 0:
         raise RowError("bad prefix", "where the text of the last message ends cannot be told")
     end = max(at + len(said), last.reasoning_end or 0)
-    return replace(rendering, turns=[*turns, replace(last, end=end, stopped=False)])
+    return rendering._replace(turns=[*turns, last._replace(end=end, stopped=False)])

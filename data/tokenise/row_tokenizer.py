@@ -84,11 +84,12 @@ class RowTokenizer:
         lengths = np.array([len(document) for document in ids], np.int64)
         flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
         counts["max token id"] = int(flat.max()) if len(flat) else -1
-        counts["trained tokens"] = sum(int(np.count_nonzero(mask)) for mask in masks)
+        trained = np.concatenate(masks) if masks else np.empty(0, np.uint8)
+        counts["trained tokens"] = int(np.count_nonzero(trained))
         counts["tokens"] = len(flat)
         return Shard(
             input_ids=flat,
-            loss_mask=np.concatenate(masks) if masks else np.empty(0, np.uint8),
+            loss_mask=trained,
             lengths=lengths,
             provenance=np.array(provenance, np.int64).reshape(-1, 2),
             hashes=np.frombuffer(
@@ -152,9 +153,10 @@ class RowTokenizer:
             return
         tokenized = self._tokens(batch)
         for pending, tokens in zip(batch, tokenized, strict=True):
-            if pending.plain is not None:
-                tokens = plain_tokens(pending.plain, tokens, self.options)
             try:
+                if pending.plain is not None:
+                    tokens = plain_tokens(pending.plain, tokens, self.options)
+                    self._require_known(tokens.ids)
                 ids, mask, crossed, trimmed = self._document(pending, tokens)
             except RowError as error:
                 if error.reason in (OVERLONG, NOTHING_TO_TRAIN):
@@ -181,6 +183,18 @@ class RowTokenizer:
             for name in pending.conversation.unread:
                 counts[UNREAD + name] += 1
             yield pending, ids, mask
+
+    def _require_known(self, ids: npt.NDArray[np.int32]) -> None:
+        """Check ids that a row brought along.
+
+        Raises:
+            RowError: the tokenizer has no such token.
+        """
+        if len(ids) and ids.max() > self.tokenizer.largest_id:
+            raise RowError(
+                "bad token ids",
+                f"'input_ids' holds {ids.max()}, the tokenizer's largest id is {self.tokenizer.largest_id}",
+            )
 
     def _tokens(self, rows: Sequence[RowText]) -> list[TokenizedText]:
         return self.tokenizer.tokenize(
@@ -213,10 +227,10 @@ class RowTokenizer:
             if not trimmed:
                 raise RowError(OVERLONG, f"{length} tokens, --seq-length is {room}")
         ids, mask = tokens.ids, tokens.mask
-        if not mask.any():
+        if not np.count_nonzero(mask):
             raise RowError(NOTHING_TO_TRAIN, "no token of this row is trained")
         if separator is not None:
-            if (ids == separator).any():
+            if np.count_nonzero(ids == separator):
                 text = self.options.added[separator]
                 raise RowError("separator in text", f"the row holds the separator {text!r}")
             ids, mask = _with_last(ids, separator), _with_last(mask, 0)

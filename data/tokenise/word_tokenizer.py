@@ -17,9 +17,12 @@ from __future__ import annotations
 
 import json
 import re
-from itertools import chain, product
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Tokenizer, models
 
 # The expression inside ByteLevel: tokenizers 0.23, pre_tokenizers/byte_level.rs, from GPT-2.
@@ -40,7 +43,7 @@ _MOST_KEPT = 1 << 16  # words; some 15 MB
 
 
 class WordTokenizer:
-    """Gives the ids of ASCII texts.
+    """Gives the tokens of ASCII texts.
 
     Args:
         backend: The tokenizer; its model is asked for the ids of new words.
@@ -50,7 +53,7 @@ class WordTokenizer:
 
     def __init__(self, backend: Tokenizer, words: re.Pattern[str], added: dict[str, int]) -> None:
         self._find_words = words.findall
-        self._added = added
+        self._added = {text: _packed([number], [text]) for text, number in added.items()}
         longest_first = sorted(added, key=len, reverse=True)
         pattern = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self._split = re.compile(f"({pattern})").split
@@ -67,16 +70,26 @@ class WordTokenizer:
         words = WordTokenizer(backend, pattern, added)
         return words if words.agrees(backend) else None
 
-    def ids(self, text: str) -> list[int]:
-        """The ids of an ASCII text."""
-        memory, find_words, added = self._memory, self._find_words, self._added
-        ids: list[int] = []
-        for number, piece in enumerate(self._split(text)):
-            if number % 2:
-                ids.append(added[piece])
-            elif piece:
-                ids += chain.from_iterable(map(memory.__getitem__, find_words(piece)))
-        return ids
+    def tokens(self, text: str) -> npt.NDArray[np.int32] | None:
+        """The tokens of a text.
+
+        Returns:
+            int32 ``[tokens, 2]``: their ids, and how many of the text's bytes each stands for. Added
+            up, these are its length if nothing lies between its words. None for text that is the
+            library's: it is not ASCII, or the tokens of a word do not spell it.
+        """
+        if not text.isascii():
+            return None
+        tokens: list[bytes] = []
+        try:
+            for number, piece in enumerate(self._split(text)):
+                if number % 2:
+                    tokens.append(self._added[piece])
+                elif piece:
+                    tokens += map(self._memory.__getitem__, self._find_words(piece))
+        except KeyError:
+            return None
+        return np.frombuffer(b"".join(tokens), np.int32).reshape(-1, 2)
 
     def agrees(self, backend: Tokenizer, longest: int = 3) -> bool:
         """Whether it cuts all strings of up to ``longest`` characters of each kind the same way."""
@@ -88,23 +101,36 @@ class WordTokenizer:
         texts = [f"{token}{after}" for token in self._added for after in ("", " a", "\n", token)]
         texts = [text for text in texts if text.isascii()]
         expected = backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [self.ids(text) for text in texts] == [encoding.ids for encoding in expected]
+        found = [self.tokens(text) for text in texts]
+        return all(
+            tokens is not None and tokens[:, 0].tolist() == encoding.ids
+            for tokens, encoding in zip(found, expected, strict=True)
+        )
 
 
-class _Memory(dict[str, tuple[int, ...]]):
-    """The ids of words, asked of the model when a word is new."""
+class _Memory(dict[str, bytes]):
+    """The tokens of words, packed, asked of the model when a word is new."""
 
     def __init__(self, backend: Tokenizer) -> None:
         super().__init__()
         self._model = backend.model
 
-    def __missing__(self, word: str) -> tuple[int, ...]:
-        ids = tuple(token.id for token in self._model.tokenize(word.translate(_WRITTEN)))
+    def __missing__(self, word: str) -> bytes:
+        written = word.translate(_WRITTEN)
+        tokens = self._model.tokenize(written)
+        spelled = [token.value for token in tokens]
+        if "".join(spelled) != written:
+            raise KeyError(word)
+        packed = _packed([token.id for token in tokens], spelled)
         if len(word) <= _LONGEST_KEPT:
             if len(self) >= _MOST_KEPT:
                 self.clear()
-            self[word] = ids
-        return ids
+            self[word] = packed
+        return packed
+
+
+def _packed(ids: Sequence[int], spelled: Sequence[str]) -> bytes:
+    return np.array([ids, [len(text) for text in spelled]], np.int32).T.tobytes()
 
 
 # How byte-level vocabularies write the ASCII characters that are not printable, and the space.

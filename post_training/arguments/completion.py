@@ -312,6 +312,10 @@ def _complete_expert_flags(args: argparse.Namespace) -> None:
             raise SetupError(f"--moe-aux-loss-coeff {coefficient}: the model has no experts")
         args.moe_aux_loss_coeff = 0.0
         return
+    if args.moe_router_topk > args.num_experts:
+        raise SetupError(
+            f"--moe-router-topk {args.moe_router_topk}: the model has only {args.num_experts} experts"
+        )
     if args.moe_grouped_gemm and args.transformer_impl != "transformer_engine":
         raise SetupError("--moe-grouped-gemm needs --transformer-impl transformer_engine")
     kinds = args.moe_router_load_balancing_type

@@ -15,9 +15,7 @@ from post_training.arguments.defaults import sft_defaults
 from post_training.arguments.other_names import hint_for
 from post_training.arguments.ranges import Number, Text
 from post_training.errors import SetupError
-
-# In config.yaml: the names of the flags that nobody wrote.
-DERIVED = "derived_flags"
+from post_training.files import DERIVED
 
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
 _NOT_WRITTEN = frozenset(
@@ -69,6 +67,8 @@ def _converted(where: str, action: argparse.Action, value: Any) -> Any:
             return _one_value(where, action, str(value).replace(" ", ""))
         if action.nargs in (None, 0, "?"):
             raise SetupError(f"{where}: expects one value, found a list")
+        if not value and action.default != []:
+            raise SetupError(f"{where}: is an empty list; give a value, or leave the key out")
         return [_one_value(where, action, v) for v in value]
     if action.nargs == 0:
         raise SetupError(f"{where}: expects true or false, found {value!r}")
@@ -85,8 +85,8 @@ def flag_name(key: object) -> str:
     return str(key).lstrip("-").replace("-", "_")
 
 
-class _OnceEach(yaml.SafeLoader):
-    """Reads plain values, and no key of a mapping twice: YAML would take the last."""
+class _AsWritten(yaml.SafeLoader):
+    """Reads plain values as they look: no key twice, of which YAML would take the last; decimal numbers."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -101,6 +101,28 @@ class _OnceEach(yaml.SafeLoader):
             seen[name] = line
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """A number that is the one of the command line: YAML reads 010 as 8 and 1:30 as 90."""
+        whole = node.tag.endswith(":int")
+        number: int | float = (
+            self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        )
+        text = node.value.lower().replace(".inf", "inf").replace(".nan", "nan")
+        try:
+            alike = repr(type(number)(text)) == repr(number)
+        except ValueError:
+            alike = False
+        if not alike:
+            raise yaml.YAMLError(
+                f"{node.value} in line {node.start_mark.line + 1} is read as {number}: write a decimal "
+                "number, or quote it"
+            )
+        return number
+
+
+for _kind in ("int", "float"):
+    _AsWritten.add_constructor(f"tag:yaml.org,2002:{_kind}", _AsWritten.construct_number)
+
 
 def read_config_file(path: str | Path) -> Mapping[str, Any]:
     """The YAML mapping of flag names in a file; empty where it says nothing.
@@ -109,7 +131,7 @@ def read_config_file(path: str | Path) -> Mapping[str, Any]:
         SetupError: no such file, or not a mapping.
     """
     try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _OnceEach)
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), _AsWritten)
     except OSError as error:
         raise SetupError(f"--config {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # no such date; too deep

@@ -1,8 +1,8 @@
 """What flags of other training programs are called here, for the message about a flag that there is not.
 
 The names are those of `TrainingArguments` of transformers 5, `SFTConfig` and `ScriptArguments` of TRL,
-LLaMA-Factory's `hparams` and axolotl's configuration. An answer that begins with `--` is the flag to use;
-another is a sentence.
+LLaMA-Factory's `hparams`, axolotl's configuration, and ModelOpt's parser in Megatron-LM.
+An answer that begins with `--` is the flag to use; another is a sentence.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from collections.abc import Iterable
 _NUMBER = "--micro-batch-size, for each data parallel process"
 _ALL = "--global-batch-size, the packs of a whole step"
 _FILES = "--finetune-data-files"
+
+_LAYERS = "--transformer-impl; a checkpoint is read by either implementation"
+_FAMILY = "what an architecture computes follows from --hf-model; leave it out"
+_QUANTISED = "models are not quantised here; a checkpoint of a converted model goes on as it is"
 
 # By name without dashes in front, with underscores.
 OTHER_NAMES: dict[str, str] = {
@@ -128,6 +132,23 @@ OTHER_NAMES: dict[str, str] = {
     "expert_parallel_size": "--expert-model-parallel-size",
     "ep_size": "--expert-model-parallel-size",
     "ddp_timeout": "--distributed-timeout-minutes",
+    # ModelOpt's flags in Megatron-LM.
+    "export_model_type": "the model follows from --hf-model; leave it out",
+    "export_te_mcore_model": _LAYERS,
+    "export_default_te_spec": _LAYERS,
+    "export_force_local_attention": "--transformer-impl local",
+    "export_legacy_megatron": "checkpoints are Megatron's torch_dist; scripts/export_hf.py writes others",
+    "export_qk_l2_norm": _FAMILY,
+    "export_moe_apply_probs_on_input": _FAMILY,
+    "enable_gpt_oss": _FAMILY,
+    "export_quant_cfg": _QUANTISED,
+    "export_real_quant_cfg": _QUANTISED,
+    "export_kv_cache_quant": _QUANTISED,
+    "export_kd_finalize": "a student's checkpoint is the student's alone; scripts/export_hf.py exports it",
+    "eagle_config": "the draft's sizes are its base's; --draft-vocab-size, --aux-layers, --draft-ttt-steps",
+    "draft_vocab_cache": "--draft-vocab-size chooses from the training data",
+    "ttt_length": "--draft-ttt-steps",
+    "ttt_steps": "--draft-ttt-steps",
 }
 
 

@@ -172,7 +172,7 @@ def parse_arguments(
             hf_config = load_hf_config(name, trust_remote_code=trust)
             try:
                 architecture.update(megatron_flags(hf_config))
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+            except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise SetupError(
                     f"--hf-model {name}: config.json cannot be used ({error})"
                 ) from error

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 NEVER = 2**31 - 1
 """The largest step, and so an interval that never comes."""
@@ -102,6 +103,8 @@ class Other:
         try:
             return self.kind(given)
         except Exception as error:
+            if isinstance(error, argparse.ArgumentTypeError):
+                raise  # it says what is expected
             raise argparse.ArgumentTypeError(f"{given!r} is not valid ({error!r})") from error
 
 
@@ -226,16 +229,55 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(0, 100), "flash_attention_version empty_unused_memory_level timing_log_level"),
 )
 RANGES: dict[str, Number] = {name: number for number, names in _TABLE for name in names.split()}
+# Flags of the tools under scripts/, which Megatron's parser has not.
+TOOL_RANGES: dict[str, Number] = {
+    "rows": _integer(0),
+    "iteration": _integer(1),
+    "max_new_tokens": _integer(1),
+    "temperature": _real(0, 1000, hint="0: the most probable token"),
+    "top_p": _real(0, 1, above=True),
+    "top_k": _integer(0, hint="0: all tokens"),
+}
 
 
-def apply_ranges(parser: argparse.ArgumentParser) -> None:
-    """Let the parser read each flag of the table by its range, and take no empty word for any flag."""
+# Of what is sampled: no training, whose seed grows with each pipeline stage.
+SEED = _integer(0, 2**63 - 1)
+
+
+def apply_ranges(parser: argparse.ArgumentParser, **own: Number) -> None:
+    """Let the parser read each flag of the tables by its range, and take no empty word for any flag.
+
+    Args:
+        parser: all of its flags are there.
+        own: ranges that hold for this parser alone, by destination name.
+    """
+    ranges = RANGES | TOOL_RANGES | own
     for action in parser._actions:
         if action.nargs == 0:
             continue
-        if action.type in (int, float) and action.dest in RANGES:
-            action.type = RANGES[action.dest]
+        if action.type in (int, float) and action.dest in ranges:
+            action.type = ranges[action.dest]
         elif action.type in (None, str):
             action.type = Text(action.default == "")
         elif callable(action.type) and action.type not in (int, float):
             action.type = Other(action.type)
+
+
+def read_options(
+    parser: argparse.ArgumentParser, words: Sequence[str] | None = None, **own: Number
+) -> argparse.Namespace:
+    """The command line of a tool: numbers in their ranges, and what is wrong told in one line, status 2.
+
+    Args:
+        parser: all of its flags are there.
+        words: without the program's name; `sys.argv[1:]` by default.
+        own: as for `apply_ranges`.
+    """
+
+    def error(message: str) -> NoReturn:
+        print(f"error: {message.removeprefix('argument ')}", file=sys.stderr)
+        raise SystemExit(2)
+
+    apply_ranges(parser, **own)
+    setattr(parser, "error", error)  # noqa: B010
+    return parser.parse_args(words)

@@ -63,6 +63,13 @@ PART_OF = {
     "wandb_exp_name": "wandb_project",
     "wandb_save_dir": "wandb_project",
 }
+# Flags of one optimizer, which another passes over.
+OF_OPTIMIZER = {
+    "adam_beta1": "adam",
+    "adam_beta2": "adam",
+    "adam_eps": "adam",
+    "sgd_momentum": "sgd",
+}
 
 # Why, and single flags, which win over their group.
 _REASONS: dict[str, str] = {
@@ -144,6 +151,7 @@ _REASONS: dict[str, str] = {
         "inference_moe_disable_fused_quant_kernels inference_moe_token_dispatcher_type "
         "nccl_all_reduce_for_prefill moe_pad_experts_for_cuda_graph_inference mlp_chunks_for_prefill"
     ),
+    "use --ckpt-format": "dist_ckpt_format_deprecated",
     "the loss is computed in fp32": "fp16_lm_cross_entropy",
     "its tokens go to experts that the router did not choose": (
         "moe_router_force_load_balancing moe_router_force_biased"
@@ -272,6 +280,11 @@ class MegatronFlags:
             if getattr(args, key) not in values:
                 raise SetupError(
                     f"{self.written(key, args)} is not supported: only {' and '.join(values)} are"
+                )
+        for key, optimizer in OF_OPTIMIZER.items():
+            if self._given(key, args, expected) and args.optimizer != optimizer:
+                raise SetupError(
+                    f"{self.written(key, args)} does nothing without --optimizer {optimizer}; leave it out"
                 )
         for key in NEEDS_CUDA if device_type() != "cuda" else ():
             if self._given(key, args, expected) and getattr(args, key) != "none":

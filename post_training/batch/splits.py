@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from data import Documents, DocumentSet, SFTDataset
 from data.documents.provenance import source_names, source_of
+from data.errors import DataError
+from data.features.dataset import OfflineDataset, open_features
+from data.features.reader import Features, require_made_by
 from data.prepare.splits import (
     DataSplit,
     parse_weighted,
@@ -71,35 +76,72 @@ def sources_of(args: argparse.Namespace, split: str, documents: SplitDocuments) 
 
 
 def plan_split(
-    args: argparse.Namespace, split: DataSplit, documents: SplitDocuments, tokenizer: Any
+    args: argparse.Namespace,
+    split: DataSplit,
+    documents: SplitDocuments | Features,
+    tokenizer: Any,
+    names: Sequence[str] = (),
 ) -> Split:
     """Put documents into packs.
+
+    Args:
+        args: resolved arguments.
+        split: its name.
+        documents: of the split, or its stored features.
+        tokenizer: the run's.
+        names: the features that packs carry.
 
     Raises:
         DataError: there are none, or one does not fit into a pack.
     """
+    made: Any
+    if isinstance(documents, SplitDocuments):
+        made = functools.partial(SFTDataset, hf_dataset=documents)
+    else:
+        made = functools.partial(OfflineDataset, documents, names=names)
+    sizes = {"tokenizer": tokenizer, "seq_length": args.seq_length, "packing": args.packing}
+    packs: SFTDataset
     if split == "train":
-        packs = SFTDataset(
+        packs = made(
             None if args.num_epochs else 0,
-            documents,
-            tokenizer,
-            args.seq_length,
+            **sizes,
             seed=args.seed,
-            packing=args.packing,
             epochs=args.num_epochs,
             global_batch_size=args.global_batch_size,
         )
     else:
-        packs = SFTDataset(
-            None, documents, tokenizer, args.seq_length, packing=args.packing, shuffle=False
-        )
+        packs = made(None, **sizes, shuffle=False)
         batch = args.eval_global_batch_size or args.global_batch_size
         packs = packs.shard(num_packed_samples=-(-len(packs) // batch) * batch)
+    if not isinstance(documents, SplitDocuments):
+        return Split(packs, Sources([], None))
     return Split(packs, sources_of(args, split, documents))
 
 
-def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Split]]:
+def stored_split(args: argparse.Namespace, split: DataSplit) -> Features | None:
+    """The stored features of a split; None where the folder has none of it.
+
+    Raises:
+        DataError: there is no such folder, or what is stored is not complete.
+    """
+    folder = Path(args.offline_distillation_data)
+    if not folder.is_dir():
+        raise DataError(f"--offline-distillation-data {folder}: there is no such folder")
+    return open_features(folder / split) if (folder / split).is_dir() else None
+
+
+def prepare_data(
+    args: argparse.Namespace,
+    *,
+    names: Sequence[str] = (),
+    wanted: Callable[[Any], Mapping[str, Any]] = lambda tokenizer: {},
+) -> tuple[Any, dict[str, Split]]:
     """Tokenise, mask and plan every split, before any process group exists.
+
+    Args:
+        args: resolved arguments.
+        names: of `--offline-distillation-data` the features that packs carry.
+        wanted: what these must have been made by, given the tokenizer.
 
     Returns:
         The tokenizer, and the splits by name; one without data is left out.
@@ -109,7 +151,12 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Split]]:
     for split in SPLITS:
         if split == "train" and args.skip_train:
             continue
-        documents = prepare_documents_from_args(args, split, tokenizer)
+        features = None
+        if args.offline_distillation_data is None:
+            documents = prepare_documents_from_args(args, split, tokenizer)
+        else:
+            features = stored_split(args, split)
+            documents = features.documents if features is not None else None
         if documents is None:
             continue
         if args.vocab_size is not None and documents.max_token_id >= args.vocab_size:
@@ -117,14 +164,23 @@ def prepare_data(args: argparse.Namespace) -> tuple[Any, dict[str, Split]]:
                 f"the {split} data holds token id {documents.max_token_id}, the model's vocabulary has "
                 f"{args.vocab_size} entries: --hf-tokenizer and --hf-model do not fit together"
             )
-        splits[split] = plan_split(args, split, documents, tokenizer)
+        if features is not None:
+            require_made_by(features, wanted(tokenizer))
+        splits[split] = plan_split(
+            args, split, documents if features is None else features, tokenizer, names
+        )
     if args.skip_train and not splits:
         raise SetupError(
             "--eval-only: there is nothing to evaluate on; give --valid-data-files or "
             "--test-data-files (or --split-ratio with the training data)"
         )
     if "train" not in splits and not args.skip_train:
-        raise SetupError("no training data: give --finetune-data-files or --finetune-hf-dataset")
+        where = args.offline_distillation_data
+        raise SetupError(
+            f"--offline-distillation-data {where}: holds no folder train"
+            if where
+            else "no training data: give --finetune-data-files or --finetune-hf-dataset"
+        )
     return tokenizer, splits
 
 

@@ -6,14 +6,13 @@ import argparse
 import json
 from typing import Any
 
-import yaml
-
 from post_training.arguments.architecture import ARCHITECTURE
 from post_training.arguments.distillation import draft_of
 from post_training.checkpoint.optimizer_form import check_optimizer, optimizer_form
 from post_training.checkpoint.store import Checkpoint
 from post_training.checkpoint.torch_dcp import check_format
 from post_training.errors import SetupError
+from post_training.files import config_of_run
 from post_training.hf.config import sliding_window
 from post_training.hf.rotary import rope_parameters
 
@@ -67,10 +66,7 @@ def _origin_of(checkpoint: Checkpoint) -> dict[str, Any]:
     if "origin" in manifest:
         written: dict[str, Any] = manifest["origin"]
         return written
-    config_file = checkpoint.path.parent.parent / "config.yaml"
-    if not config_file.is_file():
-        return {}
-    config: dict[str, Any] = yaml.safe_load(config_file.read_text()) or {}
+    config = config_of_run(checkpoint.path.parent.parent)
     return config | {"architecture": {k: config[k] for k in ARCHITECTURE if k in config}}
 
 

@@ -16,7 +16,7 @@ from data.prepare.splits import cache_dir
 from post_training.arguments.schedule import check_learning_rate
 from post_training.batch.splits import Split
 from post_training.checkpoint.origin import origin
-from post_training.checkpoint.store import Checkpoint
+from post_training.checkpoint.store import MANIFEST, Checkpoint
 from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder
 from post_training.platform.checkpoints.random_states import layout_of
@@ -24,6 +24,9 @@ from post_training.platform.checkpoints.random_states import layout_of
 # What a position in the data, a number of packs, depends on besides the documents, which come last: their
 # packs depend on these.
 PLAN_KEYS = ("seq_length", "seed", "packing", "global_batch_size")
+# Without these a manifest does not say where in which data it was saved.
+_PLACE = {"base_weights", "consumed_samples", "data"}
+_PLACE_IN_DATA = {"global_batch_size", "begins_at", "epoch", "pack", "filler"}
 # Of what documents are made of, what is no hash.
 _SHOWN = ("path", "libraries", DAY)
 
@@ -82,6 +85,11 @@ class PlannedData:
             return 0
         path, manifest = checkpoint.path, checkpoint.manifest
         assert manifest is not None  # else `choose_checkpoint` has refused it
+        if not (manifest.keys() >= _PLACE and manifest["data"].keys() >= _PLACE_IN_DATA):
+            raise SetupError(
+                f"{path}: its {MANIFEST} does not say where in which data it was saved: start from its "
+                f"weights with --load and --finetune in another --output-dir"
+            )
         own = path.parent == Path(args.save)
         if own and manifest["base_weights"] != self._base_weights:
             raise SetupError(

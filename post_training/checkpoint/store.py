@@ -77,10 +77,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any] | None:
     """What was written down when the checkpoint was complete, or None when there is nothing readable."""
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         return None
+    if any(not isinstance(manifest.get(key, {}), dict) for key in ("data", "origin")):
+        return None  # of something else
     sums = manifest.get(
         "crc32", manifest["files"]
     )  # older versions wrote none, and no sum of its own
@@ -340,7 +342,7 @@ def chosen_checkpoint(
         if wrong is not None:
             raise SetupError(
                 f"{folder}: holds no complete checkpoint of iteration {iteration}: {wrong}; leave "
-                f"the iteration out to take the newest one"
+                f"--ckpt-step (of the tools: --iteration) out to take the newest one"
             )
         return Checkpoint.at(path), None
     checkpoint, complaint = find_checkpoint(folder)

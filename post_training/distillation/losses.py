@@ -104,17 +104,20 @@ def top_tokens(logits: Tensor, k: int, group: ProcessGroup, temperature: float =
         group: the tensor parallel group.
         temperature: logits are divided by it.
     """
+    if not len(logits):  # collectives of nothing are not defined everywhere
+        nothing = logits.new_empty(0, k, dtype=torch.float32)
+        return TopTokens(nothing.long(), nothing, nothing[:, :1])
     found = log_softmax_over_ranks(_cooled(logits, temperature), group)
     rows = found.shape[-1]
     values, ids = found.topk(min(k, rows), dim=-1)
     ids += group.rank() * rows
     if group.size() > 1:
-        every = [torch.empty_like(values) for _ in range(group.size())]
-        torch.distributed.all_gather(every, values, group=group)
-        names = [torch.empty_like(ids) for _ in range(group.size())]
-        torch.distributed.all_gather(names, ids, group=group)
-        values, which = torch.cat(every, dim=-1).topk(k, dim=-1)
-        ids = torch.cat(names, dim=-1).gather(-1, which)
+        both = torch.stack([values.double(), ids.double()])  # float64 holds every token exactly
+        every = [torch.empty_like(both) for _ in range(group.size())]
+        torch.distributed.all_gather(every, both, group=group)
+        candidates, names = torch.cat(every, dim=-1).unbind(0)
+        values, best = candidates.float().topk(k, dim=-1)
+        ids = names.gather(-1, best).long()
     return TopTokens(ids, values, _log_sum_exp(_without(found, ids, group), group))
 
 

@@ -32,7 +32,7 @@ def export_draft(
         model: the whole unwrapped model in evaluation mode, with its draft.
         config: the HuggingFace configuration of its base.
         tokenizer: the HuggingFace tokenizer.
-        folder: where to write; replaced if it is an earlier export.
+        folder: where to write; what is there is replaced (`check_export`).
         dtype: of the weights; the model's own where it is None.
 
     Returns:
@@ -40,11 +40,9 @@ def export_draft(
         largest logit, over all steps.
 
     Raises:
-        SetupError: `folder` holds something else, or the two do not agree.
+        SetupError: the two do not agree.
     """
     target = Path(folder)
-    if target.exists() and not (target / WEIGHTS).is_file() and any(target.iterdir()):
-        raise SetupError(f"--to {target}: exists and is no draft")
     module, layers = model.eagle_module, model.draft.settings.aux_layers
     offsets = getattr(module, "d2t", None)
     shape = DraftShape.of(config, None if offsets is None else len(offsets))

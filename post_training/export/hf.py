@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -55,7 +57,7 @@ def export_hf(
             up: the list is emptied, so that only one model in fp32 lies in memory at a time.
         config: the HuggingFace configuration the model was made from.
         tokenizer: the HuggingFace tokenizer.
-        folder: where to write; replaced if it is an earlier export.
+        folder: where to write; replaced if it is there (`check_export`).
         hf_model: folder or name of which the files that training does not change are copied.
         hf_tokenizer: the same for the files of the tokenizer, where they are another's.
         dtype: of the weights; the model's own where it is None.
@@ -76,9 +78,7 @@ def export_hf(
         raise SetupError(
             "the run was made from Megatron flags: there is no HuggingFace configuration"
         )
-    target = Path(folder)
-    if target.exists() and not (target / "config.json").is_file() and any(target.iterdir()):
-        raise SetupError(f"--to {target}: exists and is no HuggingFace folder")
+    target = Path(folder).absolute()  # of "." the name is needed
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -118,6 +118,17 @@ def export_hf(
         shutil.rmtree(target)
     partial.rename(target)
     return difference
+
+
+def shard_size(given: str) -> str:
+    """A size of files as huggingface_hub reads it, such as 5GB.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if re.fullmatch(r"[1-9]\d{0,5}(KB|MB|GB|TB)", given.upper()) is None:
+        raise argparse.ArgumentTypeError(f"expects a size such as 5GB or 500MB, found {given!r}")
+    return given.upper()
 
 
 @torch.no_grad()

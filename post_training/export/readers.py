@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from post_training.files import json_object
 from post_training.hf.tokenizer import FILE, first_difference
 
 # Classes that transformers 4.x does not have.
@@ -17,7 +17,7 @@ def complaints(folder: Path) -> list[str]:
     """What readers trip over: other ids by `AutoTokenizer`, and what transformers 4.x cannot read."""
     found = []
     config = folder / "tokenizer_config.json"
-    said = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    said = json_object(config) if config.is_file() else {}
     if said.get("tokenizer_class") in _NEWER or isinstance(said.get("extra_special_tokens"), list):
         found.append(
             "the base's tokenizer_config.json was written by transformers 5, and is copied as it is; "

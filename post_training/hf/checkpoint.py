@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from post_training.errors import SetupError
+from post_training.files import json_object
 
 
 class HFCheckpoint:
@@ -28,16 +28,23 @@ class HFCheckpoint:
         self._stack = ExitStack()
         try:
             self._index()
-        except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        except SetupError:
+            self._stack.close()
+            raise
+        except SafetensorError as error:
             self._stack.close()
             raise SetupError(f"--hf-model {folder}: weight files are damaged ({error})") from error
 
     def _index(self) -> None:
         index = self.folder / "model.safetensors.index.json"
         single = self.folder / "model.safetensors"
-        places: dict[str, str] = {}
+        places: Any = {}
         if index.is_file():
-            places = json.loads(index.read_text())["weight_map"]
+            places = json_object(index).get("weight_map")
+            if not isinstance(places, dict) or not all(
+                isinstance(file, str) for file in places.values()
+            ):
+                raise SetupError(f"{index}: weight_map is no mapping of tensors to files")
         files = set(places.values())
         if not files and single.is_file():
             files = {single.name}

@@ -7,6 +7,7 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from post_training.errors import SetupError
+from post_training.hf.config_values import check_spellings, check_values
 from post_training.hf.families import FAMILIES, OPTIONS, family_of, head_dim
 from post_training.hf.rotary import check_rotary, rope_parameters
 
@@ -24,6 +25,7 @@ def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
 
     try:
         config = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        written, _ = config.get_config_dict(name_or_path)
     except Exception as error:
         # A validation error has its reason in the lines below.
         detail = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
@@ -35,6 +37,7 @@ def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
             reason = f"is neither a folder here nor a model that the hub gives ({detail})"
         raise SetupError(f"--hf-model {name_or_path}: {reason}") from error
     check_architecture(config, name_or_path)
+    check_spellings(written, name_or_path)
     return config
 
 
@@ -44,11 +47,20 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
     Raises:
         SetupError: with the list of architectures that can be loaded, or the option that cannot.
     """
-    found = (getattr(config, "architectures", None) or ["(none named)"])[0]
-    if found not in FAMILIES:
+    named = getattr(config, "architectures", None) or ["(none named)"]
+    found = named[0] if isinstance(named, list) else named
+    if not isinstance(found, str) or found not in FAMILIES:
         raise SetupError(
             f"--hf-model {name}: architecture {found} cannot be loaded; "
             f"these can: {', '.join(FAMILIES)}"
+        )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, found)
+    if by_type not in FAMILIES:
+        raise SetupError(
+            f"--hf-model {name}: config.json has the model_type {config.model_type} of a {by_type} beside "
+            f"the architecture {found}; which of them the weights are is not known"
         )
     for key in ("quantization_config", "compression_config"):
         if quantisation := getattr(config, key, None):
@@ -57,6 +69,7 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
                 f"--hf-model {name}: config.json has {key} ({method}): quantised weights cannot be "
                 f"trained; give the model's bf16 weights, with a config.json that says nothing of it"
             )
+    check_values(config, name)
     for key, values in {**OPTIONS, **FAMILIES[found].options}.items():
         value = getattr(config, key, values[0])
         if value not in values:

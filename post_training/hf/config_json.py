@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from post_training.errors import SetupError
+from post_training.files import json_object
 from post_training.hf.rotary import rope_parameters
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def write_model_config(config: PretrainedConfig, folder: Path, base: Path | None
     written = json.loads(config.to_json_string())
     written |= older_spelling(config, written)
     if base is not None and (base / "config.json").is_file():
-        before = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        before = json_object(base / "config.json")
         written = {key: value for key, value in before.items() if key not in written} | written
     check_older_reader(config, written)
     text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False)

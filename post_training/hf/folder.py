@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from post_training.errors import SetupError
+from post_training.files import json_object
 
 # In the order in which they are looked for.
 TOKENIZER_FILES = (
@@ -72,6 +73,27 @@ def _local(name_or_path: str, patterns: list[str]) -> Path:
     return Path(snapshot_download(name_or_path, allow_patterns=patterns))
 
 
+def check_export(target: Path, run: Path, name: str = "hf") -> None:
+    """Refuse to write over a folder that is not a run's own export: a base lies in such a folder too.
+
+    Args:
+        target: where a model is to be exported to.
+        run: the output folder of the run.
+        name: of its own export there.
+
+    Raises:
+        SetupError: there is something else.
+    """
+    place = target.absolute()
+    own = place.parent.resolve() / place.name == run.resolve() / name
+    free = not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir()))
+    if not free and not (own and not target.is_symlink() and (target / "config.json").is_file()):
+        raise SetupError(
+            f"--to {target}: is there already, and is not this run's earlier export in {run / name}; give "
+            f"another folder, or remove it"
+        )
+
+
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> list[Path]:
     """Copy what a folder has of some files, byte for byte; what only the target has of them is removed.
 
@@ -102,7 +124,7 @@ def write_template(folder: Path, template: str) -> None:
     (folder / TEMPLATE).write_text(template, encoding="utf-8")
     for file in ("tokenizer_config.json", "chat_template.json"):
         if (folder / file).is_file():
-            content: dict[str, Any] = json.loads((folder / file).read_text(encoding="utf-8"))
+            content = json_object(folder / file)
             content["chat_template"] = template
             text = json.dumps(content, ensure_ascii=False, indent=2)
             (folder / file).write_text(text + "\n", encoding="utf-8")

@@ -141,5 +141,6 @@ def check_rotary(config: PretrainedConfig, name: str) -> None:
         raise SetupError(
             f"--hf-model {name}: rope type {rope_type} cannot be computed ({reason})"
         ) from error
-    if not bool(torch.isfinite(scaling.inv_freq).all()):
+    both = (scaling.inv_freq, scaling.long_inv_freq)
+    if not all(bool(torch.isfinite(part).all()) for part in both if part is not None):
         raise SetupError(f"--hf-model {name}: rope type {rope_type} gives frequencies not finite")

@@ -9,7 +9,6 @@ tokenizer.json it is read as it is, and what came of it is compared with what `t
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from post_training.errors import SetupError
+from post_training.files import json_object
 from post_training.hf.folder import TOKENIZER_FILES, local_tokenizer_folder
 
 FILE = "tokenizer.json"
@@ -73,8 +73,14 @@ def open_tokenizer(name: str, flag: str, *, trust_remote_code: bool = False) -> 
     try:
         folder = local_tokenizer_folder(name)
         if not (folder / FILE).is_file():
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            _check_vocabulary(tokenizer, f"{flag} {name}")
+            return tokenizer
         tokenizer = _of_file(folder)
+        tokenizer.name_or_path = name
+        own = Tokenizer.from_file(str(folder / FILE))
+        _check_added(tokenizer, own, folder, f"{flag} {name}")
+        text = first_difference(tokenizer, own)
     except SetupError:
         raise
     except Exception as error:  # `tokenizers` raises no narrower one
@@ -83,10 +89,6 @@ def open_tokenizer(name: str, flag: str, *, trust_remote_code: bool = False) -> 
         )
         detail = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
         raise SetupError(f"{flag} {name}: {found} ({detail})") from error
-    tokenizer.name_or_path = name
-    own = Tokenizer.from_file(str(folder / FILE))
-    _check_added(tokenizer, own, folder, f"{flag} {name}")
-    text = first_difference(tokenizer, own)
     if text is not None:
         raise SetupError(
             f"{flag} {name}: transformers and the folder's {FILE} give other ids for {text!r}; which of "
@@ -135,12 +137,25 @@ def _of_file(folder: Path) -> Any:
     return tokenizer
 
 
+def _check_vocabulary(tokenizer: Any, where: str) -> None:
+    """Check that a tokenizer knows words: without its files transformers 5 makes one that drops them all.
+
+    Raises:
+        SetupError: it does not.
+    """
+    if tokenizer.get_vocab().keys() <= {str(t) for t in tokenizer.added_tokens_decoder.values()}:
+        raise SetupError(
+            f"{where}: holds no {FILE}, nor another vocabulary of {type(tokenizer).__name__}: copy the "
+            f"whole folder"
+        )
+
+
 def _configuration(folder: Path) -> dict[str, Any]:
     """What the folder says of its tokenizer."""
     found: dict[str, Any] = {}
     for file in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / file).is_file():
-            found |= json.loads((folder / file).read_text(encoding="utf-8"))
+            found |= json_object(folder / file)
     return found
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from post_training.arguments.architecture import ARCHITECTURE
-from post_training.arguments.config_file import DERIVED
 from post_training.arguments.parser import parse_arguments
 from post_training.errors import SetupError
+from post_training.files import DERIVED
 from post_training.hf.config import load_hf_config, sliding_window
 from post_training.job.output import MODEL_FOLDER
 from post_training.machine.kernels import has_transformer_engine
@@ -37,6 +37,8 @@ FOR_INFERENCE = frozenset(
         *("fp16", "bf16", "moe_router_dtype"),
         *("hf_model", "hf_tokenizer", "trust_remote_code"),
         *("draft", "aux_layers", "draft_vocab_size", "draft_ttt_steps", "export_offline_model"),
+        # How prompts are written.
+        *("chat_template_variables", "template_date"),
     }
 )
 _PRECISIONS: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}

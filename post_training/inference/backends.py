@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from post_training.errors import SetupError
+from post_training.files import json_object
 from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.generate import Sampling, generate, stop_tokens
 from post_training.inference.load import LoadedModel, ModelConfig, load_model
+from post_training.inference.prompts import Prompts, open_prompts
 from post_training.inference.quiet import quiet_libraries
 
 BACKENDS = ("megatron", "transformers")
@@ -25,6 +28,7 @@ class Backend(Protocol):
     tokenizer: Any
     source: str
     sampling: Sampling
+    prompts: Prompts
 
     def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """New token ids of each prompt, without the stop token.
@@ -53,6 +57,16 @@ def answering_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--top-k", type=int, default=defaults.top_k)
     parser.add_argument("--seed", type=int, default=defaults.seed)
+    parser.add_argument(
+        "--chat-template-variables",
+        metavar="JSON",
+        help="template variables, as finetune.py takes them (default: those of the run)",
+    )
+    parser.add_argument(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        help="what a template's clock says (default: what the run's said, else today)",
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="prompts computed at once")
     return parser
 
@@ -97,7 +111,9 @@ def open_backend(options: argparse.Namespace, model_config: ModelConfig) -> Back
         options.seed,
     )
     if options.backend == "transformers":
-        return TransformersBackend.load(options.hf_model, sampling, options.batch_size)
+        plain = TransformersBackend.load(options.hf_model, sampling, options.batch_size)
+        plain.prompts = open_prompts(options, plain.tokenizer, None)
+        return plain
     with quiet_libraries():
         loaded = load_model(
             model_config,
@@ -105,7 +121,8 @@ def open_backend(options: argparse.Namespace, model_config: ModelConfig) -> Back
             hf_model=options.hf_model,
             iteration=options.iteration,
         )
-    return MegatronBackend(loaded, sampling, options.batch_size)
+    prompts = open_prompts(options, loaded.tokenizer, loaded.args)
+    return MegatronBackend(loaded, sampling, options.batch_size, prompts)
 
 
 @dataclass
@@ -115,6 +132,7 @@ class MegatronBackend:
     loaded: LoadedModel
     sampling: Sampling
     batch_size: int
+    prompts: Prompts
 
     def __post_init__(self) -> None:
         self.tokenizer = self.loaded.tokenizer
@@ -129,7 +147,7 @@ class MegatronBackend:
         folder = local_model_folder(self.loaded.args.hf_model)
         if not (folder / "generation_config.json").is_file():
             return None
-        return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_dict(json_object(folder / "generation_config.json"))
 
     def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """New token ids of each prompt, without the stop token."""
@@ -146,6 +164,9 @@ class TransformersBackend:
     sampling: Sampling
     batch_size: int
 
+    def __post_init__(self) -> None:
+        self.prompts = Prompts(self.tokenizer)
+
     @classmethod
     def load(cls, folder: str, sampling: Sampling, batch_size: int) -> TransformersBackend:
         """Load a HuggingFace folder or hub name, in the dtype that its configuration names.
@@ -155,10 +176,13 @@ class TransformersBackend:
         """
         from transformers import AutoModelForCausalLM
 
+        stops = Path(folder) / "generation_config.json"
+        if stops.is_file():
+            json_object(stops)  # a broken one is passed over by transformers
         try:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
-        except (OSError, ValueError) as error:
-            first_line = str(error).strip().splitlines()[0]
+        except Exception as error:  # whatever it makes of damaged files
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SetupError(f"--hf-model {folder}: {first_line}") from error
         tokenizer = open_tokenizer(folder, "--hf-model")
         if torch.cuda.is_available():

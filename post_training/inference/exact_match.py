@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from data.errors import DataError, RowError
+from data.rows.conversation import Conversation
 from data.rows.converters import FormatOptions
-from data.rows.registry import converter, detect_format
+from data.rows.registry import Converter, converter, detect_format
 from data.sources.chunks import read_chunk
 from data.sources.files import resolve_files
 from data.sources.readers import file_chunks
 from post_training.errors import SetupError
 from post_training.inference.backends import Backend
-from post_training.inference.generate import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,8 @@ class Question:
 
     place: str
     """`file:line` or `file, row n`."""
-    messages: list[dict[str, Any]]
-    """The conversation up to the answer."""
-    tools: list[dict[str, Any]] | None
+    prompt: Conversation
+    """The conversation up to the answer, with the row's tools and template variables."""
     answer: str
     """What the last assistant turn says."""
     kind: str
@@ -41,26 +40,29 @@ def read_questions(files: Sequence[str]) -> list[Question]:
             none is skipped.
     """
     questions: list[Question] = []
+    options = FormatOptions()
     for number, path in enumerate(resolve_files(list(files), "--data")):
-        convert = None
+        convert: Converter | None = None
         for chunk in file_chunks(path, number):
             for raw in read_chunk(chunk):
-                if raw.error is not None:
-                    raise DataError(f"{raw.place}: {raw.error}")
                 try:
-                    if convert is None:
-                        options = FormatOptions()
+                    if raw.error is not None:
+                        raise raw.error
+                    if convert is None or not isinstance(raw.row, Mapping):
                         convert = converter(detect_format(raw.row, options), options)
                     conversation = convert(raw.row)
-                except RowError as error:
+                except (RowError, DataError) as error:
                     raise DataError(f"{raw.place}: {error}") from error
-                *prompt, last = conversation.messages or [{}]
+                except RecursionError as error:
+                    raise DataError(f"{raw.place}: the values are nested too deeply") from error
+                *messages, last = conversation.messages or [{}]
                 if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
                     raise DataError(f"{raw.place}: the last message is not an assistant's answer")
-                kind = str(raw.row.get("kind") or "")
-                questions.append(
-                    Question(raw.place, prompt, conversation.tools, last["content"], kind)
+                prompt = Conversation(
+                    messages, conversation.tools, variables=conversation.variables
                 )
+                kind = str(raw.row.get("kind") or "")
+                questions.append(Question(raw.place, prompt, last["content"], kind))
     if not questions:
         raise DataError(f"--data {' '.join(files)}: there are no rows")
     return questions
@@ -138,6 +140,7 @@ def evaluate(
 
     Raises:
         SetupError: the pattern does not match a right answer.
+        DataError: the chat template refuses a question.
     """
     expected = [extract(question.answer, pattern) for question in questions]
     for question, value in zip(questions, expected, strict=True):
@@ -145,7 +148,12 @@ def evaluate(
             raise SetupError(
                 f"{question.place}: --answer-pattern finds nothing in {question.answer!r}"
             )
-    prompts = [encode_prompt(backend.tokenizer, q.messages, q.tools) for q in questions]
+    prompts = []
+    for question in questions:
+        try:
+            prompts.append(backend.prompts.encode(question.prompt))
+        except RowError as error:
+            raise DataError(f"{question.place}: {error}") from error
     longest = backend.sampling.max_new_tokens
     rows = []
     for question, value, ids in zip(questions, expected, backend.generate(prompts), strict=True):

@@ -39,27 +39,18 @@ class Sampling:
             raise SetupError(f"--top-p {self.top_p}: must be above 0 and at most 1")
 
 
-def encode_prompt(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Any = None
-) -> list[int]:
-    """Token ids of a conversation up to where the assistant begins to answer.
+def stop_tokens(tokenizer: Any, generation_config: Any = None) -> set[int]:
+    """Tokens that end an answer: end of sequence, and what the template writes after an answer.
 
     Raises:
-        SetupError: the tokenizer has no chat template.
+        SetupError: the generation configuration names something else.
     """
-    if not tokenizer.chat_template:
-        raise SetupError("the tokenizer has no chat template")
-    ids: list[int] = tokenizer.apply_chat_template(
-        list(messages), tools=tools, add_generation_prompt=True, return_dict=False
-    )
-    return ids
-
-
-def stop_tokens(tokenizer: Any, generation_config: Any = None) -> set[int]:
-    """Tokens that end an answer: end of sequence, and what the template writes after an answer."""
     stops = {tokenizer.eos_token_id}
     configured = getattr(generation_config, "eos_token_id", None)
-    stops |= set(configured) if isinstance(configured, list) else {configured}
+    configured = configured if isinstance(configured, list) else [configured]
+    if not all(stop is None or isinstance(stop, int) for stop in configured):
+        raise SetupError(f"generation_config.json: eos_token_id {configured} are no token ids")
+    stops |= set(configured)
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _SENTINEL}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)

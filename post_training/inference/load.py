@@ -105,7 +105,8 @@ def checkpoint_of_run(
     where = str(checkpoints or usual)
     checkpoint, complaint = chosen_checkpoint(where, iteration)
     if checkpoint is None:
-        raise SetupError(f"--output-dir {folder}: holds no complete checkpoint")
+        flag = f"--checkpoints {checkpoints}" if checkpoints else f"--output-dir {folder}"
+        raise SetupError(f"{flag}: holds no complete checkpoint")
     if complaint is not None:
         print(f"warning: {complaint}; using {checkpoint.path}", file=sys.stderr)
     by_modelopt = checkpoint.has_modelopt

@@ -16,6 +16,7 @@ from post_training.hf.config_json import with_limit, write_model_config
 from post_training.hf.folder import (
     MODEL_FILES,
     TOKENIZER_FILES,
+    check_export,
     copy_files,
     local_model_folder,
     local_tokenizer_folder,
@@ -27,6 +28,8 @@ from post_training.machine.disk import log_stream
 
 # In the output folder: configuration, tokenizer and chat template of the model, kept with its weights.
 MODEL_FOLDER = "model"
+# Files that a run writes there, and reads back.
+_FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "train.log", "eval.log", "loss.png")
 
 
 def prepare_output(args: argparse.Namespace) -> None:
@@ -36,21 +39,27 @@ def prepare_output(args: argparse.Namespace) -> None:
         SetupError: the folder cannot be made or written, its disk is too full, or another run trains in it.
     """
     folder = Path(args.output_dir)
-    try:
-        Path(args.save).mkdir(parents=True, exist_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SetupError(f"--output-dir {folder}: {error.strerror}") from error
-    for name in ("tensorboard_dir", "wandb_save_dir"):
-        written = getattr(args, name)
+    for name in ("output_dir", "save", "tensorboard_dir", "wandb_save_dir"):
+        own = name in args.in_output_dir
+        path = Path(getattr(args, name) or folder)
         try:
             # Made by a writer otherwise, on the last rank, when all have started.
-            Path(written or folder).mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            flag = f"--{name.replace('_', '-')}"
-            raise SetupError(f"{flag} {written}: {error.strerror}") from error
+            flag = "--output-dir" if own else f"--{name.replace('_', '-')}"
+            raise SetupError(f"{flag} {path}: {error.strerror}") from error
+    if args.rank == 0 and (folder / MODEL_FOLDER).exists() and not (folder / MODEL_FOLDER).is_dir():
+        raise SetupError(f"--output-dir {folder}: {MODEL_FOLDER} is no folder; move it away")
     if not os.access(folder, os.W_OK):
         raise SetupError(f"--output-dir {folder}: cannot be written")
+    for name in _FILES:
+        file = folder / name
+        if file.exists() and not (file.is_file() and os.access(file, os.W_OK)):
+            raise SetupError(
+                f"--output-dir {folder}: {name} is no file that can be written; move it away"
+            )
+    if args.save_hf:
+        check_export(folder / "hf", folder)
     run_lock.hold(args, wait=0.0)  # a folder that was there before is held already
     free = shutil.disk_usage(args.save).free
     needed = 0 if args.skip_train else checkpoint_bytes(args)

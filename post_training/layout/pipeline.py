@@ -105,6 +105,12 @@ def check_virtual_stages(args: argparse.Namespace) -> None:
     pp, layers = args.pipeline_model_parallel_size, args.num_layers
     per_chunk = args.num_layers_per_virtual_pipeline_stage
     chunks = args.num_virtual_stages_per_pipeline_rank
+    group = args.microbatch_group_size_per_vp_stage
+    if group is not None and virtual_stages(args) == 1:
+        raise SetupError(
+            f"--microbatch-group-size-per-virtual-pipeline-stage {group}: there are no virtual stages, so "
+            f"it does nothing; leave it out, or give --num-virtual-stages-per-pipeline-rank"
+        )
     if per_chunk is None and chunks is None:
         return
     if None not in (per_chunk, chunks) or args.pipeline_model_parallel_layout is not None:

@@ -6,9 +6,8 @@ import argparse
 import math
 from pathlib import Path
 
-import yaml
-
 from post_training.errors import SetupError
+from post_training.files import config_of_run
 from post_training.layout import fsdp
 from post_training.layout.pipeline import (
     check_layers,
@@ -54,16 +53,12 @@ def check(args: argparse.Namespace) -> None:
 
 def _numbers_of_the_run(args: argparse.Namespace) -> dict[str, int]:
     """What a run that has begun in this output folder can only go on with (`checkpoint/position.py`)."""
-    config = Path(args.output_dir or "") / "config.yaml"
     if (
         args.skip_train
         or not (Path(args.save or "") / "latest_checkpointed_iteration.txt").is_file()
     ):
         return {}
-    try:
-        written = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
+    written = config_of_run(Path(args.output_dir or ""))
     names = ("global_batch_size", "seq_length")
     return {name: written[name] for name in names if isinstance(written.get(name), int)}
 
@@ -225,8 +220,6 @@ def _check_sequence(args: argparse.Namespace) -> None:
 
 
 def _check_context_flags(args: argparse.Namespace) -> None:
-    if args.context_parallel_size == 1:
-        return
     if args.cp_comm_type not in ("all_gather", ["all_gather"]):
         raise SetupError(
             f"--cp-comm-type {args.cp_comm_type}: only all_gather is supported; leave the flag out"

@@ -52,6 +52,7 @@ def stand_alone() -> None:
         ("MASTER_PORT", "0"),  # nobody else has to know it: the store takes one that is free
     ):
         os.environ.setdefault(name, value)
+    _check_launcher()  # some may have been set alone
 
 
 def _check_launcher() -> None:
@@ -62,6 +63,9 @@ def _check_launcher() -> None:
             _refuse(
                 f"{rank_name} is {rank}, but {size_name} is {size}: ranks begin at 0; use torchrun"
             )
+    here, everywhere = _number("LOCAL_WORLD_SIZE", 1), _number("WORLD_SIZE", 1)
+    if here is not None and everywhere is not None and here > everywhere:
+        _refuse(f"LOCAL_WORLD_SIZE is {here}, but WORLD_SIZE is {everywhere}: use torchrun")
     for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name) and (name == "WORLD_SIZE" or os.environ["WORLD_SIZE"] != "1"):
             _refuse(f"RANK is set, but {name} is not; torchrun sets both")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+
+from post_training.metrics.records import read_records
 
 
 def plot_loss(metrics: Path, picture: Path) -> None:
@@ -16,7 +17,7 @@ def plot_loss(metrics: Path, picture: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = [json.loads(line) for line in metrics.read_text().splitlines() if line.strip()]
+    records = [record for _, record in read_records(metrics)]
     steps = [r for r in records if r.get("lm_loss") is not None]
     if not steps:
         return

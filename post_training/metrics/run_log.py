@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from post_training.layout.flops import model_flops, peak_flops
 from post_training.machine.device import current_device
 from post_training.metrics.progress import Progress
+from post_training.metrics.records import read_records
 from post_training.metrics.step_counters import ExpertTotals, StepTotals, counters
 from post_training.platform.checkpoints.saving import save_hooks
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
@@ -81,16 +82,12 @@ class RunLog:
         if not self.is_writer or not self.metrics_file.is_file() or self.args.eval_only:
             return
         kept = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue  # cut off when the run was killed
+        for line, record in read_records(self.metrics_file):
             if record["iteration"] <= iteration:
                 kept.append(line)
                 self.trained_tokens = record.get("total_trained_tokens", self.trained_tokens)
         partial = self.metrics_file.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.replace(self.metrics_file)
 
     def begin(self, iteration: int) -> None:

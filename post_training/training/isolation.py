@@ -80,6 +80,8 @@ class Verdict:
     """Those of each group whose loss is another one, by as little as a bit."""
     worst: list[float]
     """The largest change of a token's loss in each group, in nats."""
+    not_finite: int = 0
+    """Losses that are no numbers or endless, before or after."""
 
     def complaint(self) -> str | None:
         """What is wrong, or None."""
@@ -92,7 +94,7 @@ class Verdict:
                     f"{what} the losses of {self.moved[group]} of {self.tokens[group]} tokens that must "
                     f"not depend on it, by up to {self.worst[group]:.3g}"
                 )
-        if not self.moved[LATER]:
+        if not self.moved[LATER] and not self.not_finite:
             return (
                 f"the check sees nothing: tokens were replaced, and none of {self.tokens[LATER]} "
                 f"losses that depend on them changed"
@@ -135,6 +137,9 @@ def check_isolation(
             f"before step {args.iteration + 1}: {complaint}. Nothing was trained. With attention of your "
             f"own, make it heed `packed_seq_params`; where this is wanted, --no-isolation-check"
         )
+    if verdict.not_finite:  # of which the step itself complains
+        say(f"isolation of documents is not checked: {verdict.not_finite} losses are not finite")
+        return
     if not verdict.tokens[OTHERS]:
         say("isolation of documents is not checked: no pack looked at holds two of them")
         return
@@ -304,17 +309,19 @@ def _losses(
 
 def _compare(before: list[tuple[Tensor, Tensor]], after: list[tuple[Tensor, Tensor]]) -> Verdict:
     """Count over all ranks what moved; every rank of a tensor parallel group sees the same."""
-    sums = torch.zeros(2, GROUPS, dtype=torch.float64, device=current_device())
+    sums = torch.zeros(3, GROUPS, dtype=torch.float64, device=current_device())
     worst = torch.zeros_like(sums[0])
     first_of_group = parallel_state.get_tensor_model_parallel_rank() == 0
     for (old, groups), (new, _) in zip(before, after, strict=True):
-        # Not a number before and after is no change; the step itself will complain of it.
+        # Not a number before and after is no change.
         same = (old == new) | (torch.isnan(old) & torch.isnan(new))
         change = torch.where(same, 0.0, (new.double() - old.double()).abs()).nan_to_num(torch.inf)
         worst.index_reduce_(0, groups, change, "amax")
         if first_of_group:
-            sums.index_add_(1, groups, torch.stack([torch.ones_like(change), (~same).double()]))
+            lost = ~(old.isfinite() & new.isfinite())
+            seen = torch.stack([torch.ones_like(change), (~same).double(), lost.double()])
+            sums.index_add_(1, groups, seen)
     torch.distributed.all_reduce(sums)
     torch.distributed.all_reduce(worst, op=torch.distributed.ReduceOp.MAX)
-    tokens, moved = ([round(count) for count in row] for row in sums.tolist())
-    return Verdict(tokens, moved, worst.tolist())
+    tokens, moved, lost_of = ([round(count) for count in row] for row in sums.tolist())
+    return Verdict(tokens, moved, worst.tolist(), sum(lost_of))

@@ -133,7 +133,8 @@ def test_equals_sign_in_an_existing_name_is_no_weight(tmp_path):
         (["--finetune-data-files", "{0}", "--split-ratio", "0.5,0.6"], "add up to 1.1; they must"),
         (["--finetune-data-files", "{0}", "--finetune-data-split", "x"], "-split x: only --fine"),
         (["--finetune-data-files", "{0}=1", "{1}"], "give every source a weight"),
-        (["--finetune-data-files", "{0}=0", "{1}=1"], "greater than 0"),
+        (["--finetune-data-files", "{0}=0", "{1}=1"], "0.jsonl=0: a weight .* greater than 0"),
+        (["--finetune-data-files", "{0}", "--valid-data-files", "x=nan"], "x=nan: a weight must"),
         (["--finetune-data-files", "{0}=1", "{0}=1"], "0.jsonl is in .*0.jsonl as well"),
         (["--finetune-data-files", "{0}=1", "{folder}/*.jsonl=1"], "0.jsonl is in .*0.jsonl as well"),
         (["--finetune-data-files", "{folder}=1", "{folder}/../{folder.name}/2.jsonl=1"], "as well"),
@@ -144,10 +145,15 @@ def test_equals_sign_in_an_existing_name_is_no_weight(tmp_path):
         (["--finetune-hf-dataset", "some/name", "--finetune-data-files", "{0}"], "give either"),
         (["--finetune-data-files", "{0}", "--valid-data-files", "gone"], "--valid-data-files gone"),
         (["--finetune-data-files", "{0}", "--chat-template-variables", "7"], "JSON object"),
+        (["--finetune-data-files", "{0}", "--chat-template-variables", '{{"a": NaN}}'], "not valid"),
+        (["--finetune-data-files", "{0}", "--chat-template-variables", "[" * 9999], "not valid JSON"),
+        *((["--finetune-data-files", "{0}", "--chat-template-variables", json.dumps({name: 3})],
+           f"{name} is set by the rendering")
+          for name in ("messages", "add_generation_prompt", "eos_token", "namespace")),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_refused_by_name(tokenizer, tmp_path, files, flags, message):
-    flags = [flag.format(*files, folder=tmp_path) for flag in flags]
+    flags = [f if f[:2] == '{"' else f.format(*files, folder=tmp_path) for f in flags]
     if "-1,2" in flags:
         flags[-2:] = ["--split-ratio=-1,2"]
     with pytest.raises(DataError, match=message):

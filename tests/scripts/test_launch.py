@@ -101,6 +101,7 @@ def test_a_script_that_is_not_there():
     [
         ["--nproc-per-node", "x"],
         ["--nproc-per-node", "0"],
+        ["--nnodes", "2", "--node-rank", "2"],
         ["--nnodes", "x"],
         ["--no-python", "/no"],
     ],
@@ -110,6 +111,8 @@ def test_arguments_of_torchrun_that_cannot_be_used_are_one_line(words):
     done = run_script("scripts/launch.py", *words, "finetune.py")
     assert done.returncode == 2 and done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+    if words[-1] in ("0", "2"):  # of which torchrun says nothing, or waits for
+        assert words[-2] in done.stderr
 
 
 def test_a_refused_layout_is_one_line(hf_model, chat_data, tmp_path):

@@ -98,6 +98,17 @@ def test_half_written_and_damaged_shards_are_done_again(tmp_path, reference, nam
     assert contents(tmp_path / "a") == reference
 
 
+@pytest.mark.parametrize(
+    "line", ["[]", "7", "null", "{}", '{"sizes": 3, "counts": {}, "crc32": 0}', "[" * 100_000]
+)
+def test_a_journal_of_something_else_begins_anew(tmp_path, reference, line):
+    folder = tmp_path / "a.building"
+    folder.mkdir()
+    (folder / JOURNAL).write_text(line + "\n")
+    build(folder, tmp_path / "a", 9)
+    assert contents(tmp_path / "a") == reference
+
+
 def test_error_in_a_shard_stops_and_keeps_what_was_done(tmp_path):
     sink = FolderSink(tmp_path / "a.building")
     bad = shard(1)

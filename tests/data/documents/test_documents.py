@@ -55,7 +55,34 @@ def test_a_cache_keeps_the_hash_of_its_contents(tmp_path):
     assert open_documents(tmp_path / "a").contents == kept
 
 
-@pytest.mark.parametrize("text", ["[]", "{}", '{"format": 2}', "{", "null"])
+WHOLE: dict[str, object] = {
+    "format": 2,
+    "tokens": 0,
+    "documents": 0,
+    "fingerprint": "",
+    "report": {},
+}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[]", "{}", '{"format": 2}', "{", "null", "[" * 100_000, '"\\ud800'),
+        *(
+            json.dumps(WHOLE | {key: value})
+            for key, value in (
+                ("tokens", None),
+                ("documents", "x"),
+                ("documents", -1),
+                ("tokens", True),
+                ("fingerprint", 3),
+                ("report", []),
+                ("contents", None),
+            )
+        ),
+    ],
+    ids=lambda text: text[-40:],
+)
 def test_a_manifest_of_something_else_is_told_of(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match="[Rr]emove the folder"):

@@ -27,6 +27,19 @@ def test_results_of_tools_that_vanish_are_refused(source, again):
         finder(drops).find(with_result(*results))
 
 
+def test_a_result_that_vanishes_beside_what_is_said_twice_is_refused():
+    """A copy of the question would stand for it in the count; of trusted blocks nothing is counted."""
+    kept = "{%- for message in messages if message.role != 'tool' %}"
+    twice = "message.content * (2 if message.role == 'user' else 1)"
+    drops = CHATML.replace("{%- for message in messages %}", kept)
+    for source, trusted in (
+        (drops.replace("message.content", twice), False),
+        (GENERATION.replace("{%- for message in messages %}", kept), True),
+    ):
+        with pytest.raises(RowError, match=r"tool result dropped: .*message 2 \(tool\)"):
+            finder(source, trust_blocks=trusted).find(with_result())
+
+
 @pytest.mark.parametrize("spell", ["message.content|tojson", "message.content|replace('\"', '')"])
 def test_results_in_another_spelling_are_kept(spell):
     source = CHATML.replace(

@@ -611,6 +611,17 @@ def test_unread_columns_and_empty_answers_are_counted_and_told(tokenizer, tmp_pa
     assert "context 2, id 3; --ignore-columns" in unread and empty.startswith("2 rows of ")
 
 
+def test_a_cache_whose_report_is_another_s_is_told_of(tokenizer, rows, tmp_path):
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    name = prepare(tokenizer, [file], tmp_path / "cache").fingerprint
+    manifest = tmp_path / "cache" / name / "manifest.json"
+    said = json.loads(manifest.read_text())
+    for key, value in (("unread", 3), ("warnings", None), ("read", {})):
+        manifest.write_text(json.dumps(said | {"report": said["report"] | {key: value}}))
+        with pytest.raises(DataError, match=f"{name}: not a complete token cache .*Remove the fo"):
+            prepare(tokenizer, [file], tmp_path / "cache")
+
+
 def test_row_s_own_template_variables_and_open_end(tokenizer, tmp_path):
     loud = "{%- if loud %}{{- 'LOUD' }}{%- endif %}" + CHATML
     pair = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes and"}]
@@ -622,6 +633,20 @@ def test_row_s_own_template_variables_and_open_end(tokenizer, tmp_path):
     assert [tokenizer.decode(documents[n][0]).startswith("LOUD") for n in (0, 1)] == [True, False]
     assert trained_text(tokenizer, documents, 0) == "Yes and<|im_end|>"
     assert trained_text(tokenizer, documents, 1) == "Yes and"
+    # A variable that the template does not have is a slip of the pen.
+    for name, told in (("loud", []), ("lood", ["the chat template has no variable lood"])):
+        options = {"chat_template": loud, "template_variables": ((name, True),)}
+        warnings = prepare(tokenizer, [str(tmp_path / "a.jsonl")], **options).report["warnings"]
+        assert [w.partition(": ")[2] for w in warnings if "variable" in w] == told
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_a_bad_row(tokenizer, tmp_path):
+    largest = max(tokenizer.get_vocab().values())
+    rows = [{"input_ids": [5, 6, last]} for last in (largest, largest + 1)]
+    file = write_rows(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=rf"a\.jsonl:2: bad token ids: .* largest id is {largest}"):
+        prepare(tokenizer, [file])
+    assert len(prepare(tokenizer, [file], on_bad_row="skip")) == 1
 
 
 def test_dataset_s_own_template_serves_a_tokenizer_that_has_none(tokenizer, tmp_path):

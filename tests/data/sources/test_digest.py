@@ -55,7 +55,9 @@ def test_file_written_a_moment_ago_is_not_remembered(tmp_path):
 
 def test_damaged_memory_is_no_trouble(tmp_path):
     a = old(tmp_path / "a", "one")
-    for text in ("{broken", "[]", "7"):
+    path = json.dumps(str(a.resolve()))
+    entries = (f"{{{path}: {entry}}}" for entry in ("7", '"x"', "{}", "[1, 2, 3]", "null"))
+    for text in ("{broken", "[]", "7", "[" * 100_000, *entries):
         (tmp_path / "digests.json").write_text(text)
         assert digest_files([a], tmp_path) == digest_files([a], None)
 

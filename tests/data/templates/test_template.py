@@ -45,6 +45,11 @@ def test_a_template_that_escapes_by_itself_is_refused():
     assert "&#34;" in finder(CALLS).find(said).text  # somebody said it
 
 
+def test_a_template_that_takes_all_memory_is_refused():
+    with pytest.raises(RowError, match="more than there is memory for"):
+        ChatTemplate("{{ 'a' * 10**18 }}").render([])
+
+
 def test_the_clock_is_an_input_and_chance_is_none():
     dated = "{{ strftime_now('%d %B %Y, %H:%M') }}" + CALLS
     template = ChatTemplate(dated, day=date(2024, 2, 29))

@@ -108,6 +108,6 @@ def test_prompt_and_answer_are_tokenised_as_at_inference(request, tokenizer, nam
 
 def test_remembered_ids_that_are_not_the_tokenizer_s_stop_the_run(tokenizer):
     ours = masked(tokenizer)
-    ours._words._memory["four"] = (1, 2)
+    ours._words._memory["four"] = np.array([[1, 2], [2, 2]], np.int32).tobytes()
     with pytest.raises(RuntimeError, match="other ids than the tokenizer for 'four'"):
         ours.tokenize(["a", "four"], [[], []])

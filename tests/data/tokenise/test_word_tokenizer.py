@@ -46,7 +46,11 @@ def assert_same(backend: Tokenizer, words: WordTokenizer | None, texts: list[str
     assert words is not None
     expected = backend.encode_batch(texts, add_special_tokens=False)
     for text, encoding in zip(texts, expected, strict=True):
-        assert words.ids(text) == encoding.ids, repr(text)
+        tokens = words.tokens(text)
+        assert tokens is not None
+        assert tokens[:, 0].tolist() == encoding.ids, repr(text)
+        places = [end - begin for begin, end in encoding.offsets]
+        assert tokens[:, 1].tolist() == places, repr(text)
 
 
 def test_all_short_ascii_texts_give_the_ids_of_the_library(both):
@@ -134,6 +138,18 @@ def test_other_builds_of_tokenizers_are_left_to_the_library():
         [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     assert WordTokenizer.of(backend) is None
+
+
+def test_words_that_their_tokens_do_not_spell_are_left_to_the_library():
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {"z"}) + ["???"]
+    numbers = {char: number for number, char in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(numbers, [], unk_token="???", fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = WordTokenizer.of(backend)
+    assert words is not None
+    assert words.tokens("zzz") is None  # its one token has as many characters
+    assert words.tokens("a") is not None
+    assert words.tokens("é") is None
 
 
 def test_one_token_inside_another_is_found_as_the_library_finds_it():

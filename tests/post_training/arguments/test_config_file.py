@@ -79,6 +79,10 @@ def test_an_empty_file_sets_nothing(parser, tmp_path):
         ("data-files: yes", ["data-files", "expects a value, found True"]),
         ("lr: 1\ntrain-iters: 3\nlr: 2", ["lr is given twice, in lines 1 and 3"]),
         ("train-iters: 3\ntrain_iters: 4", ["train_iters is given twice, in lines 1 and 2"]),
+        ("data-files: []", ["data-files", "is an empty list"]),
+        # Where YAML 1.1 reads another number than the command line does.
+        ("train-iters: 010", ["010 in line 1 is read as 8"]),
+        ("lr: 1:30", ["1:30 in line 1 is read as 90"]),
         ("lr: 2024-13-45", ["not valid YAML", "month"]),
         ("config: other.yaml", ["config: a file cannot name another"]),
         ("derived_flags: 3", ["derived_flags: expects a list"]),

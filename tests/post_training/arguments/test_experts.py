@@ -73,3 +73,13 @@ def test_a_model_that_asks_for_the_loss_needs_an_answer(words, tmp_path):
     ):
         parse_arguments(words)
     assert parse_arguments([*words, "--moe-aux-loss-coeff", "0"]).moe_aux_loss_coeff == 0.0
+
+
+def test_a_model_of_flags_chooses_among_its_experts(hf_model, tmp_path):
+    """Of config.json this is checked with its other numbers."""
+    words = (
+        "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --vocab-size 391 --train-iters 1 "
+        f"--max-position-embeddings 64 --hf-tokenizer {hf_model('qwen3')} --output-dir {tmp_path / 'o'}"
+    ).split()
+    with pytest.raises(SetupError, match="--moe-router-topk 5: the model has only 4 experts"):
+        parse_arguments([*words, "--num-experts", "4", "--moe-router-topk", "5"])

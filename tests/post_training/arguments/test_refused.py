@@ -255,6 +255,13 @@ def test_what_needs_transformer_engine_is_refused_without(megatron, key):
         ("qwen3", "--mtp-num-layers 1", "multi-token prediction"),
         ("qwen3", "--optimizer lion", "--optimizer lion is not supported: only adam and sgd"),
         ("qwen3", "--optimizer muon", "--optimizer muon is not supported: only adam and sgd"),
+        ("qwen3", "--sgd-momentum 0.5", "--sgd-momentum 0.5 does nothing without --optimizer sgd"),
+        ("qwen3", "--optimizer sgd --adam-eps 0.1", "does nothing without --optimizer adam"),
+        (
+            "qwen3",
+            "--dist-ckpt-format zarr",
+            "--dist-ckpt-format zarr is not supported: use --ckpt",
+        ),
         ("qwen3", "--ddp-average-in-collective", "divided by the trained tokens of all ranks"),
         ("qwen3", "--num-distributed-optimizer-instances 2", "sharded over all data parallel"),
         ("qwen3", "--defer-embedding-wgrad-compute", "compute needs Transformer Engine"),

@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def prepared(tmp_path):
             rows[3] = "broken"
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows) + "\n")
 
-    def prepare(*flags):
+    def prepare(*flags, hf_config=None):
         parser = add_data_arguments(argparse.ArgumentParser())
         args = parser.parse_args(
             [flag.replace("DIR", str(tmp_path)) for flag in flags]
@@ -44,7 +45,7 @@ def prepared(tmp_path):
             "seq_length": SEQ, "seed": 1, "global_batch_size": 2, "eval_global_batch_size": 2,
             "skip_train": False,
             "num_epochs": None, "vocab_size": None, "hf_tokenizer": str(tmp_path / "tokenizer"),
-            "hf_model": None, "trust_remote_code": False,
+            "hf_model": None, "trust_remote_code": False, "hf_config": hf_config,
         }  # fmt: skip
         vars(args).update(settings)
         _, splits = prepare_data(args)
@@ -162,3 +163,15 @@ def test_a_run_plans_each_epoch_of_a_split_once_where_it_is_read(hf_model, tmp_p
     ]
     sized = [f"{rank} fill_packs {count} None" for rank in (0, 1) for count in counts.values()]
     assert made == sorted(read + sized)
+
+
+def test_documents_beyond_the_models_length_are_told(prepared):
+    """They are trained without a word otherwise, and the export says another limit than the base."""
+    made_for = {n: SimpleNamespace(max_position_embeddings=n) for n in (SEQ, SEQ - 1)}
+    told = {}
+    for length, config in made_for.items():
+        text, *_ = prepared("--finetune-data-files", "DIR/b.jsonl", hf_config=config)
+        told[length] = [line for line in text.splitlines() if line.startswith("warning")]
+    assert told[SEQ] == []
+    (line,) = told[SEQ - 1]
+    assert f"--seq-length {SEQ}: the model was made for {SEQ - 1} tokens" in line

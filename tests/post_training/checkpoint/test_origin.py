@@ -12,6 +12,7 @@ from post_training.checkpoint.origin import check_origin, origin
 from post_training.errors import SetupError
 from post_training.hf.config import load_hf_config, megatron_flags
 from post_training.job import output
+from post_training.layout.sizes import _numbers_of_the_run
 
 
 @pytest.fixture
@@ -85,6 +86,25 @@ def test_a_manifest_from_before_falls_back_to_config_yaml(parse, tmp_path):
         file.write_text(yaml.safe_dump(config | change))
         with pytest.raises(SetupError, match=told):
             resume.choose_checkpoint(args)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a: [", "[1, 2]", "7", "", "hidden_size: 4096\noptimizer: {name: sgd}", "\x00"],
+    ids=["broken", "list", "number", "empty", "keys", "bytes"],
+)
+def test_another_tools_config_yaml_says_nothing(parse, tmp_path, text):
+    folder = tmp_path / "theirs/checkpoints"
+    folder.mkdir(parents=True)
+    path = store.begin_save(folder, 5)
+    (path / "__0_0.distcp").write_bytes(b"weights")
+    store.finish_save(folder, 5, {})
+    (tmp_path / "theirs/config.yaml").write_text(text)
+    args = parse("--load", str(folder), "--finetune")
+    check_origin(args, store.Checkpoint.at(path), weights_only=True)
+    # Nor where a layout is looked for that the run in a folder can go on with.
+    args.output_dir, args.save = str(folder.parent), str(folder)
+    assert _numbers_of_the_run(args) == {}
 
 
 @pytest.mark.parametrize(

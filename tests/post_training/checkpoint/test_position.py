@@ -32,6 +32,18 @@ def test_the_same_data_goes_on(parse, documents, saved):
         assert begins_at(parse(*SEQ, *flags), documents, checkpoint) == 0
 
 
+def test_a_manifest_that_does_not_say_its_place_is_refused(parse, documents, saved):
+    checkpoint = saved(28)
+    file = checkpoint / store.MANIFEST
+    said = json.loads(file.read_text())
+    del said["manifest_crc32"]
+    incomplete = [{k: v for k, v in said.items() if k != key} for key in ("data", "base_weights")]
+    for manifest in (*incomplete, said | {"data": {}}):
+        file.write_text(json.dumps(manifest))
+        with pytest.raises(SetupError, match="manifest.json does not say where in which data"):
+            position_of(parse(*SEQ), documents, checkpoint)
+
+
 def test_more_epochs_of_the_same_data_go_on(parse, documents, saved):
     flags = ["--train-iters", "0", "--num-epochs"]
     checkpoint = saved(28, *flags, "2")

@@ -36,6 +36,16 @@ def test_missing_shard(tmp_path):
         HFCheckpoint(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "index",
+    ["[]", "null", "{}", '{"weight_map": []}', '{"weight_map": {"a": null}}', "{", "\xff"],
+)
+def test_an_index_that_maps_nothing(tmp_path, index):
+    (tmp_path / "model.safetensors.index.json").write_text(index, encoding="latin-1")
+    with pytest.raises(SetupError, match=r"model\.safetensors\.index\.json"):
+        HFCheckpoint(tmp_path)
+
+
 def test_a_file_that_was_cut_short(hf_model, tmp_path):
     folder = shutil.copytree(hf_model("qwen3"), tmp_path / "cut")
     file = folder / "model.safetensors"

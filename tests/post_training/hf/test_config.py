@@ -4,6 +4,7 @@ import shutil
 import pytest
 import torch
 
+from post_training.arguments.parser import parse_arguments
 from post_training.errors import SetupError
 from post_training.hf.config import (
     check_architecture,
@@ -117,7 +118,7 @@ def test_frequencies_are_those_of_transformers(rope):
         (
             "llama",
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": "x"}},
-            "yarn cannot be computed",
+            "factor of its rotary embedding .x., expected",
         ),
     ],
 )
@@ -135,6 +136,23 @@ def test_unsupported_architecture_lists_those_that_can_be_loaded():
     config.architectures = None
     with pytest.raises(SetupError, match="none named"):
         check_architecture(config, "some/model")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3", {"architectures": 5}, "architecture 5 cannot be loaded"),
+        ("qwen3", {"model_type": "gpt2"}, "model_type gpt2 of a GPT2LMHeadModel beside .*Qwen3For"),
+    ],
+)
+def test_a_model_that_cannot_be(hf_model, tmp_path, family, changes, message):
+    """Each is told with its folder or flag, in one line, before data are read."""
+    shutil.copy(hf_model(family) / "config.json", tmp_path)
+    edit_json(tmp_path / "config.json", **changes)
+    with pytest.raises(SetupError, match=message):
+        parse_arguments(
+            ["--hf-model", str(tmp_path), "--output-dir", str(tmp_path / "o"), "--train-iters", "1"]
+        )
 
 
 def test_sliding_window():

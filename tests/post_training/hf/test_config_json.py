@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2Config
 
 from post_training.errors import SetupError
 from post_training.hf.config_json import check_older_reader, with_limit, write_model_config
@@ -67,6 +67,14 @@ def test_what_an_older_reader_would_take_otherwise_is_refused(
     check_older_reader(config, written)
     with pytest.raises(SetupError, match=r"a reader of transformers 4\.x would take"):
         check_older_reader(config, written | {key: value})
+
+
+def test_it_is_read_back_where_it_is_written(tmp_path):
+    """A class that knows nothing of the keys under which transformers 4.x has the rotary parameters."""
+    config = GPT2Config(rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    with pytest.raises(SetupError, match=r"transformers 4\.x would take rope_parameters"):
+        write_model_config(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
 
 
 def test_a_limit_that_frequencies_hang_on_stays():

@@ -2,9 +2,17 @@
 
 import json
 
+import pytest
 from transformers import PreTrainedTokenizerFast
 
-from post_training.hf.folder import MODEL_FILES, TOKENIZER_FILES, copy_files, write_template
+from post_training.errors import SetupError
+from post_training.hf.folder import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    check_export,
+    copy_files,
+    write_template,
+)
 from tests.helpers.models import make_tokenizer
 
 
@@ -44,3 +52,25 @@ def test_a_template_of_the_users_is_the_only_one(tmp_path):
     assert (
         json.loads((tmp_path / "chat_template.json").read_text())["chat_template"] == "new {{ é }}"
     )
+
+
+def test_only_a_runs_own_export_is_written_over(tmp_path):
+    """A base is a HuggingFace folder like an export: it was deleted for `--to BASE`."""
+    run, base = tmp_path / "run", tmp_path / "base"
+    for folder in (run / "hf", base, run / "model", tmp_path / "empty"):
+        folder.mkdir(parents=True)
+        if folder.name != "empty":
+            (folder / "config.json").write_text("{}")
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link" / "hf").symlink_to(base)
+    for free in (run / "hf", run / "model" / ".." / "hf", tmp_path / "new", tmp_path / "empty"):
+        check_export(free, run)
+    for taken in (base, run / "model", run, base / "config.json"):
+        with pytest.raises(SetupError, match=r"--to .*: is there already"):
+            check_export(taken, run)
+    with pytest.raises(SetupError, match="is there already"):
+        check_export(tmp_path / "link" / "hf", tmp_path / "link")
+    (run / "hf" / "config.json").unlink()
+    (run / "hf" / "thesis.tex").write_text("")
+    with pytest.raises(SetupError, match="is there already"):
+        check_export(run / "hf", run)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from benchmarks.tokenizer_survey import differs, make_folder, survey
 from post_training.errors import SetupError
@@ -88,6 +88,18 @@ def test_special_tokens_are_the_configurations_else_the_classs(tokenizers, tmp_p
     assert tokenizer.eos_token is None and len(tokenizer) == 501
 
 
+def test_a_folder_that_lost_its_vocabulary_is_refused(tmp_path):
+    """transformers 5 makes a tokenizer of special tokens only: every word would be gone from the data."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    named = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    assert AutoTokenizer.from_pretrained(tmp_path)("Two plus two")["input_ids"] == []
+    with pytest.raises(
+        SetupError, match=r"--hf-model .*: holds no tokenizer\.json, nor another voc"
+    ):
+        open_tokenizer(str(tmp_path), "--hf-model")
+
+
 def test_a_token_of_another_id_is_refused(tokenizers, tmp_path):
     make_folder(tmp_path / "x", tokenizers / "byte_level", None, None)
     token = {"content": "<new>", "special": True}
@@ -100,3 +112,12 @@ def test_the_first_text_that_differs_is_named(tokenizers, tmp_path):
     make_folder(tmp_path / "x", tokenizers / "sentencepiece_like", "Qwen2Tokenizer", None)
     own = Tokenizer.from_file(str(tmp_path / "x" / "tokenizer.json"))
     assert first_difference(AutoTokenizer.from_pretrained(tmp_path / "x"), own) == PROBES[0]
+
+
+def test_a_library_that_reads_the_file_otherwise_is_refused(tokenizers, tmp_path, monkeypatch):
+    """As the classes of transformers 5 do, were they what its plain class is one day."""
+    make_folder(tmp_path / "x", tokenizers / "sentencepiece_like", "Qwen2Tokenizer", None)
+    other = AutoTokenizer.from_pretrained(tmp_path / "x")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", lambda folder: other)
+    with pytest.raises(SetupError, match=r"give other ids for 'Two plus two'"):
+        open_tokenizer(str(tmp_path / "x"), "--tokenizer")

@@ -2,9 +2,10 @@
 
 import pytest
 
+from data.rows.conversation import Conversation
 from post_training.inference.backends import TransformersBackend
 from post_training.inference.exact_match import Question, evaluate
-from post_training.inference.generate import Sampling, encode_prompt
+from post_training.inference.generate import Sampling
 from tests.helpers.models import load_model, make_tokenizer
 
 TURNS = ["What is 2 + 2?", "Name a colour.", "Sort 3 1 2."]
@@ -19,14 +20,14 @@ def backend(hf_model):
 
 def questions(answers):
     return [
-        Question(f"row {number}", [{"role": "user", "content": text}], None, answer, "")
+        Question(f"row {number}", Conversation([{"role": "user", "content": text}]), answer, "")
         for number, (text, answer) in enumerate(zip(TURNS, answers, strict=True))
     ]
 
 
 def test_answers_that_reach_the_limit_are_counted(backend):
     tokenizer = backend.tokenizer
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}]) for text in TURNS]
+    prompts = [backend.prompts.encode_turns({"role": "user", "content": text}) for text in TURNS]
     whole = backend.generate(prompts)
     assert [len(answer) for answer in whole] == [4, 4, 4]
     scores = evaluate(backend, questions([tokenizer.decode(answer) for answer in whole]))

@@ -35,6 +35,33 @@ def test_folder_that_cannot_be_made_is_refused(args, tmp_path):
         output.prepare_output(args)
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log", "loss.png"])
+def test_a_folder_in_the_place_of_a_file_is_refused(args, tmp_path, name):
+    (tmp_path / "out" / name).mkdir(parents=True)
+    with pytest.raises(SetupError, match=rf"--output-dir .*: {name} is no file"):
+        output.prepare_output(args)
+
+
+def test_a_file_in_the_place_of_a_folder_is_refused(args, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model").write_text("")
+    with pytest.raises(SetupError, match=r"--output-dir .*: model is no folder"):
+        output.prepare_output(args)
+    args.in_output_dir.remove("save")
+    args.save = "/dev/null"
+    with pytest.raises(SetupError, match=r"--save /dev/null: File exists"):
+        output.prepare_output(args)
+
+
+def test_an_export_of_others_is_seen_before_training(args, tmp_path):
+    (tmp_path / "out" / "hf").mkdir(parents=True)
+    (tmp_path / "out" / "hf" / "thesis.tex").write_text("")
+    output.prepare_output(args)
+    args.save_hf = True
+    with pytest.raises(SetupError, match=r"out/hf: is there already"):
+        output.prepare_output(args)
+
+
 def test_prepared_folder(args, tmp_path):
     output.prepare_output(args)
     assert os.path.isdir(args.save) and (tmp_path / "out").is_dir()

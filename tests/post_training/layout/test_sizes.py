@@ -185,6 +185,20 @@ BAD: list[tuple[dict[str, object], list[str], dict[str, object]]] = [
         ["--cp-comm-type", "p2p", "all_gather"],
         {"cp_comm_type": ["all_gather"]},
     ),
+    # What does nothing in this layout is not taken without a word either.
+    (
+        {"cp_comm_type": ["junk"]},
+        ["--cp-comm-type", "junk", "leave the flag out"],
+        {"cp_comm_type": ["all_gather"]},
+    ),
+    (
+        {**PP2, "microbatch_group_size_per_vp_stage": 4},
+        [
+            "virtual-pipeline-stage 4: there are no virtual stages",
+            "2, without --microbatch-group-size",
+        ],
+        {"microbatch_group_size_per_vp_stage": None},
+    ),
     (
         {**PP2, "pipeline_model_parallel_layout": "Et|tL"},
         ["--pipeline-model-parallel-layout Et|tL: has 2 layers (t), the model has 6"],
@@ -442,7 +456,9 @@ def test_what_is_proposed_a_resume_takes(tmp_path):
         sizes.check(asked)
     begun = Namespace(**(vars(asked) | {"output_dir": str(tmp_path), "save": str(tmp_path)}))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("5")
-    (tmp_path / "config.yaml").write_text("global_batch_size: 3\nseq_length: 128\n")
+    (tmp_path / "config.yaml").write_text(
+        "derived_flags: []\nglobal_batch_size: 3\nseq_length: 128\n"
+    )
     with pytest.raises(SetupError) as caught:
         sizes.check(begun)
     proposal = str(caught.value).partition("nearest that works on 4 processes:")[2]

@@ -56,6 +56,8 @@ def test_a_process_without_a_launcher_is_rank_0_of_1(monkeypatch):
         ({"RANK": "-1"}, "RANK is -1: must be at least 0"),
         ({"RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
         ({"LOCAL_RANK": "5"}, "LOCAL_RANK is 5, but LOCAL_WORLD_SIZE is 2"),
+        ({"RANK": None, "WORLD_SIZE": None, "LOCAL_RANK": "abc"}, "LOCAL_RANK is 'abc': expects"),
+        ({"LOCAL_WORLD_SIZE": "4"}, "LOCAL_WORLD_SIZE is 4, but WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is 0: must be at least 1"),
         ({"WORLD_SIZE": None}, "RANK is set, but WORLD_SIZE is not"),
         ({"RANK": None}, "WORLD_SIZE is 2, but RANK is not set"),

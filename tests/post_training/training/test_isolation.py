@@ -1,10 +1,12 @@
 """That a run with a leak is stopped, whatever its layout, and that a right one is not touched."""
 
 import json
+import shutil
 from argparse import Namespace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from post_training.training.isolation import (
     EARLIER,
@@ -81,6 +83,18 @@ def test_a_vocabulary_of_two_still_changes():
 def test_verdict(moved, change, words):
     complaint = Verdict([10, 10, 10], moved, change).complaint()
     assert complaint is None if words is None else words in (complaint or "")
+
+
+def test_a_model_whose_losses_are_no_numbers_is_the_steps_to_tell(words, hf_model, tmp_path):
+    """It seems to see nothing, as every loss stays what it is."""
+    folder = shutil.copytree(hf_model("qwen3"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    run = finetune(tmp_path / "out", *words(), "--hf-model", str(folder))
+    assert run.status == 1 and "Traceback" not in run.console
+    assert "is not checked" in run.console and "sees nothing" not in run.console
+    assert "error: step 1: the loss is nan" in run.console
 
 
 @pytest.mark.parametrize(

@@ -23,21 +23,19 @@ from torch.nn import functional
 
 from post_training.batch.assemble import Batch, join_stage_input
 from post_training.batch.trained_tokens import TrainedTokens
-from post_training.distillation.knowledge_settings import KnowledgeSettings
+from post_training.distillation.features import OF_STUDENT
 from post_training.distillation.losses import (
     TopTokens,
     divergence,
     sparse_divergence,
     top_tokens,
 )
+from post_training.knowledge.settings import KnowledgeSettings
 from post_training.metrics.step_counters import counters
 from post_training.training.loss import trained_logits
 
-# What features must hold for a student.
-STORED = ("topk_ids", "topk_logprobs", "rest_logprobs")
 
-
-def part_names(settings: KnowledgeSettings) -> list[str]:
+def knowledge_parts(settings: KnowledgeSettings) -> list[str]:
     """What `Distiller` counts apart; `lm_loss` is the cross-entropy in any case."""
     hidden = ["kd_hidden_loss"] if settings.pairs else []
     return ["kd_total_loss", "kd_logits_loss", *hidden]
@@ -84,7 +82,7 @@ class Distiller:
         self._trained, self.lm = batch.trained, None
         if self.teacher is None:
             if self.student.post_process:
-                self._taught = _stored(batch.features, batch.trained)
+                self._taught = _stored(batch.features, batch.trained, self.vocabulary)
             return
         if not self.student.pre_process:
             join_stage_input(self.teacher)
@@ -179,11 +177,12 @@ class Distiller:
         self.teacher.set_input_tensor(parts[1])  # type: ignore[union-attr]
 
 
-def _stored(features: Mapping[str, Tensor], trained: TrainedTokens) -> TopTokens:
+def _stored(features: Mapping[str, Tensor], trained: TrainedTokens, vocabulary: int) -> TopTokens:
     """The rows of trained tokens, of features [tokens, 1, width] each."""
-    return TopTokens(
-        *(features[name].index_select(0, trained.indices).squeeze(1) for name in STORED)
-    )
+    rows = (features[name].index_select(0, trained.indices).squeeze(1) for name in OF_STUDENT)
+    ids, log_probs, rest = rows
+    # Rows that pad a teacher's embedding are no tokens; those left are a distribution all the same.
+    return TopTokens(ids, log_probs.masked_fill(ids >= vocabulary, float("-inf")), rest)
 
 
 def install_distiller(

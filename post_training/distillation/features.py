@@ -1,0 +1,92 @@
+"""What features a run makes or takes, and what they depend on."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.features.dataset import open_features
+from data.features.manifest import DTYPES
+from post_training.batch.splits import Split
+from post_training.checkpoint.integrity import check_sum
+from post_training.distillation.draft_vocabulary import most_trained_tokens
+from post_training.hf.folder import local_model_folder, local_tokenizer_folder
+from post_training.hf.tokenizer import FILE
+
+OF_DRAFT = ("aux_hidden_states", "hidden_states")
+OF_STUDENT = ("topk_ids", "topk_logprobs", "rest_logprobs")
+
+
+def made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
+    """What decides about a base model's features, beside documents and layers: hashes by name.
+
+    Args:
+        args: resolved arguments.
+        tokenizer: the run's.
+    """
+    weights = sorted(local_model_folder(args.hf_model).glob("*.safetensors"))
+    sums = [(file.stat().st_size, check_sum(file)) for file in weights]
+    files = local_tokenizer_folder(args.hf_tokenizer or args.hf_model)
+    template = args.chat_template or tokenizer.chat_template or ""
+    return {
+        "base": _short(json.dumps(sums).encode()),
+        "tokenizer": _short((files / FILE).read_bytes()),
+        "template": _short(str(template).encode()),
+    }
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def wanted_features(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """What stored features must have been made by, for a run to learn from them."""
+    if args.draft is None:  # of any teacher with the same tokens, in the same conversations
+        made = made_by(args, tokenizer)
+        return {name: made[name] for name in ("tokenizer", "template")}
+    if not args.export_offline_model:
+        return {}
+    return {
+        **made_by(args, tokenizer),
+        "aux_layers": list(args.aux_layers),
+        "hidden_size": args.hidden_size,
+        "aux_hidden_size": len(args.aux_layers) * args.hidden_size,
+    }
+
+
+def stored_names(args: argparse.Namespace) -> tuple[str, ...]:
+    """The fields of stored features that the packs of a run carry."""
+    if args.offline_distillation_data is None:
+        return ()
+    if args.draft is None:
+        return OF_STUDENT
+    return OF_DRAFT if args.export_offline_model else ()
+
+
+def stored_features(args: argparse.Namespace) -> dict[str, tuple[int, torch.dtype]]:
+    """Width and dtype of each feature that the packs of a run carry, by name."""
+    names = stored_names(args)
+    return _kinds(args.offline_distillation_data, names) if names else {}
+
+
+@functools.cache
+def _kinds(folder: str, names: tuple[str, ...]) -> dict[str, tuple[int, torch.dtype]]:
+    split = next(path for path in sorted(Path(folder).iterdir()) if path.is_dir())
+    fields = open_features(split).fields
+    return {name: (fields[name].width, DTYPES[fields[name].dtype]) for name in names}
+
+
+def draft_tokens(args: argparse.Namespace, splits: Mapping[str, Split]) -> Tensor | None:
+    """The tokens that a new draft can write: int64 [draft vocabulary], ascending; None: all."""
+    if args.draft is None or args.draft_vocab_size is None or "train" not in splits:
+        return None
+    documents = splits["train"].documents
+    return most_trained_tokens(documents, args.draft_vocab_size, args.vocab_size)

@@ -1,0 +1,140 @@
+"""What the numbers of config.json may be: met here, not in a division or a table of frequencies later.
+
+transformers checks some types of some families and no range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from post_training.errors import SetupError
+from post_training.hf.families import FAMILIES, Family
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+_LARGEST = 2**31 - 1
+# Each layer and each expert has weights of its own, which are listed before they are read.
+_MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000}
+_NEEDED = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
+_ROPE_POSITIVE = (
+    *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    *("attention_factor", "beta_fast", "beta_slow"),
+)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_values(config: PretrainedConfig, name: str) -> None:
+    """Refuse numbers that no model can have.
+
+    Args:
+        config: of a known architecture.
+        name: of the model, for messages.
+
+    Raises:
+        SetupError: naming the key of config.json.
+    """
+    wrong = next(_wrong_values(config, FAMILIES[config.architectures[0]]), None)
+    if wrong is not None:
+        key, value, expected = wrong
+        raise SetupError(
+            f"--hf-model {name}: config.json says {key} {value!r}, expected {expected}"
+        )
+
+
+def check_spellings(written: Mapping[str, Any], name: str) -> None:
+    """Refuse a config.json whose older spelling contradicts the newer one, which is what is read.
+
+    Args:
+        written: what the file says.
+        name: of the model, for messages.
+
+    Raises:
+        SetupError: naming the key.
+    """
+    newer, older = written.get("rope_parameters"), written.get("rope_theta")
+    read = newer.get("rope_theta", older) if isinstance(newer, Mapping) else older
+    if older is not None and older != read:
+        raise SetupError(
+            f"--hf-model {name}: config.json says rope_theta {older!r} and, in rope_parameters, {read!r}; "
+            f"readers differ in which they take: give one of them, or both alike"
+        )
+    for key in ("torch_dtype", "dtype"):
+        value = written.get(key)
+        known = str(value).removeprefix("torch.")
+        if value is not None and getattr(torch, known, None) not in _DTYPES:
+            raise SetupError(
+                f"--hf-model {name}: config.json says {key} {value!r}, expected float32, "
+                f"bfloat16 or float16"
+            )
+
+
+def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[str, Any, str]]:
+    """Key, value, and what was expected there."""
+    value: Any
+    experts = ("num_experts", "num_experts_per_tok", family.experts.size) if family.experts else ()
+    for key in (*_NEEDED, *experts):
+        value, most = getattr(config, key, None), _MOST.get(key, _LARGEST)
+        if not _is_size(value) or value > most:
+            yield key, value, f"a whole number from 1 to {most}"
+    # transformers reads a window whatever its size is, and its use is another key.
+    windowed = getattr(config, "use_sliding_window", True)
+    for key in ("head_dim", "sliding_window") if windowed else ("head_dim",):
+        value = getattr(config, key, None)
+        if value is not None and not _is_size(value):
+            yield key, value, f"a whole number from 1 to {_LARGEST}, or null"
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    if heads % groups:
+        yield "num_attention_heads", heads, f"a multiple of num_key_value_heads {groups}"
+    if family.experts:
+        yield from _wrong_experts(config)
+    layers, without = config.num_hidden_layers, getattr(config, "no_rope_layers", None)
+    if without is not None:
+        fits = isinstance(without, list) and len(without) >= int(layers or 0)
+        if not fits or any(value not in (0, 1) for value in without):
+            yield "no_rope_layers", without, f"0 or 1 for each of {layers} layers"
+    epsilon: Any = config.rms_norm_eps
+    deviation: Any = config.initializer_range
+    if not _is_number(epsilon) or not 0 < epsilon <= 1:
+        yield "rms_norm_eps", epsilon, "a number above 0 and at most 1"
+    if not _is_number(deviation) or not 0 <= deviation <= 1000:
+        yield "initializer_range", deviation, "a number from 0 to 1000"
+    parameters = getattr(config, "rope_parameters", None) or {}
+    theta: Any = parameters.get("rope_theta")
+    if not _is_number(theta) or not 1 <= theta <= _LARGEST:
+        yield "rope_theta", theta, f"a number from 1 to {_LARGEST}"
+    for key in _ROPE_POSITIVE if parameters.get("rope_type", "default") != "default" else ():
+        value = parameters.get(key)
+        if value is not None and not (_is_number(value) and value > 0):
+            yield f"{key} of its rotary embedding", value, "a number above 0"
+
+
+def _wrong_experts(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
+    chosen, experts = config.num_experts_per_tok, config.num_experts
+    if chosen > experts:
+        yield "num_experts_per_tok", chosen, f"at most the {experts} experts that there are"
+    step = getattr(config, "decoder_sparse_step", 1)
+    if not _is_size(step):
+        yield "decoder_sparse_step", step, "a whole number from 1"
+    dense = getattr(config, "mlp_only_layers", None)
+    if dense is not None and not (isinstance(dense, (list, tuple)) and all(map(_is_index, dense))):
+        yield "mlp_only_layers", dense, "a list of layers"
+
+
+def _is_index(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+
+
+def _is_size(value: object) -> bool:
+    return _is_index(value) and value != 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,132 @@
+"""Drafts in whole runs: the same losses on every layout, from stored features, and after a resume."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tests.helpers.launch import finetune, run_ranks
+from tests.helpers.reference import Recipe
+from tests.numerics.equivalence import MBS2, SP, STEP_BOUND, TP2
+from tests.numerics.test_features import extracted
+
+ONLINE = ("--draft", "eagle3")
+CUT = ("--draft-vocab-size", "128")
+
+
+def run(model, folder, *flags, world=1):
+    return finetune(folder, "--hf-model", str(model), *Recipe().flags(), *flags, world=world)
+
+
+def compare(found, expected, bound=STEP_BOUND):
+    """Losses, norms and the parts of each step."""
+    assert len(found.steps) == len(expected.steps) == 10
+    for one, other in zip(found.steps, expected.steps, strict=True):
+        for name in ("lm_loss", "grad_norm", *(n for n in other if n.startswith("draft_loss"))):
+            assert one[name] == pytest.approx(other[name], rel=bound), name
+
+
+@pytest.fixture(scope="module")
+def base(hf_model):
+    return hf_model("qwen3", tied=True)
+
+
+@pytest.fixture(scope="module")
+def alone(base, chat_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    return run(base, folder, *ONLINE, *CUT, "--finetune-data-files", str(chat_data.file)).ok()
+
+
+def test_a_draft_learns_and_says_of_each_step_how_much(alone):
+    first, last = alone.steps[0], alone.steps[-1]
+    for step in range(1, 5):
+        assert 0 < last[f"draft_loss_{step}"] < first[f"draft_loss_{step}"]
+        assert 0 <= last[f"draft_accuracy_{step}"] <= 1
+    weights = [0.9**step for step in range(4)]
+    parts = [last[f"draft_loss_{step}"] for step in range(1, 5)]
+    # Tokens at a document's begin are drafted by fewer steps; here none of them is trained.
+    assert last["lm_loss"] == pytest.approx(
+        sum(w * p for w, p in zip(weights, parts, strict=True)), rel=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [(MBS2, 1), ((), 2), (TP2, 2), (TP2 + SP, 2), (TP2 + SP + MBS2, 4)],
+    ids=["mbs2", "dp2", "tp2", "tp2-sp", "tp2-sp-dp2-mbs2"],
+)
+def test_layouts(alone, base, chat_data, tmp_path, layout, world):
+    data = ("--finetune-data-files", str(chat_data.file))
+    compare(run(base, tmp_path / "out", *ONLINE, *CUT, *data, *layout, world=world).ok(), alone)
+
+
+@pytest.mark.slow
+def test_stored_features_teach_what_the_base_does(alone, base, chat_data, tmp_path):
+    extracted(base, chat_data.file, tmp_path / "fp32")
+    extracted(base, chat_data.file, tmp_path / "bf16", more=("--features-dtype", "bf16"))
+    offline = ("--export-offline-model", *CUT)
+    for dtype, layout, world, bound in (
+        ("fp32", (), 1, STEP_BOUND),
+        ("fp32", TP2 + SP, 2, STEP_BOUND),
+        ("bf16", (), 2, 1e-3),
+    ):
+        data = ("--offline-distillation-data", str(tmp_path / dtype))
+        name = f"{dtype}-{world}-{len(layout)}"
+        compare(
+            run(base, tmp_path / name, *offline, *data, *layout, world=world).ok(), alone, bound
+        )
+    # The same documents without their features: the base is run.
+    data = ("--offline-distillation-data", str(tmp_path / "bf16"))
+    compare(run(base, tmp_path / "online", *ONLINE, *CUT, *data).ok(), alone, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
+def test_a_resumed_run_is_the_uninterrupted_one(alone, base, chat_data, tmp_path, offline):
+    flags = (*ONLINE, *CUT, "--finetune-data-files", str(chat_data.file))
+    if offline:
+        extracted(base, chat_data.file, tmp_path / "F")
+        flags = ("--export-offline-model", *CUT, "--offline-distillation-data", str(tmp_path / "F"))
+    run(base, tmp_path / "out", *flags, "--exit-interval", "4").ok()
+    resumed = run(base, tmp_path / "out", *flags).ok()
+    if not offline:
+        compare(resumed, alone, 0)
+    straight = run(base, tmp_path / "straight", *flags).ok() if offline else alone
+    compare(resumed, straight, 0)
+    other = run(base, tmp_path / "out", *flags, "--draft-vocab-size", "64")
+    assert other.status == 2 and "its draft is" in other.console
+
+
+def _export(output_dir, base, rows):
+    """Export the run's draft, and let it draft for its base."""
+    from transformers import AutoModelForCausalLM
+
+    from post_training.distillation.served_draft import ServedDraft
+    from post_training.distillation.speculation import Acceptance, Verifier, greedy, speculate
+    from scripts import export_hf
+
+    sys.argv = ["export_hf.py", "--output-dir", output_dir]
+    assert export_hf.main() == 0
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    draft = ServedDraft(f"{output_dir}/draft", model.get_input_embeddings().weight.detach())
+    verifier = Verifier(model, draft.input_layers)
+    found = Acceptance(3)
+    for row in rows:
+        plain = greedy(verifier, row, 12, {2})
+        assert speculate(verifier, draft, row, 12, {2}, found) == plain
+    return found.drafts, found.accepted, found.length
+
+
+@pytest.mark.slow
+def test_an_exported_draft_drafts_for_its_base(alone, base):
+    """Greedy answers stay what they are; and servers' names and keys are there."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 391, (n,), generator=generator).tolist() for n in (7, 12, 30)]
+    ((drafts, accepted, length),) = run_ranks(_export, 1, str(alone.folder), str(base), rows)
+    assert drafts > 0 and accepted == sorted(accepted, reverse=True) and length >= 1
+    config = json.loads((alone.folder / "draft/config.json").read_text())
+    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [-1, 0, 1]
+    assert config["draft_vocab_size"] == 128 and config["vocab_size"] == 391
