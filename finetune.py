@@ -154,7 +154,8 @@ def forward_step(
             labels=batch.labels,
             packed_seq_params=batch.packed,
             output_processor=trained_token_loss(
-                args.vocab_size or args.padded_vocab_size, distiller and distiller.teach
+                args.vocab_size or args.padded_vocab_size,
+                None if distiller is None else distiller.teach,
             ),
             output_processor_context=batch.trained,
         )

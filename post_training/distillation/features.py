@@ -34,10 +34,13 @@ def made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """
     weights = sorted(local_model_folder(args.hf_model).glob("*.safetensors"))
     sums = [(file.stat().st_size, check_sum(file)) for file in weights]
+    return {"base": _short(json.dumps(sums).encode()), **_text_made_by(args, tokenizer)}
+
+
+def _text_made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     files = local_tokenizer_folder(args.hf_tokenizer or args.hf_model)
     template = args.chat_template or tokenizer.chat_template or ""
     return {
-        "base": _short(json.dumps(sums).encode()),
         "tokenizer": _short((files / FILE).read_bytes()),
         "template": _short(str(template).encode()),
     }
@@ -50,8 +53,7 @@ def _short(content: bytes) -> str:
 def wanted_features(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """What stored features must have been made by, for a run to learn from them."""
     if args.draft is None:  # of any teacher with the same tokens, in the same conversations
-        made = made_by(args, tokenizer)
-        return {name: made[name] for name in ("tokenizer", "template")}
+        return _text_made_by(args, tokenizer)
     if not args.export_offline_model:
         return {}
     return {

@@ -45,7 +45,7 @@ class Distiller:
     """Teaches one pipeline stage of a student; `install_distiller` puts it there."""
 
     def __init__(
-        self, settings: KnowledgeSettings, vocabulary: int, student: Any, teacher: Any | None
+        self, settings: KnowledgeSettings, vocabulary: int, student: Any, teacher: Any
     ) -> None:
         """Watch the layers whose states are compared.
 
@@ -126,9 +126,9 @@ class Distiller:
             float32 [trained].
         """
         settings, group = self.settings, self.student.output_layer.tp_group
-        compare = divergence if isinstance(self._taught, Tensor) else sparse_divergence
+        compare: Any = divergence if isinstance(self._taught, Tensor) else sparse_divergence
         own = logits.squeeze(1)
-        of_logits = compare(own, self._taught, group, settings.logit_kl_temperature)
+        of_logits: Tensor = compare(own, self._taught, group, settings.logit_kl_temperature)
         taught, parts = of_logits, [of_logits]
         if settings.pairs:
             of_pairs = [self._hidden_loss(number) for number in range(len(settings.pairs))]
@@ -174,7 +174,7 @@ class Distiller:
             sizes = [model.config.hidden_size for model in (self.student, self.teacher)]
             parts = [part.contiguous() for part in tensor.split(sizes, dim=-1)]
         type(self.student).set_input_tensor(self.student, parts[0])
-        self.teacher.set_input_tensor(parts[1])  # type: ignore[union-attr]
+        self.teacher.set_input_tensor(parts[1])
 
 
 def _stored(features: Mapping[str, Tensor], trained: TrainedTokens, vocabulary: int) -> TopTokens:

@@ -18,6 +18,7 @@ from post_training.errors import SetupError
 from post_training.hf.tokenizer import load_tokenizer
 from post_training.inference.arguments import arguments_of_hf_model
 from post_training.inference.load import ModelConfig, checkpoint_of_run, frozen_model
+from post_training.inference.quiet import quiet_libraries
 
 # What a teacher shares with its student: how it is cut, what it computes with, and the packs.
 _SHARED = (
@@ -82,7 +83,8 @@ def choose_teacher(args: argparse.Namespace) -> Teacher | None:
         raise SetupError(f"{flag}: its tokenizer gives tokens other ids than the student's")
     complete_inference(found)
     try:
-        validate(found)
+        with quiet_libraries():  # Megatron prints all arguments
+            validate(found)
     except SetupError as error:
         raise SetupError(f"{flag}: {error}") from error
     return Teacher(found, checkpoint)

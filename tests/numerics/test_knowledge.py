@@ -10,13 +10,15 @@ import math
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint import FileSystemReader
 from torch.nn import functional
 
 from tests.helpers import reference
 from tests.helpers.launch import finetune
-from tests.helpers.models import load_model, make_tokenizer, save_model
+from tests.helpers.models import VOCABULARY, load_model, make_tokenizer, save_model
 from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, tokens_and_mask, write_rows
+from tests.numerics.test_features import extracted
 
 RECIPE = Recipe()
 ROWS = make_rows(60)
@@ -88,7 +90,8 @@ def plain_loop(student, teacher, settings, data_file):
         sums = torch.zeros(4, dtype=torch.float64)
         for row in batch:
             parts = document_parts(student, teacher, *examples[row], settings)
-            total = objective(*parts, settings)
+            lm, divergence, hidden = parts
+            total = objective(lm, divergence, hidden, settings)
             (total / tokens).backward()
             sums += torch.stack([part.detach().double() for part in (*parts, total)])
         gradients = [p.grad for p in student.parameters() if p.grad is not None]
@@ -153,3 +156,88 @@ def test_a_taught_student_equals_a_plain_loop(case, tmp_path, name, flags, world
     run = taught(case, tmp_path / "out", name, *flags, "--no-save-optim", world=world).ok()
     for found, expected in zip(parts_of(run), case[2][name], strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def learned(case, output, model, *flags, world=1):
+    """A student of what is stored, or of a teacher, without a temperature."""
+    return finetune(output, "--hf-model", str(model), *RECIPE.flags(), *flags, world=world)
+
+
+@pytest.mark.parametrize(
+    ("flags", "world"),
+    [
+        pytest.param(CP2 + MBS2, 2, id="cp2-mbs2"),
+        pytest.param(TP2 + SP + PP2, 4, id="tp2-sp-pp2", marks=pytest.mark.slow),
+    ],
+)
+def test_all_tokens_stored_teach_what_the_teacher_does(case, tmp_path, flags, world):
+    """Offline with k = vocabulary, on a layout that cuts rows, equals online in one process."""
+    folder, data_file, _ = case
+    (tmp_path / "kd.yaml").write_text("skip_lm_loss: false\nkd_loss_scale: 0.7\n")
+    settings = ("--export-kd-cfg", str(tmp_path / "kd.yaml"), "--no-save-optim")
+    all_tokens = ("--no-hidden-states", "--top-k", str(VOCABULARY))
+    extracted(folder / "both", data_file, tmp_path / "features", more=all_tokens)
+    stored = ("--offline-distillation-data", str(tmp_path / "features"))
+    online = learned(
+        case,
+        tmp_path / "online",
+        folder / "student",
+        *("--finetune-data-files", str(data_file)),
+        *("--export-kd-teacher-load", str(folder / "both"), *settings),
+    ).ok()
+    offline = learned(
+        case, tmp_path / "offline", folder / "student", *stored, *settings, *flags, world=world
+    ).ok()
+    for found, expected in zip(parts_of(offline), parts_of(online), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_resumed_student_is_the_uninterrupted_one_without_its_teacher(case, tmp_path):
+    """Bit for bit; its checkpoint and export are a student's, whose weights the teacher is no part of."""
+    flags = ("both", *TP2, "--save-hf")
+    straight = taught(case, tmp_path / "straight", *flags, world=2).ok()
+    taught(case, tmp_path / "out", *flags, "--exit-interval", "4", world=2).ok()
+    resumed = taught(case, tmp_path / "out", *flags, world=2).ok()
+    assert parts_of(resumed) == parts_of(straight)
+    folder, data_file, _ = case
+    alone = learned(
+        case,
+        tmp_path / "alone",
+        folder / "student",
+        *("--finetune-data-files", str(data_file), *TP2),
+        world=2,
+    ).ok()
+    keys = [
+        set(
+            FileSystemReader(run.folder / "checkpoints/iter_0000010")
+            .read_metadata()
+            .state_dict_metadata
+        )
+        for run in (resumed, alone)
+    ]
+    assert keys[0] == keys[1]
+    assert len(load_model(resumed.folder / "hf").model.layers) == 2
+
+
+@pytest.mark.slow
+def test_a_teacher_is_a_run_or_one_of_its_checkpoints(case, tmp_path):
+    """Read on another layout than it was trained on; the same losses as of its export."""
+    folder, data_file, _ = case
+    teacher = learned(
+        case,
+        tmp_path / "teacher",
+        folder / "both",
+        *("--finetune-data-files", str(data_file), "--save-hf", "--save-interval", "5"),
+    ).ok()
+    expected = taught(case, tmp_path / "of-hf", "both", teacher=teacher.folder / "hf").ok()
+    checkpoints = teacher.folder / "checkpoints"
+    for name, source in (
+        ("run", teacher.folder),
+        ("folder", checkpoints),
+        ("one", checkpoints / "iter_0000010"),
+    ):
+        run = taught(case, tmp_path / name, "both", *TP2, world=2, teacher=source).ok()
+        for found, wanted in zip(parts_of(run), parts_of(expected), strict=True):
+            assert found == pytest.approx(wanted, rel=1e-5), name
+    earlier = taught(case, tmp_path / "earlier", "both", teacher=checkpoints / "iter_0000005").ok()
+    assert parts_of(earlier) != parts_of(expected)

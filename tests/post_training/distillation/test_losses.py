@@ -24,6 +24,7 @@ def both_divergences(k, temperature, stored):
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     group = dist.group.WORLD
+    assert group is not None
     rows = PADDED // group.size()
     mine = slice(group.rank() * rows, (group.rank() + 1) * rows)
     teacher = logits(1)[:, mine].clone()
