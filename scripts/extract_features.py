@@ -21,7 +21,6 @@ from post_training import platform
 platform.apply()
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from megatron.training.global_vars import set_global_variables
@@ -35,7 +34,7 @@ from model_provider import check_weights, model_config
 from post_training.arguments.completion import complete_run, validate
 from post_training.arguments.parser import parse_arguments
 from post_training.batch.splits import SPLITS
-from post_training.distillation.extraction import Extractor, extract
+from post_training.distillation.extraction import Extractor, extract, own_shards, tokens_of
 from post_training.distillation.features import made_by
 from post_training.errors import SetupError
 from post_training.export.hf import DTYPES
@@ -160,9 +159,8 @@ def _extract(options: argparse.Namespace, rest: list[str]) -> None:
         top_k=options.top_k,
         hidden_states=not options.no_hidden_states,
     )
-    ranks = parallel_state.get_data_parallel_world_size()
     for name, (documents, writer) in splits.items():
-        total = int(documents.lengths.sum()) // ranks
+        total = sum(tokens_of(writer, shard) for shard in own_shards(writer))
         with tqdm(total=total, desc=name, unit=" tokens", disable=args.rank != 0) as bar:
             extract(extractor, writer, documents, bar.update)
     if args.rank == 0:

@@ -267,8 +267,7 @@ def extract(
         advance: is told how many tokens of this data parallel rank are done.
     """
     of_model = parallel_state.get_model_parallel_group()
-    ranks = parallel_state.get_data_parallel_world_size()
-    own = range(parallel_state.get_data_parallel_rank(), len(writer), ranks)
+    own = own_shards(writer)
     writes = (
         parallel_state.is_pipeline_last_stage()
         and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -277,7 +276,7 @@ def extract(
     every: list[Any] = [None] * of_model.size()
     torch.distributed.all_gather_object(every, found[0], group=of_model)
     pending: list[int] = next(answer for answer in every if answer is not None)
-    advance(sum(_tokens(writer, shard) for shard in own if shard not in pending))
+    advance(sum(tokens_of(writer, shard) for shard in own if shard not in pending))
     rounds = _most(len(pending))
     for turn in range(rounds):
         shard = pending[turn] if turn < len(pending) else None
@@ -289,14 +288,21 @@ def extract(
         if writes:
             assert kept is not None
             writer.write(shard, fields_of(kept, rows, extractor.aux_layers, extractor.dtype))
-        advance(_tokens(writer, shard))
+        advance(tokens_of(writer, shard))
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         writer.finish()
     torch.distributed.barrier()
 
 
-def _tokens(writer: FeatureWriter, shard: int) -> int:
+def own_shards(writer: FeatureWriter) -> range:
+    """The shards of this data parallel rank."""
+    ranks = parallel_state.get_data_parallel_world_size()
+    return range(parallel_state.get_data_parallel_rank(), len(writer), ranks)
+
+
+def tokens_of(writer: FeatureWriter, shard: int) -> int:
+    """Tokens of the documents of a shard."""
     numbers = writer.documents_of(shard)
     return int(writer.documents.lengths[numbers.start : numbers.stop].sum())
 

@@ -46,9 +46,8 @@ def test_a_draft_learns_and_says_of_each_step_how_much(alone):
     weights = [0.9**step for step in range(4)]
     parts = [last[f"draft_loss_{step}"] for step in range(1, 5)]
     # Tokens at a document's begin are drafted by fewer steps; here none of them is trained.
-    assert last["lm_loss"] == pytest.approx(
-        sum(w * p for w, p in zip(weights, parts, strict=True)), rel=1e-6
-    )
+    total = sum(weight * part for weight, part in zip(weights, parts, strict=True))
+    assert last["lm_loss"] == pytest.approx(total, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -85,7 +84,7 @@ def test_stored_features_teach_what_the_base_does(alone, base, chat_data, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 def test_a_resumed_run_is_the_uninterrupted_one(alone, base, chat_data, tmp_path, offline):
-    flags = (*ONLINE, *CUT, "--finetune-data-files", str(chat_data.file))
+    flags: tuple[str, ...] = (*ONLINE, *CUT, "--finetune-data-files", str(chat_data.file))
     if offline:
         extracted(base, chat_data.file, tmp_path / "F")
         flags = ("--export-offline-model", *CUT, "--offline-distillation-data", str(tmp_path / "F"))

@@ -1,5 +1,6 @@
 """Extracted features are those of the HuggingFace model on each document alone, on every layout."""
 
+import functools
 import signal
 import subprocess
 
@@ -47,14 +48,14 @@ def check(reader, folder, layers=(-1, 0, 1)):
         last = before_norm.pop().view(1, len(ids), -1)
         states = [*out.hidden_states[:-1], last]
         found = reader.read(number)
-        close = {"rtol": 1e-4, "atol": 2e-5}
-        torch.testing.assert_close(found["hidden_states"], out.hidden_states[-1][0], **close)
+        close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
+        close(found["hidden_states"], out.hidden_states[-1][0])
         aux = torch.cat([states[layer + 1] for layer in layers], dim=-1)[0]
-        torch.testing.assert_close(found["aux_hidden_states"], aux, **close)
+        close(found["aux_hidden_states"], aux)
         predicts = torch.nonzero(mask[1:]).flatten()
         logits = out.logits[0, predicts, :VOCABULARY].log_softmax(-1)
         values, tokens = logits.topk(K)
-        torch.testing.assert_close(found["topk_logprobs"], values, **close)
+        close(found["topk_logprobs"], values)
         assert (found["topk_ids"] == tokens).float().mean() > 0.99  # but for equals
         rest = (1 - values.exp().sum(-1, keepdim=True)).log()
         torch.testing.assert_close(found["rest_logprobs"], rest, rtol=1e-3, atol=1e-4)
