@@ -158,7 +158,7 @@ def test_a_taught_student_equals_a_plain_loop(case, tmp_path, name, flags, world
         assert found == pytest.approx(expected, rel=1e-5)
 
 
-def learned(case, output, model, *flags, world=1):
+def learned(output, model, *flags, world=1):
     """A student of what is stored, or of a teacher, without a temperature."""
     return finetune(output, "--hf-model", str(model), *RECIPE.flags(), *flags, world=world)
 
@@ -179,14 +179,13 @@ def test_all_tokens_stored_teach_what_the_teacher_does(case, tmp_path, flags, wo
     extracted(folder / "both", data_file, tmp_path / "features", more=all_tokens)
     stored = ("--offline-distillation-data", str(tmp_path / "features"))
     online = learned(
-        case,
         tmp_path / "online",
         folder / "student",
         *("--finetune-data-files", str(data_file)),
         *("--export-kd-teacher-load", str(folder / "both"), *settings),
     ).ok()
     offline = learned(
-        case, tmp_path / "offline", folder / "student", *stored, *settings, *flags, world=world
+        tmp_path / "offline", folder / "student", *stored, *settings, *flags, world=world
     ).ok()
     for found, expected in zip(parts_of(offline), parts_of(online), strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
@@ -201,7 +200,6 @@ def test_a_resumed_student_is_the_uninterrupted_one_without_its_teacher(case, tm
     assert parts_of(resumed) == parts_of(straight)
     folder, data_file, _ = case
     alone = learned(
-        case,
         tmp_path / "alone",
         folder / "student",
         *("--finetune-data-files", str(data_file), *TP2),
@@ -224,7 +222,6 @@ def test_a_teacher_is_a_run_or_one_of_its_checkpoints(case, tmp_path):
     """Read on another layout than it was trained on; the same losses as of its export."""
     folder, data_file, _ = case
     teacher = learned(
-        case,
         tmp_path / "teacher",
         folder / "both",
         *("--finetune-data-files", str(data_file), "--save-hf", "--save-interval", "5"),
@@ -241,3 +238,26 @@ def test_a_teacher_is_a_run_or_one_of_its_checkpoints(case, tmp_path):
             assert found == pytest.approx(wanted, rel=1e-5), name
     earlier = taught(case, tmp_path / "earlier", "both", teacher=checkpoints / "iter_0000005").ok()
     assert parts_of(earlier) != parts_of(expected)
+
+
+@pytest.mark.slow
+def test_a_student_with_experts_has_a_dense_teacher(case, hf_model, tmp_path):
+    """Experts over ranks that read different packs: the same losses as in one process."""
+    folder, data_file, _ = case
+    flags = (
+        *(
+            "--finetune-data-files",
+            str(data_file),
+            "--export-kd-teacher-load",
+            str(folder / "both"),
+        ),
+        "--no-save-optim",
+    )
+    student = hf_model("qwen3_moe")
+    one = learned(tmp_path / "one", student, *flags).ok()
+    ep2 = learned(
+        tmp_path / "ep2", student, *flags, "--expert-model-parallel-size", "2", world=2
+    ).ok()
+    for found, expected in zip(parts_of(ep2), parts_of(one), strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    assert one.steps[-1]["kd_logits_loss"] < one.steps[0]["kd_logits_loss"]
