@@ -88,12 +88,12 @@ def main() -> None:
     parser.add_argument("--base", required=True, type=lambda text: str(Path(text).resolve()))
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    for seed in range(options.seeds):
+    for seed in range(1, options.seeds + 1):
         print(f"as it is, seed {seed}: {trained(options, seed, []):.3f}", flush=True)
     for name, flags in FLAGS.items():
-        print(f"{name}: {trained(options, 0, flags):.3f}", flush=True)
+        print(f"{name}: {trained(options, 1, flags):.3f}", flush=True)
     for name, fault in FAULTS.items():
-        print(f"{name}: {trained(options, 0, [], fault):.3f}", flush=True)
+        print(f"{name}: {trained(options, 1, [], fault):.3f}", flush=True)
 
 
 if __name__ == "__main__":
