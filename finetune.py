@@ -71,6 +71,9 @@ from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
 from post_training.job.signals import GracefulExit, interrupt, raise_if_interrupted
 from post_training.job.watchdog import tell_failure, watchdog
+from post_training.knowledge.distiller import Distiller, knowledge_parts
+from post_training.knowledge.settings import check_pairs, knowledge_settings
+from post_training.knowledge.teacher import Teacher, choose_teacher
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
 from post_training.metrics.run_log import RunLog
@@ -141,13 +144,19 @@ def forward_step(
     chunk = unwrap_model(model)
     if not chunk.pre_process:
         join_stage_input(chunk)
+    distiller: Distiller | None = getattr(chunk, "distiller", None)
+    if distiller is not None:
+        distiller.begin(batch)
     inputs = batch.tokens, batch.position_ids, None
     if args.draft is None:
         output_tensor = model(
             *inputs,
             labels=batch.labels,
             packed_seq_params=batch.packed,
-            output_processor=trained_token_loss(args.vocab_size or args.padded_vocab_size),
+            output_processor=trained_token_loss(
+                args.vocab_size or args.padded_vocab_size,
+                None if distiller is None else distiller.teach,
+            ),
             output_processor_context=batch.trained,
         )
     else:
@@ -155,9 +164,12 @@ def forward_step(
             *inputs, packed_seq_params=batch.packed, trained=batch.trained, **batch.features
         )
     if not chunk.post_process:
+        if distiller is not None:
+            output_tensor = distiller.beside(output_tensor)
         micro = args.micro_batch_size if model.training else args.eval_micro_batch_size
         output_tensor = split_stage_output(output_tensor, micro)
-    return output_tensor, functools.partial(loss_func, batch.trained)
+    reported = distiller.lm if distiller is not None else None
+    return output_tensor, functools.partial(loss_func, batch.trained, reported=reported)
 
 
 def non_loss_data_func(
@@ -173,6 +185,7 @@ def finetune(
     splits: dict[str, Split],
     start: resume.Start,
     position: DataPosition | None,
+    teacher: Teacher | None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
@@ -182,6 +195,9 @@ def finetune(
     run_log = RunLog(args, console, {name: split.sources.names for name, split in splits.items()})
     if args.draft is not None:
         counters.name_parts(part_names(args.draft_ttt_steps))
+    settings = knowledge_settings(args)
+    if settings is not None:
+        counters.name_parts(knowledge_parts(settings))
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
     graceful = GracefulExit(args, console)
     install_safeguards(args, forward_step, splits.get("train"), run_log)
@@ -203,7 +219,14 @@ def finetune(
     with ending_together(run_log):
         pretrain(
             pretrain_cfg_container_from_args(
-                args, model_config(args, start.checkpoint, draft_tokens=draft_tokens(args, splits))
+                args,
+                model_config(
+                    args,
+                    start.checkpoint,
+                    draft_tokens=draft_tokens(args, splits),
+                    knowledge=settings,
+                    teacher=teacher,
+                ),
             ),
             provider,
             ModelType.encoder_or_decoder,
@@ -226,6 +249,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_lock.hold(args)
         start = resume.choose_checkpoint(args)
         check_weights(args, start.checkpoint)
+        settings, teacher = knowledge_settings(args), choose_teacher(args)
+        if settings is not None and teacher is not None:
+            check_weights(teacher.args, teacher.checkpoint)
+            check_pairs(settings, args, teacher.args)
         output.prepare_output(args)
         keep_date(args, start.template_date)
         tokenizer, splits = prepare_data(
@@ -246,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete_run(args, **start.flags(), **place, evaluates=evaluates)
         validate(args)
         started = True
-        finetune(args, console, splits, start, position)
+        finetune(args, console, splits, start, position, teacher)
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)

@@ -18,6 +18,9 @@ from post_training.hf.draft import DraftShape
 from post_training.hf.folder import local_model_folder
 from post_training.hf.rotary import RotaryScaling, rope_parameters
 from post_training.hf.weights import load_hf_weights
+from post_training.knowledge.distiller import install_distiller
+from post_training.knowledge.settings import KnowledgeSettings
+from post_training.knowledge.teacher import Teacher, build_teacher
 from post_training.machine.device import device_type
 from post_training.model.layer_spec import decoder_block_spec, uses_packed_attention
 from post_training.model.rotary import install_rotary
@@ -29,6 +32,8 @@ def model_config(
     checkpoint: Checkpoint | None,
     *,
     draft_tokens: torch.Tensor | None = None,
+    knowledge: KnowledgeSettings | None = None,
+    teacher: Teacher | None = None,
 ) -> Any:
     """Megatron's `GPTModelConfig` of this run; `pretrain()` builds the model from it.
 
@@ -36,6 +41,8 @@ def model_config(
         args: validated arguments.
         checkpoint: what will be loaded, if anything.
         draft_tokens: those that a new draft can write: int64 [draft vocabulary]; None: all.
+        knowledge: what the model learns of a teacher, if it has one.
+        teacher: which; None: what is stored with the documents.
 
     Returns:
         The configuration. Its hooks put in rotary embeddings for packed documents and, unless a
@@ -69,6 +76,10 @@ def model_config(
         )
     if args.draft is not None and checkpoint is None:
         hooks.append(functools.partial(_add_draft, args=args, tokens=draft_tokens))
+    if knowledge is not None:
+        hooks.append(
+            functools.partial(_add_teacher, args=args, knowledge=knowledge, teacher=teacher)
+        )
     if device_type() == "cuda" and (args.skip_train or not args.use_torch_fsdp2):
         hooks.append(functools.partial(_move_to_gpu))
     config.pre_wrap_hooks = [*config.pre_wrap_hooks, *hooks]
@@ -147,6 +158,19 @@ def _add_draft(
     for chunk in chunks:
         add_draft(chunk, shape, settings, tokens=tokens, seed=args.seed)
         install_forward(chunk, settings)
+    return chunks
+
+
+def _add_teacher(
+    chunks: list[torch.nn.Module],
+    args: argparse.Namespace,
+    knowledge: KnowledgeSettings,
+    teacher: Teacher | None,
+) -> list[torch.nn.Module]:
+    """Put what teaches it beside the model, outside its modules."""
+    built = None if teacher is None else build_teacher(teacher, model_config)
+    for chunk in chunks:
+        install_distiller(chunk, knowledge, args.vocab_size or args.padded_vocab_size, built)
     return chunks
 
 

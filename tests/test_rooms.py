@@ -45,6 +45,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["model", "checkpoint"],
         ["training", "inference"],
         ["distillation"],
+        ["knowledge"],
         ["export"],
     ],
 }

@@ -144,7 +144,8 @@ def complete_run(
     """
     args.load, args.ckpt_step, args.finetune = load, ckpt_step, finetune
     # Also of a model that is to be converted: its state is saved with every checkpoint.
-    args.modelopt_enabled = by_modelopt or args.draft is not None
+    # And a teacher's states travel between stages as those of ModelOpt's do.
+    args.modelopt_enabled = bool(by_modelopt or args.draft or args.export_kd_teacher_load)
     args.data_begins_at = begins_at
     if train_iters is not None:
         args.train_iters = train_iters

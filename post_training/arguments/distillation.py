@@ -7,6 +7,7 @@ from typing import Any
 
 from post_training.errors import SetupError
 from post_training.hf.draft import DraftShape, aux_layers
+from post_training.layout.pipeline import virtual_stages
 
 
 def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +63,22 @@ def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="no gradient from one step to the one before, as in ModelOpt's own forward",
     )
+    for flag, metavar, text in (
+        (
+            "--export-kd-teacher-load",
+            "DIR",
+            "train with this frozen teacher: a HuggingFace folder or hub name, a run's output folder or "
+            "one of its checkpoints",
+        ),
+        (
+            "--export-kd-cfg",
+            "FILE.yaml",
+            "what is learned of the teacher: keys of ModelOpt's DistillationConfig (docs/distillation.md)",
+        ),
+        ("--export-kd-teacher-model-config", "FILE", "not needed: the teacher's folder says it"),
+        ("--export-kd-teacher-ckpt-format", "FORMAT", "not needed: the teacher's folder says it"),
+    ):
+        group.add_argument(flag, metavar=metavar, help=text)
 
 
 def complete_distillation(args: argparse.Namespace) -> None:
@@ -89,6 +106,7 @@ def complete_distillation(args: argparse.Namespace) -> None:
                     f"--{name.replace('_', '-')}: --offline-distillation-data brings its own train, valid "
                     f"and test; leave one of them out"
                 )
+    _complete_knowledge(args)
     if args.draft is None:
         for name in ("aux_layers", "draft_vocab_size", "draft_detach_steps"):
             if getattr(args, name):
@@ -118,6 +136,51 @@ def complete_distillation(args: argparse.Namespace) -> None:
         if getattr(args, name) != least:
             raise SetupError(
                 f"--{name.replace('_', '-')} {getattr(args, name)}: not with --draft: {why}"
+            )
+
+
+def _complete_knowledge(args: argparse.Namespace) -> None:
+    """Refuse what a student cannot be taught with.
+
+    Raises:
+        SetupError: naming the flag.
+    """
+    for name, instead in (
+        (
+            "model_config",
+            "config.json or config.yaml in the teacher's folder says what model it is",
+        ),
+        ("ckpt_format", "the format is seen in the teacher's folder"),
+    ):
+        if getattr(args, f"export_kd_teacher_{name}") is not None:
+            raise SetupError(
+                f"--export-kd-teacher-{name.replace('_', '-')}: leave it out: {instead}"
+            )
+    online = args.export_kd_teacher_load is not None
+    if online and args.draft is not None:
+        raise SetupError("--export-kd-teacher-load: a draft's teacher is its base, --hf-model")
+    if online and args.offline_distillation_data:
+        raise SetupError(
+            "--export-kd-teacher-load and --offline-distillation-data: the teacher is either at hand or "
+            "stored; leave one of them out"
+        )
+    if args.export_kd_cfg is not None:
+        if args.draft is not None:
+            raise SetupError(
+                "--export-kd-cfg: not with --draft, whose weights are --draft-loss-decay"
+            )
+        if not (online or args.offline_distillation_data):
+            raise SetupError("--export-kd-cfg: name a teacher by --export-kd-teacher-load")
+    if online:
+        flag = "--export-kd-teacher-load"
+        if virtual_stages(args) > 1:
+            raise SetupError(
+                f"{flag}: the interleaved schedule sends messages of one model's shape only; leave out "
+                f"virtual pipeline stages"
+            )
+        if args.use_torch_fsdp2:
+            raise SetupError(
+                f"{flag}: --use-torch-fsdp2 cuts the student only; use the distributed optimizer"
             )
 
 

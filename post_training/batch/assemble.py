@@ -178,21 +178,23 @@ def read_batch(
         features: width and dtype of each feature that the packs carry, by name.
     """
     data = next(data_iterator) if data_iterator is not None else None
+    packs = broadcast_over_tensor_parallel(data, micro_batch_size, seq_length)
+    cp_size = parallel_state.get_context_parallel_world_size()
+    cp_rank = parallel_state.get_context_parallel_rank()
     batch = assemble_batch(
-        broadcast_over_tensor_parallel(data, micro_batch_size, seq_length),
-        qkv_format=qkv_format,
-        cp_size=parallel_state.get_context_parallel_world_size(),
-        cp_rank=parallel_state.get_context_parallel_rank(),
-        experts=experts,
+        packs, qkv_format=qkv_format, cp_size=cp_size, cp_rank=cp_rank, experts=experts
     )
     moved: Batch = to_device(batch, current_device())
     if not features:
         return moved
     tokens = micro_batch_size * seq_length
-    return replace(
-        moved,
-        features={name: _feature(name, tokens, *kind, data) for name, kind in features.items()},
-    )
+    rows = {name: _feature(name, tokens, *kind, data) for name, kind in features.items()}
+    if cp_size > 1:
+        bounds = [0, *accumulate(row_lengths(packs["document_lengths"]))]
+        cut = ContextParallelCut.make(bounds, size=cp_size, rank=cp_rank)
+        own = to_device(cut.local_indices, current_device())
+        rows = {name: row.index_select(0, own) for name, row in rows.items()}
+    return replace(moved, features=rows)
 
 
 def _feature(

@@ -29,7 +29,7 @@ from post_training.batch.assemble import (
     join_stage_input,
 )
 from post_training.batch.host_tensors import to_device
-from post_training.distillation.losses import log_softmax_over_ranks
+from post_training.distillation.losses import top_tokens
 from post_training.machine.device import current_device
 from post_training.model.layer_spec import uses_packed_attention
 from post_training.training.loss import hide_vocabulary_padding
@@ -206,7 +206,8 @@ class Extractor:
         logits = hide_vocabulary_padding(
             (chosen @ weight.t()).float(), self.args.vocab_size, group.rank()
         )
-        self.kept.top.append(top_tokens(logits, self.top_k, group))
+        top = top_tokens(logits, self.top_k, group)
+        self.kept.top.append((top.ids.int().cpu(), top.log_probs.cpu(), top.rest.cpu()))
 
     def _bring_to_last_stage(self, count: int) -> None:
         """Give the last stage what the others have kept."""
@@ -229,42 +230,6 @@ class Extractor:
             source = torch.distributed.get_global_rank(group, stage)
             torch.distributed.broadcast(states, source, group=group)
             self.kept.aux[number] = list(states.cpu())
-
-
-def top_tokens(logits: Tensor, k: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """The most probable tokens of a vocabulary that ranks share.
-
-    Args:
-        logits: float32 [tokens, vocabulary rows of this rank], padding hidden.
-        k: how many.
-        group: the tensor parallel group.
-
-    Returns:
-        On the host: ids int32 [tokens, k], by falling probability; their log-probabilities, float32
-        [tokens, k]; and that of all others together, [tokens, 1].
-    """
-    if not len(logits):  # collectives of nothing are not defined everywhere
-        nothing = torch.empty(0, k)
-        return nothing.int(), nothing, torch.empty(0, 1)
-    log_probability = log_softmax_over_ranks(logits, group)
-    rows = logits.shape[-1]
-    values, ids = log_probability.topk(min(k, rows), dim=-1)
-    ids = ids + group.rank() * rows
-    if group.size() > 1:
-        both = torch.stack([values.double(), ids.double()])  # float64 holds every token exactly
-        every = [torch.empty_like(both) for _ in range(group.size())]
-        torch.distributed.all_gather(every, both, group=group)
-        values, ids = torch.cat(every, dim=-1).unbind(0)
-        values, best = values.topk(k, dim=-1)
-        ids = ids.gather(-1, best).long()
-    local = ids - group.rank() * rows
-    held = (local >= 0) & (local < rows)
-    best_here = torch.zeros(len(logits), rows + 1, dtype=torch.bool, device=logits.device)
-    best_here.scatter_(-1, torch.where(held, local, rows), True)
-    rest = log_probability.exp().masked_fill(best_here[:, :rows], 0.0).sum(dim=-1, keepdim=True)
-    if group.size() > 1:
-        torch.distributed.all_reduce(rest, group=group)
-    return ids.int().cpu(), values.float().cpu(), rest.log().float().cpu()
 
 
 def fields_of(

@@ -22,6 +22,7 @@ from post_training.hf.folder import local_model_folder, local_tokenizer_folder
 from post_training.hf.tokenizer import FILE
 
 OF_DRAFT = ("aux_hidden_states", "hidden_states")
+OF_STUDENT = ("topk_ids", "topk_logprobs", "rest_logprobs")
 
 
 def made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
@@ -33,10 +34,13 @@ def made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """
     weights = sorted(local_model_folder(args.hf_model).glob("*.safetensors"))
     sums = [(file.stat().st_size, check_sum(file)) for file in weights]
+    return {"base": _short(json.dumps(sums).encode()), **_text_made_by(args, tokenizer)}
+
+
+def _text_made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     files = local_tokenizer_folder(args.hf_tokenizer or args.hf_model)
     template = args.chat_template or tokenizer.chat_template or ""
     return {
-        "base": _short(json.dumps(sums).encode()),
         "tokenizer": _short((files / FILE).read_bytes()),
         "template": _short(str(template).encode()),
     }
@@ -48,6 +52,8 @@ def _short(content: bytes) -> str:
 
 def wanted_features(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """What stored features must have been made by, for a run to learn from them."""
+    if args.draft is None:  # of any teacher with the same tokens, in the same conversations
+        return _text_made_by(args, tokenizer)
     if not args.export_offline_model:
         return {}
     return {
@@ -60,6 +66,10 @@ def wanted_features(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 def stored_names(args: argparse.Namespace) -> tuple[str, ...]:
     """The fields of stored features that the packs of a run carry."""
+    if args.offline_distillation_data is None:
+        return ()
+    if args.draft is None:
+        return OF_STUDENT
     return OF_DRAFT if args.export_offline_model else ()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,13 @@ def _over(value: Tensor, group: ProcessGroup, op: Any = ReduceOp.SUM) -> Tensor:
     if group.size() > 1:
         torch.distributed.all_reduce(value, op=op, group=group)
     return value
+
+
+def _log_sum_exp(logits: Tensor, group: ProcessGroup) -> Tensor:
+    """Over the whole vocabulary, of [..., rows of this rank]: [..., 1]; -inf where there is nothing."""
+    largest = _over(logits.amax(dim=-1, keepdim=True), group, ReduceOp.MAX)
+    largest = largest.clamp(min=torch.finfo(logits.dtype).min)  # -inf - -inf is not a number
+    return largest + _over((logits - largest).exp().sum(dim=-1, keepdim=True), group).log()
 
 
 def log_softmax_over_ranks(logits: Tensor, group: ProcessGroup) -> Tensor:
@@ -29,34 +36,164 @@ def log_softmax_over_ranks(logits: Tensor, group: ProcessGroup) -> Tensor:
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, group: ProcessGroup) -> Tensor:
-        wanted = log_softmax_over_ranks(teacher.float(), group)
-        found = log_softmax_over_ranks(student.float(), group)
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, group: ProcessGroup, temperature: float
+    ) -> Tensor:
+        wanted = log_softmax_over_ranks(_cooled(teacher, temperature), group)
+        found = log_softmax_over_ranks(_cooled(student, temperature), group)
         probability = wanted.exp()
         # 0 where the teacher excludes a token (0 * inf else).
         terms = torch.where(probability > 0, probability * (wanted - found), 0.0)
-        ctx.save_for_backward(found.exp_().sub_(probability).to(student.dtype))
-        return _over(terms.sum(dim=-1), group)
+        difference = found.exp_().sub_(probability)
+        if temperature != 1.0:
+            difference.mul_(temperature)
+        ctx.save_for_backward(difference.to(student.dtype))
+        return _over(terms.sum(dim=-1), group) * temperature**2
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (difference,) = ctx.saved_tensors
-        return (difference * grads[0].unsqueeze(-1)).to(difference.dtype), None, None
+        return (difference * grads[0].unsqueeze(-1)).to(difference.dtype), None, None, None
 
 
-def divergence(student: Tensor, teacher: Tensor, group: ProcessGroup) -> Tensor:
-    """KL(teacher || student) of each token, in fp32.
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    """In fp32, divided by the temperature; never the given tensor changed."""
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
+
+
+def divergence(
+    student: Tensor, teacher: Tensor, group: ProcessGroup, temperature: float = 1.0
+) -> Tensor:
+    """KL(teacher || student) of each token, in fp32, times the temperature's square.
 
     The gradient is the difference of the two softmaxes, of which each rank has its own part. Neither
     argument is changed (Megatron's cross-entropy works in place on fp32 logits: never give it these).
+    With the square a temperature leaves the size of gradients as it is (arXiv 1503.02531, section 2).
 
     Args:
         student: [tokens, vocabulary rows of this rank], padding hidden.
         teacher: the same shape; no gradient goes there.
         group: the tensor parallel group.
+        temperature: both logits are divided by it.
 
     Returns:
         float32 [tokens], the same on all ranks.
     """
-    result: Tensor = _Divergence.apply(student, teacher.detach(), group)
+    result: Tensor = _Divergence.apply(student, teacher.detach(), group, temperature)
+    return result
+
+
+class TopTokens(NamedTuple):
+    """The most probable tokens of a teacher, and how probable all others are together."""
+
+    ids: Tensor
+    """int64 [tokens, k]."""
+    log_probs: Tensor
+    """float32 [tokens, k]."""
+    rest: Tensor
+    """Logarithm of the others' probability, -inf for none: float32 [tokens, 1]."""
+
+
+@torch.no_grad()
+def top_tokens(logits: Tensor, k: int, group: ProcessGroup, temperature: float = 1.0) -> TopTokens:
+    """The k most probable tokens of the whole vocabulary, the same on all ranks.
+
+    Args:
+        logits: [tokens, vocabulary rows of this rank], padding hidden; not changed.
+        k: no more than the vocabulary has.
+        group: the tensor parallel group.
+        temperature: logits are divided by it.
+    """
+    if not len(logits):  # collectives of nothing are not defined everywhere
+        nothing = logits.new_empty(0, k, dtype=torch.float32)
+        return TopTokens(nothing.long(), nothing, nothing[:, :1])
+    found = log_softmax_over_ranks(_cooled(logits, temperature), group)
+    rows = found.shape[-1]
+    values, ids = found.topk(min(k, rows), dim=-1)
+    ids += group.rank() * rows
+    if group.size() > 1:
+        both = torch.stack([values.double(), ids.double()])  # float64 holds every token exactly
+        every = [torch.empty_like(both) for _ in range(group.size())]
+        torch.distributed.all_gather(every, both, group=group)
+        candidates, names = torch.cat(every, dim=-1).unbind(0)
+        values, best = candidates.float().topk(k, dim=-1)
+        ids = names.gather(-1, best).long()
+    return TopTokens(ids, values, _log_sum_exp(_without(found, ids, group), group))
+
+
+def _local(ids: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Of ids of the whole vocabulary: which rows of this rank they are, and whether they are its."""
+    local = ids - group.rank() * rows
+    held = (local >= 0) & (local < rows)
+    return local.clamp(0, rows - 1), held
+
+
+def _without(values: Tensor, ids: Tensor, group: ProcessGroup) -> Tensor:
+    """A copy of [tokens, rows of this rank] with -inf at some ids of the whole vocabulary, [tokens, k]."""
+    rows = values.shape[-1]
+    local, held = _local(ids, rows, group)
+    # Others' ids go to a row behind the last.
+    wider = torch.nn.functional.pad(values, (0, 1))
+    return wider.scatter(-1, torch.where(held, local, rows), float("-inf"))[..., :rows]
+
+
+class _SparseDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        ids: Tensor,
+        log_probs: Tensor,
+        rest: Tensor,
+        group: ProcessGroup,
+        temperature: float,
+    ) -> Tensor:
+        found = log_softmax_over_ranks(_cooled(student, temperature), group)
+        others = _without(found, ids, group)
+        found_rest = _log_sum_exp(others, group)
+        # With all tokens named there is no rest, however its rounding was stored.
+        rest = rest.masked_fill(found_rest <= torch.finfo(found.dtype).min / 2, float("-inf"))
+        # Stored in half precision they do not add up to 1.
+        wanted = torch.cat([log_probs, rest], dim=-1).log_softmax(dim=-1)
+        wanted, rest = wanted[..., :-1], wanted[..., -1:]
+        local, held = _local(ids, found.shape[-1], group)
+        named = _over(torch.where(held, found.gather(-1, local), 0.0), group)
+        probability = wanted.exp()
+        terms = torch.where(probability > 0, probability * (wanted - named), 0.0).sum(dim=-1)
+        ghost = torch.where(rest > float("-inf"), rest.exp() * (rest - found_rest), 0.0)
+        # What the student is drawn to: the teacher's probability of named tokens, and of the others its
+        # rest as the student itself spreads it.
+        shift = torch.where(rest > float("-inf"), rest - found_rest, float("-inf"))
+        target = torch.where(others > float("-inf"), (others + shift).exp(), 0.0)
+        target.scatter_add_(-1, local, torch.where(held, probability, 0.0))
+        ctx.save_for_backward(found.exp().sub_(target).mul_(temperature).to(student.dtype))
+        return (terms + ghost.squeeze(-1)) * temperature**2
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (difference,) = ctx.saved_tensors
+        return (difference * grads[0].unsqueeze(-1)).to(difference.dtype), *[None] * 5
+
+
+def sparse_divergence(
+    student: Tensor, teacher: TopTokens, group: ProcessGroup, temperature: float = 1.0
+) -> Tensor:
+    """KL(teacher || student) of each token where all but the teacher's top tokens are one, the ghost.
+
+    The student's ghost has the mass that its own softmax over the whole vocabulary gives the others. With
+    all tokens named it is `divergence`. The temperature must be the teacher's own, that of `top_tokens`.
+
+    Args:
+        student: [tokens, vocabulary rows of this rank], padding hidden; not changed.
+        teacher: its top tokens.
+        group: the tensor parallel group.
+        temperature: as in `divergence`.
+
+    Returns:
+        float32 [tokens], the same on all ranks.
+    """
+    ids, log_probs, rest = teacher
+    result: Tensor = _SparseDivergence.apply(
+        student, ids.long(), log_probs.float(), rest.float(), group, temperature
+    )
     return result

@@ -45,7 +45,11 @@ _PRECISIONS: dict[Any, str] = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def arguments_of_run(
-    folder: Path, config: Mapping[str, Any], *, by_modelopt: bool = False
+    folder: Path,
+    config: Mapping[str, Any],
+    *,
+    by_modelopt: bool = False,
+    settings: Mapping[str, Any] | None = None,
 ) -> argparse.Namespace:
     """Arguments for the model of a run.
 
@@ -53,6 +57,7 @@ def arguments_of_run(
         folder: its output folder, from which model configuration and tokenizer are read.
         config: its `config.yaml`.
         by_modelopt: ModelOpt converted the checkpoint's model, and names the modules that it was made of.
+        settings: what is otherwise here: layout, layers, precision.
 
     Returns:
         As `parse_arguments`. The precision is the run's, on any machine.
@@ -61,17 +66,24 @@ def arguments_of_run(
         SetupError: the model needs Transformer Engine, which is not here, or the folder lacks something.
     """
     derived = set(config.get(DERIVED) or ())
-    settings = {
+    found = {
         key: value for key, value in config.items() if key in FOR_INFERENCE and key not in derived
     }
     for key in ("hf_model", "hf_tokenizer"):
-        if settings.get(key):
-            settings[key] = str(folder / MODEL_FOLDER)
-    return _parsed(settings, str(folder), transformer_impl=_implementation(config, by_modelopt))
+        if found.get(key):
+            found[key] = str(folder / MODEL_FOLDER)
+    found["transformer_impl"] = _implementation(config, by_modelopt)
+    return _parsed(found | dict(settings or {}), str(folder))
 
 
-def arguments_of_hf_model(name: str) -> argparse.Namespace:
+def arguments_of_hf_model(
+    name: str, *, settings: Mapping[str, Any] | None = None
+) -> argparse.Namespace:
     """Arguments for a HuggingFace folder or hub name, in the precision that its configuration names.
+
+    Args:
+        name: of the folder, or on the hub.
+        settings: what is otherwise here, as of `arguments_of_run`.
 
     Returns:
         As `parse_arguments`.
@@ -80,24 +92,21 @@ def arguments_of_hf_model(name: str) -> argparse.Namespace:
         SetupError: it cannot be loaded.
     """
     config = load_hf_config(name)
-    settings: dict[str, Any] = {"hf_model": name}
+    found: dict[str, Any] = {"hf_model": name, "transformer_impl": "local"}
     precision = _PRECISIONS.get(getattr(config, "dtype", None))
     if precision is not None:
-        settings[precision] = True
+        found[precision] = True
     window = sliding_window(config)
     if window is not None:
-        settings["seq_length"] = window
+        found["seq_length"] = window
     # Nothing is written there: the parser wants a run's folder.
-    return _parsed(settings, tempfile.gettempdir(), transformer_impl="local")
+    return _parsed(found | dict(settings or {}), tempfile.gettempdir())
 
 
-def _parsed(
-    settings: dict[str, Any], output_dir: str, *, transformer_impl: str
-) -> argparse.Namespace:
+def _parsed(settings: dict[str, Any], output_dir: str) -> argparse.Namespace:
     settings |= {
         "output_dir": output_dir,
         "skip_train": True,
-        "transformer_impl": transformer_impl,
         # Said, because a GPU's default is another.
         "fp32": not (settings.get("bf16") or settings.get("fp16")),
     }

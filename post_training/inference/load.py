@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def load_model(
         args, checkpoint, source = arguments_of_hf_model(hf_model), None, hf_model
     else:
         assert output_dir is not None
-        args, checkpoint = _checkpoint_of_run(Path(output_dir), iteration, checkpoints)
+        args, checkpoint = checkpoint_of_run(Path(output_dir), iteration, checkpoints)
         source = str(checkpoint.path)
     try:
         model = _build(args, checkpoint, model_config)
@@ -78,10 +78,19 @@ def load_model(
     return LoadedModel(model, load_tokenizer(args), args, source)
 
 
-def _checkpoint_of_run(
-    folder: Path, iteration: int | None, checkpoints: str | None
+def checkpoint_of_run(
+    folder: Path,
+    iteration: int | None,
+    checkpoints: str | None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[argparse.Namespace, Checkpoint]:
     """One checkpoint of a run, and arguments for its model.
+
+    Args:
+        folder: of the run.
+        iteration: of the checkpoint; None: the newest.
+        checkpoints: folder that it lies in, where it is another than one would look in.
+        settings: as of `arguments_of_run`.
 
     Raises:
         SetupError: there is none, or its model cannot be had here.
@@ -100,14 +109,14 @@ def _checkpoint_of_run(
         raise SetupError(f"{flag}: holds no complete checkpoint")
     if complaint is not None:
         print(f"warning: {complaint}; using {checkpoint.path}", file=sys.stderr)
-    return arguments_of_run(folder, config, by_modelopt=checkpoint.has_modelopt), checkpoint
+    by_modelopt = checkpoint.has_modelopt
+    args = arguments_of_run(folder, config, by_modelopt=by_modelopt, settings=settings)
+    return args, checkpoint
 
 
 def _build(
     args: argparse.Namespace, checkpoint: Checkpoint | None, model_config: ModelConfig
 ) -> Any:
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.utils import unwrap_model
     from megatron.training import checkpointing, training
     from megatron.training.global_vars import set_global_variables
 
@@ -120,19 +129,33 @@ def _build(
     set_global_variables(args, build_tokenizer=False)
     # A store of its own: no port is opened and nobody is waited for.
     training.initialize_megatron(store=torch.distributed.HashStore())
-    config = model_config(args, checkpoint)
-    builder = config.get_builder_cls()(config)
-    chunks = builder.build_distributed_models(
-        ProcessGroupCollection.use_mpu_process_groups(),
-        wrap_with_ddp=False,
-        data_parallel_random_init=False,
-    )
-    model = unwrap_model(chunks)[0].eval()
+    chunks, model = frozen_model(model_config(args, checkpoint))
     if checkpoint is not None:
         if checkpoint_format(checkpoint) == "torch_dcp":
             load_weights(model, checkpoint)
         else:
             checkpointing.load_checkpoint(chunks, None, None)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
     return model
+
+
+def frozen_model(config: Any) -> tuple[list[Any], Any]:
+    """Build this rank's part of a model that is not trained.
+
+    Args:
+        config: Megatron's.
+
+    Returns:
+        Its one chunk in a list, as Megatron wraps it, and unwrapped, in evaluation mode.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.utils import unwrap_model
+
+    chunks = config.get_builder_cls()(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        wrap_with_ddp=False,
+        data_parallel_random_init=False,
+    )
+    (model,) = unwrap_model(chunks)
+    for parameter in model.eval().parameters():
+        parameter.requires_grad_(False)
+    return chunks, model

@@ -75,11 +75,31 @@ def save_modelopt_state(*args: Any, **kwargs: Any) -> None:
         plugins.save_modelopt_state(*args, **kwargs)
 
 
-def get_tensor_shapes_adjust_fn_for_distillation(*args: Any, **kwargs: Any) -> Any:
-    """ModelOpt's own: Megatron asks only where `args.modelopt_enabled` is true."""
+def get_tensor_shapes_adjust_fn_for_distillation(
+    model: nn.Module | list[nn.Module], **kwargs: Any
+) -> Any:
+    """How the shapes of messages between pipeline stages differ from `[sequence, micro batch, hidden]`.
+
+    Megatron asks only where `args.modelopt_enabled` is true.
+
+    Args:
+        model: chunks of this rank. One with the attribute `beside` sends so many numbers a token more.
+        kwargs: sizes of a micro batch, for ModelOpt's own, which is asked of all other models.
+    """
+    from megatron.core.utils import unwrap_model
+
+    beside = getattr(unwrap_model(model if isinstance(model, list) else [model])[0], "beside", 0)
+    if beside:
+
+        def widen(*both: list[tuple[int, ...]]) -> list[list[tuple[int, ...]]]:
+            return [[(*shape[:-1], shape[-1] + beside) for shape in shapes] for shapes in both]
+
+        return widen
+    if not _converted_models_may_exist():
+        return None
     from modelopt.torch.distill.plugins import megatron
 
-    return megatron.get_tensor_shapes_adjust_fn_for_distillation(*args, **kwargs)
+    return megatron.get_tensor_shapes_adjust_fn_for_distillation(model, **kwargs)
 
 
 def apply() -> None:

@@ -41,6 +41,9 @@ from post_training.errors import RunStopped
 from post_training.machine.device import current_device
 from post_training.metrics.step_counters import counters
 from post_training.model.router import same_experts
+from post_training.platform.megatron_post_training import (
+    get_tensor_shapes_adjust_fn_for_distillation,
+)
 from post_training.platform.training_hooks import TrainStart
 
 OTHERS, EARLIER, LATER = range(3)
@@ -294,6 +297,12 @@ def _losses(
         decoder_seq_length=args.seq_length,
         forward_only=True,
         collect_non_loss_data=True,
+        adjust_tensor_shapes_fn=get_tensor_shapes_adjust_fn_for_distillation(
+            model,
+            seq_length=args.seq_length,
+            micro_batch_size=args.eval_micro_batch_size,
+            decoder_seq_length=args.seq_length,
+        ),
     )
     return collected[0:1], collected[1:2]
 

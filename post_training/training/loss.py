@@ -98,7 +98,49 @@ def largest_tokens(logits: Tensor, group: ProcessGroup) -> Tensor:
     return tokens
 
 
-def trained_token_loss(vocabulary: int) -> Callable[..., Tensor]:
+def trained_logits(
+    hidden_states: Tensor,
+    output_layer: Any,
+    output_weight: Tensor | None,
+    trained: TrainedTokens,
+    vocabulary: int,
+) -> Tensor:
+    """Logits of trained tokens only, from what an `output_processor` is given.
+
+    Args:
+        hidden_states: after the final norm, of this rank's tokens under sequence parallelism:
+            [tokens, 1, hidden].
+        output_layer: the model's.
+        output_weight: its weight where that is the embedding's.
+        trained: which tokens.
+        vocabulary: tokens there really are; padded rows are hidden from the softmax.
+
+    Returns:
+        [trained, 1, vocabulary rows of this tensor parallel rank].
+    """
+    sequence_parallel = output_layer.sequence_parallel
+    if sequence_parallel:
+        # Rows are spread over the tensor parallel group: trained ones are chosen from all. The
+        # output layer then reduces the gradient itself, so the gather need not.
+        hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+            hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
+        )
+    chosen = hidden_states.index_select(0, trained.indices)
+    previous = output_layer.allreduce_dgrad
+    output_layer.sequence_parallel = False
+    if sequence_parallel:
+        output_layer.allreduce_dgrad = True
+    try:
+        logits, _ = output_layer(chosen, weight=output_weight)
+    finally:
+        output_layer.sequence_parallel = sequence_parallel
+        output_layer.allreduce_dgrad = previous
+    return hide_vocabulary_padding(logits, vocabulary, output_layer.tp_group.rank())
+
+
+def trained_token_loss(
+    vocabulary: int, teach: Callable[[Tensor, Any], Tensor] | None = None
+) -> Callable[..., Tensor]:
     """An `output_processor` for `GPTModel.forward` that computes logits of trained tokens only.
 
     An answer-only mask leaves a part of a pack's tokens without a label; their logits, by far the
@@ -106,6 +148,8 @@ def trained_token_loss(vocabulary: int) -> Callable[..., Tensor]:
 
     Args:
         vocabulary: tokens there really are; padded rows are hidden from the softmax.
+        teach: makes the losses of the logits, [trained, 1, vocabulary rows of this rank], and of the
+            function that gives their cross-entropies and overwrites them; None: those are the losses.
 
     Returns:
         A function from hidden states [tokens, 1, hidden] to losses, float32 [trained tokens].
@@ -121,34 +165,23 @@ def trained_token_loss(vocabulary: int) -> Callable[..., Tensor]:
         compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
         **unused: Any,
     ) -> Tensor:
-        sequence_parallel = output_layer.sequence_parallel
-        if sequence_parallel:
-            # Rows are spread over the tensor parallel group: trained ones are chosen from all. The
-            # output layer then reduces the gradient itself, so the gather need not.
-            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden_states, tensor_parallel_output_grad=False, group=output_layer.tp_group
-            )
-        chosen = hidden_states.index_select(0, context.indices)
-        previous = output_layer.allreduce_dgrad
-        output_layer.sequence_parallel = False
-        if sequence_parallel:
-            output_layer.allreduce_dgrad = True
-        try:
-            logits, _ = output_layer(chosen, weight=output_weight)
-        finally:
-            output_layer.sequence_parallel = sequence_parallel
-            output_layer.allreduce_dgrad = previous
-        hide_vocabulary_padding(logits, vocabulary, output_layer.tp_group.rank())
+        logits = trained_logits(hidden_states, output_layer, output_weight, context, vocabulary)
         chosen_labels = labels.flatten().index_select(0, context.indices).unsqueeze(0)
         # Before the loss, which overwrites fp32 logits.
         right = largest_tokens(logits.squeeze(1), output_layer.tp_group) == chosen_labels[0]
         counters.add_right(right * context.weights)
-        return compute_language_model_loss(chosen_labels, logits).flatten()
+        if teach is None:
+            return compute_language_model_loss(chosen_labels, logits).flatten()
+        return teach(
+            logits, lambda given: compute_language_model_loss(chosen_labels, given).flatten()
+        )
 
     return process
 
 
-def loss_func(trained: TrainedTokens, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def loss_func(
+    trained: TrainedTokens, losses: Tensor, *, reported: Tensor | None = None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum the losses of one micro batch.
 
     With `--calculate-per-token-loss` Megatron divides summed gradients by the token count of the whole
@@ -158,6 +191,7 @@ def loss_func(trained: TrainedTokens, losses: Tensor) -> tuple[Tensor, Tensor, d
         trained: which tokens have a label, and their weights.
         losses: the model's output: float32 [trained tokens] from `trained_token_loss`, or of every
             token, [1, tokens], from a model that takes no output processor (ModelOpt's draft heads).
+        reported: what is told as the loss where that is not what is trained: float32 [trained tokens].
 
     Returns:
         The sum (a scalar with gradient), the number of trained tokens (int, for Megatron to add up),
@@ -169,7 +203,8 @@ def loss_func(trained: TrainedTokens, losses: Tensor) -> tuple[Tensor, Tensor, d
     weighted = flat.float() * trained.weights
     total = torch.sum(weighted)
     count = trained.weights.sum()
-    report = torch.stack([total.detach(), count])
-    counters.add_losses(weighted.detach(), trained.weights, trained.groups)
+    told = weighted.detach() if reported is None else reported * trained.weights
+    report = torch.stack([told.sum(), count])
+    counters.add_losses(told, trained.weights, trained.groups)
     total = step_losses.keep(trained.indices, weighted, total)
     return total, count.to(torch.int), {"lm loss": report}

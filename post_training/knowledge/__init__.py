@@ -1,0 +1,1 @@
+"""A teacher beside a student, and what the student learns of it."""
