@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data.documents.cache_folder import machine
+from data.documents.check_sum import check_sum
 from data.errors import DataError
 
 _PIECE = 1 << 20
@@ -36,7 +37,7 @@ class FileSum:
     @staticmethod
     def of(folder: Path, file: str) -> FileSum:
         """Read a file."""
-        return FileSum(file, (folder / file).stat().st_size, file_crc32(folder / file))
+        return FileSum(file, (folder / file).stat().st_size, check_sum(folder / file, whole=True))
 
     def require_size(self, folder: Path) -> None:
         """Refuse a file that is not there or not whole.
@@ -57,20 +58,11 @@ class FileSum:
             DataError: the check sum is another.
         """
         path = folder / self.file
-        if (found := file_crc32(path)) != self.crc32:
+        if (found := check_sum(path, whole=True)) != self.crc32:
             raise DataError(
                 f"{path}: changed or damaged: its check sum is {found:08x}, that of what was written "
                 f"{self.crc32:08x}. {_MEND}"
             )
-
-
-def file_crc32(path: Path) -> int:
-    """CRC-32 of a whole file."""
-    found = 0
-    with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            found = zlib.crc32(piece, found)
-    return found
 
 
 def sync(path: Path) -> None:

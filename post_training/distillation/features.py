@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.documents.check_sum import check_sum
 from data.features.dataset import open_features
 from data.features.manifest import DTYPES
 from post_training.batch.splits import Split
-from post_training.checkpoint.integrity import check_sum
 from post_training.distillation.draft_vocabulary import most_trained_tokens
 from post_training.hf.folder import local_model_folder, local_tokenizer_folder
 from post_training.hf.tokenizer import FILE

@@ -190,6 +190,7 @@ def test_the_one_before_is_loaded(parse, saved, fall_back, tmp_path, capsys):
     assert "iter_0000004: it cannot be read; continuing from" in line
     tracker = tmp_path / "out/checkpoints" / store.TRACKER
     assert tracker.read_text() == "4", "nobody knows yet whether that one can be read"
+    assert load_hooks.loaded is not None
     load_hooks.loaded()
     assert tracker.read_text() == "2"
     with pytest.raises(RunStopped, match="iter_0000002: .*no older complete checkpoint"):
