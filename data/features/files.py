@@ -16,7 +16,6 @@ from data.documents.cache_folder import machine
 from data.documents.check_sum import check_sum
 from data.errors import DataError
 
-_PIECE = 1 << 20
 _MEND = "Copy it again from where it is whole, or remove the folder and extract its features again."
 _NAMES = {
     torch.float32: "F32",
