@@ -12,7 +12,10 @@ from torch import Tensor
 
 def has_draft_head(model: Any) -> bool:
     """Whether `model` (unwrapped) has heads that draft tokens, and the layers to judge them."""
-    return hasattr(model, "pseudo_speculative_generate") and len(model.decoder.layers) > 0
+    decoder = getattr(model, "decoder", None)
+    return hasattr(model, "pseudo_speculative_generate") and (
+        decoder is None or len(decoder.layers) > 0
+    )
 
 
 def propose(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:

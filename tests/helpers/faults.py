@@ -79,7 +79,7 @@ def blind_model() -> None:
     right = finetune.trained_token_loss
 
     def blind(vocabulary: int) -> Any:
-        process = right(vocabulary)
+        process = right(vocabulary, *more)
         return lambda *, hidden_states, **kw: process(hidden_states=hidden_states * 0, **kw)
 
     finetune.trained_token_loss = blind
@@ -103,8 +103,8 @@ def _befall(what: Any) -> None:
     right = finetune.trained_token_loss
     token = int(os.environ[TOKEN])
 
-    def faulty(vocabulary: int) -> Any:
-        process = right(vocabulary)
+    def faulty(vocabulary: int, *more: Any) -> Any:
+        process = right(vocabulary, *more)
 
         def befallen(*, labels: Tensor, context: Any, **kwargs: Any) -> Tensor:
             losses = process(labels=labels, context=context, **kwargs)

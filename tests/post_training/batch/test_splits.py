@@ -43,7 +43,7 @@ def prepared(tmp_path):
         )
         settings = {
             "seq_length": SEQ, "seed": 1, "global_batch_size": 2, "eval_global_batch_size": 2,
-            "skip_train": False,
+            "skip_train": False, "offline_distillation_data": None,
             "num_epochs": None, "vocab_size": None, "hf_tokenizer": str(tmp_path / "tokenizer"),
             "hf_model": None, "trust_remote_code": False, "hf_config": hf_config,
         }  # fmt: skip

@@ -217,7 +217,7 @@ def test_a_checkpoint_of_a_version_before_is_compared_with_its_cache(
     parts = documents.parts if isinstance(documents, DocumentSet) else [documents]
     for number, part in enumerate(parts):
         (folder / "cache" / part.fingerprint).rename(folder / f"cache/old{number}")
-        edit_json(folder / f"cache/old{number}/manifest.json", contents=None)
+        edit_json(folder / f"cache/old{number}/manifest.json", contents=None, crc32=None)
     name = {
         "plain": "old0",
         "split": named("old0 [np.float64(0.9), np.float64(0.1), np.float64(0.0)] 0"),

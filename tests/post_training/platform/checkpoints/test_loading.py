@@ -53,8 +53,8 @@ def test_an_extra_state_that_is_lacking_is_not_asked_for():
 
 def test_a_shard_of_an_object_is_known_by_the_objects_key():
     state = ShardedObject("rng_state/rank", None, (2,), (1,))
-    with pytest.raises(ValueError):
-        ShardedObject.empty_from_unique_key(state.unique_key)
+    listed = ShardedObject.empty_from_unique_key(state.unique_key)
+    assert (listed.key, listed.global_shape, listed.global_offset) == ("rng_state/rank", (2,), (1,))
     assert keys_of([state.unique_key, "decoder.weight"]) == {"rng_state/rank", "decoder.weight"}
 
 
