@@ -78,7 +78,7 @@ def blind_model() -> None:
     finetune = _finetune()
     right = finetune.trained_token_loss
 
-    def blind(vocabulary: int) -> Any:
+    def blind(vocabulary: int, *more: Any) -> Any:
         process = right(vocabulary, *more)
         return lambda *, hidden_states, **kw: process(hidden_states=hidden_states * 0, **kw)
 
