@@ -305,10 +305,10 @@ def hang_in_set_up() -> None:
     finetune = _finetune()
     model_config = finetune.model_config
 
-    def closely(*args: Any) -> Any:
+    def closely(*args: Any, **options: Any) -> Any:
         finetune.watchdog.beat()
         finetune.watchdog.limit = float(os.environ[HANG_TIMEOUT]) / PATIENCE
-        return sleep_for_ever() if int(os.environ["RANK"]) == 1 else model_config(*args)
+        return sleep_for_ever() if int(os.environ["RANK"]) == 1 else model_config(*args, **options)
 
     finetune.model_config = closely
 
@@ -317,7 +317,7 @@ def hang_in_data() -> None:
     """Rank 1 hangs before it watches itself."""
     finetune = _finetune()
     if int(os.environ["RANK"]) == 1:
-        finetune.prepare_data = lambda args: sleep_for_ever()
+        finetune.prepare_data = lambda args, **options: sleep_for_ever()
 
 
 def slow_save() -> None:
