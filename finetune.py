@@ -258,6 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tokenizer, splits = prepare_data(
             args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
         )
+        stored_features(args)  # rather refused now than at the first step
         keep_date(args, template_date(splits))
         position = find_position(args, splits.get("train"), start.continued)
         raise_if_interrupted()

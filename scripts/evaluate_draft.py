@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -68,15 +67,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     stops = set(stop_tokens(tokenizer, model.generation_config))
     found = Acceptance(options.num_speculative_tokens)
     prompts = Prompts(tokenizer)
-    answers, seconds = [], [0.0, 0.0]
+    answers = []
     for question in questions:
         prompt = prompts.encode(question.prompt)
-        began = time.perf_counter()
         plain = greedy(verifier, prompt, options.max_new_tokens, stops)
-        middle = time.perf_counter()
         drafted = speculate(verifier, draft, prompt, options.max_new_tokens, stops, found)
-        seconds[0] += middle - began
-        seconds[1] += time.perf_counter() - middle
         if drafted != plain:
             raise SetupError(
                 f"{question.place}: with the draft the base answers {tokenizer.decode(drafted)!r}, without "

@@ -21,7 +21,6 @@ from post_training import platform
 platform.apply()
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training import training
 from megatron.training.global_vars import set_global_variables
 from tqdm import tqdm
@@ -40,6 +39,7 @@ from post_training.errors import SetupError
 from post_training.export.hf import DTYPES
 from post_training.hf.draft import aux_layers
 from post_training.hf.tokenizer import load_tokenizer
+from post_training.inference.load import frozen_model
 from post_training.inference.quiet import hush, quiet_libraries
 
 REFUSED = (
@@ -53,6 +53,7 @@ REFUSED = (
     ),
     ("load", None, "features are those of --hf-model: export the run with scripts/export_hf.py"),
     ("draft", None, "a base is stored, not a draft"),
+    ("export_kd_teacher_load", None, "the teacher is --hf-model"),
     ("offline_distillation_data", None, "features are made of conversations"),
 )
 
@@ -173,14 +174,7 @@ def _base(args: argparse.Namespace) -> list[torch.nn.Module]:
     validate(args)
     set_global_variables(args, build_tokenizer=False)
     training.initialize_megatron()
-    config = model_config(args, None)
-    builder = config.get_builder_cls()(config)
-    chunks: list[torch.nn.Module] = builder.build_distributed_models(
-        ProcessGroupCollection.use_mpu_process_groups(),
-        wrap_with_ddp=False,
-        data_parallel_random_init=False,
-    )
-    return chunks
+    return frozen_model(model_config(args, None))[0]
 
 
 if __name__ == "__main__":

@@ -47,14 +47,12 @@ def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-ttt-steps",
         type=int,
-        default=4,
         metavar="N",
         help="test-time training: steps that the draft continues its own (default: 4)",
     )
     group.add_argument(
         "--draft-loss-decay",
         type=float,
-        default=0.9,
         metavar="X",
         help="step t of them weighs X to the power of t (default: 0.9)",
     )
@@ -108,14 +106,22 @@ def complete_distillation(args: argparse.Namespace) -> None:
                 )
     _complete_knowledge(args)
     if args.draft is None:
-        for name in ("aux_layers", "draft_vocab_size", "draft_detach_steps"):
-            if getattr(args, name):
+        for name in (
+            *("aux_layers", "draft_vocab_size", "draft_detach_steps"),
+            *("draft_ttt_steps", "draft_loss_decay"),
+        ):
+            value = getattr(args, name)
+            if value is not None and value is not False:  # a decay of 0 is given, too
                 raise SetupError(
                     f"--{name.replace('_', '-')}: there is no draft; add --draft eagle3"
                 )
         return
     if args.hf_config is None:
         raise SetupError("--draft: name the base by --hf-model; a draft is stored in its format")
+    if args.draft_ttt_steps is None:
+        args.draft_ttt_steps = 4
+    if args.draft_loss_decay is None:
+        args.draft_loss_decay = 0.9
     args.aux_layers = list(aux_layers(args.aux_layers, args.num_layers))
     if args.draft_vocab_size is not None and args.draft_vocab_size >= args.vocab_size:
         args.draft_vocab_size = None

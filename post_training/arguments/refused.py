@@ -4,6 +4,7 @@ Megatron's parser has about 900 flags, for pretraining, other models, inference 
 that would be passed over here, or could not work, is refused with the reason: every flag that is taken has
 a reader in the code that a run goes through, or asks for what is so anyway (`ALREADY_SO`). One that refines
 another, such as `--profile-step-end`, has its effect only beside that, as in Megatron.
+`ARCHITECTURE`, the flags that make a model, may be given only as its configuration has them.
 The tables follow megatron-core 0.19.2; their tests fail where another version adds to what they cover.
 """
 
@@ -13,9 +14,27 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
-from post_training.arguments.architecture import ARCHITECTURE
 from post_training.errors import SetupError
 from post_training.machine.device import device_type
+
+# What makes a model's tensors, and what it computes with them. With --hf-model each must be what its
+# configuration says, or Megatron's default; a checkpoint is compared with a run in all of them.
+ARCHITECTURE = tuple(
+    """
+    num_layers hidden_size ffn_hidden_size vocab_size untie_embeddings_and_output_weights
+    num_attention_heads group_query_attention num_query_groups kv_channels add_qkv_bias qk_layernorm
+    attention_output_gate normalization layernorm_epsilon layernorm_zero_centered_gamma
+    add_bias_linear swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
+    position_embedding_type rotary_base rotary_percent rotary_interleaved
+    rotary_seq_len_interpolation_factor use_rope_scaling no_rope_freq mrope_section
+    use_mup mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim
+    mup_attn_scale_power
+    num_experts moe_ffn_hidden_size moe_layer_freq moe_router_topk moe_router_pre_softmax
+    moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
+    moe_shared_expert_intermediate_size moe_shared_expert_gate moe_apply_probs_on_input moe_latent_size
+    moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size
+    """.split()
+)
 
 _OWN_DATA = "data come from --finetune-data-files or --finetune-hf-dataset (docs/data.md)"
 _OWN_TOKENIZER = "the tokenizer is that of --hf-model, or --hf-tokenizer"

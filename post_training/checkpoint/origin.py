@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from post_training.arguments.architecture import ARCHITECTURE
 from post_training.arguments.distillation import draft_of
+from post_training.arguments.refused import ARCHITECTURE
 from post_training.checkpoint.optimizer_form import check_optimizer, optimizer_form
 from post_training.checkpoint.store import Checkpoint
 from post_training.checkpoint.torch_dcp import check_format

@@ -29,6 +29,7 @@ from post_training.batch.assemble import (
     join_stage_input,
 )
 from post_training.batch.host_tensors import to_device
+from post_training.distillation.draft_model import output_rows
 from post_training.distillation.losses import top_tokens
 from post_training.machine.device import current_device
 from post_training.model.layer_spec import uses_packed_attention
@@ -197,14 +198,9 @@ class Extractor:
         if self.model.config.sequence_parallel:
             final = tensor_parallel.gather_from_sequence_parallel_region(final)
         chosen = final.squeeze(1).index_select(0, predicts.to(final.device))
-        weight = (
-            self.model.shared_embedding_or_output_weight()
-            if self.model.share_embeddings_and_output_weights
-            else self.model.output_layer.weight
-        )
         group = self.model.output_layer.tp_group
         logits = hide_vocabulary_padding(
-            (chosen @ weight.t()).float(), self.args.vocab_size, group.rank()
+            (chosen @ output_rows(self.model).t()).float(), self.args.vocab_size, group.rank()
         )
         top = top_tokens(logits, self.top_k, group)
         self.kept.top.append((top.ids.int().cpu(), top.log_probs.cpu(), top.rest.cpu()))

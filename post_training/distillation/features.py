@@ -16,8 +16,10 @@ from torch import Tensor
 from data.documents.check_sum import check_sum
 from data.features.dataset import open_features
 from data.features.manifest import DTYPES
-from post_training.batch.splits import Split
+from data.templates.tokenizer_facts import template_source
+from post_training.batch.splits import SPLITS, Split
 from post_training.distillation.draft_vocabulary import most_trained_tokens
+from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder, local_tokenizer_folder
 from post_training.hf.tokenizer import FILE
 
@@ -39,10 +41,9 @@ def made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
 
 def _text_made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     files = local_tokenizer_folder(args.hf_tokenizer or args.hf_model)
-    template = args.chat_template or tokenizer.chat_template or ""
     return {
         "tokenizer": _short((files / FILE).read_bytes()),
-        "template": _short(str(template).encode()),
+        "template": _short(template_source(tokenizer, args.chat_template).encode()),
     }
 
 
@@ -74,16 +75,30 @@ def stored_names(args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def stored_features(args: argparse.Namespace) -> dict[str, tuple[int, torch.dtype]]:
-    """Width and dtype of each feature that the packs of a run carry, by name."""
+    """Width and dtype of each feature that the packs of a run carry, by name.
+
+    Raises:
+        SetupError: the splits' differ, of which every rank is to know what it is sent.
+    """
     names = stored_names(args)
     return _kinds(args.offline_distillation_data, names) if names else {}
 
 
 @functools.cache
 def _kinds(folder: str, names: tuple[str, ...]) -> dict[str, tuple[int, torch.dtype]]:
-    split = next(path for path in sorted(Path(folder).iterdir()) if path.is_dir())
-    fields = open_features(split).fields
-    return {name: (fields[name].width, DTYPES[fields[name].dtype]) for name in names}
+    found: dict[str, tuple[int, torch.dtype]] = {}
+    for split in SPLITS:
+        if not (Path(folder) / split).is_dir():
+            continue
+        fields = open_features(Path(folder) / split).fields
+        kinds = {name: (fields[name].width, DTYPES[fields[name].dtype]) for name in names}
+        if found and kinds != found:
+            raise SetupError(
+                f"--offline-distillation-data {folder}: the features of {split} have another width or "
+                f"dtype than those of the splits before: {kinds}, {found}; extract them alike"
+            )
+        found = kinds
+    return found
 
 
 def draft_tokens(args: argparse.Namespace, splits: Mapping[str, Split]) -> Tensor | None:

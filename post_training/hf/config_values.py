@@ -74,6 +74,13 @@ def check_spellings(written: Mapping[str, Any], name: str) -> None:
                 f"--hf-model {name}: config.json says {key} {value!r}, expected float32, "
                 f"bfloat16 or float16"
             )
+    for one, other in (("num_experts", "num_local_experts"), ("torch_dtype", "dtype")):
+        values = [str(written.get(key)).removeprefix("torch.") for key in (one, other)]
+        if None not in (written.get(one), written.get(other)) and values[0] != values[1]:
+            raise SetupError(
+                f"--hf-model {name}: config.json says {one} {written[one]!r} and {other} "
+                f"{written[other]!r}; readers differ in which they take: give one, or both alike"
+            )
 
 
 def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[str, Any, str]]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from post_training.arguments.architecture import ARCHITECTURE
 from post_training.arguments.parser import parse_arguments
+from post_training.arguments.refused import ARCHITECTURE
 from post_training.errors import SetupError
 from post_training.files import DERIVED
 from post_training.hf.config import load_hf_config, sliding_window

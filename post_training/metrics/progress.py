@@ -89,8 +89,8 @@ class Progress:
             for name, each in record.get("sources", {}).items()
         )
         self._line(
-            f"step {record['iteration']}: {record['split']} loss {record['loss']:.4f}, "
-            f"perplexity {record['perplexity']:.3f}{_accuracy(record, ', accuracy')} "
+            f"step {record['iteration']}: {record['split']} loss {record['loss']:.4f}"
+            f"{_perplexity(record)}{_accuracy(record, ', accuracy')} "
             f"over {record['tokens']:,} tokens" + (f" ({apart})" if apart else "")
         )
         if self.bar is not None:
@@ -122,6 +122,11 @@ class Progress:
 def _number(value: float | None, form: str) -> str:
     """A number, or a dash where there is none: a skipped step has no gradient norm."""
     return "-" if value is None else format(value, form)
+
+
+def _perplexity(record: dict[str, Any]) -> str:
+    """That of a cross-entropy; a draft's loss is none."""
+    return f", perplexity {record['perplexity']:.3f}" if "perplexity" in record else ""
 
 
 def _accuracy(record: dict[str, Any], title: str) -> str:

@@ -217,12 +217,13 @@ class RunLog:
             "iteration": evaluation.iteration,
             "split": evaluation.split,
             "loss": totals.loss,
-            "perplexity": math.exp(min(totals.loss, 700.0)),
             "token_accuracy": totals.accuracy,
             "tokens": round(totals.trained_tokens),
             "seconds": pause,
             **totals.parts,
         }
+        if self.args.draft is None:  # whose loss is no cross-entropy
+            record["perplexity"] = math.exp(min(totals.loss, 700.0))
         if totals.sources:
             record["sources"] = _by_source(totals)
         if self.args.eval_only:

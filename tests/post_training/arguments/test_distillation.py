@@ -41,6 +41,8 @@ def test_a_draft_has_three_layers_to_read_and_a_vocabulary(parse):
         ),
         ("--aux-layers 0 1 2", "add --draft eagle3"),
         ("--draft-vocab-size 64", "add --draft eagle3"),
+        ("--draft-ttt-steps 3", "add --draft eagle3"),
+        ("--draft-loss-decay 0", "add --draft eagle3"),
         ("--draft eagle3 --aux-layers 0 1", "3 different auxiliary hidden states, got 0 1"),
         ("--draft eagle3 --aux-layers 0 0 1", "3 different"),
         ("--draft eagle3 --aux-layers 0 1 2", "layers 0 to 1"),

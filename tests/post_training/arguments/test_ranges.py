@@ -10,11 +10,10 @@ from types import SimpleNamespace
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from post_training.arguments.architecture import ARCHITECTURE
 from post_training.arguments.defaults import fsdp2_defaults, sft_defaults
 from post_training.arguments.parser import add_finetune_arguments, refuse
 from post_training.arguments.ranges import NEVER, RANGES, Number, Other, Text, apply_ranges
-from post_training.arguments.refused import MegatronFlags
+from post_training.arguments.refused import ARCHITECTURE, MegatronFlags
 from post_training.errors import SetupError, tell
 from tests.helpers.launch import NO_PROCESS_GROUP, finetune
 

@@ -12,11 +12,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.models.gpt import GPTModelConfig
 
-from post_training.arguments.architecture import ARCHITECTURE
 from post_training.arguments.defaults import platform_defaults, sft_defaults
 from post_training.arguments.parser import parse_arguments
 from post_training.arguments.refused import (
     ALREADY_SO,
+    ARCHITECTURE,
     KEPT,
     NEEDS_TRANSFORMER_ENGINE,
     PART_OF,

@@ -5,8 +5,8 @@ import json
 import pytest
 import yaml
 
-from post_training.arguments.architecture import ARCHITECTURE
 from post_training.arguments.parser import parse_arguments
+from post_training.arguments.refused import ARCHITECTURE
 from post_training.checkpoint import resume, store
 from post_training.checkpoint.origin import check_origin, origin
 from post_training.errors import SetupError

@@ -68,6 +68,7 @@ def test_a_number_that_no_model_has_is_refused(folder, key):
         ("llama", {"torch_dtype": "junk"}, "torch_dtype 'junk', expected float32, bfloat16 or"),
         ("llama", {"dtype": 0}, "dtype 0, expected float32, bfloat16 or float16"),
         ("llama", {"dtype": "int8"}, "dtype 'int8'"),
+        ("qwen3_moe", {"num_experts": -1, "num_local_experts": 4}, "readers differ"),
         ("llama", {"architectures": 3}, "architecture 3 cannot be|can read .*architectures"),
         ("llama", {"num_key_value_heads": 3}, "num_attention_heads 4, expected a multiple of"),
         ("mistral", {"sliding_window": -1}, "sliding_window -1, expected .* or null"),

@@ -10,11 +10,10 @@ from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import add_megatron_arguments
 from transformers import AutoConfig, AutoTokenizer
 
-from post_training.arguments.architecture import ARCHITECTURE
 from post_training.arguments.completion import complete_inference, validate
 from post_training.arguments.config_file import resolved_config, write_config
 from post_training.arguments.parser import add_finetune_arguments, parse_arguments
-from post_training.arguments.refused import NEEDS_CUDA, NEEDS_TRANSFORMER_ENGINE
+from post_training.arguments.refused import ARCHITECTURE, NEEDS_CUDA, NEEDS_TRANSFORMER_ENGINE
 from post_training.errors import SetupError
 from post_training.inference.arguments import FOR_INFERENCE, arguments_of_hf_model, arguments_of_run
 from post_training.job.output import MODEL_FOLDER
