@@ -1,0 +1,57 @@
+"""What stored features depend on, and what every rank is to know of them before it is sent any."""
+
+import pytest
+import torch
+
+from data.documents.documents import Documents
+from data.features.manifest import hidden_fields
+from data.features.writer import FeatureWriter
+from data.prepare.prepare import prepare_rows
+from post_training.arguments.parser import parse_arguments
+from post_training.distillation import features
+from post_training.distillation.features import made_by, stored_features
+from post_training.errors import SetupError
+from tests.helpers.models import make_tokenizer
+from tests.helpers.rows import CHATML, make_rows
+
+
+@pytest.fixture
+def parse(hf_model, tmp_path, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    words = ["--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path / "out")]
+    return lambda *more: parse_arguments([*words, "--train-iters", "3", *more])
+
+
+def test_a_template_is_what_it_says_wherever_it_lies(parse, tmp_path):
+    tokenizer = make_tokenizer()
+    plain = made_by(parse(), tokenizer)
+    for name in ("a.jinja", "b.jinja"):
+        (tmp_path / name).write_text(CHATML)
+        assert made_by(parse("--chat-template", str(tmp_path / name)), tokenizer) == plain
+    (tmp_path / "b.jinja").write_text(CHATML + "{# another #}")
+    other = made_by(parse("--chat-template", str(tmp_path / "b.jinja")), tokenizer)
+    assert {key for key in plain if plain[key] != other[key]} == {"template"}
+
+
+def write(folder, documents: Documents, dtype, kind):
+    fields = hidden_fields(64, dtype, 3)
+    writer = FeatureWriter(folder, documents, fields, {})
+    tokens = int(documents.lengths.sum())
+    writer.write(0, {f.name: torch.zeros(tokens, f.width, dtype=kind) for f in fields})
+    writer.finish()
+
+
+def test_splits_of_another_dtype_are_refused(parse, tmp_path):
+    """Each rank of a tensor parallel group makes room for what the first one sends."""
+    documents = prepare_rows(make_rows(4), tokenizer=make_tokenizer(), seq_length=192)
+    (tmp_path / "F/.cache").mkdir(parents=True)
+    (tmp_path / "F/logs").mkdir()
+    write(tmp_path / "F/train", documents, "bf16", torch.bfloat16)
+    args = parse("--export-offline-model", "--offline-distillation-data", str(tmp_path / "F"))
+    expected = {"aux_hidden_states": (192, torch.bfloat16), "hidden_states": (64, torch.bfloat16)}
+    assert stored_features(args) == expected
+    features._kinds.cache_clear()
+    write(tmp_path / "F/valid", documents, "fp32", torch.float32)
+    with pytest.raises(SetupError, match="the features of valid have another width or dtype"):
+        stored_features(args)
