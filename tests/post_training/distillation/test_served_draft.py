@@ -49,10 +49,13 @@ def test_queries_may_come_together_or_one_by_one(folder, embedding):
     aux = torch.randn(9, 3 * 64, generator=generator)
     whole = draft.draft(tokens, aux, 4)
     assert (whole % 3 == 0).all() and len(whole) == 4  # of the draft's own vocabulary
+    # What is kept tells more than the drafted tokens, which a random draft repeats.
+    keys, values = draft._keys, draft._values
     draft.restart()
     for begin, end in ((0, 4), (4, 5), (5, 9)):
         last = draft.draft(tokens[begin:end], aux[begin:end], 4)
     assert torch.equal(last, whole)
+    torch.testing.assert_close((draft._keys, draft._values), (keys, values))
 
 
 @pytest.mark.parametrize(
