@@ -20,12 +20,13 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from post_training.batch.host_tensors import to_device
 from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.distillation.draft_attention import step_attention
-from post_training.distillation.draft_model import DraftSettings, output_rows, teacher_rows
+from post_training.distillation.draft_model import DraftSettings, base_logits, teacher_rows
 from post_training.distillation.losses import divergence
 from post_training.metrics.step_counters import counters
 from post_training.training.loss import hide_vocabulary_padding, largest_tokens
@@ -128,11 +129,23 @@ class DraftForward:
             hidden = self._layer(model, hidden, ids, packed, step, keys, values)
             # The query that predicts the label of `r` at this step is `1 + step` tokens before `r`.
             queries = (trained.indices - (1 + step)).clamp(min=0)
-            logits = self._logits(model, hidden, queries)
-            losses.append(divergence(logits, teacher, module.eagle_output_layer.tp_group))
+            chosen = self._chosen(model, hidden, queries)
+            # Logits, by far the largest tensors, are made again in the backward pass: one step has them at a time.
+            loss, choice = checkpoint(
+                *(self._compared, model, chosen, teacher),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            losses.append(loss)
             counted.append(trained.weights * (place > step))
-            right.append((self._choice(module, logits.detach()) == greedy) * counted[-1])
+            right.append((choice == greedy) * counted[-1])
         return torch.stack(losses), torch.stack(counted), torch.stack(right)
+
+    def _compared(self, model: GPTModel, chosen: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Of chosen queries KL(base || draft), float32 [queries], and the draft's first choices."""
+        logits = self._logits(model, chosen)
+        group = model.eagle_module.eagle_output_layer.tp_group
+        return divergence(logits, teacher, group), self._choice(model.eagle_module, logits.detach())
 
     @torch.no_grad()
     def logits(
@@ -151,10 +164,11 @@ class DraftForward:
         keys: list[Tensor] = []
         values: list[Tensor] = []
         found = []
+        last = torch.tensor([count - 1])
         for step in range(self.settings.steps):
             row = ids[1 + step : 1 + step + count].unsqueeze(0)
             hidden = self._layer(model, hidden, row, packed, step, keys, values)
-            found.append(self._logits(model, hidden, torch.tensor([count - 1]))[0])
+            found.append(self._logits(model, self._chosen(model, hidden, last))[0])
         return found
 
     @torch.no_grad()
@@ -192,7 +206,7 @@ class DraftForward:
             # Only the last token's query matters from step 1 on.
             ids[0, count - 1] = written
             hidden = self._layer(model, hidden, ids, packed, step, keys, values)
-            written = self._choice(module, self._logits(model, hidden, last))
+            written = self._choice(module, self._logits(model, self._chosen(model, hidden, last)))
             drafts.append(written)
         return base.view(1, 1), torch.stack(drafts, dim=1)
 
@@ -233,20 +247,25 @@ class DraftForward:
         angles = torch.outer((packed.position_ids + step).float(), frequencies)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
-    def _logits(self, model: GPTModel, hidden: Tensor, queries: Tensor) -> Tensor:
-        """Draft's logits of some tokens of the row: [queries, draft vocabulary of this rank]."""
+    def _chosen(self, model: GPTModel, hidden: Tensor, queries: Tensor) -> Tensor:
+        """What the draft's output layer reads of some tokens of the row: [queries, 1, hidden]."""
         module: Any = model.eagle_module
         layer = module.eagle_output_layer
-        normed = module.decoder.final_layernorm(hidden)
-        parallel = layer.sequence_parallel
-        if parallel:
+        normed: Tensor = module.decoder.final_layernorm(hidden)
+        if layer.sequence_parallel:
             normed = tensor_parallel.gather_from_sequence_parallel_region(
                 normed, tensor_parallel_output_grad=False, group=layer.tp_group
             )
+        return normed.index_select(0, queries)
+
+    def _logits(self, model: GPTModel, chosen: Tensor) -> Tensor:
+        """Draft's logits of what `_chosen` gives: [queries, draft vocabulary of this rank]."""
+        layer: Any = model.eagle_module.eagle_output_layer
+        parallel = layer.sequence_parallel
         previous = layer.allreduce_dgrad
         layer.sequence_parallel, layer.allreduce_dgrad = False, previous or parallel
         try:
-            logits: Tensor = layer(normed.index_select(0, queries))[0]
+            logits: Tensor = layer(chosen)[0]
         finally:
             layer.sequence_parallel, layer.allreduce_dgrad = parallel, previous
         return self._hide_padding(model, logits.squeeze(1).float())
@@ -276,10 +295,9 @@ class DraftForward:
     @torch.no_grad()
     def _greedy(self, model: GPTModel, hidden: Tensor) -> Tensor:
         """The base model's own choice of token: int64 [tokens] of hidden states [tokens, hidden]."""
-        logits = (hidden @ output_rows(model).t()).float()
         group = model.output_layer.tp_group
-        hide_vocabulary_padding(logits, self.settings.vocabulary, group.rank())
-        return largest_tokens(logits, group)
+        parts = base_logits(model, hidden, self.settings.vocabulary)
+        return torch.cat([largest_tokens(part, group) for part in parts])
 
     @torch.no_grad()
     def _choice(self, module: Any, logits: Tensor) -> Tensor:
