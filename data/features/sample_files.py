@@ -10,7 +10,6 @@ have seen each other in what made it.
 from __future__ import annotations
 
 import pickle
-from collections import Counter
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data.documents.cache_build import report_of
-from data.documents.documents import Documents
+from data.documents.cache_build import MemorySink
+from data.documents.shard import Shard
 from data.errors import DataError
 from data.features.manifest import DTYPES, Field
 
@@ -56,28 +55,24 @@ class SampleFiles:
             ids.append(_input_ids(path, sample))
             masks.append(_loss_mask(path, sample, ids[-1]))
             self._check_fields(path, sample, len(ids[-1]))
-        lengths = [len(document) for document in ids]
-        counts = Counter(
-            {
-                "read": len(ids),
-                "kept": len(ids),
-                "tokens": sum(lengths),
-                "trained tokens": sum(int(np.count_nonzero(mask)) for mask in masks),
-                "max token id": max(int(document.max()) for document in ids),
-            }
+        hashes = b"".join(blake2b(document, digest_size=8).digest() for document in ids)
+        tokens, trained = np.concatenate(ids), np.concatenate(masks)
+        counts = {"read": len(ids), "kept": len(ids), "tokens": len(tokens)}
+        counts |= {"trained tokens": int(trained.sum()), "max token id": int(tokens.max())}
+        sink = MemorySink()
+        sink.add(
+            Shard(
+                input_ids=tokens,
+                loss_mask=trained,
+                lengths=np.array([len(document) for document in ids]),
+                provenance=np.array([[number, 0] for number in range(len(ids))], np.int64),
+                hashes=np.frombuffer(hashes, np.uint64),
+                counts=counts,
+                bad_rows=[],
+            )
         )
-        self.documents = Documents(
-            input_ids=np.concatenate(ids),
-            loss_mask=np.concatenate(masks),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            provenance=np.array([[number, 0] for number in range(len(ids))], np.int64),
-            hashes=np.frombuffer(
-                b"".join(blake2b(document, digest_size=8).digest() for document in ids), np.uint64
-            ),
-            fingerprint="",
-            report=report_of(counts, [])
-            | {"sources": [str(path) for path in self.files], "warnings": []},
-        )
+        self.documents = sink.documents("")
+        self.documents.report.update(sources=[str(path) for path in self.files], warnings=[])
 
     def read(self, document: int, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """The fields of a document, or those of ``names``, each ``[tokens, width]``: views of its file."""

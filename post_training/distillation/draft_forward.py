@@ -12,7 +12,7 @@ one before, which ModelOpt's own forward does.
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,26 +111,22 @@ class DraftForward:
             KL, float32 [steps, trained]; which of them count, 0 or 1, the same shape; and which drafts are
             what the base model would write, likewise.
         """
-        module: Any = model.eagle_module
-        lengths, positions = packed.query_lengths, packed.position_ids
-        assert lengths is not None and positions is not None
+        positions = packed.position_ids
+        assert positions is not None
         if self._teacher is None:
             self._teacher = teacher_rows(model)
         teacher, greedy = self._teacher_logits(model, states.hidden_states, trained)
-        hidden, _ = module.fc(states.aux_hidden_states)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
         losses, counted, right = [], [], []
         place = positions.index_select(0, trained.indices)
-        for step in range(self.settings.steps):
-            if step and self.settings.detach:
-                hidden = hidden.detach()
-            ids = tokens.roll(-(1 + step), dims=1)
-            hidden = self._layer(model, hidden, ids, packed, step, keys, values)
+        steps = self._steps(
+            model, states.aux_hidden_states, packed, lambda step: tokens.roll(-(1 + step), dims=1)
+        )
+        for step, hidden in enumerate(steps):
             # The query that predicts the label of `r` at this step is `1 + step` tokens before `r`.
             queries = (trained.indices - (1 + step)).clamp(min=0)
             chosen = self._chosen(model, hidden, queries)
-            # Logits, by far the largest tensors, are made again in the backward pass: one step has them at a time.
+            # Logits, by far the largest tensors, are those of one step at a time: the backward pass makes
+            # them again.
             loss, choice = checkpoint(
                 *(self._compared, model, chosen, teacher),
                 use_reentrant=False,
@@ -160,16 +156,11 @@ class DraftForward:
             aux_hidden_states: [tokens, 1, 3 * hidden].
         """
         count = len(aux_hidden_states)
-        hidden, _ = model.eagle_module.fc(aux_hidden_states)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        found = []
         last = torch.tensor([count - 1])
-        for step in range(self.settings.steps):
-            row = ids[1 + step : 1 + step + count].unsqueeze(0)
-            hidden = self._layer(model, hidden, row, packed, step, keys, values)
-            found.append(self._logits(model, self._chosen(model, hidden, last))[0])
-        return found
+        steps = self._steps(
+            model, aux_hidden_states, packed, lambda step: ids[1 + step : 1 + step + count][None]
+        )
+        return [self._logits(model, self._chosen(model, hidden, last))[0] for hidden in steps]
 
     @torch.no_grad()
     def propose(self, model: GPTModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,19 +187,36 @@ class DraftForward:
         inputs = row, packed.position_ids.unsqueeze(0), None
         states = base_states(model, self.settings.aux_layers, *inputs, packed_seq_params=packed)
         last = torch.tensor([count - 1], device=tokens.device)
-        base = written = self._greedy(model, states.hidden_states.index_select(0, last).squeeze(1))
-        hidden, _ = module.fc(states.aux_hidden_states)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        drafts = []
-        for step in range(self.settings.steps):
-            ids = row.roll(-(1 + step), dims=1)
+        base = self._greedy(model, states.hidden_states.index_select(0, last).squeeze(1))
+        drafts: list[Tensor] = []
+
+        def ids(step: int) -> Tensor:
+            read = row.roll(-(1 + step), dims=1)
             # Only the last token's query matters from step 1 on.
-            ids[0, count - 1] = written
-            hidden = self._layer(model, hidden, ids, packed, step, keys, values)
+            read[0, count - 1] = drafts[-1] if drafts else base
+            return read
+
+        for hidden in self._steps(model, states.aux_hidden_states, packed, ids):
             written = self._choice(module, self._logits(model, self._chosen(model, hidden, last)))
             drafts.append(written)
         return base.view(1, 1), torch.stack(drafts, dim=1)
+
+    def _steps(
+        self,
+        model: GPTModel,
+        aux_hidden_states: Tensor,
+        packed: PackedDocuments,
+        ids: Callable[[int], Tensor],
+    ) -> Iterator[Tensor]:
+        """Of each step what `_layer` makes; `ids`: what the queries of a step read, int64 [1, tokens]."""
+        hidden, _ = model.eagle_module.fc(aux_hidden_states)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for step in range(self.settings.steps):
+            if step and self.settings.detach:
+                hidden = hidden.detach()
+            hidden = self._layer(model, hidden, ids(step), packed, step, keys, values)
+            yield hidden
 
     def _layer(
         self,

@@ -1,7 +1,7 @@
 """Kills scripts/extract_features.py again and again; the folder ends with the bytes of one never killed.
 
-    python tests/data/features/extraction_kills.py                      ten kills; the status is 1 if a byte differs
-    python tests/data/features/extraction_kills.py --world 2 --seed 7   of two data parallel processes, at other moments
+    python tests/data/features/extraction_kills.py             ten kills; the status is 1 if a byte differs
+    python tests/data/features/extraction_kills.py --world 2   of two data parallel processes
 
 Some kills hit the start, most the writing: at a random moment after a random number of further files.
 """
@@ -70,7 +70,14 @@ def killed_and_whole(root: Path, kills: int, seed: int, world: int | None = None
     model = save_model(root / "model", "qwen3")
     data = write_rows(root / "train.jsonl", make_rows(1000))
     words = ["--hf-model", str(model), "--finetune-data-files", str(data), "--seq-length", "192"]
-    words += ["--shard-megabytes", "1", "--features-dtype", "fp32", "--data-cache-dir", f"{root}/cache"]
+    words += [
+        "--shard-megabytes",
+        "1",
+        "--features-dtype",
+        "fp32",
+        "--data-cache-dir",
+        f"{root}/cache",
+    ]
     assert start(words, root / "whole", world).wait() == 0
     for number in range(kills):
         starting = number % 5 == 4
@@ -91,9 +98,7 @@ def main() -> int:
     parser.add_argument("--world", type=int, help="processes, through torchrun (default: one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        return int(
-            not killed_and_whole(Path(folder), options.kills, options.seed, options.world)
-        )
+        return int(not killed_and_whole(Path(folder), options.kills, options.seed, options.world))
 
 
 if __name__ == "__main__":
