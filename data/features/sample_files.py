@@ -26,14 +26,13 @@ from data.features.manifest import DTYPES, Field
 
 _DTYPES = {dtype: name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 HIDDEN = ("hidden_states", "aux_hidden_states")
-_IGNORED = -100  # labels of tokens that are not trained, in HuggingFace's convention
 
 
 class SampleFiles:
     """Documents and hidden states of the ``.pt`` files of a folder, by name.
 
     Every file is opened once at the start, for its ids and mask; hidden states are mapped when they
-    are read. Without a mask or labels every token is trained, as there.
+    are read. Without a mask every token is trained, as there.
 
     Args:
         folder: With the files.
@@ -147,21 +146,12 @@ def _input_ids(path: Path, sample: dict[str, Any]) -> npt.NDArray[np.int32]:
 def _loss_mask(
     path: Path, sample: dict[str, Any], ids: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.uint8]:
-    """1 where the token itself is trained: from a mask, from labels, or everywhere."""
-    if "loss_mask" in sample:
-        mask = _tensor(path, sample, "loss_mask", 1)
-        if len(mask) != len(ids) or not ((mask == 0) | (mask == 1)).all():
-            raise _bad(path, f"loss_mask is not 0 or 1 for each of {len(ids)} tokens")
-        return mask.to(torch.uint8).numpy()
-    if "labels" not in sample:
+    """1 where the token itself is trained; everywhere without a mask."""
+    if "loss_mask" not in sample:
+        if "labels" in sample:
+            raise _bad(path, "has labels and no loss_mask, which says what is trained")
         return np.ones(len(ids), np.uint8)
-    labels = _tensor(path, sample, "labels", 1).numpy()
-    for shift in (0, 1):  # HuggingFace's labels stand at their token, ModelOpt's at the one before
-        if len(labels) == len(ids):
-            targets, given = ids[shift:], labels[: len(ids) - shift]
-            trained = given != _IGNORED
-            if (targets[trained] == given[trained]).all() and (
-                labels[len(ids) - shift :] < 0
-            ).all():
-                return np.concatenate([np.zeros(shift, np.uint8), trained.astype(np.uint8)])
-    raise _bad(path, "labels are neither the tokens nor the next tokens")
+    mask = _tensor(path, sample, "loss_mask", 1)
+    if len(mask) != len(ids) or not ((mask == 0) | (mask == 1)).all():
+        raise _bad(path, f"loss_mask is not 0 or 1 for each of {len(ids)} tokens")
+    return mask.to(torch.uint8).numpy()

@@ -27,7 +27,7 @@ from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.distillation.draft_attention import step_attention
 from post_training.distillation.draft_model import DraftSettings, base_logits, teacher_rows
-from post_training.distillation.losses import divergence
+from post_training.distillation.losses import divergence, keep_output
 from post_training.metrics.step_counters import counters
 from post_training.training.loss import hide_vocabulary_padding, largest_tokens
 
@@ -53,18 +53,9 @@ def base_states(model: GPTModel, layers: Sequence[int], *inputs: Any, **options:
         options: likewise.
     """
     seen: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Any:
-        def hook(module: Any, arguments: Any, output: Any) -> None:
-            seen[number] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
-
-    modules = [
-        (number, model.embedding if number < 0 else model.decoder.layers[number])
-        for number in layers
+    handles = [
+        keep_output(model.embedding if n < 0 else model.decoder.layers[n], seen, n) for n in layers
     ]
-    handles = [module.register_forward_hook(keep(number)) for number, module in modules]
     for part in (model.embedding, model.decoder):
         part.eval()
     try:
