@@ -26,7 +26,7 @@ if [[ -e $folder && ! -f $folder/.distill ]]; then
 fi
 rm -rf "$folder"
 mkdir -p "$folder"
-touch "$folder/.distill"
+: >"$folder/.distill"
 
 if [[ ! -d $base/run/hf ]]; then
     step "training the base, as scripts/quickstart.sh does"
