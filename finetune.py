@@ -74,6 +74,7 @@ from post_training.job.watchdog import tell_failure, watchdog
 from post_training.knowledge.distiller import Distiller, knowledge_parts
 from post_training.knowledge.settings import check_pairs, knowledge_settings
 from post_training.knowledge.teacher import Teacher, choose_teacher
+from post_training.knowledge.teaching import teaching
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
 from post_training.metrics.run_log import RunLog
@@ -260,7 +261,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         stored_features(args)  # rather refused now than at the first step
         keep_date(args, template_date(splits))
-        position = find_position(args, splits.get("train"), start.continued)
+        taught = teaching(args, splits, settings, teacher)
+        position = find_position(args, splits.get("train"), start.continued, taught)
         raise_if_interrupted()
         if rank == 0:
             print(describe(splits, args), file=console)

@@ -97,7 +97,7 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
     Raises:
         SetupError: files are missing, or hold another model than config.json describes; or context
             parallelism is asked of a model that ModelOpt converted, or Transformer Engine of one whose
-            rotary frequencies depend on the length of a document.
+            rotary frequencies depend on the length of a document; or a new draft has no base, or no tokens.
     """
     if args.context_parallel_size > 1 and checkpoint is not None and checkpoint.has_modelopt:
         raise SetupError(
@@ -111,6 +111,16 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
                 f"--hf-model {args.hf_model}: rope type {rope_parameters(args.hf_config)['rope_type']} has "
                 f"other frequencies for long documents, and Transformer Engine takes one table for all "
                 f"documents of a pack; use --transformer-impl local"
+            )
+    if args.draft is not None and checkpoint is None:
+        if args.export_offline_model and args.random_weights:
+            raise SetupError(
+                "--random-weights: stored features are those of a base with its weights"
+            )
+        if args.draft_vocab_size and args.skip_train:
+            raise SetupError(
+                f"--draft-vocab-size {args.draft_vocab_size} --eval-only: which tokens a draft writes "
+                f"follows from training data; name a checkpoint by --load, or leave the size out"
             )
     if takes_hf_weights(args, checkpoint):
         check_hf_weights(local_model_folder(args.hf_model), args.hf_config)

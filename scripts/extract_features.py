@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from post_training import platform
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from data import DataError
 from data.features.manifest import Field, estimate_bytes, hidden_fields, top_k_fields
-from data.features.writer import FeatureWriter
+from data.features.writer import FeatureWriter, require_room, room_for
 from data.prepare.splits import prepare_documents_from_args
 from model_provider import check_weights, model_config
 from post_training.arguments.completion import complete_run, validate
@@ -53,6 +54,7 @@ REFUSED = (
     ),
     ("load", None, "features are those of --hf-model: export the run with scripts/export_hf.py"),
     ("draft", None, "a base is stored, not a draft"),
+    ("random_weights", False, "nothing is to be learned of a base that was not trained"),
     ("export_kd_teacher_load", None, "the teacher is --hf-model"),
     ("offline_distillation_data", None, "features are made of conversations"),
 )
@@ -104,6 +106,10 @@ def _extract(options: argparse.Namespace, rest: list[str]) -> None:
         raise SetupError("--hf-model is missing: features are those of a HuggingFace base")
     if options.no_hidden_states and not options.top_k:
         raise SetupError("--no-hidden-states: nothing is left to store; add --top-k")
+    if options.no_hidden_states and options.aux_layers:
+        raise SetupError(
+            "--aux-layers: --no-hidden-states stores of no layer; leave one of them out"
+        )
     if options.top_k is not None and not 1 <= options.top_k <= args.vocab_size:
         raise SetupError(f"--top-k {options.top_k}: the base has {args.vocab_size} tokens")
     if options.shard_megabytes < 1:
@@ -118,8 +124,9 @@ def _extract(options: argparse.Namespace, rest: list[str]) -> None:
         fields += hidden_fields(args.hidden_size, options.features_dtype, len(layers))
     if options.top_k:
         fields += top_k_fields(options.top_k, options.features_dtype)
-    identity = {**made_by(args, tokenizer), "aux_layers": layers}
-    splits: dict[str, tuple[Any, FeatureWriter]] = {}
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "fp32"
+    identity = {**made_by(args, tokenizer), "computed_in": precision, "aux_layers": layers}
+    found: dict[str, Any] = {}
     for split in SPLITS:
         documents = prepare_documents_from_args(args, split, tokenizer)
         if documents is None or not len(documents):
@@ -136,10 +143,16 @@ def _extract(options: argparse.Namespace, rest: list[str]) -> None:
                 f"{size:.2f} GiB of features",
                 file=sys.stderr,
             )
-        writer = FeatureWriter(
-            f"{args.output_dir}/{split}", documents, fields, identity, options.shard_megabytes << 20
+        found[split] = documents
+    folder = Path(args.output_dir).absolute()
+    require_room(folder, sum(room_for(folder / s, made, fields) for s, made in found.items()))
+    splits = {
+        name: (
+            made,
+            FeatureWriter(folder / name, made, fields, identity, options.shard_megabytes << 20),
         )
-        splits[split] = documents, writer
+        for name, made in found.items()
+    }
     if not splits:
         raise SetupError(
             "no data: give --finetune-data-files, --valid-data-files or --test-data-files"

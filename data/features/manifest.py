@@ -28,6 +28,8 @@ from data.packs.filling import IntArray
 FEATURES_FORMAT = 1
 MANIFEST = "manifest.json"
 WRITING = "writing.json"
+# Of `made_by`, what features that were written before do not have.
+ADDED = ("architecture", "computed_in")
 DOCUMENTS = "documents"
 DTYPES = {
     "fp32": torch.float32,
@@ -143,7 +145,7 @@ class Manifest:
         contents: Hash of the documents, as ``Documents.contents``.
         fields: What is kept of each document.
         made_by: What the features depend on beside the documents: hashes of the base, the tokenizer and
-            the template, and the auxiliary layers, by name.
+            the template, the architecture, the precision and the auxiliary layers, by name.
         shards: The files of features.
         document_files: Those of the documents.
     """
@@ -225,6 +227,21 @@ def identity(contents: str, fields: Sequence[Field], made_by: Mapping[str, Any])
 
 
 def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The names whose values are not the same, with both; empty when all are."""
-    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
-    return "; ".join(f"{n} is {found.get(n)!r} there and {wanted.get(n)!r} here" for n in names)
+    """The names whose values are not the same, with both; empty when all are.
+
+    Of values that have names themselves those are compared that both have: a version may know more.
+    """
+    texts = []
+    for name in {**found, **wanted}:
+        there, here = found.get(name), wanted.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            both = there.keys() & here.keys()
+            texts.append(differences(*({k: v[k] for k in v if k in both} for v in (there, here))))
+        elif there != here:
+            texts.append(f"{name} is {there!r} there and {here!r} here")
+    return "; ".join(filter(None, texts))
+
+
+def known_before(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What is wanted, without what features of a version before do not say of themselves."""
+    return {n: value for n, value in wanted.items() if n in found or n not in ADDED}

@@ -24,6 +24,7 @@ from data.features.manifest import (
     Field,
     Per,
     differences,
+    known_before,
     read_manifest,
     rows_per_document,
 )
@@ -155,6 +156,7 @@ def require_made_by(features: Features, wanted: Mapping[str, Any]) -> None:
     found = {**(features.made_by or {}), **widths}
     if features.made_by is None:
         wanted = {name: value for name, value in wanted.items() if name in widths}
+    wanted = known_before(found, wanted)
     if other := differences({name: found.get(name) for name in wanted}, wanted):
         raise DataError(
             f"{features.folder}: these features were made otherwise: {other}. Extract them again with "

@@ -88,7 +88,10 @@ class SampleFiles:
             raise _bad(path, f"cannot be read ({reason})") from error
         if not isinstance(sample, dict):
             raise _bad(path, f"holds a {type(sample).__name__}, no dictionary of tensors")
-        if sample.get("hidden_states_prenorm"):
+        prenorm = sample.get("hidden_states_prenorm")
+        if isinstance(prenorm, torch.Tensor) and prenorm.numel() != 1:
+            raise _bad(path, "hidden_states_prenorm is neither true nor false")
+        if prenorm:
             raise _bad(path, "its hidden states are those before the final norm")
         return sample
 

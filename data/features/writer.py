@@ -48,9 +48,11 @@ from data.features.manifest import (
     differences,
     estimate_bytes,
     identity,
+    known_before,
     read_manifest,
     rows_per_document,
 )
+from data.features.reader import FeatureReader
 from data.packs.filling import next_fit
 
 # Documents that go to the folder at a time.
@@ -179,12 +181,13 @@ class FeatureWriter:
         if self.finished:
             manifest = read_manifest(self.folder)
             found = identity(manifest.contents, manifest.fields, manifest.made_by)
-            if other := differences(found, self._identity):
+            if other := differences(found, known_before(found, self._identity)):
                 raise DataError(
                     f"{self.folder}: holds features that were made otherwise: {other}. {_ELSE}"
                 )
+            FeatureReader(self.folder)  # all that is written is there, and as it was written
             return
-        self._require_room()
+        require_room(self.folder, room_for(self.folder, self.documents, list(self.fields.values())))
         self.folder.mkdir(parents=True, exist_ok=True)
         foreign = [p.name for p in self.folder.iterdir() if not p.name.startswith(_OURS)]
         if foreign:
@@ -201,17 +204,6 @@ class FeatureWriter:
         if other := differences(found, {"format": FEATURES_FORMAT, **self._claim}):
             raise DataError(
                 f"{self.folder}: holds a part of features that were made otherwise: {other}. {_ELSE}"
-            )
-
-    def _require_room(self) -> None:
-        needed = estimate_bytes(self.documents, list(self.fields.values()))
-        needed -= sum(path.stat().st_size for path in self.folder.glob("features-*.safetensors"))
-        place = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        free = shutil.disk_usage(place).free
-        if needed > free:
-            raise DataError(
-                f"{self.folder}: the features take {needed / 2**30:,.2f} GiB more, and "
-                f"{free / 2**30:,.2f} GiB are free. Make room, keep fewer documents or a smaller dtype."
             )
 
     def _write_documents(self, folder: Path, target: Path) -> None:
@@ -322,6 +314,29 @@ class FeatureWriter:
                 path.unlink()
         for name in ("lengths.bin", JOURNAL):  # left where a build was killed at its very end
             (self.folder / DOCUMENTS / name).unlink(missing_ok=True)
+
+
+def room_for(folder: Path, documents: Documents | DocumentSet, fields: Sequence[Field]) -> int:
+    """Bytes that a folder, of which a part may be written, still takes."""
+    if (folder / MANIFEST).exists():
+        return 0
+    written = sum(path.stat().st_size for path in folder.glob("features-*.safetensors"))
+    return max(0, estimate_bytes(documents, fields) - written)
+
+
+def require_room(folder: Path, needed: int) -> None:
+    """Refuse to write ``needed`` bytes of features where they do not fit.
+
+    Raises:
+        DataError: with both sizes.
+    """
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise DataError(
+            f"{folder}: the features take {needed / 2**30:,.2f} GiB more, and {free / 2**30:,.2f} GiB are "
+            "free. Make room, keep fewer documents or a smaller dtype."
+        )
 
 
 _ELSE = "Give another folder, or remove this one."

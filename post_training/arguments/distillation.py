@@ -5,9 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from data.arguments import add_data_arguments
 from post_training.errors import SetupError
 from post_training.hf.draft import DraftShape, aux_layers
 from post_training.layout.pipeline import virtual_stages
+
+# Flags of data that have their use where documents are stored: packs, and prompts of the template later.
+_OF_STORED = {
+    *("packing", "data_cache_dir", "data_workers"),
+    *("chat_template", "chat_template_variables", "template_date"),
+}
 
 
 def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,16 +100,12 @@ def complete_distillation(args: argparse.Namespace) -> None:
                 "scripts/extract_features.py), or train online with --draft eagle3"
             )
     if args.offline_distillation_data:
-        for name in (
-            "finetune_data_files",
-            "finetune_hf_dataset",
-            "valid_data_files",
-            "test_data_files",
-        ):
-            if getattr(args, name):
+        flags = add_data_arguments(argparse.ArgumentParser())
+        for name in vars(flags.parse_args([])).keys() - _OF_STORED:
+            if getattr(args, name) != flags.get_default(name):
                 raise SetupError(
                     f"--{name.replace('_', '-')}: --offline-distillation-data brings its own train, valid "
-                    f"and test; leave one of them out"
+                    f"and test, whose documents are made; leave one of them out"
                 )
     _complete_knowledge(args)
     if args.draft is None:

@@ -76,9 +76,11 @@ def _describe_part(part: Documents, use: str, args: argparse.Namespace) -> str:
     dropped = {k: v for k, v in (report.get("dropped") or {}).items() if v}
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
     listed = cache_dir(args) / part.fingerprint / BAD_ROWS
+    form = report.get("format")  # of documents that came with their masks there is none
+    made = f"format {form}, masks by {report.get('mask_method')}; " if form else ""
     trained = report.get("trained_tokens", 0) / max(1, report.get("tokens", 0))
     return (
-        f"{name}: format {report.get('format')}, masks by {report.get('mask_method')}; "
+        f"{name}: {made}"
         + (f"dated {day} by the template; " if (day := report.get("template_date")) else "")
         + f"{report.get('read', 0):,} rows read, {report.get('kept', 0):,} kept"
         + (f", dropped: {reasons} (listed in {listed})" if reasons else "")

@@ -83,6 +83,11 @@ def check_origin(
     Raises:
         SetupError: it is another model's, of another format, or its optimizer's state is not this run's.
     """
+    if args.draft is not None and not checkpoint.has_modelopt:
+        raise SetupError(
+            f"{checkpoint.path} has no draft: export it with scripts/export_hf.py, and train a new draft "
+            f"with that folder as --hf-model in another --output-dir"
+        )
     written = _origin_of(checkpoint)
     check_format(args, checkpoint, written)
     here = origin(args)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data import DocumentSet, SFTDataset
 from data.documents.earlier_caches import cache_has_documents
+from data.features.manifest import differences
 from data.prepare.prepare import DAY
 from data.prepare.splits import cache_dir
 from post_training.arguments.schedule import check_learning_rate
@@ -38,9 +41,12 @@ class PlannedData:
     word, train some documents twice and others never.
     """
 
-    def __init__(self, args: argparse.Namespace, plan: SFTDataset) -> None:
-        """For a run of `plan`; `begins_at()` then tells where in it to go on."""
+    def __init__(
+        self, args: argparse.Namespace, plan: SFTDataset, teaching: Mapping[str, Any] | None = None
+    ) -> None:
+        """For a run of `plan`, taught by `teaching`; `begins_at()` then tells where in it to go on."""
         self.args = args
+        self._teaching: dict[str, Any] = json.loads(json.dumps(dict(teaching or {})))
         self.plan = plan
         self._facts: dict[str, Any] = {key: getattr(args, key) for key in PLAN_KEYS}
         self._facts |= {"contents": plan.documents.contents, "plan_hash": plan.plan_hash}
@@ -60,6 +66,7 @@ class PlannedData:
             "layout": layout_of(self.args),
             "base_weights": self._base_weights,
             "origin": self._origin,
+            "teaching": self._teaching,
             "data": {
                 **self._facts,
                 "made_of": self._made_of,
@@ -96,6 +103,7 @@ class PlannedData:
                 f"--output-dir {args.output_dir} holds a run that was started from other weights than "
                 f"those of --hf-model: give the same again, or choose another --output-dir"
             )
+        self._compare_teaching(checkpoint)
         before = self._comparable(manifest["data"])
         batch = before["global_batch_size"]
         if batch != args.global_batch_size:
@@ -141,6 +149,21 @@ class PlannedData:
                 file=sys.stderr,
             )
         return begins_at
+
+    def _compare_teaching(self, checkpoint: Checkpoint) -> None:
+        """Refuse another teacher; stored features are data, of which a run may be given others."""
+        before = (checkpoint.manifest or {}).get("teaching")
+        if before is None:  # of a version before
+            return
+        free = {"features"} if self.args.restart_data else set()
+        then, now = (
+            {k: v for k, v in d.items() if k not in free} for d in (before, self._teaching)
+        )
+        if other := differences(then, now):
+            raise SetupError(
+                f"{checkpoint.path} was taught otherwise: {other}; give the same again, or start from its "
+                f"weights with --load and --finetune in another --output-dir"
+            )
 
     def _comparable(self, before: dict[str, Any]) -> dict[str, Any]:
         """What a manifest says of the data; a version before named a token cache in place of contents."""
@@ -209,7 +232,10 @@ class DataPosition:
 
 
 def find_position(
-    args: argparse.Namespace, train: Split | None, checkpoint: Checkpoint | None
+    args: argparse.Namespace,
+    train: Split | None,
+    checkpoint: Checkpoint | None,
+    teaching: Mapping[str, Any] | None = None,
 ) -> DataPosition | None:
     """The place in the training data to go on at, and the steps to its end, with `--num-epochs` too.
 
@@ -217,6 +243,7 @@ def find_position(
         args: parsed arguments.
         train: the training data; None when nothing is trained.
         checkpoint: what the run continues from; None where it takes at most weights.
+        teaching: what the run learns of beside its documents, in the types of JSON.
 
     Returns:
         None when nothing is trained.
@@ -228,7 +255,7 @@ def find_position(
     if train is None:
         return None
     plan = train.packs
-    data = PlannedData(args, plan)
+    data = PlannedData(args, plan, teaching)
     begins_at = data.begins_at(checkpoint)
     if not args.num_epochs:
         return DataPosition(data, begins_at, args.train_iters)
@@ -243,8 +270,13 @@ def _weights_digest(args: argparse.Namespace) -> str | None:
     """A digest of samples of the weight files: the same for the same base model, wherever it lies."""
     if args.hf_config is None or args.random_weights:
         return None
+    return sampled_digest(sorted(local_model_folder(args.hf_model).glob("*.safetensors")))
+
+
+def sampled_digest(files: Iterable[Path]) -> str:
+    """A digest of names, sizes and 16 samples of each file."""
     digest = hashlib.sha256()
-    for path in sorted(local_model_folder(args.hf_model).glob("*.safetensors")):
+    for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

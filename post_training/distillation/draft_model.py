@@ -190,16 +190,23 @@ def base_logits(model: GPTModel, hidden: Tensor, vocabulary: int) -> Iterator[Te
         yield hide_vocabulary_padding(logits, vocabulary, model.output_layer.tp_group.rank())
 
 
+def draft_tokens_of(module: Any, vocabulary: int = 0) -> Tensor:
+    """The base's token of each row of a draft's output layer: int64; of `vocabulary` where it is whole."""
+    offsets = getattr(module, "d2t", None)
+    if offsets is None:
+        return torch.arange(vocabulary)
+    return offsets + torch.arange(len(offsets), device=offsets.device)
+
+
 @torch.no_grad()
 def teacher_rows(model: GPTModel) -> Tensor:
     """Rows of the base's output layer for this rank's part of the draft's vocabulary: [rows, hidden]."""
     own = output_rows(model)
-    offsets = getattr(model.eagle_module, "d2t", None)
-    if offsets is None:
+    if getattr(model.eagle_module, "d2t", None) is None:
         return own
     layer = model.output_layer
     group = layer.tp_group
-    tokens = offsets + torch.arange(len(offsets), device=offsets.device)
+    tokens = draft_tokens_of(model.eagle_module)
     rows = model.eagle_module.eagle_output_layer.weight.shape[0]
     # Every rank gives what it holds of all wanted rows, and keeps its own part of the sum.
     local = tokens - group.rank() * own.shape[0]

@@ -18,6 +18,7 @@ from data.features.dataset import open_features
 from data.features.manifest import DTYPES
 from data.templates.tokenizer_facts import template_source
 from post_training.batch.splits import SPLITS, Split
+from post_training.checkpoint.origin import origin
 from post_training.distillation.draft_vocabulary import most_trained_tokens
 from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder, local_tokenizer_folder
@@ -28,7 +29,9 @@ OF_STUDENT = ("topk_ids", "topk_logprobs", "rest_logprobs")
 
 
 def made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
-    """What decides about a base model's features, beside documents and layers: hashes by name.
+    """What decides about a base model's features, beside documents, layers and precision, by name.
+
+    Weights, tokenizer and template are hashes; the architecture is what this project reads of config.json.
 
     Args:
         args: resolved arguments.
@@ -36,7 +39,13 @@ def made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     """
     weights = sorted(local_model_folder(args.hf_model).glob("*.safetensors"))
     sums = [(file.stat().st_size, check_sum(file)) for file in weights]
-    return {"base": _short(json.dumps(sums).encode()), **_text_made_by(args, tokenizer)}
+    architecture: dict[str, Any] = origin(args)["architecture"]
+    architecture.pop("draft")
+    return {
+        "base": _short(json.dumps(sums).encode()),
+        "architecture": architecture,
+        **_text_made_by(args, tokenizer),
+    }
 
 
 def _text_made_by(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
@@ -53,10 +62,8 @@ def _short(content: bytes) -> str:
 
 def wanted_features(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
     """What stored features must have been made by, for a run to learn from them."""
-    if args.draft is None:  # of any teacher with the same tokens, in the same conversations
+    if not args.export_offline_model:  # of any teacher with the same tokens and conversations
         return _text_made_by(args, tokenizer)
-    if not args.export_offline_model:
-        return {}
     return {
         **made_by(args, tokenizer),
         "aux_layers": list(args.aux_layers),
@@ -66,8 +73,17 @@ def wanted_features(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def stored_names(args: argparse.Namespace) -> tuple[str, ...]:
-    """The fields of stored features that the packs of a run carry."""
+    """The fields of stored features that the packs of a run carry.
+
+    Raises:
+        SetupError: the base has no decoder layers, and no features are named.
+    """
     if args.offline_distillation_data is None:
+        if args.export_offline_model:
+            raise SetupError(
+                "--export-offline-model: without decoder layers documents have no features; name them by "
+                "--offline-distillation-data, or use --draft eagle3"
+            )
         return ()
     if args.draft is None:
         return OF_STUDENT
@@ -81,13 +97,16 @@ def stored_features(args: argparse.Namespace) -> dict[str, tuple[int, torch.dtyp
         SetupError: the splits' differ, of which every rank is to know what it is sent.
     """
     names = stored_names(args)
-    return _kinds(args.offline_distillation_data, names) if names else {}
+    splits = SPLITS[1:] if args.skip_train else SPLITS
+    return _kinds(args.offline_distillation_data, names, splits) if names else {}
 
 
 @functools.cache
-def _kinds(folder: str, names: tuple[str, ...]) -> dict[str, tuple[int, torch.dtype]]:
+def _kinds(
+    folder: str, names: tuple[str, ...], splits: tuple[str, ...]
+) -> dict[str, tuple[int, torch.dtype]]:
     found: dict[str, tuple[int, torch.dtype]] = {}
-    for split in SPLITS:
+    for split in splits:
         if not (Path(folder) / split).is_dir():
             continue
         fields = open_features(Path(folder) / split).fields

@@ -51,8 +51,8 @@ class _Divergence(torch.autograd.Function):
         wanted = log_softmax_over_ranks(_cooled(teacher, temperature), group)
         found = log_softmax_over_ranks(_cooled(student, temperature), group)
         probability = wanted.exp()
-        # 0 where the teacher excludes a token (0 * inf else).
-        terms = torch.where(probability > 0, probability * (wanted - found), 0.0)
+        # 0 where the teacher excludes a token (0 * inf else); what is no number stays none.
+        terms = torch.where(probability == 0, 0.0, probability * (wanted - found))
         difference = found.exp_().sub_(probability)
         if temperature != 1.0:
             difference.mul_(temperature)
@@ -168,12 +168,13 @@ class _SparseDivergence(torch.autograd.Function):
         local, held = _local(ids, found.shape[-1], group)
         named = _over(torch.where(held, found.gather(-1, local), 0.0), group)
         probability = wanted.exp()
-        terms = torch.where(probability > 0, probability * (wanted - named), 0.0).sum(dim=-1)
-        ghost = torch.where(rest > float("-inf"), rest.exp() * (rest - found_rest), 0.0)
+        terms = torch.where(probability == 0, 0.0, probability * (wanted - named)).sum(dim=-1)
+        nothing = rest == float("-inf")
+        ghost = torch.where(nothing, 0.0, rest.exp() * (rest - found_rest))
         # What the student is drawn to: the teacher's probability of named tokens, and of the others its
         # rest as the student itself spreads it.
-        shift = torch.where(rest > float("-inf"), rest - found_rest, float("-inf"))
-        target = torch.where(others > float("-inf"), (others + shift).exp(), 0.0)
+        shift = torch.where(nothing, float("-inf"), rest - found_rest)
+        target = torch.where(others == float("-inf"), 0.0, (others + shift).exp())
         target.scatter_add_(-1, local, torch.where(held, probability, 0.0))
         ctx.save_for_backward(found.exp().sub_(target).mul_(temperature).to(student.dtype))
         return (terms + ghost.squeeze(-1)) * temperature**2

@@ -12,13 +12,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from post_training.errors import SetupError
-from post_training.hf.draft import DraftShape
+from post_training.hf.draft import AUX_LAYERS, ROPE_TYPES, DraftShape
 
 WEIGHTS = "model.safetensors"
+_INPUTS = "eagle_aux_hidden_state_layer_ids"
+_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), int),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "vocab_size", "draft_vocab_size"), int),
+    "max_position_embeddings": int,
+    **dict.fromkeys(("rope_theta", "rms_norm_eps"), int | float),
+}
 
 
 class ServedDraft:
@@ -36,15 +44,12 @@ class ServedDraft:
         """
         self.folder = Path(folder)
         try:
-            self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+            config = self.config = _checked(json.loads((self.folder / "config.json").read_text()))
             tensors = load_file(self.folder / WEIGHTS)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise SetupError(f"{folder}: holds no draft ({error})") from error
-        config = self.config
-        if config.get("architectures") != ["LlamaForCausalLMEagle3"]:
-            raise SetupError(f"{folder}: its config.json describes no EAGLE-3 draft")
-        self.vocabulary = int(config["vocab_size"])
-        drafted = int(config["draft_vocab_size"])
+        self.vocabulary: int = config["vocab_size"]
+        drafted: int = config["draft_vocab_size"]
         self.shape = DraftShape(
             config["hidden_size"],
             config["intermediate_size"],
@@ -82,7 +87,7 @@ class ServedDraft:
     @property
     def input_layers(self) -> list[int]:
         """Which hidden states of the base it reads: 0 is the embedding's, i that of layer i - 1."""
-        return [int(layer) for layer in self.config["eagle_aux_hidden_state_layer_ids"]]
+        return list(self.config[_INPUTS])
 
     def restart(self) -> None:
         """Begin another sequence."""
@@ -169,6 +174,39 @@ class ServedDraft:
                 hidden, logits = self.extend(token, hidden[-1:], position + len(tokens) + step)
         self.forget(count - 1)
         return torch.cat(drafted)
+
+
+def _checked(config: Any) -> dict[str, Any]:
+    """A `config.json` of which all that a server reads is there and makes sense.
+
+    Raises:
+        ValueError: saying what does not.
+    """
+    if not isinstance(config, dict) or config.get("architectures") != ["LlamaForCausalLMEagle3"]:
+        raise ValueError("config.json describes no EAGLE-3 draft")
+    for key, kind in _KEYS.items():
+        value = config.get(key)
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1e30:
+            raise ValueError(f"config.json has {key} {value!r}, no number above 0")
+    inputs: Any = config.get(_INPUTS)
+    own = config.get("eagle_config")
+    whole = isinstance(inputs, list) and all(type(n) is int and n >= 0 for n in inputs)
+    if not whole or len(inputs) != AUX_LAYERS or inputs != sorted(set(inputs)):
+        raise ValueError(
+            f"config.json has {_INPUTS} {inputs!r}, not {AUX_LAYERS} ascending numbers"
+        )
+    outputs = own.get(_INPUTS) if isinstance(own, dict) else None
+    if outputs != [number - 1 for number in inputs]:
+        raise ValueError(
+            f"config.json counts layers twice, as {inputs} and {outputs!r}: not the same"
+        )
+    scaling = config.get("rope_scaling") or {}
+    kind_of_rope = scaling.get("rope_type", "default") if isinstance(scaling, dict) else scaling
+    if kind_of_rope not in ROPE_TYPES:
+        raise ValueError(
+            f"config.json has rope type {kind_of_rope!r}: servers read {', '.join(ROPE_TYPES)}"
+        )
+    return config
 
 
 def _frequencies(config: dict[str, Any], shape: DraftShape) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from post_training.distillation.losses import keep_output
 from post_training.distillation.served_draft import ServedDraft
+from post_training.errors import SetupError
 
 
 @dataclass
@@ -54,11 +55,19 @@ class Verifier:
         Args:
             model: a causal language model in evaluation mode.
             input_layers: 0 is the embedding's output, i that of layer i - 1 (before the final norm).
+
+        Raises:
+            SetupError: the base has no such layer.
         """
         self.model = model
         self._seen: dict[int, Tensor] = {}
         self._order = sorted(input_layers)
         decoder = model.get_decoder()
+        if self._order[-1] > len(decoder.layers):
+            raise SetupError(
+                f"the draft reads the output of layer {self._order[-1] - 1}, the base has layers 0 to "
+                f"{len(decoder.layers) - 1}"
+            )
         for number in self._order:
             module = decoder.layers[number - 1] if number else model.get_input_embeddings()
             keep_output(module, self._seen, number)

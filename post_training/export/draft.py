@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from post_training.batch.packed_documents import PackedDocuments
+from post_training.distillation.draft_model import draft_tokens_of
 from post_training.distillation.served_draft import WEIGHTS, ServedDraft
 from post_training.errors import SetupError
 from post_training.export.hf import CHECK_TEXT, TOLERANCE
@@ -54,7 +55,7 @@ def export_draft(
     if offsets is not None:
         offsets = offsets.cpu()
         known = torch.zeros(config.vocab_size, dtype=torch.bool)
-        known[offsets + torch.arange(len(offsets))] = True
+        known[draft_tokens_of(module).cpu()] = True
         tensors |= {"d2t": offsets, "t2d": known}
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,6 +96,8 @@ def _difference(
     trained = draft.logits(model, ids, packed, aux)
     rows = model.embedding.word_embeddings.weight[: config.vocab_size].float()
     served = ServedDraft(folder, rows)
+    if served.input_layers != [layer + 1 for layer in draft.settings.aux_layers]:
+        return float("inf")
     hidden, logits = served.extend(ids[1 : count + 1], served.features(aux[:, 0]), 0)
     found = [logits[-1]]
     for step in range(1, steps):
@@ -102,4 +105,8 @@ def _difference(
         hidden, logits = served.extend(token, hidden[-1:], count + step - 1)
         found.append(logits[-1])
     expected = torch.stack(trained)[:, : served.shape.vocabulary]
-    return float((torch.stack(found) - expected).abs().max() / expected.abs().max())
+    # Both at the base's tokens: the draft's own order says nothing of what a server emits.
+    own = draft_tokens_of(module, served.shape.vocabulary)
+    rows = torch.zeros(2, steps, served.vocabulary)
+    rows[0][:, served.tokens], rows[1][:, own] = torch.stack(found), expected
+    return float((rows[0] - rows[1]).abs().max() / expected.abs().max())

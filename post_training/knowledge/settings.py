@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import yaml
 
 from post_training.errors import SetupError
 
-_LAYER = re.compile(r"decoder\.(final_layernorm|layers\.(\d+))")
+_LAYER = re.compile(r"decoder\.(final_layernorm|layers\.(0|[1-9][0-9]{0,5}))")
 _KEYS = (
     *("logit_layers", "intermediate_layer_pairs", "intermediate_loss_scale", "skip_lm_loss"),
     *("kd_loss_scale", "logit_kl_temperature", "logit_kl_topk"),
@@ -84,7 +85,7 @@ def _settings(found: Any) -> KnowledgeSettings:
             raise ValueError(f"{key}: losses and their fixed weights are those of the other keys")
         if key not in _KEYS:
             raise ValueError(f"{key}: no such key; there are {', '.join(_KEYS)}")
-    if list(found.get("logit_layers", ())) not in ([], ["output_layer"] * 2):
+    if found.get("logit_layers") not in (None, [], ["output_layer"] * 2):
         raise ValueError(
             f"logit_layers {found['logit_layers']}: the logits are those of [output_layer, output_layer]"
         )
@@ -99,7 +100,10 @@ def _settings(found: Any) -> KnowledgeSettings:
     top = found.get("logit_kl_topk")
     if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
         raise ValueError(f"logit_kl_topk {top}: must be a number of tokens, at least 1")
-    pairs = tuple(_pair(entry) for entry in found.get("intermediate_layer_pairs") or ())
+    listed = found.get("intermediate_layer_pairs")
+    if listed is not None and not isinstance(listed, list):
+        raise ValueError(f"intermediate_layer_pairs {listed}: must be a list of pairs")
+    pairs = tuple(_pair(entry) for entry in listed or ())
     if not pairs and "intermediate_loss_scale" in found:
         raise ValueError("intermediate_loss_scale: there are no intermediate_layer_pairs")
     return KnowledgeSettings(
@@ -114,6 +118,9 @@ def _settings(found: Any) -> KnowledgeSettings:
 
 def _positive(found: dict[str, Any], key: str) -> float:
     value = found.get(key, 1.0)
+    if isinstance(value, str):  # YAML takes 1e-3 for text
+        with suppress(ValueError):
+            value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
         raise ValueError(f"{key} {value}: must be a number above 0")
     return float(value)

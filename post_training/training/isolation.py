@@ -97,7 +97,7 @@ class Verdict:
         if not self.moved[LATER] and not self.not_finite:
             return (
                 f"the check sees nothing: tokens were replaced, and none of {self.tokens[LATER]} "
-                f"losses that depend on them changed"
+                f"losses that depend on them changed (a student that is its teacher has nothing to learn)"
             )
         return None
 

@@ -9,10 +9,10 @@ from post_training.checkpoint.position import find_position
 from tests.helpers.models import make_tokenizer
 
 
-def position_of(args: argparse.Namespace, documents, checkpoint=None):
+def position_of(args: argparse.Namespace, documents, checkpoint=None, teaching=None):
     found = checkpoint and store.Checkpoint.at(checkpoint)
     train = plan_split(args, "train", documents, make_tokenizer())
-    return find_position(args, train, found)
+    return find_position(args, train, found, teaching)
 
 
 def begins_at(args: argparse.Namespace, documents, checkpoint):

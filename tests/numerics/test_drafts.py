@@ -98,6 +98,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(alone, base, chat_data, tmp_path
     compare(resumed, straight, 0)
     other = run(base, tmp_path / "out", *flags, "--draft-vocab-size", "64")
     assert other.status == 2 and "its draft is" in other.console
+    other = run(base, tmp_path / "out", *flags, "--draft-loss-decay", "0.5")
+    assert other.status == 2 and "draft_loss_decay is 0.9 there and 0.5 here" in other.console
 
 
 def _evaluated(output_dir, base, file, *flags):
@@ -109,6 +111,23 @@ def _evaluated(output_dir, base, file, *flags):
     sys.argv += ["--data", file, "--limit", "5", "--max-new-tokens", "8", "--json", out, *flags]
     assert evaluate_draft.main() == 0
     return json.loads(Path(out).read_text())["answers"]
+
+
+def _export_permuted(output_dir):
+    """Export with the drafted tokens in another order, which `t2d` does not show."""
+    from post_training.export import draft as draft_export
+    from scripts import export_hf
+
+    names = draft_export.__dict__
+    save = names["save_file"]
+
+    def permuted(tensors, *args, **more):
+        rows = torch.arange(len(tensors["d2t"]))
+        save({**tensors, "d2t": (tensors["d2t"] + rows).roll(1) - rows}, *args, **more)
+
+    names["save_file"] = permuted
+    sys.argv = ["export_hf.py", "--output-dir", output_dir]
+    return export_hf.main()
 
 
 def _export(output_dir, base, rows, file):
@@ -143,6 +162,8 @@ def test_an_exported_draft_drafts_for_its_base(alone, base, chat_data):
     """Greedy answers stay what they are; and servers' names and keys are there."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 391, (n,), generator=generator).tolist() for n in (7, 12, 30)]
+    assert run_ranks(_export_permuted, 1, str(alone.folder)) == [2]
+    assert (alone.folder / "draft.partial").exists() and not (alone.folder / "draft").exists()
     ((drafts, accepted, length),) = run_ranks(
         _export, 1, str(alone.folder), str(base), rows, str(chat_data.file)
     )

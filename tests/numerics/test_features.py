@@ -1,6 +1,8 @@
 """Extracted features are those of the HuggingFace model on each document alone, on every layout."""
 
 import functools
+import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,6 +65,28 @@ def check(reader, folder, layers=(-1, 0, 1)):
 def test_one_process(hf_model, chat_data, tmp_path):
     folder = hf_model("qwen3")
     check(extracted(folder, chat_data.file, tmp_path / "F"), folder)
+
+
+def _crowded(argv):
+    from scripts import extract_features
+
+    names = extract_features.__dict__
+    sizes, room_for = [], names["room_for"]
+
+    def noted(*args):
+        sizes.append(room_for(*args))
+        return sizes[-1]
+
+    names["room_for"] = noted
+    shutil.__dict__["disk_usage"] = lambda at: SimpleNamespace(free=max(sizes, default=1 << 40))
+    return extract_features.main(argv), len(sizes)
+
+
+def test_all_splits_have_to_fit_together(hf_model, chat_data, tmp_path):
+    argv = ["--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path / "F")]
+    argv += ["--finetune-data-files", str(chat_data.file), "--split-ratio", "0.5,0.5,0"]
+    assert run_ranks(_crowded, 1, [*argv, "--seq-length", "192"]) == [(2, 2)]
+    assert not (tmp_path / "F").exists()
 
 
 @pytest.mark.slow

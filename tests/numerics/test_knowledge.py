@@ -198,6 +198,9 @@ def test_a_resumed_student_is_the_uninterrupted_one_without_its_teacher(case, tm
     taught(case, tmp_path / "out", *flags, "--exit-interval", "4", world=2).ok()
     resumed = taught(case, tmp_path / "out", *flags, world=2).ok()
     assert parts_of(resumed) == parts_of(straight)
+    other = taught(case, tmp_path / "out", "hidden", *TP2, "--save-hf", world=2)
+    assert other.status == 2 and "taught otherwise: " in other.console
+    assert "teacher is " in other.console and "pairs is " in other.console
     folder, data_file, _ = case
     alone = learned(
         tmp_path / "alone",

@@ -86,6 +86,7 @@ BAD: dict[str, Any] = {
     ),
     "one kind": ({"aux_hidden_states": None}, "has hidden_states 4 x bf16 per token, where"),
     "before the norm": ({"hidden_states_prenorm": True}, "those before the final norm"),
+    "a tensor for a flag": ({"hidden_states_prenorm": torch.ones(2, 4)}, "neither true nor false"),
     "another mask": ({"loss_mask": torch.ones(1)}, "loss_mask is not 0 or 1 for each of"),
     "a wrong mask": ({"loss_mask": "twos"}, "loss_mask is not 0 or 1 for each of"),
     "labels": ({"loss_mask": "none", "labels": torch.ones(5)}, "has labels and no loss_mask"),

@@ -13,7 +13,7 @@ from data.documents.documents import open_documents
 from data.documents.mixture import DocumentSet, mix_documents, split_documents
 from data.documents.provenance import document_place
 from data.errors import DataError
-from data.features.manifest import estimate_bytes, hidden_fields, top_k_fields
+from data.features.manifest import differences, estimate_bytes, hidden_fields, top_k_fields
 from data.features.reader import FeatureReader
 from data.features.writer import FeatureWriter
 from tests.data.features.folders import (
@@ -113,6 +113,9 @@ def test_a_finished_folder_is_left_alone_or_refused(tmp_path):
     assert again.finished and again.pending() == []
     again.finish()
     assert tree(tmp_path) == before
+    # What says of itself less, as a version before did, is taken by its readers and writers.
+    more = {"architecture": {"num_layers": 2}, "computed_in": "bf16"}
+    assert writer_of(tmp_path, documents, made_by=MADE_BY | more).finished
     for other, message in (
         ({"made_by": {**MADE_BY, "base": "b2"}}, "base is 'b1' there and 'b2' here. Give another"),
         ({"made_by": {**MADE_BY, "aux_layers": (0, 1, 3)}}, r"aux_layers is \[0, 1, 2\] there and"),
@@ -121,6 +124,21 @@ def test_a_finished_folder_is_left_alone_or_refused(tmp_path):
     ):
         with pytest.raises(DataError, match=f"made otherwise: {message}"):
             writer_of(tmp_path, **{"documents": documents, **other})
+
+
+def test_a_damaged_finished_folder_is_not_said_to_be_whole(tmp_path):
+    write(tmp_path, make_documents())
+    path = next(tmp_path.glob("features-*.safetensors"))
+    data = path.read_bytes()
+    for damaged, message in ((data[:-1], "bytes were written"), (data[:-1] + b"?", "check sum")):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=message):
+            writer_of(tmp_path, make_documents())
+
+
+def test_values_with_names_are_compared_one_by_one():
+    there, here = ({"architecture": {"layers": n, key: 1}} for n, key in ((2, "old"), (3, "new")))
+    assert differences(there, here) == "layers is 2 there and 3 here"
 
 
 def test_a_part_of_other_features_is_not_gone_on_with(tmp_path):

@@ -32,6 +32,23 @@ def test_the_same_data_goes_on(parse, documents, saved):
         assert begins_at(parse(*SEQ, *flags), documents, checkpoint) == 0
 
 
+def test_what_teaches_is_compared(parse, documents, saved):
+    """Stored features may be exchanged as data may; a version before said nothing of it."""
+    taught = {"teacher": "a", "features": {"base": "b"}}
+    checkpoint = saved(28, teaching=taught)
+    other = taught | {"features": {"base": "x"}}
+    position_of(parse(*SEQ), documents, checkpoint, taught)
+    position_of(parse(*SEQ, "--restart-data"), documents, checkpoint, other)
+    for now, flags, told in (
+        (other, (), "base is 'b' there and 'x' here"),
+        (taught | {"teacher": "c"}, ("--restart-data",), "teacher is 'a' there and 'c' here"),
+        ({}, ("--restart-data",), "teacher is 'a' there and None here"),
+    ):
+        with pytest.raises(SetupError, match=f"taught otherwise: {told}"):
+            position_of(parse(*SEQ, *flags), documents, checkpoint, now)
+    position_of(parse(*SEQ), documents, saved(28, iteration=6, teaching=None), taught)
+
+
 def test_a_manifest_that_does_not_say_its_place_is_refused(parse, documents, saved):
     checkpoint = saved(28)
     file = checkpoint / store.MANIFEST

@@ -1,5 +1,9 @@
 """What stored features depend on, and what every rank is to know of them before it is sent any."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,9 +13,14 @@ from data.features.writer import FeatureWriter
 from data.prepare.prepare import prepare_rows
 from post_training.arguments.parser import parse_arguments
 from post_training.distillation import features
-from post_training.distillation.features import made_by, stored_features
+from post_training.distillation.features import (
+    made_by,
+    stored_features,
+    stored_names,
+    wanted_features,
+)
 from post_training.errors import SetupError
-from tests.helpers.models import make_tokenizer
+from tests.helpers.models import edit_json, make_tokenizer
 from tests.helpers.rows import CHATML, make_rows
 
 
@@ -32,6 +41,20 @@ def test_a_template_is_what_it_says_wherever_it_lies(parse, tmp_path):
     (tmp_path / "b.jinja").write_text(CHATML + "{# another #}")
     other = made_by(parse("--chat-template", str(tmp_path / "b.jinja")), tokenizer)
     assert {key for key in plain if plain[key] != other[key]} == {"template"}
+
+
+def test_features_are_of_weights_tokens_and_architecture(parse, hf_model, tmp_path):
+    """The same weights read by another config.json compute other numbers."""
+    tokenizer = make_tokenizer()
+    plain = made_by(parse(), tokenizer)
+    folder = Path(shutil.copytree(hf_model("qwen3"), tmp_path / "other"))
+    config = json.loads((folder / "config.json").read_text())
+    rope = {**(config.get("rope_parameters") or {}), "rope_type": "default", "rope_theta": 77.0}
+    edit_json(folder / "config.json", rope_parameters=rope, rope_theta=77.0)
+    other = made_by(parse("--hf-model", str(folder)), tokenizer)
+    assert {key for key in plain if plain[key] != other[key]} == {"architecture"}
+    online = wanted_features(tokenizer, parse("--draft", "eagle3"))
+    assert online == {key: plain[key] for key in ("tokenizer", "template")}
 
 
 def write(folder, documents: Documents, dtype, kind):
@@ -55,3 +78,10 @@ def test_splits_of_another_dtype_are_refused(parse, tmp_path):
     write(tmp_path / "F/valid", documents, "fp32", torch.float32)
     with pytest.raises(SetupError, match="the features of valid have another width or dtype"):
         stored_features(args)
+    # Of what is not read nothing is asked.
+    args = parse(
+        "--export-offline-model", "--eval-only", "--offline-distillation-data", str(tmp_path / "F")
+    )
+    assert stored_features(args)["hidden_states"] == (64, torch.float32)
+    with pytest.raises(SetupError, match="name them by --offline-distillation-data"):
+        stored_names(parse("--export-offline-model", "--eval-only", "--valid-data-files", "v"))

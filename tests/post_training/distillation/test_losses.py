@@ -46,6 +46,26 @@ def test_it_is_kl_of_the_whole_vocabulary(world):
     torch.testing.assert_close(gradient, student.grad, rtol=1e-5, atol=1e-6)
 
 
+def _of_nan():
+    from post_training.distillation.losses import TopTokens, divergence, sparse_divergence
+
+    torch.distributed.init_process_group("gloo")
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    student, teacher = _logits()
+    teacher[3, 4] = float("nan")
+    top = TopTokens(*(torch.full((TOKENS, n), v) for n, v in ((2, 0), (2, -1.0), (1, -1.0))))
+    top.ids[:, 1] = 1
+    top.rest[3] = float("nan")
+    return divergence(student, teacher, group), sparse_divergence(student, top, group)
+
+
+def test_a_teacher_that_is_no_number_gives_no_loss_of_zero():
+    """The guard names the document of a loss that is not finite; 0 would be learned."""
+    for losses in run_ranks(_of_nan, 1)[0]:
+        assert losses.isnan().tolist() == [row == 3 for row in range(TOKENS)]
+
+
 def _top(logits, k):
     from post_training.distillation.losses import top_tokens
 

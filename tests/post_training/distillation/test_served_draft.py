@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from post_training.distillation.served_draft import WEIGHTS, ServedDraft
-from post_training.distillation.speculation import Acceptance
+from post_training.distillation.speculation import Acceptance, Verifier
 from post_training.errors import SetupError
 from post_training.hf.draft import DraftShape, draft_config
-from tests.helpers.models import VOCABULARY, make_config
+from tests.helpers.models import VOCABULARY, load_model, make_config
 
 DRAFTED = 64
 
@@ -73,6 +73,35 @@ def test_a_folder_that_a_server_would_guess_about_is_refused(folder, embedding, 
     change(tensors)
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(SetupError, match=message):
+        ServedDraft(folder, embedding)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"eagle_aux_hidden_state_layer_ids": [0, 1, 1]}, "not 3 ascending numbers"),
+        ({"eagle_aux_hidden_state_layer_ids": [0, 1]}, "not 3 ascending numbers"),
+        ({"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}, "counts layers twice"),
+        ({"eagle_config": None}, "counts layers twice"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
+        ({"head_dim": None}, "head_dim None"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps '1e-5'"),
+        ([], "no EAGLE-3 draft"),
+    ],
+)
+def test_a_config_that_no_server_could_follow_is_refused(folder, embedding, change, message):
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **change} if change else change
+    path.write_text(json.dumps(config))
+    with pytest.raises(SetupError, match=message):
+        ServedDraft(folder, embedding)
+
+
+def test_weights_cut_short_and_layers_that_the_base_lacks(folder, embedding, hf_model):
+    with pytest.raises(SetupError, match="output of layer 2, the base has layers 0 to 1"):
+        Verifier(load_model(hf_model("llama")), [0, 1, 3])
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-9])
+    with pytest.raises(SetupError, match="holds no draft"):
         ServedDraft(folder, embedding)
 
 

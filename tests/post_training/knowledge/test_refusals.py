@@ -30,7 +30,7 @@ def test_every_key_is_heeded(settings_of, parse):
     assert knowledge_settings(parse()) is None
     assert settings_of(
         "logit_layers: [output_layer, output_layer]\nskip_lm_loss: false\nkd_loss_scale: 3\n"
-        "logit_kl_temperature: 2.0\nlogit_kl_topk: 7\nintermediate_loss_scale: 0.5\n"
+        "logit_kl_temperature: 2e0\nlogit_kl_topk: 7\nintermediate_loss_scale: 0.5\n"
         "intermediate_layer_pairs:\n- [decoder.layers.1, decoder.final_layernorm, mse]\n"
     ) == KnowledgeSettings(
         skip_lm_loss=False,
@@ -50,6 +50,10 @@ def test_every_key_is_heeded(settings_of, parse):
         ("[1", (), "cannot be read"),
         ("7", (), "holds no keys"),
         ("logit_layers: [output_layer, decoder]", (), "logit_layers"),
+        ("logit_layers: 7", (), "logit_layers 7"),
+        ("intermediate_layer_pairs: 7", (), "must be a list of pairs"),
+        ("intermediate_layer_pairs: [[decoder.layers.00, decoder.layers.0]]", (), "no whole layer"),
+        ("logit_kl_temperature: [1]", (), "must be a number above 0"),
         ("skip_lm_loss: maybe", (), "true or false"),
         ("kd_loss_scale: 2.0", (), "set skip_lm_loss: false"),
         ("{skip_lm_loss: false, kd_loss_scale: 0}", (), "kd_loss_scale 0: must be"),
