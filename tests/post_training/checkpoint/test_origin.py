@@ -123,6 +123,11 @@ def test_an_optimizer_that_is_not_there_is_refused(parse, written, flags, told):
     check_origin(parse(), checkpoint, weights_only=True)
 
 
+def test_a_draft_does_not_go_on_from_a_model_without_one(parse, written):
+    with pytest.raises(SetupError, match="has no draft: export it"):
+        check_origin(parse("--draft", "eagle3"), written(parse()), weights_only=True)
+
+
 def test_it_is_plain_json(parse):
     found = origin(parse(family="qwen3_moe"))
     assert json.loads(json.dumps(found)) == found

@@ -11,6 +11,7 @@ from data.documents.documents import Documents
 from data.features.manifest import hidden_fields
 from data.features.writer import FeatureWriter
 from data.prepare.prepare import prepare_rows
+from model_provider import check_weights
 from post_training.arguments.parser import parse_arguments
 from post_training.distillation import features
 from post_training.distillation.features import (
@@ -55,6 +56,18 @@ def test_features_are_of_weights_tokens_and_architecture(parse, hf_model, tmp_pa
     assert {key for key in plain if plain[key] != other[key]} == {"architecture"}
     online = wanted_features(tokenizer, parse("--draft", "eagle3"))
     assert online == {key: plain[key] for key in ("tokenizer", "template")}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--export-offline-model --offline-distillation-data F --random-weights", "its weights"),
+        ("--draft eagle3 --draft-vocab-size 64 --eval-only", "follows from training data"),
+    ],
+)
+def test_a_new_draft_needs_a_trained_base_and_its_tokens(parse, flags, said):
+    with pytest.raises(SetupError, match=said):
+        check_weights(parse(*flags.split()), None)
 
 
 def write(folder, documents: Documents, dtype, kind):
