@@ -125,11 +125,8 @@ def preview_source(
 
 def write_json_row(row: PreviewRow, out: IO[str]) -> None:
     """One JSON object: file, row, input_ids, loss_mask, text, status, reason."""
-    place, _, number = row.raw.place.rpartition(":")
-    if not number.isdigit():
-        place = row.raw.place.rpartition(", row ")[0]
     entry = {
-        "file": place,
+        "file": row.raw.file,
         "row": row.raw.number,
         "input_ids": row.input_ids,
         "loss_mask": row.loss_mask,

@@ -25,7 +25,7 @@ ABOVE = ("finetune", "model_provider", "scripts")
 FLOORS: dict[str, list[list[str]]] = {
     "data": [
         ["errors"],
-        ["sources", "rows"],
+        ["sources", "rows", "images"],
         ["templates", "documents"],
         ["masking"],
         ["tokenise"],
