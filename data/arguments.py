@@ -48,14 +48,14 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
     add("--answer-form", choices=ANSWER_FORMS, default=ANSWER_FORMS[0],
         help="How the right choice is said.")  # fmt: skip
     add("--min-pixels", type=int, default=None, metavar="N",
-        help="A smaller picture is enlarged to so many pixels. Default: the image processor's.")  # fmt: skip
+        help="Smaller pictures are enlarged to so many pixels (default: the processor's).")  # fmt: skip
     add("--max-pixels", type=int, default=None, metavar="N",
-        help="A larger picture is made smaller to so many pixels. Default: the image processor's.")  # fmt: skip
+        help="Larger pictures are made smaller to so many pixels (default: the processor's).")  # fmt: skip
     add("--image-cache", default=None, metavar="FOLDER",
         help="Where pictures that rows embed are kept, encoded as they are. Default: pictures in "
         "--data-cache-dir.")  # fmt: skip
     add("--max-prompt-length", type=int, default=None, metavar="N",
-        help="Rows with more tokens before the first trained one are over-long too (--overlong).")  # fmt: skip
+        help="A row with more tokens before its first trained one is over-long too.")  # fmt: skip
     add("--ignore-columns", nargs="+", default=None, metavar="NAME",
         help="Columns, and fields such as message.NAME, that are left out without a warning.")  # fmt: skip
     add("--strict-columns", action="store_true",

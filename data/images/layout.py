@@ -108,7 +108,7 @@ class ImageLayout:
         """Rotary positions of a document's tokens in time, downwards and across: int64 ``[tokens, 3]``.
 
         Text goes on by one in all three. A picture stands at one time; its tokens count rows and columns
-        from there, and what follows begins behind the longer side (Qwen2-VL, arXiv:2409.12191, section 2.1).
+        from there; what follows begins behind the longer side (Qwen2-VL, arXiv:2409.12191, section 2.1).
 
         Args:
             ids: Expanded, ``[tokens]``.

@@ -107,7 +107,9 @@ class PictureTable:
         if not size:
             return []
         found = json.loads(self.lines[end - size : end].tobytes())
-        return [Picture(*entry[:4], tuple(entry[4])) for entry in found]
+        return [
+            Picture(f, at, n, digest, (down, across)) for f, at, n, digest, (down, across) in found
+        ]
 
 
 @dataclass
@@ -155,7 +157,9 @@ class PictureReader:
             if picture.digest not in places:
                 places[picture.digest] = length
                 length += picture.size
-        name = self._write([self._kept[digest] for digest in places]) if self.cache and places else ""
+        name = (
+            self._write([self._kept[digest] for digest in places]) if self.cache and places else ""
+        )
         self._kept = {}
         if places and not name:
             raise DataError("rows embed pictures: give --image-cache FOLDER to keep them in.")
@@ -206,7 +210,9 @@ def encoded(source: Any, beside: str) -> tuple[Path | None, bytes]:
         source.save(out, "PNG")
         return None, out.getvalue()
     if not isinstance(source, (str, os.PathLike)) or not str(source):
-        raise RowError("no picture", f"{type(source).__name__}, expected a path, bytes or an object")
+        raise RowError(
+            "no picture", f"{type(source).__name__}, expected a path, bytes or an object"
+        )
     text = str(source)
     if text.startswith("data:"):
         head, _, body = text.partition(",")
@@ -242,12 +248,15 @@ def inspect(data: bytes) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            image: Any = Image.open(io.BytesIO(data))
         if getattr(image, "is_animated", False):
-            raise RowError("bad picture", f"animated, of {image.n_frames} pictures: give one of them")
+            raise RowError(
+                "bad picture", f"animated, of {image.n_frames} pictures: give one of them"
+            )
         if image.mode not in _MODES:
             raise RowError(
-                "bad picture", f"of mode {image.mode}; save it as RGB ({image.format}, {image.size})"
+                "bad picture",
+                f"of mode {image.mode}; save it as RGB ({image.format}, {image.size})",
             )
         width, height = image.size
         if _orientation(image) > 4:
@@ -275,7 +284,7 @@ def open_picture(data: bytes) -> Any:
     """
     from PIL import Image, ImageOps
 
-    image = Image.open(io.BytesIO(data))
+    image: Any = Image.open(io.BytesIO(data))
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     return image.convert("RGB")

@@ -20,7 +20,16 @@ if TYPE_CHECKING:
 
 _FILES = ("preprocessor_config.json", "processor_config.json")
 # Sizes at which a processor's own count of patches is compared with the layout's.
-_TRIED = ((1, 1), (28, 29), (45, 1000), (333, 250), (481, 640), (1080, 1921), (4000, 3000), (37, 41))
+_TRIED = (
+    (1, 1),
+    (28, 29),
+    (45, 1000),
+    (333, 250),
+    (481, 640),
+    (1080, 1921),
+    (4000, 3000),
+    (37, 41),
+)
 _IMAGE_TOKEN, _OTHER_TOKENS = "<|image_pad|>", ("<|video_pad|>",)  # where config.json names none
 
 
@@ -90,10 +99,11 @@ def open_processor(
     if not any(_find(name, file) for file in _FILES):
         return f"the model {name!r} has no image processor ({_FILES[0]}): it reads text alone"
     from transformers import AutoImageProcessor
+    from transformers.image_utils import SizeDict
 
     try:
         theirs = AutoImageProcessor.from_pretrained(name, backend="pil")
-    except Exception as error:  # of whatever its configuration names
+    except (OSError, ValueError, TypeError, LookupError, ImportError, AttributeError) as error:
         return f"the image processor of {name!r} cannot be loaded ({str(error).splitlines()[0]})"
     kind = type(theirs).__name__
     unknown = (
@@ -101,8 +111,8 @@ def open_processor(
         "Qwen2-VL, Qwen2.5-VL and Qwen3-VL and of their kind (ids, pixel_values and image_grid_thw)"
     )
     size = getattr(theirs, "size", None)
-    own = [getattr(size, edge, None) for edge in ("shortest_edge", "longest_edge")]
-    sides = [getattr(theirs, part, None) for part in ("patch_size", "merge_size")]
+    own: list[Any] = [getattr(size, edge, None) for edge in ("shortest_edge", "longest_edge")]
+    sides: list[Any] = [getattr(theirs, part, None) for part in ("patch_size", "merge_size")]
     counts = getattr(theirs, "get_number_of_image_patches", None)
     if counts is None or not all(isinstance(number, int) for number in (*own, *sides)):
         return unknown
@@ -115,7 +125,7 @@ def open_processor(
             f"--min-pixels {low} and --max-pixels {high}: expected 1 <= min <= max, and a token of "
             f"{kind} has {token} pixels."
         )
-    theirs.size = type(size)(shortest_edge=low, longest_edge=high)
+    theirs.size = SizeDict(shortest_edge=low, longest_edge=high)
     config = _find(name, "config.json")
     image_id, others = _tokens(tokenizer, config)
     if image_id is None:

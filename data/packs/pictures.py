@@ -10,6 +10,7 @@ Threads decode the pictures of the pack that comes next while the model computes
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -38,7 +39,11 @@ class PictureDataset(SFTDataset):
     """
 
     def __init__(
-        self, processor: ImageProcessor, num_packed_samples: int | None, hf_dataset: Any, **options: Any
+        self,
+        processor: ImageProcessor,
+        num_packed_samples: int | None,
+        hf_dataset: Any,
+        **options: Any,
     ) -> None:
         super().__init__(num_packed_samples, hf_dataset, **options)
         self.processor = processor
@@ -78,6 +83,26 @@ class PictureDataset(SFTDataset):
         pack["pixel_values"] = torch.cat([self.processor.filler[:0], *pixels])
         pack["image_grid_thw"] = torch.tensor([(1, *grid) for grid in grids]).reshape(-1, 3)
         return pack
+
+    def join(self, packs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What packs of a micro batch have beside those of SFTDataset.
+
+        Returns:
+            ``rope_positions`` int64 ``[packs, seq_length, 3]``; the fields of ``PICTURE_FIELDS`` of all; and
+            ``filler`` int64 ``[0 or 2]``: where they have no picture, the tokens of a document of one,
+            which is not trained, to be put behind them, and whose patches are in the fields. Every rank
+            then computes the same layers.
+        """
+        joined = {name: torch.cat([pack[name] for pack in packs]) for name in PICTURE_FIELDS}
+        filler = torch.empty(0, dtype=torch.int64)
+        if not len(joined["image_grid_thw"]):
+            merge = self.processor.layout.merge
+            joined["pixel_values"] = self.processor.filler
+            joined["image_grid_thw"] = torch.tensor([[1, merge, merge]])
+            # Not alone: a padded row repeats its last token.
+            filler = torch.tensor([self.processor.layout.image_id, self.pad_id])
+        positions = torch.stack([pack["rope_positions"] for pack in packs])
+        return {**joined, "rope_positions": positions, "filler": filler}
 
     def _begin(self, global_index: int) -> list[Future[torch.Tensor]]:
         """Decode the pictures of a pack in the background."""

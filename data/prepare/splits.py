@@ -160,9 +160,7 @@ def _prepare_one(
     )
 
 
-def option_fields(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
+def option_fields(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The flags as fields of ``PrepareOptions``, with the image layout of the tokenizer's folder."""
     processor = image_processor(args, tokenizer)
     return {

@@ -1,4 +1,4 @@
-"""Questions with a picture and choices, in columns as of Robo2VLM.
+r"""Questions with a picture and choices, in columns as of Robo2VLM.
 
 {"question": "Which way does it move?", "choices": "['up', 'down']", "correct_answer": 1, "image": ...}
 
@@ -62,7 +62,8 @@ def read_choices(value: Any, answer: Any) -> Choices:
     texts = [str(choice).strip() for choice in value]
     if not 1 <= len(texts) <= len(LETTERS) or len(set(texts)) < len(texts) or "" in texts:
         raise RowError(
-            "bad choices", f"{texts!r:.120}: expected 1 to {len(LETTERS)}, all different, none empty"
+            "bad choices",
+            f"{texts!r:.120}: expected 1 to {len(LETTERS)}, all different, none empty",
         )
     found = _meant(texts, answer)
     if len(found) > 1:

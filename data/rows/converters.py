@@ -11,7 +11,7 @@ from data.errors import RowError
 from data.rows.choices import CHOICE_COLUMNS, RIGHT_COLUMNS, AnswerForm, named_column, read_choices
 from data.rows.conversation import Conversation, reserved_in
 from data.rows.messages import content_of, conversation_from_messages, role_of
-from data.rows.pictures import IMAGE_COLUMNS, column_pictures
+from data.rows.pictures import IMAGE_COLUMNS, column_pictures, with_parts
 from data.rows.tool_calls import from_json
 
 Row = Mapping[str, Any]
@@ -102,8 +102,10 @@ def messages_row(row: Row, options: FormatOptions) -> Conversation:
     if column not in row:
         flag = "--messages-key" if options.messages_key else "--conversation-format"
         raise _missing(row, column, flag)
+    pictures = _pictures(row, options)
+    messages = with_parts(row[column], pictures[0] or ())
     return conversation_from_messages(
-        row[column], _tools(row), _system(row, options), column, _pictures(row, options)
+        messages, _tools(row), _system(row, options), column, pictures
     )
 
 
@@ -112,7 +114,9 @@ def choices_row(row: Row, options: FormatOptions) -> Conversation:
     prompt = named_column(row, options.prompt_key, QUESTION_COLUMNS, "--prompt-key")
     question = _text(row, prompt, "--prompt-key", missing_is_empty=False)
     if not isinstance(question, str):
-        raise RowError("bad content", f"column {prompt!r} is {type(question).__name__}, expected text")
+        raise RowError(
+            "bad content", f"column {prompt!r} is {type(question).__name__}, expected text"
+        )
     right = named_column(row, options.answer_key, RIGHT_COLUMNS, "--answer-key")
     if options.choice_key or any(name in row for name in CHOICE_COLUMNS):
         column = named_column(row, options.choice_key, CHOICE_COLUMNS, "--choice-key")

@@ -239,7 +239,8 @@ def _set_content(
         if len(parts) > len(texts):
             if message["role"] != "user":
                 raise RowError(
-                    "bad content", f"message {number} ({message['role']}) has a picture; only a user's may"
+                    "bad content",
+                    f"message {number} ({message['role']}) has a picture; only a user's may",
                 )
             message["content"] = parts
         if reasoning:

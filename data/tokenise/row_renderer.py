@@ -118,7 +118,9 @@ class RowRenderer:
 
     def _rendered(self, raw: RawRow, conversation: Conversation) -> RowText:
         if conversation.pictures and self.options.images is None:
-            raise RowError("pictures or sound", f"the row has pictures, and {self.options.no_images}")
+            raise RowError(
+                "pictures or sound", f"the row has pictures, and {self.options.no_images}"
+            )
         rendering = self._finder_for(conversation.variables).find(conversation)
         _require_unicode(rendering.text)
         if conversation.open_end:

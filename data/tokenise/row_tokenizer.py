@@ -99,7 +99,7 @@ class RowTokenizer:
         provenance: list[tuple[int, int]] = []
         bad: list[tuple[str, str, str]] = []
         error: str | None = None
-        pictures, sizes = b"", []
+        pictures, sizes = b"", list[int]()
         try:
             for pending, document in self.rows(read_chunk(chunk), counts, bad):
                 documents.append(document)
@@ -121,9 +121,7 @@ class RowTokenizer:
             loss_mask=trained,
             lengths=lengths,
             provenance=np.array(provenance, np.int64).reshape(-1, 2),
-            hashes=np.frombuffer(
-                b"".join(_hash(document) for document in documents), np.uint64
-            ),
+            hashes=np.frombuffer(b"".join(_hash(document) for document in documents), np.uint64),
             counts=dict(counts),
             bad_rows=bad,
             error=error,
@@ -177,8 +175,10 @@ class RowTokenizer:
         if repeats is not None:
             offsets = [span for span, n in zip(offsets, repeats, strict=False) for _ in range(n)]
         status = "trimmed" if counts["trimmed"] > trimmed else "kept"
-        shown = pending.conversation.pictures
-        return PreviewRow(raw, status, "", pending.text, ids.tolist(), mask.tolist(), offsets, shown)
+        sources = pending.conversation.pictures
+        return PreviewRow(
+            raw, status, "", pending.text, ids.tolist(), mask.tolist(), offsets, sources
+        )
 
     def _tokenize(
         self, batch: Sequence[RowText], counts: Counter[str], bad: list[tuple[str, str, str]]
@@ -195,8 +195,9 @@ class RowTokenizer:
             except RowError as error:
                 if error.reason in (OVERLONG, LONG_PROMPT, NOTHING_TO_TRAIN):
                     if error.reason != NOTHING_TO_TRAIN and self.options.overlong == "error":
+                        flag = error.reason.split()[-1]
                         raise DataError(
-                            f"{pending.raw.place}: {error.reason}: {error.detail}. Raise it, or pass "
+                            f"{pending.raw.place}: {error.detail}. Raise {flag}, or pass "
                             "--overlong drop or trim-turns."
                         ) from error
                     counts[f"dropped: {error.reason}"] += 1
@@ -235,9 +236,7 @@ class RowTokenizer:
             [row.text for row in rows], [row.spans for row in rows], [row.edges for row in rows]
         )
 
-    def _document(
-        self, pending: RowText, tokens: TokenizedText
-    ) -> tuple[Document, int, bool]:
+    def _document(self, pending: RowText, tokens: TokenizedText) -> tuple[Document, int, bool]:
         """The document of a row, shortened if need be, and the tokens that cross an edge of its mask.
 
         Raises:
@@ -268,7 +267,7 @@ class RowTokenizer:
         return Document(ids, mask, repeats, pictures), crossing, trimmed
 
     def _trimmed(self, pending: RowText, room: int, longest: int) -> tuple[Document, int] | None:
-        """The document without its oldest turns, if that makes it short enough; ``pending`` becomes its row."""
+        """The document without its oldest turns, if that is enough; ``pending`` becomes its row."""
 
         def fits(row: RowText) -> bool:
             document = self._expanded(row, self._tokens([row])[0])
