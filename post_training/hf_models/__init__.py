@@ -1,0 +1,1 @@
+"""Any causal language model of `transformers` where a model of Megatron's layers stands, documents kept apart."""
