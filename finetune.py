@@ -148,9 +148,11 @@ def forward_step(
     if distiller is not None:
         distiller.begin(batch)
     inputs = batch.tokens, batch.position_ids, None
+    seen = {"pictures": batch.pictures} if batch.pictures else {}
     if args.draft is None:
         output_tensor = model(
             *inputs,
+            **seen,
             labels=batch.labels,
             packed_seq_params=batch.packed,
             output_processor=trained_token_loss(

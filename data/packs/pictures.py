@@ -88,7 +88,7 @@ class PictureDataset(SFTDataset):
         """What packs of a micro batch have beside those of SFTDataset.
 
         Returns:
-            ``rope_positions`` int64 ``[packs, seq_length, 3]``; the fields of ``PICTURE_FIELDS`` of all; and
+            ``rope_positions`` int64 ``[packs, seq_length, 3]``; the fields of ``PICTURE_FIELDS``; and
             ``filler`` int64 ``[0 or 2]``: where they have no picture, the tokens of a document of one,
             which is not trained, to be put behind them, and whose patches are in the fields. Every rank
             then computes the same layers.

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from post_training.errors import SetupError
 from post_training.hf.check import COMPUTED, DTYPES, refuse_leftovers
 from post_training.hf.checkpoint import HFCheckpoint
+from post_training.hf.config import sees
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,15 +41,13 @@ def build_model(
 
     Its configuration is a copy, so that what is set there is set for this model only; nothing is dropped.
     """
-    from transformers import AutoModelForCausalLM
-
     own = copy.deepcopy(config)
     for part in {id(own): own, id(text := own.get_text_config()): text}.values():
         for key, value in vars(part).items():
             if _DROPOUT.fullmatch(key) and isinstance(value, float):
                 setattr(part, key, 0.0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(config).from_config(
             own, dtype=dtype, trust_remote_code=trust_remote_code
         )
     for module in model.modules():
@@ -56,6 +55,15 @@ def build_model(
             module.padding_idx = None  # a padding token that is written is trained like any other
     model.config.use_cache = False
     return model
+
+
+def auto_class(config: PretrainedConfig) -> Any:
+    """What of `transformers` makes the model: a causal language model, or one that also sees."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    if sees(config):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def state_names(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -60,6 +60,9 @@ def check_causal_lm(config: PretrainedConfig, name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = (getattr(config, "architectures", None) or ["(none named)"])[0]
+    if sees(config):
+        check_not_quantised(config, name)
+        return
     own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     if found not in ((known,) if isinstance(known, str) else known) and (
@@ -69,6 +72,16 @@ def check_causal_lm(config: PretrainedConfig, name: str) -> None:
             f"--hf-model {name}: architecture {found} is no causal language model that transformers has"
         )
     check_not_quantised(config, name)
+
+
+def sees(config: PretrainedConfig) -> bool:
+    """Whether config.json is of a model that answers in text to pictures and text (Qwen2.5-VL)."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES,
+    )
+
+    found = (getattr(config, "architectures", None) or [None])[0]
+    return found is not None and found == NAMES.get(config.model_type)
 
 
 def check_not_quantised(config: PretrainedConfig, name: str) -> None:

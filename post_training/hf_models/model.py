@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.hf_models.packing import WAYS, Documents, Rows
 from post_training.hf_models.probe import choose_way
+from post_training.hf_models.vision import has_three_axes, with_axes
 
 
 class HFModel(MegatronModule):
@@ -45,6 +46,7 @@ class HFModel(MegatronModule):
         self.documents = Documents(model)
         self._say = say
         self._takes = frozenset(inspect.signature(model.forward).parameters)
+        self._three_axes = has_three_axes(model)
         self._chosen: Tensor | None = None
         self._picked = False
         head = model.get_output_embeddings()
@@ -61,20 +63,29 @@ class HFModel(MegatronModule):
         self._picked = True
         return (args[0].flatten(0, -2).index_select(0, self._chosen).unsqueeze(0), *args[1:])
 
-    def run(self, tokens: Tensor, positions: Tensor | None, chosen: Tensor | None) -> Tensor:
+    def run(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        chosen: Tensor | None,
+        axes: Tensor | None = None,
+        pictures: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Logits of one call of the model.
 
         Args:
             tokens: int64 [rows, length].
             positions: int64 [rows, length]; None leaves them to the model.
             chosen: of the rows one after the other, which tokens: int64 [chosen]; None: all.
+            axes: rotary positions, of a model that has three: int64 [rows, length, 3]; None: of text.
+            pictures: what the model takes of pictures, in the order of their tokens.
 
         Returns:
             [chosen, vocabulary], or [rows, length, vocabulary].
         """
-        options: dict[str, Any] = {"use_cache": False}
+        options: dict[str, Any] = {"use_cache": False, **(pictures or {})}
         if positions is not None and "position_ids" in self._takes:
-            options["position_ids"] = positions
+            options["position_ids"] = with_axes(positions, axes) if self._three_axes else positions
         self._chosen, self._picked = chosen, False
         try:
             logits: Tensor = self.model(input_ids=tokens, **options).logits
@@ -85,7 +96,14 @@ class HFModel(MegatronModule):
         logits = logits.flatten(0, -2)
         return logits if self._picked else logits.index_select(0, chosen)
 
-    def packed_logits(self, way: str, tokens: Tensor, lengths: list[int], chosen: Tensor) -> Tensor:
+    def packed_logits(
+        self,
+        way: str,
+        tokens: Tensor,
+        lengths: list[int],
+        chosen: Tensor,
+        pictures: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """Logits of a pack.
 
         Args:
@@ -93,17 +111,23 @@ class HFModel(MegatronModule):
             tokens: int64 [tokens].
             lengths: of the pack's documents.
             chosen: which tokens, ascending: int64 [chosen].
+            pictures: of a batch (`Batch.pictures`), if it has some.
 
         Returns:
             [chosen, vocabulary].
         """
+        patches = dict(pictures or {})
+        axes = patches.pop("rope_positions", None)
         if way != "rows":
             with_positions = self.documents.positions(lengths, tokens.device)
             self.documents.begin(way, lengths)
-            return self.run(tokens.unsqueeze(0), with_positions, chosen)
+            axes = None if axes is None else axes.unsqueeze(0)
+            return self.run(tokens.unsqueeze(0), with_positions, chosen, axes, patches)
         rows = Rows.of(lengths, tokens.device)
         self.documents.begin(way, None)
-        return self.run(tokens[rows.tokens], rows.positions, rows.places.index_select(0, chosen))
+        axes = None if axes is None else axes[rows.tokens]
+        places = rows.places.index_select(0, chosen)
+        return self.run(tokens[rows.tokens], rows.positions, places, axes, patches)
 
     def forward(
         self,
@@ -115,6 +139,7 @@ class HFModel(MegatronModule):
         packed_seq_params: PackedDocuments | None = None,
         output_processor: Callable[..., Tensor] | None = None,
         output_processor_context: TrainedTokens | None = None,
+        pictures: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """The losses of trained tokens, or without labels the logits of rows that are no packs.
 
@@ -126,6 +151,7 @@ class HFModel(MegatronModule):
             packed_seq_params: the documents.
             output_processor: makes losses of logits (`trained_token_loss`).
             output_processor_context: which tokens are trained.
+            pictures: of a batch (`Batch.pictures`), if it has some.
 
         Returns:
             float32 [trained tokens], or [rows, length, vocabulary].
@@ -139,7 +165,9 @@ class HFModel(MegatronModule):
         if self.documents.way is None:
             self.documents.way = choose_way(self, self._say)
         trained = output_processor_context
-        logits = self.packed_logits(self.documents.way, tokens[0], lengths, trained.indices)
+        logits = self.packed_logits(
+            self.documents.way, tokens[0], lengths, trained.indices, pictures
+        )
         return output_processor(
             logits=logits.unsqueeze(1),
             labels=labels,

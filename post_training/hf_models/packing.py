@@ -34,7 +34,9 @@ class Documents:
         """Let the modules of `model` find this object."""
         register()
         self.model = [model]  # in a list: no module of anybody's
-        self.stock = str(model.config._attn_implementation)
+        # Pictures are seen by a tower with attention of its own, which nothing here touches.
+        self.text = model.config.get_text_config()
+        self.stock = str(self.text._attn_implementation)
         self.way: str | None = None
         """The one of `WAYS` that was found to keep documents apart; None: nobody has looked."""
         self.lengths: list[int] | None = None
@@ -51,8 +53,9 @@ class Documents:
         """
         (model,) = self.model
         wanted = NAME if way == "attention" else self.stock
-        if model.config._attn_implementation != wanted:
-            model.set_attn_implementation(wanted)
+        if self.text._attn_implementation != wanted:
+            sees = self.text is not model.config
+            model.set_attn_implementation({"text_config": wanted} if sees else wanted)
         self.lengths = lengths
 
     @staticmethod

@@ -1,0 +1,59 @@
+"""Models that see: which class computes one, where its tower is, and positions in three dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from post_training.errors import SetupError
+
+
+def has_three_axes(model: Any) -> bool:
+    """Whether rotary positions count time, rows and columns of pictures (Qwen2-VL and its kind)."""
+    return any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "model", None)))
+
+
+def with_axes(positions: Tensor, axes: Tensor | None) -> Tensor:
+    """Positions as such a model takes them for packs.
+
+    Args:
+        positions: in the document: int64 [rows, length]. Where they begin anew documents do.
+        axes: rotary positions int64 [rows, length, 3]; None: of text, where all are alike.
+
+    Returns:
+        int64 [4, rows, length].
+    """
+    rotary = positions.expand(3, -1, -1) if axes is None else axes.permute(2, 0, 1)
+    return torch.cat([positions.unsqueeze(0), rotary])
+
+
+def towers(model: Any) -> Iterator[nn.Module]:
+    """The parts of a model that see, merger of patches included."""
+    kind = type(getattr(model.config, "vision_config", None))
+    if kind is not type(None):
+        for module in model.modules():
+            if module is not model and isinstance(getattr(module, "config", None), kind):
+                yield module
+                return
+
+
+def freeze(model: Any, part: str | None) -> None:
+    """Leave a part of a model as it is.
+
+    Args:
+        model: of `transformers`.
+        part: `vision`, or None for nothing.
+
+    Raises:
+        SetupError: it has no such part.
+    """
+    if part is None:
+        return
+    found = list(towers(model))
+    if not found:
+        raise SetupError(f"--freeze {part}: {type(model).__name__} has no such part")
+    for tower in found:
+        tower.requires_grad_(False)
