@@ -93,8 +93,8 @@ def check_origin(
     before = written.get("model_backend", "megatron")
     if before != args.model_backend:
         raise SetupError(
-            f"{checkpoint.path} was written with --model-backend {before}, here it is {args.model_backend}: "
-            f"their weights have other names; give --model-backend {before}, or another --output-dir"
+            f"{checkpoint.path} was written with --model-backend {before}, here it is "
+            f"{args.model_backend}: their weights have other names; give --model-backend {before}, or another --output-dir"
         )
     check_format(args, checkpoint, written)
     here = origin(args)

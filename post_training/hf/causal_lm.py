@@ -53,7 +53,6 @@ def build_model(
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # a padding token that is written is trained like any other
-    model.config.use_cache = False
     return model
 
 

@@ -1,1 +1,1 @@
-"""Any causal language model of `transformers` where a model of Megatron's layers stands, documents kept apart."""
+"""Puts any causal language model of `transformers` in the place of Megatron's, packed documents apart."""

@@ -28,7 +28,8 @@ from post_training.model.router import RepeatedChoices
 
 LENGTHS = (13, 6, 17, 9)
 CHANGED = 2
-"""The document of which tokens are replaced, and from its middle on: those at 6, 7 and 8."""
+"""The document of which tokens are replaced: those at 6, 7 and 8, and the last one, which what looks back a
+few tokens only (a convolution) hands on to the next document."""
 SHORT = 4
 """Tokens of windows and chunks meanwhile."""
 CLOSE = 1e-5
@@ -118,8 +119,9 @@ def _tokens(vocabulary: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocabulary, (sum(LENGTHS),), generator=generator)
     other = ids.clone()
-    middle = sum(LENGTHS[:CHANGED]) + 6
-    other[middle : middle + 3] = (ids[middle : middle + 3] + vocabulary // 2) % vocabulary
+    begin = sum(LENGTHS[:CHANGED])
+    for place in (6, 7, 8, LENGTHS[CHANGED] - 1):
+        other[begin + place] = (ids[begin + place] + vocabulary // 2) % vocabulary
     return ids, other
 
 
@@ -130,7 +132,7 @@ def _groups() -> tuple[Tensor, Tensor]:
     """
     begin = sum(LENGTHS[:CHANGED])
     row = torch.arange(sum(LENGTHS))
-    later = (row >= begin + 9) & (row < begin + LENGTHS[CHANGED] - 1)
+    later = (row >= begin + 9) & (row < begin + LENGTHS[CHANGED] - 2)
     fixed = (row < begin + 5) | (row >= begin + LENGTHS[CHANGED])
     return fixed, later
 

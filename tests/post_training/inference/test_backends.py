@@ -31,5 +31,5 @@ def test_flags_that_name_no_model_or_several_are_refused(backend, flags, told):
 
 def test_a_run_is_exported_before_transformers_reads_it():
     flags = "--backend transformers --output-dir run --iteration 3"
-    with pytest.raises(SetupError, match=r"export_hf.py --output-dir run, and give --hf-model"):
+    with pytest.raises(SetupError, match=r"export_hf.py --output-dir run, and give\s--hf-model"):
         open_backend(answering_parser(None).parse_args(flags.split()), model_config)
