@@ -65,6 +65,7 @@ def model_config(
     transformer.deallocate_pipeline_outputs = sizes == {1}
     if args.fsdp_compute_dtype is not None:
         transformer.autocast_dtype = args.fsdp_compute_dtype
+    transformer.fsdp_sharding = args.fsdp_sharding
     from_hf = takes_hf_weights(args, checkpoint)
     if from_hf or (checkpoint is not None and not checkpoint.has_modelopt):
         # Every parameter is overwritten. (ModelOpt looks at the weights while it converts.)
@@ -108,6 +109,10 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
     if args.model_backend == "transformers":
         check_model(args, checkpoint)
         return
+    if args.freeze is not None:
+        raise SetupError(
+            f"--freeze {args.freeze}: Megatron's layers, which compute this model, have no part that sees"
+        )
     if args.context_parallel_size > 1 and checkpoint is not None and checkpoint.has_modelopt:
         raise SetupError(
             f"--context-parallel-size {args.context_parallel_size}: {checkpoint.path} is a model converted "

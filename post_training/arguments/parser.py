@@ -54,6 +54,17 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "transformers under --use-torch-fsdp2 (default auto: Megatron where it has the architecture)",
     )
     group.add_argument(
+        "--freeze",
+        choices=("vision",),
+        help="leave the part of the model that sees, with its merger of patches, as it is",
+    )
+    group.add_argument(
+        "--fsdp-sharding",
+        choices=("full", "none"),
+        default="full",
+        help="none: every process of --use-torch-fsdp2 holds the whole model; gradients are summed",
+    )
+    group.add_argument(
         "--hf-tokenizer",
         metavar="PATH_OR_NAME",
         help="another tokenizer than the model's (or the only one, with Megatron flags)",

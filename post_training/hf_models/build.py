@@ -34,6 +34,7 @@ from post_training.hf.causal_lm import (
 )
 from post_training.hf.folder import local_model_folder
 from post_training.hf_models.model import HFModel
+from post_training.hf_models.vision import freeze
 from post_training.machine.device import current_device
 
 
@@ -48,6 +49,8 @@ class HFModelConfig(GPTModelConfig):
     """The folder that fills the model; None: a checkpoint will, or `seed` has."""
     seed: int | None = None
     """Of random weights."""
+    frozen: str | None = None
+    """A part that is not trained, as `--freeze` names it."""
     say: Callable[[str], None] | None = None
     """Tells the user what was found, on rank 0."""
 
@@ -68,6 +71,7 @@ def hf_model_config(
     known = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     if args.fsdp_compute_dtype is not None:
         plain.transformer.autocast_dtype = args.fsdp_compute_dtype
+    plain.transformer.fsdp_sharding = args.fsdp_sharding
     anew = checkpoint is None
     return HFModelConfig(
         **known,
@@ -75,6 +79,7 @@ def hf_model_config(
         trust_remote_code=args.trust_remote_code,
         weights=local_model_folder(args.hf_model) if anew and not args.random_weights else None,
         seed=args.seed if anew and args.random_weights else None,
+        frozen=args.freeze,
         say=say,
     )
 
@@ -103,6 +108,7 @@ class HFModelBuilder(ModelBuilder[HFModel, HFModelConfig]):
         )
         if config.transformer.recompute_granularity == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        freeze(model, config.frozen)
         return HFModel(config.transformer, model, pg_collection, config.say)
 
     def build_distributed_models(
@@ -148,6 +154,10 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
         SetupError: they are not those of the model that config.json describes.
     """
     trust = args.trust_remote_code
+    if args.freeze is not None and getattr(args.hf_config, "vision_config", None) is None:
+        raise SetupError(
+            f"--freeze {args.freeze}: --hf-model {args.hf_model} has no part that sees"
+        )
     if checkpoint is None:
         if not args.random_weights:
             folder = local_model_folder(args.hf_model)
