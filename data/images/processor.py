@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data.errors import DataError
-from data.images.layout import ImageLayout
+from data.errors import DataError, RowError
+from data.images.layout import Grid, ImageLayout
 from data.images.pictures import Picture, open_picture
 
 if TYPE_CHECKING:
@@ -61,21 +61,31 @@ class ImageProcessor:
         Raises:
             DataError: it cannot be read or decoded, or has become another.
         """
-        data = picture.read(self.cache)
         try:
-            image = open_picture(data)
-        except Exception as error:  # whatever the format's reader makes of damaged bytes
-            raise DataError(f"{picture.file}: the picture cannot be decoded ({error}).") from error
-        found = self.theirs(images=[np.asarray(image)], input_data_format="channels_last",
-                            return_tensors="pt")  # fmt: skip
-        grid = tuple(found["image_grid_thw"][0].tolist())
-        if grid != (1, *picture.grid):
+            pixels, grid = self.patches(picture.read(self.cache))
+        except RowError as error:
+            raise DataError(f"{picture.file}: {error}") from error
+        if grid != picture.grid:
             raise DataError(
                 f"{picture.file}: {self.layout.processor} makes a grid of {grid}, its tokens are for "
                 f"{picture.grid}."
             )
-        pixels: torch.Tensor = found["pixel_values"]
         return pixels
+
+    def patches(self, data: bytes) -> tuple[torch.Tensor, Grid]:
+        """The patches of an encoded picture, float32 ``[patches, width]``, and their grid.
+
+        Raises:
+            RowError: it cannot be decoded.
+        """
+        try:
+            image = open_picture(data)
+        except Exception as error:  # whatever the format's reader makes of damaged bytes
+            raise RowError("broken picture", f"it cannot be decoded ({error})") from error
+        found = self.theirs(images=[np.asarray(image)], input_data_format="channels_last",
+                            return_tensors="pt")  # fmt: skip
+        _, down, across = found["image_grid_thw"][0].tolist()
+        return found["pixel_values"], (down, across)
 
 
 def open_processor(

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import RowError
-from data.rows.choices import CHOICE_COLUMNS, RIGHT_COLUMNS, AnswerForm, named_column, read_choices
+from data.rows.choices import (
+    CHOICE_COLUMNS,
+    RIGHT_COLUMNS,
+    AnswerForm,
+    Choices,
+    named_column,
+    read_choices,
+)
 from data.rows.conversation import Conversation, reserved_in
 from data.rows.messages import content_of, conversation_from_messages, role_of
 from data.rows.pictures import IMAGE_COLUMNS, column_pictures, with_parts
@@ -118,9 +125,8 @@ def choices_row(row: Row, options: FormatOptions) -> Conversation:
             "bad content", f"column {prompt!r} is {type(question).__name__}, expected text"
         )
     right = named_column(row, options.answer_key, RIGHT_COLUMNS, "--answer-key")
-    if options.choice_key or any(name in row for name in CHOICE_COLUMNS):
-        column = named_column(row, options.choice_key, CHOICE_COLUMNS, "--choice-key")
-        choices = read_choices(row[column], row[right])
+    choices = row_choices(row, options)
+    if choices is not None:
         question = f"{question}\n{choices.listed}"
         answer = choices.answer(options.answer_form)
     else:
@@ -134,6 +140,19 @@ def choices_row(row: Row, options: FormatOptions) -> Conversation:
         {"role": "assistant", "content": answer},
     ]
     return conversation_from_messages(pair, None, _system(row, options), "row", (pictures, where))
+
+
+def row_choices(row: Row, options: FormatOptions) -> Choices | None:
+    """The choices of a row of the format `choices`; None where it has none.
+
+    Raises:
+        RowError: they and the answer do not fit.
+    """
+    if not options.choice_key and not any(row.get(name) is not None for name in CHOICE_COLUMNS):
+        return None
+    column = named_column(row, options.choice_key, CHOICE_COLUMNS, "--choice-key")
+    right = named_column(row, options.answer_key, RIGHT_COLUMNS, "--answer-key")
+    return read_choices(row[column], row[right])
 
 
 def _pictures(row: Row, options: FormatOptions) -> tuple[list[Any] | None, str]:

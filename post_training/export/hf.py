@@ -15,6 +15,7 @@ import torch
 from post_training.errors import SetupError
 from post_training.export.readers import complaints
 from post_training.files import json_object
+from post_training.hf.causal_lm import auto_class
 from post_training.hf.config_json import write_model_config
 from post_training.hf.folder import (
     MODEL_FILES,
@@ -25,6 +26,7 @@ from post_training.hf.folder import (
 )
 from post_training.hf.weights import hf_state_dict
 from post_training.hf_models.model import HFModel
+from post_training.hf_models.vision import sample_picture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -77,7 +79,7 @@ def export_hf(
             else, a weight is too large for `dtype`, or the reloaded model does not agree.
     """
     from huggingface_hub import save_torch_state_dict
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     if config is None:
         raise SetupError(
@@ -112,12 +114,17 @@ def export_hf(
         weights.chmod(mode)
 
     tokens = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
-    expected = _logits(chunks[0].float(), tokens, config.vocab_size)
+    seen = sample_picture(config) if isinstance(chunks[0], HFModel) else {}
+    if seen:
+        tokens.insert(len(tokens) // 2, config.image_token_id)
+    expected = _logits(chunks[0].float(), tokens, config.vocab_size, seen)
     chunks.clear()
-    reloaded = AutoModelForCausalLM.from_pretrained(
-        partial, dtype=torch.float32, trust_remote_code=trust_remote_code
-    ).eval()
-    difference = _difference(reloaded, tokens, expected)
+    reloaded = (
+        auto_class(config)
+        .from_pretrained(partial, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        .eval()
+    )
+    difference = _difference(reloaded, tokens, expected, seen)
     if not difference <= TOLERANCE:
         raise SetupError(
             f"the reloaded model's logits differ from the run's by {difference:.2e} of the largest one "
@@ -178,17 +185,25 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
-def _logits(model: Any, tokens: list[int], vocabulary: int) -> torch.Tensor:
+def _logits(
+    model: Any, tokens: list[int], vocabulary: int, seen: dict[str, torch.Tensor]
+) -> torch.Tensor:
     """Logits of one sequence by the run's model, on the host: float32 [tokens, vocabulary]."""
     device = next(model.parameters()).device
     row = torch.tensor([tokens], device=device)
-    out = model(row, torch.arange(len(tokens), device=device).unsqueeze(0), None)
+    # A picture of one token stands at one place in all three axes: positions are those of text.
+    pictures = {"pictures": {name: part.to(device) for name, part in seen.items()}} if seen else {}
+    out = model(row, torch.arange(len(tokens), device=device).unsqueeze(0), None, **pictures)
     return out[0, :, :vocabulary].float().cpu()
 
 
 @torch.inference_mode()
-def _difference(model: Any, tokens: list[int], expected: torch.Tensor) -> float:
+def _difference(
+    model: Any, tokens: list[int], expected: torch.Tensor, seen: dict[str, torch.Tensor]
+) -> float:
     """Largest difference of logits to `expected` [tokens, vocabulary], relative to the largest one."""
     row = torch.tensor([tokens], device=next(model.parameters()).device)
-    found = model(row, use_cache=False).logits[0].cpu()
+    if seen:
+        seen = {**seen, "mm_token_type_ids": (row == model.config.image_token_id).int()}
+    found = model(row, use_cache=False, **seen).logits[0].cpu()
     return float((found - expected).abs().max() / expected.abs().max())

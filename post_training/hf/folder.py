@@ -12,6 +12,11 @@ from pathlib import Path
 from post_training.errors import SetupError
 from post_training.files import json_object
 
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 # In the order in which they are looked for.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,6 +34,7 @@ TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
     "tokenization_*.py",
+    *PROCESSOR_FILES,
 )
 # The model card is left out: it speaks of another model.
 MODEL_FILES = (

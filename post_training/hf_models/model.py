@@ -158,7 +158,7 @@ class HFModel(MegatronModule):
         """
         if packed_seq_params is None or output_processor is None:
             self.documents.begin("stock", None)
-            return self.run(tokens, position_ids, None)
+            return self.run(tokens, position_ids, None, pictures=pictures)
         assert labels is not None and output_processor_context is not None
         lengths = packed_seq_params.query_lengths
         assert lengths is not None

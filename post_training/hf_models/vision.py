@@ -30,6 +30,17 @@ def with_axes(positions: Tensor, axes: Tensor | None) -> Tensor:
     return torch.cat([positions.unsqueeze(0), rotary])
 
 
+def sample_picture(config: Any) -> dict[str, Tensor]:
+    """What a model takes of a picture of one token, of no particular sight; empty for a model of text."""
+    seen = getattr(config, "vision_config", None)
+    if seen is None or not hasattr(config, "image_token_id"):
+        return {}
+    merge = seen.spatial_merge_size
+    width = 3 * seen.temporal_patch_size * seen.patch_size**2
+    patches = torch.linspace(-1.0, 1.0, merge**2 * width).view(merge**2, width)
+    return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, merge, merge]])}
+
+
 def towers(model: Any) -> Iterator[nn.Module]:
     """The parts of a model that see, merger of patches included."""
     kind = type(getattr(model.config, "vision_config", None))

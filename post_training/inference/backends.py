@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
 from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.errors import SetupError
 from post_training.files import config_of_run, json_object
+from post_training.hf.causal_lm import auto_class
 from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.generate import Sampling, generate, stop_tokens
 from post_training.inference.load import LoadedModel, ModelConfig, load_model
+from post_training.inference.pictures import join
 from post_training.inference.prompts import Prompts, open_prompts
 from post_training.inference.quiet import quiet_libraries
 
@@ -195,13 +198,14 @@ class TransformersBackend:
         Raises:
             SetupError: it cannot be loaded.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         stops = Path(folder) / "generation_config.json"
         if stops.is_file():
             json_object(stops)  # a broken one is passed over by transformers
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+            auto = auto_class(AutoConfig.from_pretrained(folder))
+            model = auto.from_pretrained(folder, dtype="auto").eval()
         except Exception as error:  # whatever it makes of damaged files
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SetupError(f"--hf-model {folder}: {first_line}") from error
@@ -211,8 +215,15 @@ class TransformersBackend:
         return cls(model, tokenizer, folder, sampling, batch_size)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """New token ids of each prompt, without the stop token."""
+    def generate(
+        self, prompts: Sequence[list[int]], seen: Sequence[Mapping[str, Tensor]] = ()
+    ) -> list[list[int]]:
+        """New token ids of each prompt, without the stop token.
+
+        Args:
+            prompts: token ids.
+            seen: what the model takes beside each (`inference.pictures`), if any has pictures.
+        """
         stops = stop_tokens(self.tokenizer, self.model.generation_config)
         options: dict[str, Any] = {
             "max_new_tokens": self.sampling.max_new_tokens,
@@ -236,7 +247,10 @@ class TransformersBackend:
             batch = [i for i in order[: self.batch_size] if len(prompts[i]) == length]
             order = order[len(batch) :]
             rows = torch.tensor([prompts[i] for i in batch], device=self.model.device)
-            out = self.model.generate(rows, attention_mask=torch.ones_like(rows), **options)
+            beside = join([seen[i] for i in batch], length, rows.device) if seen else {}
+            out = self.model.generate(
+                rows, attention_mask=torch.ones_like(rows), **beside, **options
+            )
             for index, row in zip(batch, out[:, length:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in stops), len(row))
                 answers[index] = row[:end]

@@ -48,7 +48,8 @@ CHAT_TEMPLATE = (
     "{{ '"
     + "".join(IMAGE_TOKENS)
     + "' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
 Scene = list[tuple[int, str, str]]

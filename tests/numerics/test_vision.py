@@ -36,9 +36,9 @@ def run(folder, kind, world, frozen, *flags):
         folder / name, *files, *cache, *RECIPE.flags(), *frozen_flags, *flags, world=world
     ).ok()
     truth = vision.train(model, data, rows, RECIPE, frozen)
-    norms = [step["grad_norm"] for step in done.steps()]
+    norms = [step["grad_norm"] for step in done.steps]
     found = load_file(folder / name / "hf" / "model.safetensors")
-    errors = relative(done.losses(), truth.losses), relative(norms, truth.grad_norms)
+    errors = relative(done.losses, truth.losses), relative(norms, truth.grad_norms)
     return (*errors, update_error(found, truth)), found, truth
 
 
