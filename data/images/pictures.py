@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import html
 import io
 import json
 import os
@@ -288,6 +289,26 @@ def open_picture(data: bytes) -> Any:
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     return image.convert("RGB")
+
+
+def thumbnail(source: Any, beside: str, side: int = 240) -> str:
+    """A picture as an element of an HTML page, at most `side` pixels high and wide and a few kilobytes.
+
+    Args:
+        source: What the row holds.
+        beside: The file of the row.
+    """
+    try:
+        _, data = encoded(source, beside)
+        height, width = inspect(data)
+        image = open_picture(data)
+    except (RowError, OSError, SyntaxError, ValueError) as error:
+        return f"<em>{html.escape(str(error))}</em>"
+    image.thumbnail((side, side))
+    out = io.BytesIO()
+    image.save(out, "JPEG", quality=80)
+    text = base64.b64encode(out.getvalue()).decode()
+    return f"<img alt='picture' title='{width} x {height}' src='data:image/jpeg;base64,{text}'>"
 
 
 def _orientation(image: Any) -> int:

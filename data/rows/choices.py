@@ -65,6 +65,8 @@ def read_choices(value: Any, answer: Any) -> Choices:
             "bad choices",
             f"{texts!r:.120}: expected 1 to {len(LETTERS)}, all different, none empty",
         )
+    if hasattr(answer, "item"):
+        answer = answer.item()
     found = _meant(texts, answer)
     if len(found) > 1:
         both = " and ".join(f"{LETTERS[i]}. {texts[i]}" for i in sorted(found))

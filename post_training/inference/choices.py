@@ -39,8 +39,7 @@ def chosen(answer: str, texts: Sequence[str]) -> int | None:
         letter = LETTERS.index(next(group for group in found.groups() if group).upper())
         rest = _plain(said[found.end() :])
         named = _by_text(rest, texts)
-        if letter < len(texts):
-            return letter if named in (None, letter) else None
+        return letter if letter < len(texts) and named in (None, letter) else None
     return _by_text(_plain(said), texts)
 
 

@@ -109,22 +109,26 @@ KINDS: Sequence[Callable[[random.Random], tuple[Scene, str, Sequence[str], int]]
 )
 
 
-def make_rows(seed: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def make_rows(
+    seed: int, train_rows: int = TRAIN_ROWS, test_rows: int = TEST_ROWS
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Training and held-out rows; which of them a picture is for, its hash says.
 
     Args:
         seed: the only source of randomness.
+        train_rows: how many.
+        test_rows: likewise.
     """
     rng = random.Random(seed)
     train: list[dict[str, Any]] = []
     test: list[dict[str, Any]] = []
-    while len(train) < TRAIN_ROWS or len(test) < TEST_ROWS:
+    while len(train) < train_rows or len(test) < test_rows:
         kind = KINDS[rng.randrange(len(KINDS))]
         scene, question, choices, right = kind(rng)
         png = draw(scene)
         held_out = hashlib.sha256(png).digest()[0] < 16
         rows = test if held_out else train
-        if len(rows) < (TEST_ROWS if held_out else TRAIN_ROWS):
+        if len(rows) < (test_rows if held_out else train_rows):
             rows.append(
                 {
                     "kind": kind.__name__,

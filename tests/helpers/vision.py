@@ -19,7 +19,7 @@ from torch import Tensor
 from data import prepare_documents
 from data.images.processor import ImageProcessor, open_processor
 from data.packs.pictures import PictureDataset
-from scripts.quickstart import vision
+from scripts.quickstart import vision as quickstart
 from tests.helpers.models import TEXT
 from tests.helpers.reference import Recipe, Trajectory, saved_tensors
 
@@ -29,22 +29,30 @@ IMAGE = "<|image_pad|>"
 
 def make_tokenizer() -> Any:
     """The quickstart's, of other words."""
-    return vision.make_vision_tokenizer([TEXT])
+    return quickstart.make_vision_tokenizer([TEXT])
 
 
 def save_model(folder: Path, kind: str) -> Path:
-    """Write a model in which no two parameters are alike, with tokenizer and image processor."""
+    """Write a model with its tokenizer and image processor."""
+    make_model(kind).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    quickstart.save_processor(folder)
+    return folder
+
+
+def make_model(kind: str) -> Any:
+    """A model in which no two parameters are alike."""
     from transformers import AutoModelForImageTextToText, Qwen3VLConfig
 
     tokenizer = make_tokenizer()
-    config: Any = vision.make_model(tokenizer, 0).config
+    config: Any = quickstart.make_model(tokenizer, 0).config
     if kind == "qwen3_vl":
         text = {"head_dim": 32, "num_hidden_layers": 3, "vocab_size": config.text_config.vocab_size}
         same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
                 "rope_parameters", "eos_token_id", "pad_token_id", "max_position_embeddings")  # fmt: skip
         text |= {name: getattr(config.text_config, name) for name in same}
         seen = {"depth": 3, "hidden_size": 64, "intermediate_size": 128, "num_heads": 2,
-                "out_hidden_size": 128, "patch_size": vision.CELL // 2, "spatial_merge_size": 2,
+                "out_hidden_size": 128, "patch_size": quickstart.CELL // 2, "spatial_merge_size": 2,
                 "temporal_patch_size": 2, "num_position_embeddings": 64,
                 "deepstack_visual_indexes": [0, 1]}  # fmt: skip
         names = ("image_token_id", "vision_start_token_id", "vision_end_token_id", "video_token_id")
@@ -58,10 +66,7 @@ def save_model(folder: Path, kind: str) -> Path:
         for name, parameter in model.named_parameters():
             mean, deviation = (1.0, 0.2) if "norm" in name and "weight" in name else (0.0, 0.06)
             parameter.normal_(mean, 0.2 if parameter.dim() == 1 else deviation)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    vision.save_processor(folder)
-    return folder
+    return model.eval()
 
 
 def picture(seed: int, width: int, height: int) -> bytes:
