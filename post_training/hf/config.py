@@ -59,10 +59,11 @@ def check_causal_lm(config: PretrainedConfig, name: str) -> None:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found = (getattr(config, "architectures", None) or ["(none named)"])[0]
     if sees(config):
         check_not_quantised(config, name)
         return
+    named = getattr(config, "architectures", None)
+    found = named[0] if isinstance(named, list) and named else f"{named}"
     own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     if found not in ((known,) if isinstance(known, str) else known) and (
@@ -80,8 +81,8 @@ def sees(config: PretrainedConfig) -> bool:
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES,
     )
 
-    found = (getattr(config, "architectures", None) or [None])[0]
-    return found is not None and found == NAMES.get(config.model_type)
+    named = getattr(config, "architectures", None)
+    return isinstance(named, list) and named[:1] == [NAMES.get(config.model_type, ())]
 
 
 def check_not_quantised(config: PretrainedConfig, name: str) -> None:
