@@ -292,11 +292,12 @@ def open_picture(data: bytes) -> Any:
 
 
 def thumbnail(source: Any, beside: str, side: int = 240) -> str:
-    """A picture as an element of an HTML page, at most `side` pixels high and wide and a few kilobytes.
+    """A picture as an element of an HTML page, of a few kilobytes.
 
     Args:
         source: What the row holds.
         beside: The file of the row.
+        side: Its height and width at most, in pixels.
     """
     try:
         _, data = encoded(source, beside)

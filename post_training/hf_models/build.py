@@ -139,6 +139,8 @@ class HFModelBuilder(ModelBuilder[HFModel, HFModelConfig]):
             wrapped.to(current_device())
             return chunks
         wrapped.to_empty(device=current_device())
+        if not wrap_with_ddp:
+            wrapped.model.tie_weights()  # each got memory of its own; shards keep what they share
         initialise_buffers(
             wrapped.model, config.hf_config, trust_remote_code=config.trust_remote_code
         )

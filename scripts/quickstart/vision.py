@@ -154,7 +154,10 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 def make_vision_tokenizer(texts: Sequence[str]) -> Any:
     """The text quickstart's tokenizer, with the tokens of pictures and a template that writes them."""
-    rows = [{"messages": [{"role": "user", "content": text}]} for text in (*texts, "assistant")]
+    said = (*texts, "assistant")
+    rows: list[dict[str, object]] = [
+        {"messages": [{"role": "user", "content": text}]} for text in said
+    ]
     tokenizer = make_tokenizer(rows)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", *IMAGE_TOKENS]})
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -20,8 +20,8 @@ from data import prepare_documents
 from data.images.processor import ImageProcessor, open_processor
 from data.packs.pictures import PictureDataset
 from scripts.quickstart import vision as quickstart
-from tests.helpers.models import TEXT
 from tests.helpers.reference import Recipe, Trajectory, saved_tensors
+from tests.helpers.rows import TEXT
 
 KINDS = ("qwen2_5_vl", "qwen3_vl")
 IMAGE = "<|image_pad|>"

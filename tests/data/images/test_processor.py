@@ -1,10 +1,14 @@
 import json
+from typing import Any
 
 import pytest
 
 from data.errors import DataError
-from data.images.processor import open_processor
+from data.images import processor
+from scripts.quickstart import vision as quickstart
 from tests.helpers import vision
+
+open_processor: Any = processor.open_processor
 
 
 @pytest.fixture
@@ -17,7 +21,7 @@ def tokenizer(tmp_path):
 
 def test_layout_and_bounds_are_the_processors(tokenizer, tmp_path):
     assert "reads text alone" in open_processor(tokenizer, tmp_path)
-    vision.quickstart.save_processor(tmp_path)
+    quickstart.save_processor(tmp_path)
     own = open_processor(tokenizer, tmp_path).layout
     assert (own.patch, own.merge, own.min_pixels) == (8, 2, 256)
     assert own.image_id == tokenizer.convert_tokens_to_ids("<|image_pad|>")

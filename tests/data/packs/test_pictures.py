@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from data import prepare_documents
 from data.errors import DataError
-from data.images.processor import open_processor
+from data.images import processor as processors
 from data.packs.pictures import PictureDataset
 from data.rows.converters import FormatOptions
 from scripts.quickstart import vision as quickstart
@@ -28,7 +29,7 @@ def base(tmp_path_factory):
 
 def prepare(base, file, cache, **options):
     tokenizer = AutoTokenizer.from_pretrained(base)
-    processor = open_processor(tokenizer, cache / "pictures")
+    processor: Any = processors.open_processor(tokenizer, cache / "pictures")
     options = {"seq_length": 160, "cache_dir": cache, **options}
     documents = prepare_documents(
         files=[str(file)],
@@ -98,7 +99,7 @@ def test_parquet_of_choices_end_to_end(base, tmp_path):
     stored = sum(p.stat().st_size for p in files if p.suffix == ".pictures" or "_ids" in p.name)
     assert stored <= 1.1 * (ids + encoded)
     # A picture is part of what a document is: the same words beside another are another document.
-    same = {}
+    same: dict[tuple[str, int], set[int]] = {}
     for row, value in zip(kept, documents.hashes.tolist(), strict=True):
         same.setdefault((row["question"], row["correct_answer"]), set()).add(value)
     assert max(map(len, same.values())) > 1

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from data.errors import DataError, RowError
@@ -100,6 +102,10 @@ def test_flags_of_no_use_are_refused():
 
 
 def test_a_converter_of_ones_own_may_give_pictures():
-    messages = [{"role": "user", "content": [{"type": "image"}, TEXT]}, SAID]
-    for result in (Conversation(messages, pictures=["a"]), {"messages": messages, "images": ["a"]}):
-        assert UserConverter("mine", lambda row, result=result: result)({}).pictures == ["a"]
+    messages: Any = [{"role": "user", "content": [{"type": "image"}, TEXT]}, SAID]
+    results: list[Any] = [
+        Conversation(messages, pictures=["a"]),
+        {"messages": messages, "images": ["a"]},
+    ]
+    found = UserConverter("mine", lambda row: results[row["number"]])
+    assert [found({"number": number}).pictures for number in range(2)] == [["a"], ["a"]]
