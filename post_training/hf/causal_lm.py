@@ -224,8 +224,9 @@ def fill(tensor: Tensor, value: Any, what: str) -> None:
 def complete(model: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
     """After a model has been given memory: what is one tensor is one again, and buffers have values.
 
-    Those that no file holds, such as rotary frequencies, `transformers` computes them in `_init_weights`, as for every model that it loads; where it does not
-    (code of a model's own), a second model is built, which has them.
+    Those that no file holds, such as rotary frequencies, `transformers` computes in `_init_weights`, as for
+    every model that it loads; where it does not (code of a model's own), a second model is built, which
+    has them.
 
     Args:
         model: with memory, its parameters and persistent buffers as they may be.

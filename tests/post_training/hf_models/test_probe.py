@@ -30,17 +30,13 @@ def choice(model: HFModel) -> tuple[str, str]:
     return choose_way(model, told.append), told[0]
 
 
-def layers(model: HFModel) -> torch.nn.ModuleList:
-    return model.model.model.layers
-
-
-def mixed(model: HFModel, mix) -> HFModel:
+def mixed(model, mix):
     """Add a thousandth of what `mix` makes of its input to the output of a layer's MLP."""
 
     def hook(mlp, inputs, output):
         return output + 1e-3 * mix(inputs[0])
 
-    layers(model)[0].mlp.register_forward_hook(hook)
+    model.model.model.layers[0].mlp.register_forward_hook(hook)
     return model
 
 
