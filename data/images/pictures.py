@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
@@ -32,7 +32,6 @@ from data.images.layout import Grid, ImageLayout
 _MODES = frozenset(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "YCbCr"))
 _ORIENTATION = 0x0112  # of EXIF; 1 is upright, 5 to 8 swap the sides
 _JPEG_END = b"\xff\xd9"  # within the pixels it cannot stand; cameras may append what they like
-_DIGEST = 8
 
 
 class Picture(NamedTuple):
@@ -83,7 +82,7 @@ _MEND = "Put it back as it was, or remove the token cache (see the log) and prep
 
 def digest_of(data: bytes) -> str:
     """The hash by which a picture is known."""
-    return blake2b(data, digest_size=_DIGEST).hexdigest()
+    return sha256(data).hexdigest()[:16]  # processors have instructions for it
 
 
 @dataclass(frozen=True)
@@ -158,9 +157,7 @@ class PictureReader:
             if picture.digest not in places:
                 places[picture.digest] = length
                 length += picture.size
-        name = (
-            self._write([self._kept[digest] for digest in places]) if self.cache and places else ""
-        )
+        name = self._write({d: self._kept[d] for d in places}) if self.cache and places else ""
         self._kept = {}
         if places and not name:
             raise DataError("rows embed pictures: give --image-cache FOLDER to keep them in.")
@@ -170,12 +167,12 @@ class PictureReader:
             texts.append(json.dumps(found).encode() if found else b"")
         return b"".join(texts), [len(text) for text in texts]
 
-    def _write(self, pictures: Sequence[bytes]) -> str:
+    def _write(self, kept: Mapping[str, bytes]) -> str:
+        """Write pictures one behind the other, and return the file's name: a hash of their hashes."""
         assert self.cache is not None
-        digest = blake2b(digest_size=16)
-        for data in pictures:
-            digest.update(data)
-        target = self.cache / f"{digest.hexdigest()}.pictures"
+        pictures = list(kept.values())
+        name = sha256("".join(kept).encode()).hexdigest()[:32]
+        target = self.cache / f"{name}.pictures"
         try:
             if not target.is_file() or target.stat().st_size != sum(map(len, pictures)):
                 self.cache.mkdir(parents=True, exist_ok=True)
