@@ -247,7 +247,8 @@ def inspect(data: bytes) -> tuple[int, int]:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Any = Image.open(io.BytesIO(data))
-        if getattr(image, "is_animated", False):
+        # A camera's MPO is a JPEG with further views behind it.
+        if getattr(image, "is_animated", False) and image.format != "MPO":
             raise RowError(
                 "bad picture", f"animated, of {image.n_frames} pictures: give one of them"
             )

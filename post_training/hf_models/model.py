@@ -18,7 +18,7 @@ from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.hf_models.packing import Documents, Rows, by_length, wanted_calls
 from post_training.hf_models.probe import choose_way
-from post_training.hf_models.vision import has_three_axes, with_axes
+from post_training.hf_models.vision import check_positions, has_three_axes, with_axes
 
 
 class HFModel(MegatronModule):
@@ -49,6 +49,7 @@ class HFModel(MegatronModule):
         self._say = say
         self._takes = frozenset(inspect.signature(model.forward).parameters)
         self._three_axes = has_three_axes(model)
+        self._placed = False  # no picture yet
         self._chosen: Tensor | None = None
         self._picked = False
         head = model.get_output_embeddings()
@@ -194,6 +195,9 @@ class HFModel(MegatronModule):
         assert labels is not None and output_processor_context is not None
         lengths = packed_seq_params.query_lengths
         assert lengths is not None
+        if pictures and not self._placed:
+            check_positions(self.model)
+            self._placed = True
         if self.documents.way is None:
             self.documents.way = choose_way(self, self._say)
         trained = output_processor_context

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from post_training.errors import SetupError
+from data.images.layout import ImageLayout
+from post_training.errors import RunStopped, SetupError
 
 
 def has_three_axes(model: Any) -> bool:
@@ -39,6 +41,36 @@ def sample_picture(config: Any) -> dict[str, Tensor]:
     width = 3 * seen.temporal_patch_size * seen.patch_size**2
     patches = torch.linspace(-1.0, 1.0, merge**2 * width).view(merge**2, width)
     return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, merge, merge]])}
+
+
+def check_positions(model: Any) -> None:
+    """See that a model places pictures as the packs say.
+
+    Raises:
+        RunStopped: its own positions of a small row are others.
+    """
+    owner = model if hasattr(model, "get_rope_index") else getattr(model, "model", None)
+    if not hasattr(owner, "get_rope_index"):
+        return
+    merge = model.config.vision_config.spatial_merge_size
+    layout = ImageLayout("", 1, merge, 1, 1, model.config.image_token_id)
+    grids = [(2 * merge, 3 * merge), (merge, 4 * merge)]
+    others = [token for token in range(3) if token != layout.image_id]
+    ids = [*others, *[layout.image_id] * 6, *others, *[layout.image_id] * 4, *others]
+    row = torch.tensor([ids])
+    known = {
+        "input_ids": row,
+        "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
+        "mm_token_type_ids": (row == layout.image_id).int(),
+    }
+    takes = inspect.signature(owner.get_rope_index).parameters
+    theirs, _ = owner.get_rope_index(**{name: known[name] for name in known if name in takes})
+    ours = torch.from_numpy(layout.positions(row[0].numpy(), grids)).T
+    if not torch.equal(theirs[:, 0], ours):
+        raise RunStopped(
+            f"{type(model).__name__} gives pictures other rotary positions than Qwen2-VL and its kind: it "
+            f"cannot be trained on pictures here. Nothing was trained"
+        )
 
 
 def towers(model: Any) -> Iterator[nn.Module]:

@@ -1,5 +1,7 @@
 """Documents with pictures are the same in a pack as alone, in every way of packing."""
 
+import functools
+
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
@@ -7,9 +9,9 @@ from torch.nn import functional as F
 
 from post_training.batch.assemble import assemble_batch
 from post_training.batch.iterators import MicroBatchIterator
-from post_training.errors import SetupError
+from post_training.errors import RunStopped, SetupError
 from post_training.hf_models.model import HFModel
-from post_training.hf_models.vision import freeze
+from post_training.hf_models.vision import check_positions, freeze
 from tests.helpers import vision
 from tests.helpers.reference import Recipe
 
@@ -90,6 +92,21 @@ def test_a_filler_changes_nothing_and_reaches_the_tower(tmp_path):
     seen = [name for name in gradients[0] if "visual" in name]
     assert seen and not any(gradients[0][name].any() for name in seen)
     assert all(torch.allclose(gradients[0][n], g, atol=1e-5) for n, g in gradients[1].items())
+
+
+def test_a_model_that_places_pictures_otherwise_is_refused(monkeypatch):
+    model = vision.make_model("qwen2_5_vl")
+    check_positions(model)
+    own = model.model.get_rope_index
+
+    @functools.wraps(own)
+    def other(*args, **options):
+        positions, deltas = own(*args, **options)
+        return positions.flip(0), deltas
+
+    monkeypatch.setattr(model.model, "get_rope_index", other, raising=False)
+    with pytest.raises(RunStopped, match="Qwen2_5_VLForConditionalGeneration gives pictures other"):
+        check_positions(model)
 
 
 def test_freezing_takes_the_tower_alone():
