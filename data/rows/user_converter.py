@@ -47,6 +47,12 @@ class UserConverter:
                 checked, variables=result.variables, open_end=checked.open_end or result.open_end
             )
             return _with_mask(checked, result.trained, self.name)
+        if isinstance(result, (str, bytes)):
+            kind = type(result).__name__
+            raise RowError(
+                "converter failed",
+                f"{self.name} gave {kind}, expected a Conversation or a list of messages",
+            )
         if isinstance(result, Mapping):
             beside = column_pictures(result, IMAGE_COLUMNS, False)
             return conversation_from_messages(

@@ -35,7 +35,8 @@ def with_axes(positions: Tensor, axes: Tensor | None) -> Tensor:
 def sample_picture(config: Any) -> dict[str, Tensor]:
     """What a model takes of a picture of one token, of no particular sight; empty for a model of text."""
     seen = getattr(config, "vision_config", None)
-    if seen is None or not hasattr(config, "image_token_id"):
+    known = hasattr(seen, "spatial_merge_size") and hasattr(seen, "temporal_patch_size")
+    if seen is None or not known or not hasattr(config, "image_token_id"):
         return {}
     merge = seen.spatial_merge_size
     width = 3 * seen.temporal_patch_size * seen.patch_size**2
@@ -49,7 +50,7 @@ def check_positions(model: Any) -> None:
     Raises:
         RunStopped: its own positions of a small row are others.
     """
-    owner = model if hasattr(model, "get_rope_index") else getattr(model, "model", None)
+    owner: Any = model if hasattr(model, "get_rope_index") else getattr(model, "model", None)
     if not hasattr(owner, "get_rope_index"):
         return
     merge = model.config.vision_config.spatial_merge_size

@@ -21,6 +21,7 @@ from post_training.errors import SetupError
 from post_training.inference.backends import Backend, TransformersBackend
 from post_training.inference.choices import chosen
 from post_training.inference.pictures import SeenPrompts
+from post_training.inference.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,31 @@ def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
     return (match[1] if pattern.groups else match[0]).strip()
 
 
+def encode_questions(
+    prompts: Prompts, questions: Sequence[Question], sees: bool = False
+) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
+    """Token ids of each prompt, and what a model that sees takes beside them.
+
+    Raises:
+        DataError: the chat template refuses a question, or it has pictures that cannot be shown.
+    """
+    found, seen = [], []
+    see: SeenPrompts | None = None
+    for question in questions:
+        try:
+            ids, fields = prompts.encode(question.prompt), dict[str, Tensor]()
+            if question.prompt.pictures:
+                if not sees:
+                    raise RowError("pictures or sound", "what is to answer is shown no pictures")
+                see = see or SeenPrompts(prompts.tokenizer)
+                ids, fields = see.expand(ids, question.prompt.pictures, question.file)
+        except RowError as error:
+            raise DataError(f"{question.place}: {error}") from error
+        found.append(ids)
+        seen.append(fields)
+    return found, seen
+
+
 def evaluate(
     backend: Backend, questions: Sequence[Question], pattern: re.Pattern[str] | None = None
 ) -> Scores:
@@ -171,22 +197,10 @@ def evaluate(
             raise SetupError(
                 f"{question.place}: --answer-pattern finds nothing in {question.answer!r}"
             )
-    prompts, seen = [], []
-    see: SeenPrompts | None = None
-    for question in questions:
-        try:
-            ids, fields = backend.prompts.encode(question.prompt), dict[str, Tensor]()
-            if question.prompt.pictures:
-                see = see or SeenPrompts(backend.tokenizer)
-                ids, fields = see.expand(ids, question.prompt.pictures, question.file)
-            prompts.append(ids)
-            seen.append(fields)
-        except RowError as error:
-            raise DataError(f"{question.place}: {error}") from error
+    sees = isinstance(backend, TransformersBackend)
+    prompts, seen = encode_questions(backend.prompts, questions, sees)
     longest = backend.sampling.max_new_tokens
     rows = []
-    if any(seen) and not isinstance(backend, TransformersBackend):
-        raise SetupError(f"the rows have pictures, which {backend.source} cannot be shown")
     answers = (
         backend.generate(prompts, seen)
         if isinstance(backend, TransformersBackend)
