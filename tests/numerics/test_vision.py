@@ -1,6 +1,6 @@
 """Models that see, on packs with pictures, against their own class in a plain loop, document by document.
 
-The table of all of them: `python tests/numerics/test_vision.py`.
+The table of all of them: `python tests/numerics/test_vision.py [MODEL...]`.
 """
 
 import itertools
@@ -67,7 +67,7 @@ def main():
     )
     with tempfile.TemporaryDirectory() as folder:
         for kind, world, frozen, sharding in itertools.product(
-            vision.KINDS, (1, 2, 4), (False, True), ("full", "none")
+            sys.argv[1:] or vision.KINDS, (1, 2, 4), (False, True), ("full", "none")
         ):
             errors, *_ = run(Path(folder), kind, world, frozen, "--fsdp-sharding", sharding)
             good &= errors[0] < 1e-5 and errors[1] < 1e-5 and errors[2] < 1e-3
