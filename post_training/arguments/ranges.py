@@ -194,7 +194,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(1, 1_000_000), "distributed_timeout_minutes"),
     (_integer(1, 60_000_000), "distributed_timeout_seconds_after_init"),
     (_real(0, 1e9, hint="seconds; 0: never"), "hang_timeout"),
-    (_integer(1), "max_rows"),
+    (_integer(1), "max_rows min_pixels max_pixels max_prompt_length"),
     (_integer(0, 4096), "data_workers"),
     (_integer(0, 4096), "num_workers"),
     (_integer(-20, 19), "async_ckpt_cpu_priority"),
