@@ -91,7 +91,8 @@ def model_backend(asked: Any, name: Any) -> tuple[str, str | None]:
         named = json_object(file)
     except (OSError, ValueError, SetupError):
         return "megatron", None  # told when the configuration is loaded
-    if not named.get("architectures"):
+    classes = named.get("architectures")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes[:1]):
         return "megatron", None
     reason = why_not_megatron(SimpleNamespace(**named))
     return ("transformers", reason.partition("; ")[0]) if reason else ("megatron", None)

@@ -94,7 +94,8 @@ def check_origin(
     if before != args.model_backend:
         raise SetupError(
             f"{checkpoint.path} was written with --model-backend {before}, here it is "
-            f"{args.model_backend}: their weights have other names; give --model-backend {before}, or another --output-dir"
+            f"{args.model_backend}: their weights have other names; give --model-backend "
+            f"{before}, or another --output-dir"
         )
     check_format(args, checkpoint, written)
     here = origin(args)

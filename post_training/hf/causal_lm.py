@@ -236,7 +236,7 @@ def initialise_buffers(model: Any, config: PretrainedConfig, *, trust_remote_cod
     for module in model.modules():
         module._is_hf_initialized = False
     for tensor in state_names(model).values():
-        tensor._is_hf_initialized = True
+        setattr(tensor, "_is_hf_initialized", True)  # noqa: B010
     with torch.no_grad():
         model.initialize_weights()
     if trust_remote_code or any(bool(b.isnan().any()) for b in buffers.values()):

@@ -59,7 +59,8 @@ def check_causal_lm(config: PretrainedConfig, name: str) -> None:
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    found = (getattr(config, "architectures", None) or ["(none named)"])[0]
+    named = getattr(config, "architectures", None)
+    found = named[0] if isinstance(named, list) and named else f"{named}"
     own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "")
     known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
     if found not in ((known,) if isinstance(known, str) else known) and (

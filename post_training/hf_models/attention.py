@@ -93,7 +93,7 @@ def _seen(module: Any, lengths: list[int], window: int | None) -> tuple[list[int
 
     A layer of chunked attention, or of a window, may leave that to the mask that it is not given.
     """
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
     kind = kinds[index] if kinds is not None and index is not None else None
     if kind == "chunked_attention":

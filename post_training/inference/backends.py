@@ -24,7 +24,7 @@ from post_training.inference.quiet import quiet_libraries
 class Backend(Protocol):
     """Continues token ids."""
 
-    name: str
+    name: ClassVar[str]
     """One of `MODEL_BACKENDS`."""
     tokenizer: Any
     source: str

@@ -173,7 +173,7 @@ class RepeatedChoices(TorchFunctionMode):
             self._chosen.append(found.indices)
             return found
         named = dict(zip(("input", "k", "dim"), args, strict=False)) | (kwargs or {})
-        scores = named.get("input", named.get("self"))
+        scores: Tensor = named["input" if "input" in named else "self"]
         chosen = next(self._repeated)
         values = scores.gather(named.get("dim", -1), chosen)
         return torch.return_types.topk((values, chosen))
