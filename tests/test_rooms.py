@@ -45,7 +45,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["model", "checkpoint"],
         ["training", "inference"],
         ["distillation", "hf_models"],
-        ["knowledge"],
+        ["knowledge", "tasks"],
         ["export"],
     ],
 }

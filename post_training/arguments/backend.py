@@ -50,7 +50,7 @@ def check_transformers(args: argparse.Namespace) -> None:
     Raises:
         SetupError: naming the flag, and why the model is not made of these.
     """
-    if args.hf_model is None:
+    if args.hf_model is None and args.task is None:
         raise SetupError("--model-backend transformers needs --hf-model")
     why = f" ({args.backend_reason})" if args.backend_reason else ""
     if not args.use_torch_fsdp2:
@@ -68,7 +68,7 @@ def check_transformers(args: argparse.Namespace) -> None:
             )
 
 
-def model_backend(asked: Any, name: Any) -> tuple[str, str | None]:
+def model_backend(asked: Any, name: Any, task: Any = None) -> tuple[str, str | None]:
     """What computes a model: Megatron's layers where they can, else its own class of `transformers`.
 
     Only config.json is read.
@@ -76,10 +76,13 @@ def model_backend(asked: Any, name: Any) -> tuple[str, str | None]:
     Args:
         asked: `--model-backend`; None is auto.
         name: `--hf-model`, if given.
+        task: `--task`, which calls the model as `transformers` made it.
 
     Returns:
         `megatron` or `transformers`, and why not Megatron where that was not asked for.
     """
+    if task and asked != "megatron":
+        return "transformers", "--task" if isinstance(name, str) else None
     if asked in ("megatron", "transformers") or not isinstance(name, str):
         return str(asked if asked in MODEL_BACKENDS[1:] else "megatron"), None
     try:

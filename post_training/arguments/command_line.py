@@ -35,6 +35,7 @@ class CommandLine:
             "--transformer-impl",
             "--yaml-cfg",
             "--model-backend",
+            "--task",
         ):
             early.add_argument(flag, nargs="?")
         for flag in ("--fp32", "--trust-remote-code", "--use-torch-fsdp2"):
@@ -65,6 +66,8 @@ class CommandLine:
         except SetupError:
             written = {}  # told when the arguments are parsed
         backend, _ = model_backend(
-            self.value("model_backend", written), self.value("hf_model", written)
+            self.value("model_backend", written),
+            self.value("hf_model", written),
+            self.value("task", written),
         )
         return self.value("use_torch_fsdp2", written) is True or backend == "transformers"

@@ -39,6 +39,7 @@ def complete_flags(args: argparse.Namespace) -> None:
     """
     if not args.output_dir:
         raise SetupError("--output-dir is missing: name a folder for checkpoints, metrics and logs")
+    _check_task(args)
     if args.hf_model is None and args.num_layers is None:
         raise SetupError(
             "--hf-model is missing: name a HuggingFace folder or hub name "
@@ -217,6 +218,35 @@ def validate(args: argparse.Namespace) -> None:
     if device_type() == "cpu":
         # Megatron has insisted on it; `platform/checkpoints/writer_queue.py` says why it is not wanted.
         args.use_persistent_ckpt_worker = False
+
+
+def _check_task(args: argparse.Namespace) -> None:
+    """Refuse what a task of one's own cannot be told, or early stopping without what it looks at."""
+    if args.early_stop_patience is not None and args.early_stop_metric is None:
+        raise SetupError("--early-stop-patience: name what it looks at with --early-stop-metric")
+    if args.early_stop_metric is not None and not (
+        args.valid_data_files or args.split_ratio or args.offline_distillation_data
+    ):
+        raise SetupError(
+            f"--early-stop-metric {args.early_stop_metric}: there is no validation data "
+            f"(--valid-data-files, or --split-ratio)"
+        )
+    if args.task is None:
+        return
+    if args.model_backend == "megatron":
+        raise SetupError(
+            f"--task {args.task}: its methods call the model of transformers; leave out "
+            f"--model-backend megatron"
+        )
+    for key in _NOT_OF_TASKS:
+        if getattr(args, key):
+            raise SetupError(
+                f"--{key.replace('_', '-')}: --task {args.task} reads its own rows; leave it out"
+            )
+
+
+# What is done with conversations.
+_NOT_OF_TASKS = ("finetune_hf_dataset", "split_ratio", "chat_template", "conversation_format")
 
 
 def _fill(args: argparse.Namespace, name: str, value: str) -> None:

@@ -47,7 +47,9 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         # Names and shapes of all parameters are compared with the checkpoint's (`hf_models/build.py`).
         architecture = {
             key: architecture[key] for key in ("num_layers", "hidden_size", "vocab_size")
-        } | {"hf_class": args.hf_config.architectures[0]}
+        }
+        known = args.hf_config is not None
+        architecture["hf_class"] = args.hf_config.architectures[0] if known else args.task
     elif args.hf_config is not None:
         rope = rope_parameters(args.hf_config)
         keys = ROPE_KEYS + SCALED.get(str(rope.get("rope_type")), ())

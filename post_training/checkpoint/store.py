@@ -321,8 +321,7 @@ def remove_old(
         return []
     kept, removed = 0, []
     for iteration, path in _with_manifest(folder):
-        if iteration > newest or path.is_symlink() or iteration == best:
-            kept += iteration == newest
+        if iteration > newest or path.is_symlink() or (iteration == best and iteration != newest):
             continue
         if kept < (keep or 1):
             kept += defect(path) is None

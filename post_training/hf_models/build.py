@@ -68,7 +68,7 @@ def hf_model_config(
     known = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
     if args.fsdp_compute_dtype is not None:
         plain.transformer.autocast_dtype = args.fsdp_compute_dtype
-    anew = checkpoint is None
+    anew = checkpoint is None and args.hf_config is not None
     return HFModelConfig(
         **known,
         hf_config=args.hf_config,
@@ -103,6 +103,11 @@ class HFModelBuilder(ModelBuilder[HFModel, HFModelConfig]):
         )
         if config.transformer.recompute_granularity == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        return self.wrapped(model, pg_collection)
+
+    def wrapped(self, model: Any, pg_collection: Any) -> Any:
+        """The model as Megatron's schedule takes it."""
+        config = self._model_config
         return HFModel(config.transformer, model, pg_collection, config.say)
 
     def build_distributed_models(

@@ -10,6 +10,8 @@ from post_training.hf.causal_lm import build_model
 def count_parameters(args: argparse.Namespace) -> int:
     """Parameters of the model that the flags or its configuration describe."""
     if args.model_backend == "transformers":
+        if args.hf_config is None:
+            return 0  # a task's own model, which nobody has seen yet
         model = build_model(args.hf_config, trust_remote_code=args.trust_remote_code)
         return sum(parameter.numel() for parameter in model.parameters())
     hidden, heads = args.hidden_size, args.num_attention_heads

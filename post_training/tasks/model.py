@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from post_training.hf_models.build import HFModelBuilder
+from post_training.checkpoint.store import Checkpoint
+from post_training.errors import RunStopped
+from post_training.hf_models.build import HFModelBuilder, HFModelConfig, hf_model_config
 from post_training.hf_models.model import unit_classes
 
 
@@ -39,8 +44,56 @@ class TaskModule(MegatronModule):
         return self.model(*args, **kwargs)
 
 
+@dataclass
+class TaskModelConfig(HFModelConfig):
+    """As `HFModelConfig`; with a function that makes a model, that is the model."""
+
+    builder: ClassVar[str] = "post_training.tasks.model.TaskModelBuilder"
+    own_model: Callable[[], Any] | None = None
+
+
+def task_model_config(
+    args: argparse.Namespace, checkpoint: Checkpoint | None, task: Any
+) -> TaskModelConfig:
+    """The configuration of a task's model.
+
+    Args:
+        args: validated arguments.
+        checkpoint: what will be loaded, if anything.
+        task: with its three methods, and perhaps `build_model`.
+    """
+    plain = hf_model_config(args, checkpoint)
+    config = TaskModelConfig(**{f.name: getattr(plain, f.name) for f in fields(plain)})
+    config.own_model = getattr(task, "build_model", None)
+    if config.own_model is not None:
+        # Made whole, with weights of its own; a checkpoint's come in their place.
+        config.weights, config.seed = None, args.seed
+    return config
+
+
 class TaskModelBuilder(HFModelBuilder):
     """Builds the model of a task: that of `--hf-model`, or the task's own."""
+
+    def build_model(
+        self,
+        pg_collection: Any,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        vp_stage: int | None = None,
+    ) -> Any:
+        """The whole model.
+
+        Raises:
+            RunStopped: the task's own is no module.
+        """
+        config: Any = self._model_config
+        if config.own_model is None:
+            return super().build_model(pg_collection, pre_process, post_process, vp_stage)
+        torch.manual_seed(config.seed)
+        model = config.own_model()
+        if not isinstance(model, torch.nn.Module):
+            raise RunStopped(f"build_model of the task returned {type(model).__name__}, no module")
+        return self.wrapped(model.to(config.transformer.params_dtype), pg_collection)
 
     def wrapped(self, model: Any, pg_collection: Any) -> Any:
         """A module that the task calls."""

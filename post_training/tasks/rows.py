@@ -50,7 +50,9 @@ class RowBatch:
     """How many rows of the data it holds; 0: one row that stands for none."""
 
 
-def task_splits(args: argparse.Namespace, task: Any) -> tuple[dict[str, Split], dict[str, TaskRows]]:
+def task_splits(
+    args: argparse.Namespace, task: Any
+) -> tuple[dict[str, Split], dict[str, TaskRows]]:
     """Every split of a task: its plan, and its rows.
 
     Raises:
@@ -75,7 +77,11 @@ def describe_rows(splits: Mapping[str, Split], args: argparse.Namespace) -> str:
     """A line for each split."""
     return "\n".join(
         f"{name}: {len(split.documents):,} rows of {args.task}"
-        + (f" = {len(split.documents) / args.global_batch_size:,.1f} steps" if name == "train" else "")
+        + (
+            f" = {len(split.documents) / args.global_batch_size:,.1f} steps"
+            if name == "train"
+            else ""
+        )
         for name, split in splits.items()
     )
 
@@ -101,7 +107,7 @@ def _rows_of(args: argparse.Namespace, task: Any, paths: Sequence[str], split: s
         )
     if isinstance(found.dataset, IterableDataset) or not hasattr(found.dataset, "__len__"):
         raise SetupError(
-            f"{where}: the dataset {type(found.dataset).__name__} has no length: rows that can be shuffled, "
+            f"{where}: the dataset {type(found.dataset).__name__} has no length: rows to be shuffled, "
             f"shared out and gone on with exactly need a dataset with __len__ and __getitem__"
         )
     if not len(found.dataset):
@@ -209,7 +215,9 @@ class RowIterator(Iterator[RowBatch]):
         except Exception as error:
             shown = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
             numbers = ", ".join(str(row) for row in (rows or [0])[:8])
-            raise RunStopped(f"the task cannot make a batch of its rows {numbers}: {shown}") from error
+            raise RunStopped(
+                f"the task cannot make a batch of its rows {numbers}: {shown}"
+            ) from error
         return RowBatch(values, len(rows))
 
 

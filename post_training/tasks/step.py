@@ -187,7 +187,9 @@ def _weighed(count: Tensor, rows: int, loss: Tensor) -> tuple[Tensor, Tensor, di
     if not loss.requires_grad:
         return loss, count.to(torch.int), {"lm loss": torch.stack([loss.detach(), count])}
     told = loss.detach()
-    counters.add_losses(told.view(1), count.view(1), torch.zeros(1, dtype=torch.int64, device=count.device))
+    counters.add_losses(
+        told.view(1), count.view(1), torch.zeros(1, dtype=torch.int64, device=count.device)
+    )
     places = torch.arange(max(rows, 1), device=count.device)
     loss = step_losses.keep(places, told.expand(len(places)), loss)
     return loss, count.to(torch.int), {"lm loss": torch.stack([told, count])}

@@ -65,7 +65,9 @@ def load_task(args: argparse.Namespace, tokenizer: Any) -> Any:
     if not file:
         file, _, name = args.task.rpartition(".")
     if not file:
-        raise SetupError(f"--task {args.task}: expected FILE.py:ClassName or package.module:ClassName")
+        raise SetupError(
+            f"--task {args.task}: expected FILE.py:ClassName or package.module:ClassName"
+        )
     module = _module(file, args.task)
     kind = getattr(module, name, None)
     if not isinstance(kind, type):

@@ -17,7 +17,6 @@ import torch
 
 from post_training.checkpoint import store
 from post_training.errors import RunStopped
-from post_training.files import write_text
 from post_training.metrics.records import read_records
 from post_training.metrics.run_log import RunLog
 from post_training.platform.training_hooks import hooks
@@ -78,7 +77,9 @@ class EarlyStopping:
                 for key, each in record.items()
                 if isinstance(each, int | float) and key not in ("iteration", "seconds", "tokens")
             )
-            raise RunStopped(f"--early-stop-metric {metric}: evaluations have {there}, and no such number")
+            raise RunStopped(
+                f"--early-stop-metric {metric}: evaluations have {there}, and no such number"
+            )
         if self._count(iteration, float(value)):
             hooks.save_wanted = True
             return
@@ -115,4 +116,7 @@ class EarlyStopping:
             "iteration": iteration,
             "checkpoint": str(store.checkpoint_path(self.args.save, iteration)),
         }
-        write_text(Path(self.args.output_dir) / BEST, json.dumps(facts, indent=1) + "\n")
+        file = Path(self.args.output_dir) / BEST
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        partial.replace(file)
