@@ -114,8 +114,10 @@ class TaskModel:
         """
         self._chunk = chunk
         self._root = unwrap_model(chunk)
-        self.calls: list[tuple[Tensor, int, Tensor | None]] = []
-        """Of calls with labels since `forget`: the mean loss, the labels it is a mean of, and logits."""
+        self.calls: list[tuple[Tensor, int]] = []
+        """Of calls with labels since `forget`: the mean loss, and how many labels it is a mean of."""
+        self.output: Tensor | None = None
+        """What the last call returned first: from it a loss of nothing is made, with gradients of 0."""
         self._has_run = False
 
     def forget(self) -> None:
@@ -132,18 +134,20 @@ class TaskModel:
             if self._predicts_next and labels.dim() > 1:
                 labels = labels[..., 1:]  # nothing predicts a row's first token
             count = int((labels != -100).sum())
-            self.calls.append((loss, count, getattr(outputs, "logits", None)))
+            self.calls.append((loss, count))
+        first = getattr(outputs, "logits", outputs)
+        self.output = first if isinstance(first, Tensor) else None
         return outputs
 
     @property
     def _predicts_next(self) -> bool:
         """Whether the model shifts labels itself, as causal language models of `transformers` do."""
+        from transformers.loss.loss_utils import ForCausalLMLoss
+
         model = self._root.model
-        decoder_only = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        return decoder_only and str(getattr(model, "loss_type", "")) in (
-            "ForCausalLM",
-            "ForConditionalGeneration",
-        )
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            return False
+        return getattr(model, "loss_function", None) is ForCausalLMLoss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`; ranks may have prompts and answers of different lengths."""

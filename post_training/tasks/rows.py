@@ -119,16 +119,7 @@ def _documents(
     args: argparse.Namespace, task: Any, paths: Sequence[str], rows: TaskRows
 ) -> Documents:
     """The rows as documents of one token."""
-    count = len(rows.dataset)
-    ids = np.arange(count, dtype=np.int32)
-    documents = Documents(
-        input_ids=ids,
-        loss_mask=np.ones(count, np.uint8),
-        offsets=np.arange(count + 1, dtype=np.int64),
-        provenance=np.stack([np.zeros(count, np.int64), ids.astype(np.int64)], axis=1),
-        hashes=ids.astype(np.uint64),
-        fingerprint="task",
-    )
+    documents = numbered(len(rows.dataset))
     # A position in them is valid while the files are the same; the task's code may be mended.
     contents = hashlib.sha256(documents.contents.encode())
     if all(Path(path).exists() for path in paths):
@@ -140,6 +131,19 @@ def _documents(
     code = hashlib.sha256(source.read_bytes()).hexdigest() if source else None
     report = {"sources": [", ".join(paths)], "made_of": {"task": code}}
     return replace(documents, contents=contents.hexdigest()[:32], report=report)
+
+
+def numbered(count: int) -> Documents:
+    """Documents of one token each, which is their number."""
+    ids = np.arange(count, dtype=np.int32)
+    return Documents(
+        input_ids=ids,
+        loss_mask=np.ones(count, np.uint8),
+        offsets=np.arange(count + 1, dtype=np.int64),
+        provenance=np.stack([np.zeros(count, np.int64), ids.astype(np.int64)], axis=1),
+        hashes=ids.astype(np.uint64),
+        fingerprint="task",
+    )
 
 
 def _planned(args: argparse.Namespace, split: str, documents: Documents) -> Split:
@@ -193,7 +197,7 @@ class RowIterator(Iterator[RowBatch]):
         self._counts = order.batches()
         self._loader: Any = DataLoader(
             rows.dataset,
-            batch_sampler=order,  # type: ignore[arg-type]
+            batch_sampler=order,
             collate_fn=rows.collate,
             num_workers=rows.workers,
         )

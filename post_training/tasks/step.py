@@ -126,12 +126,9 @@ class TaskStep:
         if isinstance(output, list) and output:
             return self._summed(sum(self._one(loss) for loss in output), len(output))
         loss = self._one(output)
-        for mean, labels, logits in self.task.model.calls:
+        for mean, labels in self.task.model.calls:
             if mean is output:
-                # Of no labels it is not a number; its gradient must be 0.
-                if labels == 0 and logits is not None:
-                    loss = logits.float().sum() * 0.0
-                return loss * labels, loss.new_full((), labels, dtype=torch.float32).detach()
+                return self._summed(loss * labels, labels)
         if self._say is not None:
             self._say(
                 f"{self.name}: its loss is no model's mean over labels and has no count: micro batches "
@@ -153,7 +150,9 @@ class TaskStep:
                 f"whole number"
             )
         if number == 0:
-            loss = torch.nan_to_num(loss) * 0.0
+            # A mean of none is not a number, and nor would its gradient be.
+            output = self.task.model.output
+            loss = (loss if output is None else output.float().sum()) * 0.0
         return loss, torch.full((), number, device=loss.device)
 
     def _one(self, loss: Any) -> Tensor:
