@@ -143,13 +143,17 @@ class ReadingPlan:
                 yield target, value[0] if isinstance(value, list) else value
 
 
-def check_weights(folder: Path, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
+def check_weights(folder: Path, config: PretrainedConfig, model: Any) -> None:
     """Check by names, dtypes and shapes that the weights of a folder are the model's, all and no others.
+
+    Args:
+        folder: of the weights.
+        config: of the model.
+        model: built from it, without memory.
 
     Raises:
         SetupError: they are not.
     """
-    model = build_model(config, trust_remote_code=trust_remote_code)
     with HFCheckpoint(folder) as checkpoint:
         plan = ReadingPlan(model, checkpoint)
         for name in plan.missing():
@@ -217,17 +221,20 @@ def fill(tensor: Tensor, value: Any, what: str) -> None:
     tensor.copy_(value)
 
 
-def initialise_buffers(model: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
-    """Give the buffers that no file holds, such as rotary frequencies, their values.
+def complete(model: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
+    """After a model has been given memory: what is one tensor is one again, and buffers have values.
 
-    `transformers` computes them in `_init_weights`, as for every model that it loads; where it does not
-    (code of a model's own), a second model is built, which has them.
+    Those that no file holds, such as rotary frequencies, `transformers` computes in `_init_weights`, as for
+    every model that it loads; where it does not (code of a model's own), a second model is built, which
+    has them.
 
     Args:
         model: with memory, its parameters and persistent buffers as they may be.
         config: of the model.
         trust_remote_code: its code may be run.
     """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        model.tie_weights()  # FSDP2 keeps to it by itself
     kept = {id(tensor) for tensor in state_names(model).values()}
     buffers = {name: b for name, b in model.named_buffers() if id(b) not in kept}
     for buffer in buffers.values():

@@ -28,8 +28,8 @@ from post_training.errors import SetupError
 from post_training.hf.causal_lm import (
     build_model,
     check_weights,
+    complete,
     fill_from_folder,
-    initialise_buffers,
     state_names,
 )
 from post_training.hf.folder import local_model_folder
@@ -138,9 +138,7 @@ class HFModelBuilder(ModelBuilder[HFModel, HFModelConfig]):
             wrapped.to(current_device())
             return chunks
         wrapped.to_empty(device=current_device())
-        initialise_buffers(
-            wrapped.model, config.hf_config, trust_remote_code=config.trust_remote_code
-        )
+        complete(wrapped.model, config.hf_config, trust_remote_code=config.trust_remote_code)
         if config.weights is not None:
             fill_from_folder(wrapped.model, config.weights)
         return chunks
@@ -153,16 +151,16 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
         SetupError: they are not those of the model that config.json describes.
     """
     trust = args.trust_remote_code
-    if checkpoint is None:
-        if not args.random_weights:
-            folder = local_model_folder(args.hf_model)
-            check_weights(folder, args.hf_config, trust_remote_code=trust)
-        return
     model = build_model(args.hf_config, trust_remote_code=trust)
     if args.recompute_granularity and not model.supports_gradient_checkpointing:
         raise SetupError(
             f"--recompute-granularity full: {type(model).__name__} has no gradient checkpointing"
         )
+    _check_length(model, args.seq_length)
+    if checkpoint is None:
+        if not args.random_weights:
+            check_weights(local_model_folder(args.hf_model), args.hf_config, model)
+        return
     inside = f"{MODEL_PREFIX}model."
     metadata = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
     there = {
@@ -176,4 +174,36 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
             raise SetupError(
                 f"{checkpoint.path} is another model's checkpoint: {name} is "
                 f"{there.get(name, 'not there')}, config.json says {here.get(name, 'not there')}"
+            )
+
+
+def _check_length(model: Any, seq_length: int) -> None:
+    """Refuse documents that the positions of a model do not reach, or that change each other's.
+
+    Raises:
+        SetupError: naming the longest.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    tables = [
+        module.num_embeddings
+        for module in model.modules()
+        if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+    ]
+    # Some have a row or two more.
+    if limit is not None and seq_length > limit and any(0 <= n - limit <= 2 for n in tables):
+        raise SetupError(
+            f"--seq-length {seq_length}: {type(model).__name__} has learned {limit} positions; use "
+            f"--seq-length {limit} or less"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        original = each.get("original_max_position_embeddings") or limit
+        if each.get("rope_type") in ("dynamic", "longrope") and seq_length > (
+            original or seq_length
+        ):
+            raise SetupError(
+                f"--seq-length {seq_length}: rope type {each['rope_type']} has other frequencies for all "
+                f"documents of a row where one is longer than {original}; use --seq-length "
+                f"{original} or less"
             )

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from post_training.batch.host_tensors import host_group
 from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
-from post_training.hf_models.packing import WAYS, Documents, Rows
+from post_training.hf_models.packing import Documents, Rows, by_length, wanted_calls
 from post_training.hf_models.probe import choose_way
 
 
@@ -101,9 +103,29 @@ class HFModel(MegatronModule):
             with_positions = self.documents.positions(lengths, tokens.device)
             self.documents.begin(way, lengths)
             return self.run(tokens.unsqueeze(0), with_positions, chosen)
-        rows = Rows.of(lengths, tokens.device)
         self.documents.begin(way, None)
-        return self.run(tokens[rows.tokens], rows.positions, rows.places.index_select(0, chosen))
+        return self._row_logits(tokens, lengths, chosen.cpu())
+
+    def _row_logits(self, tokens: Tensor, lengths: list[int], chosen: Tensor) -> Tensor:
+        """The same of documents in rows, those of like length in one call; `chosen` is on the host."""
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        document = torch.searchsorted(bounds, chosen, right=True) - 1
+        parts, order = [], []
+        # Every rank makes as many calls: each gathers weights from all.
+        for group in by_length(lengths, _most_of_all_ranks(wanted_calls(lengths))):
+            rows = Rows.of(group, lengths)
+            row = torch.full((len(lengths),), -1)
+            row[group] = torch.arange(len(group))
+            here = torch.nonzero(row[document] >= 0).flatten()
+            inside = chosen[here] - bounds[document[here]]
+            places = row[document[here]] * rows.tokens.shape[1] + inside
+            ids, positions, places = (
+                part.to(tokens.device) for part in (rows.tokens, rows.positions, places)
+            )
+            parts.append(self.run(tokens[ids], positions, places))
+            order.append(here)
+        back = torch.cat(order).argsort().to(tokens.device)
+        return torch.cat(parts).index_select(0, back)
 
     def forward(
         self,
@@ -148,6 +170,20 @@ class HFModel(MegatronModule):
         )
 
 
+def _most_of_all_ranks(count: int) -> int:
+    """The largest of a number of all ranks that share the model."""
+    if not parallel_state.is_initialized():
+        return count
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    if group.size() > 1:
+        told = torch.tensor(count)
+        torch.distributed.all_reduce(
+            told, op=torch.distributed.ReduceOp.MAX, group=host_group(group)
+        )
+        count = int(told)
+    return count
+
+
 def cross_entropy(labels: Tensor, logits: Tensor) -> Tensor:
     """As Megatron's models compute it: labels int64 [1, tokens], logits [tokens, 1, vocabulary]."""
     return F.cross_entropy(logits.squeeze(1).float(), labels[0], reduction="none").unsqueeze(0)
@@ -180,6 +216,3 @@ def unit_classes(model: Any) -> list[type]:
                 sizes[type(block)] += sum(parameter.numel() for parameter in block.parameters())
         found = {kind for kind, _ in sizes.most_common(1)}
     return sorted(found, key=lambda kind: kind.__name__)
-
-
-__all__ = ["WAYS", "HFModel", "cross_entropy", "unit_classes"]

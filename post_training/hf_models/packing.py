@@ -21,6 +21,10 @@ from post_training.batch.packed_documents import positions_in_documents
 from post_training.hf_models.attention import NAME, register
 
 WAYS = ("attention", "positions", "rows")
+MOST_CALLS = 4
+"""Calls of the model for the rows of one pack: each gathers the weights anew."""
+PADDED = 1.25
+"""Padded rows may be so many times as large as their documents, before another call is made for them."""
 
 
 class Documents:
@@ -63,23 +67,65 @@ class Documents:
 
 @dataclass(frozen=True)
 class Rows:
-    """A pack as rows of one document each, padded on the right with the document's last token."""
+    """Documents of a pack as rows, padded on the right with each document's last token."""
 
+    documents: list[int]
+    """Which documents of the pack, by number."""
     tokens: Tensor
     """Which token of the pack stands at each place: int64 [documents, longest]."""
-    positions: Tensor
-    """int64 [documents, longest]."""
-    places: Tensor
-    """Where each token of the pack stands, counted through all rows: int64 [tokens]."""
 
     @classmethod
-    def of(cls, lengths: list[int], device: torch.device) -> Rows:
-        """Lay out documents of these lengths."""
-        each = torch.tensor(lengths)
-        begins = each.cumsum(0) - each
-        longest = int(each.max())
-        column = torch.arange(longest).expand(len(lengths), -1)
-        tokens = begins.unsqueeze(1) + torch.minimum(column, each.unsqueeze(1) - 1)
-        first = torch.arange(len(lengths)) * longest
-        places = torch.repeat_interleave(first, each) + positions_in_documents(lengths)
-        return cls(*(part.to(device) for part in (tokens, column.contiguous(), places)))
+    def of(cls, documents: list[int], lengths: list[int]) -> Rows:
+        """Lay out some of the documents of a pack, on the host; none are a row of one token."""
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        each = torch.tensor([lengths[number] for number in documents] or [1])
+        begins = bounds[documents] if documents else bounds[:1]
+        column = torch.arange(int(each.max())).expand(len(each), -1)
+        return cls(documents, begins.unsqueeze(1) + torch.minimum(column, each.unsqueeze(1) - 1))
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 [documents, longest]."""
+        return torch.arange(self.tokens.shape[1]).expand(self.tokens.shape).contiguous()
+
+
+def wanted_calls(lengths: list[int]) -> int:
+    """In how many calls of the model documents of these lengths waste little on padding."""
+    for calls in range(1, MOST_CALLS):
+        groups = by_length(lengths, calls)
+        if sum(_area(group, lengths) for group in groups) <= PADDED * sum(lengths):
+            return calls
+    return MOST_CALLS
+
+
+def by_length(lengths: list[int], calls: int) -> list[list[int]]:
+    """Documents, by number, in so many groups of like length that the padded rows are smallest.
+
+    Fewer documents than groups leave some empty.
+    """
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    # The least area of the first documents in so many groups, and where the last of these begins.
+    best: list[list[tuple[int, int]]] = [[(0, 0)] * (len(order) + 1)]
+    best[0][1:] = [(1 << 62, 0)] * len(order)
+    for _ in range(min(calls, len(order))):
+        last = best[-1]
+        best.append(
+            [(0, 0)]
+            + [
+                min(
+                    (last[begin][0] + lengths[order[begin]] * (end - begin), begin)
+                    for begin in range(end)
+                )
+                for end in range(1, len(order) + 1)
+            ]
+        )
+    groups, end = [], len(order)
+    for table in reversed(best[1:]):
+        begin = table[end][1]
+        groups.append(order[begin:end])
+        end = begin
+    return [*reversed(groups), *([[]] * (calls - len(groups)))]
+
+
+def _area(group: list[int], lengths: list[int]) -> int:
+    return len(group) * max((lengths[number] for number in group), default=0)
