@@ -259,7 +259,8 @@ def finetune(
                 non_loss_data_func, run_log=run_log, prompts=prompts
             ),
         )
-    report_end(args, console, graceful, run_log.last_iteration, EXPORTER)
+    found = None if best is None else best.best_iteration
+    report_end(args, console, graceful, run_log.last_iteration, EXPORTER, found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

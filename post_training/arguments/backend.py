@@ -62,9 +62,11 @@ def check_transformers(args: argparse.Namespace) -> None:
         value = getattr(args, key, values[0])
         if value not in values:
             shown = "" if value is True else f" {value}"
+            model = f"--hf-model {args.hf_model}" if args.hf_model else f"--task {args.task}"
+            cure = "use --bf16" if key == "fp16" else "leave it out"
             raise SetupError(
-                f"--{key.replace('_', '-')}{shown}: --hf-model {args.hf_model} is computed by its own "
-                f"class of transformers under --use-torch-fsdp2{why}, which has no such thing; leave it out"
+                f"--{key.replace('_', '-')}{shown}: {model} is computed by its own class of "
+                f"transformers under --use-torch-fsdp2{why}, which has no such thing; {cure}"
             )
 
 

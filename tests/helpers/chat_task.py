@@ -1,6 +1,7 @@
 """A task in three methods as a user would write it: chat rows for a model of `transformers`."""
 
 import json
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -34,6 +35,10 @@ def collate(rows):
 
 
 class ChatTask:
+    model: Any
+    tokenizer: Any
+    amp_context: Any
+
     def __init__(self, cfg):
         self.cfg = cfg
 

@@ -1,4 +1,5 @@
 import types
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ class Chunk(torch.nn.Module):
 
 class Task:
     device = torch.device("cpu")
+    model: Any
 
     def __init__(self, train=None, evaluate=None):
         self.train, self.evaluate = train, evaluate
@@ -46,7 +48,7 @@ LABELS, NONE = torch.tensor([5, -100]), torch.tensor([-100, -100])
 def run(task, batch, rows=2, training=True):
     counters.reset()
     chunk = Chunk().train(training)
-    said = []
+    said: list[str] = []
     step = TaskStep(task, "t", said.append)
     loss, weigh = step(iter([RowBatch(batch, rows)]), chunk)
     return (*weigh(loss)[:2], said, chunk)
