@@ -50,10 +50,10 @@ def choose_way(model: Any, say: Callable[[str], None] | None = None) -> str:
         RunStopped: there is none.
     """
     found: dict[str, str | None] = {}
-    with _undisturbed(model), _short_windows(model.model):
+    with _undisturbed(model), _short_windows(model.model), RepeatedChoices() as choices:
         alone = _alone(model)
         for way in WAYS:
-            found[way] = _agreed(_complaint(model, way, alone))
+            found[way] = _agreed(_complaint(model, way, alone, choices))
             if found[way] is None:
                 break
     tried = [f"{way}: {complaint}" for way, complaint in found.items() if complaint]
@@ -156,18 +156,19 @@ def _alone(model: Any) -> Tensor:
     return _losses(torch.cat(parts), ids)
 
 
-def _complaint(model: Any, way: str, alone: Tensor) -> str | None:
+def _complaint(model: Any, way: str, alone: Tensor, choices: RepeatedChoices) -> str | None:
     """What is wrong with a way, or None."""
     documents = model.documents
     row = torch.arange(sum(LENGTHS), device=_device(model))
     documents.calls = 0
     passes = []
     try:
-        with RepeatedChoices() as choices:
-            for ids in _tokens(_vocabulary(model)):
-                choices.next_pass()
-                logits = model.packed_logits(way, ids.to(row.device), list(LENGTHS), row)
-                passes.append(_losses(logits, ids))
+        for begin, ids in zip(
+            (choices.choose, choices.repeat), _tokens(_vocabulary(model)), strict=True
+        ):
+            begin()
+            logits = model.packed_logits(way, ids.to(row.device), list(LENGTHS), row)
+            passes.append(_losses(logits, ids))
     except (ValueError, KeyError, NotImplementedError) as error:
         return f"not taken by the model ({str(error).splitlines()[0][:80]})"
     if way == "attention" and not documents.calls:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -147,27 +147,47 @@ class _SameExperts:
 class RepeatedChoices(TorchFunctionMode):
     """Lets every second pass of a model that is not Megatron's take the largest ones that the first took.
 
-    Routers of `transformers` are each a class of their own; all choose by `torch.topk`.
+    Routers of `transformers` are each a class of their own; all choose by `torch.topk`. Of several such
+    contexts the innermost one acts.
     """
+
+    _entered: ClassVar[list[RepeatedChoices]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self._chosen: list[Tensor] = []
         self._repeated: Iterator[Tensor] | None = None
 
+    def __enter__(self) -> RepeatedChoices:
+        self._entered.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._entered.pop()
+
+    def choose(self) -> None:
+        """A pass begins that chooses."""
+        self._repeated, self._chosen = None, []
+
+    def repeat(self) -> None:
+        """The pass begins that repeats the choices of the one before."""
+        self._repeated = iter(self._chosen)
+
     def next_pass(self, *unused: Any) -> None:
-        """A pass begins: one that chooses, or the one that repeats its choices."""
+        """One of both, in turn."""
         if self._repeated is None and self._chosen:
-            self._repeated = iter(self._chosen)
+            self.repeat()
         else:
-            self._repeated, self._chosen = None, []
+            self.choose()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Scores are the pass's own."""
         found = func(*args, **(kwargs or {}))
-        if func not in (torch.topk, Tensor.topk):
+        if func not in (torch.topk, Tensor.topk) or self._entered[-1] is not self:
             return found
         if self._repeated is None:
             self._chosen.append(found.indices)
