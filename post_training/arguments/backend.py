@@ -15,32 +15,26 @@ MODEL_BACKENDS = ("auto", "megatron", "transformers")
 
 # Flags of which another value than this makes Megatron's layers something that other models are not.
 _OF_MEGATRON: dict[str, tuple[Any, ...]] = {
-    "tensor_model_parallel_size": (1,),
-    "pipeline_model_parallel_size": (1,),
-    "context_parallel_size": (1,),
-    "expert_model_parallel_size": (1,),
-    "expert_tensor_parallel_size": (None, 1),
-    "num_layers_per_virtual_pipeline_stage": (None,),
-    "num_virtual_stages_per_pipeline_rank": (None,),
-    "pipeline_model_parallel_layout": (None,),
-    "sequence_parallel": (False,),
-    "draft": (None,),
-    "export_offline_model": (False,),
-    "offline_distillation_data": (None,),
-    "export_kd_teacher_load": (None,),
-    "export_quant_cfg": (None,),
-    "recompute_activations": (False,),
+    **dict.fromkeys(
+        [f"{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context")], (1,)
+    ),
+    **dict.fromkeys(("expert_model_parallel_size", "expert_tensor_parallel_size"), (None, 1)),
+    **dict.fromkeys(
+        """
+        num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
+        pipeline_model_parallel_layout draft offline_distillation_data export_kd_teacher_load
+        export_quant_cfg moe_router_dtype fp8 fp4
+        """.split(),
+        (None,),
+    ),
+    **dict.fromkeys(
+        "sequence_parallel export_offline_model recompute_activations fp16".split(), (False,)
+    ),
+    **dict.fromkeys(("hidden_dropout", "attention_dropout", "moe_aux_loss_coeff"), (None, 0.0)),
     "recompute_granularity": (None, "full"),
     "recompute_method": (None, "uniform"),
     "recompute_num_layers": (None, 1),
-    "hidden_dropout": (0.0,),
-    "attention_dropout": (0.0,),
-    "moe_aux_loss_coeff": (None, 0.0),
-    "moe_router_dtype": (None,),
     "cuda_graph_impl": ("none",),
-    "fp16": (False,),
-    "fp8": (None,),
-    "fp4": (None,),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from post_training.errors import SetupError
 from post_training.export.readers import complaints
 from post_training.files import json_object
-from post_training.hf.config_json import write_model_config
+from post_training.hf.config_json import older_spelling, write_model_config
 from post_training.hf.folder import (
     MODEL_FILES,
     TOKENIZER_FILES,
@@ -142,6 +142,10 @@ def _save_hf_model(model: HFModel, folder: Path, source: Path, max_shard_size: s
     for name, content in kept.items():
         (folder / name).write_bytes(content)
     written = json_object(source / "config.json")
+    rope = written.get("rope_parameters")
+    if isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values()):
+        # Of a base that transformers 5 wrote; earlier ones would take it for one without a rope base.
+        written = older_spelling(model.model.config, written) | written
     dtype = str(model.model.dtype).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):
         if key in written or key == "torch_dtype":

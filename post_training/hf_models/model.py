@@ -16,7 +16,7 @@ from torch import Tensor
 from post_training.batch.host_tensors import host_group
 from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
-from post_training.hf_models.packing import Documents, Rows, by_length, wanted_calls
+from post_training.hf_models.packing import Documents, Rows, by_length
 from post_training.hf_models.probe import choose_way
 
 
@@ -111,8 +111,9 @@ class HFModel(MegatronModule):
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         document = torch.searchsorted(bounds, chosen, right=True) - 1
         parts, order = [], []
-        # Every rank makes as many calls: each gathers weights from all.
-        for group in by_length(lengths, _most_of_all_ranks(wanted_calls(lengths))):
+        groups = by_length(lengths)
+        # Every rank makes as many calls, some of nothing: each gathers weights from all.
+        for group in groups + [[]] * (_most_of_all_ranks(len(groups)) - len(groups)):
             rows = Rows.of(group, lengths)
             row = torch.full((len(lengths),), -1)
             row[group] = torch.arange(len(group))
@@ -208,6 +209,14 @@ def unit_classes(model: Any) -> list[type]:
         if type(module).__name__ in named
         and module is not model
         and not any(id(parameter) in outside for parameter in module.parameters())
+    }
+    # Of blocks inside of blocks the outer ones.
+    found -= {
+        type(part)
+        for module in model.modules()
+        if type(module) in found
+        for part in module.modules()
+        if part is not module
     }
     if not found:
         sizes: Counter[type] = Counter()

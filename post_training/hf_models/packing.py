@@ -23,8 +23,8 @@ from post_training.hf_models.attention import NAME, register
 WAYS = ("attention", "positions", "rows")
 MOST_CALLS = 4
 """Calls of the model for the rows of one pack: each gathers the weights anew."""
-PADDED = 1.25
-"""Padded rows may be so many times as large as their documents, before another call is made for them."""
+ALIKE = 0.6
+"""Documents of a call are at least so long as this part of its longest one."""
 
 
 class Documents:
@@ -89,43 +89,13 @@ class Rows:
         return torch.arange(self.tokens.shape[1]).expand(self.tokens.shape).contiguous()
 
 
-def wanted_calls(lengths: list[int]) -> int:
-    """In how many calls of the model documents of these lengths waste little on padding."""
-    for calls in range(1, MOST_CALLS):
-        groups = by_length(lengths, calls)
-        if sum(_area(group, lengths) for group in groups) <= PADDED * sum(lengths):
-            return calls
-    return MOST_CALLS
-
-
-def by_length(lengths: list[int], calls: int) -> list[list[int]]:
-    """Documents, by number, in so many groups of like length that the padded rows are smallest.
-
-    Fewer documents than groups leave some empty.
-    """
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
-    # The least area of the first documents in so many groups, and where the last of these begins.
-    best: list[list[tuple[int, int]]] = [[(0, 0)] * (len(order) + 1)]
-    best[0][1:] = [(1 << 62, 0)] * len(order)
-    for _ in range(min(calls, len(order))):
-        last = best[-1]
-        best.append(
-            [(0, 0)]
-            + [
-                min(
-                    (last[begin][0] + lengths[order[begin]] * (end - begin), begin)
-                    for begin in range(end)
-                )
-                for end in range(1, len(order) + 1)
-            ]
-        )
-    groups, end = [], len(order)
-    for table in reversed(best[1:]):
-        begin = table[end][1]
-        groups.append(order[begin:end])
-        end = begin
-    return [*reversed(groups), *([[]] * (calls - len(groups)))]
-
-
-def _area(group: list[int], lengths: list[int]) -> int:
-    return len(group) * max((lengths[number] for number in group), default=0)
+def by_length(lengths: list[int]) -> list[list[int]]:
+    """Documents, by number, in at most `MOST_CALLS` groups, in each of which lengths are alike."""
+    groups: list[list[int]] = []
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        alike = bool(groups) and lengths[number] >= ALIKE * lengths[groups[-1][0]]
+        if alike or len(groups) == MOST_CALLS:
+            groups[-1].append(number)
+        else:
+            groups.append([number])
+    return groups
