@@ -156,7 +156,8 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
         raise SetupError(
             f"--recompute-granularity full: {type(model).__name__} has no gradient checkpointing"
         )
-    _check_length(model, args.seq_length)
+    if args.task is None:  # whose rows are of any length
+        _check_length(model, args.seq_length)
     if checkpoint is None:
         if not args.random_weights:
             check_weights(local_model_folder(args.hf_model), args.hf_config, model)
