@@ -262,8 +262,9 @@ CASES = (
             (),
             world,
             family=family,
-            # Adam turns the rounding of its delta rule into 1e-4 of a gradient norm within ten steps.
-            recipe=SGD if family == "qwen3_next" else ADAM,
+            # Its delta rule is so sensitive to weights that at 2e-3 the first step's rounding (4e-8 of a
+            # gradient norm) is 1e-4 of it nine steps later.
+            recipe=Recipe(lr=1e-4) if family == "qwen3_next" else ADAM,
             slow=(family, world) not in QUICK,
         )
         for family in OTHERS
