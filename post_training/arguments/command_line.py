@@ -27,7 +27,10 @@ class CommandLine:
         """
         self.argv = list(argv)
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for flag in ("--config", "--hf-model", "--transformer-impl", "--yaml-cfg"):
+        for flag in (
+            *("--config", "--hf-model", "--transformer-impl", "--yaml-cfg"),
+            *("--lora-rank", "--lora-adapter"),
+        ):
             early.add_argument(flag, nargs="?")
         for flag in ("--fp32", "--trust-remote-code", "--use-torch-fsdp2"):
             early.add_argument(flag, action="store_true")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from post_training.adapters.flags import complete_lora
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
@@ -101,6 +102,7 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.sequence_parallel = True
         args.derived.append("sequence_parallel")
     complete_distillation(args)
+    complete_lora(args)
     sizes.check(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)

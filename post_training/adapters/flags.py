@@ -1,0 +1,177 @@
+"""The flags of adapters, and what a run with them is refused with."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import Any
+
+from post_training.adapters.peft_folder import base_of, read_settings
+from post_training.adapters.settings import KEYWORDS, LoraSettings, chosen_targets
+from post_training.errors import SetupError
+from post_training.hf.folder import local_model_folder, weights_digest
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add them to a parser."""
+    group = parser.add_argument_group("LoRA")
+    group.add_argument(
+        "--lora-rank",
+        type=int,
+        metavar="R",
+        help="train low-rank factors beside the model's matrices, which are frozen",
+    )
+    group.add_argument(
+        "--lora-alpha",
+        type=float,
+        metavar="A",
+        help="what the factors add is scaled by A / R (default: twice the rank)",
+    )
+    group.add_argument(
+        "--lora-dropout",
+        type=float,
+        metavar="P",
+        help="share of what the factors read that is dropped in training (default: 0)",
+    )
+    group.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help=f"matrices with factors: {', '.join(KEYWORDS)} (default: all), last parts of their "
+        f"HuggingFace names such as q_proj, embed_tokens or lm_head, or one pattern for whole names",
+    )
+    group.add_argument(
+        "--rslora", action="store_true", help="scale by A divided by the square root of R"
+    )
+    group.add_argument(
+        "--lora-adapter",
+        metavar="DIR",
+        help="begin with this adapter of PEFT, which says rank, alpha and targets",
+    )
+
+
+def complete_lora(args: argparse.Namespace) -> None:
+    """Set `args.lora`, what the run's adapter is (None: it has none), and refuse what it cannot be with.
+
+    Raises:
+        SetupError: a missing or contradictory flag.
+    """
+    args.lora = None
+    given = {
+        name: value
+        for name in ("lora_rank", "lora_alpha", "lora_targets", "rslora")
+        if (value := getattr(args, name)) is not None and value is not False
+    }
+    if args.lora_rank is None and args.lora_adapter is None:
+        if args.lora_dropout is not None:
+            given["lora_dropout"] = args.lora_dropout
+        for name in given:
+            raise SetupError(
+                f"--{name.replace('_', '-')}: there is no adapter; add --lora-rank or --lora-adapter"
+            )
+        return
+    flag = "--lora-rank" if args.lora_adapter is None else "--lora-adapter"
+    if args.hf_config is None or args.random_weights:
+        raise SetupError(
+            f"{flag}: an adapter belongs to the weights of --hf-model"
+            + (", leave --random-weights out" if args.random_weights else "")
+        )
+    for name, allowed, why in (
+        ("use_torch_fsdp2", False, "factors are trained with Megatron's distributed optimizer"),
+        ("draft", None, "a draft's base is frozen already"),
+        ("export_kd_teacher_load", None, "a taught student is trained as a whole"),
+        ("transformer_impl", "local", "factors lie beside the local layers only"),
+        ("fp8", None, "factors are not computed in 8 bits"),
+    ):
+        if getattr(args, name) != allowed:
+            value = getattr(args, name)
+            said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise SetupError(f"{said}: not with {flag}: {why}")
+    args.lora_dropout = args.lora_dropout or 0.0
+    if args.lora_adapter is None:
+        alpha = args.lora_alpha if args.lora_alpha is not None else 2.0 * args.lora_rank
+        targets = _targets(args.lora_targets or ["all"])
+        args.lora = LoraSettings(args.lora_rank, alpha, targets, args.rslora)
+    else:
+        for name in given:
+            raise SetupError(
+                f"--{name.replace('_', '-')}: --lora-adapter {args.lora_adapter} says it; leave it out"
+            )
+        args.lora = read_settings(args.lora_adapter, args.hf_config)
+        base = base_of(args.lora_adapter)
+        if base is not None and base != weights_digest(local_model_folder(args.hf_model)):
+            raise SetupError(
+                f"--lora-adapter {args.lora_adapter}: was trained on other weights than those of "
+                f"--hf-model {args.hf_model}"
+            )
+    chosen = chosen_targets(args.hf_config, args.lora)
+    of_experts = any(target.weight.of_expert for target in chosen.values())
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    if args.lora_dropout and of_experts and etp > 1:
+        raise SetupError(
+            f"--lora-dropout {args.lora_dropout}: ranks of --expert-tensor-parallel-size {etp} would drop "
+            f"different parts of one expert's input; use --expert-tensor-parallel-size 1"
+        )
+
+
+def _targets(words: list[str]) -> tuple[str, ...] | str:
+    """Names, or one pattern.
+
+    Raises:
+        SetupError: several words with a pattern among them, or one that is none.
+    """
+    patterns = [word for word in words if not re.fullmatch(r"[\w.]+", word)]
+    if not patterns:
+        return tuple(words)
+    if len(words) > 1:
+        raise SetupError(f"--lora-targets {' '.join(words)}: give names, or one pattern alone")
+    try:
+        re.compile(patterns[0])
+    except re.error as error:
+        raise SetupError(f"--lora-targets {patterns[0]}: is no pattern ({error})") from error
+    return patterns[0]
+
+
+def adapter_facts(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What a manifest says of the run's adapter, and of the weights that it belongs to."""
+    if args.lora is None:
+        return None
+    return {**args.lora.facts(), "base": weights_digest(local_model_folder(args.hf_model))}
+
+
+def check_adapter(args: argparse.Namespace, path: object, written: dict[str, Any] | None) -> None:
+    """Refuse a checkpoint that holds another adapter than this run's, or whole weights.
+
+    Args:
+        args: resolved arguments.
+        path: of the checkpoint, for messages.
+        written: `adapter_facts` of the run that wrote it.
+
+    Raises:
+        SetupError: it does not fit.
+    """
+    if written is None and args.lora is None:
+        return
+    if args.lora is None:
+        raise SetupError(
+            f"{path} holds an adapter of rank {written and written['rank']} only: give the LoRA flags that it "
+            f"was trained with, or another --output-dir or --load"
+        )
+    if written is None:
+        raise SetupError(
+            f"{path} holds a whole model: leave the LoRA flags out; or export it with scripts/export_hf.py "
+            f"and give that folder as --hf-model with another --output-dir"
+        )
+    before = LoraSettings.of(written)
+    if before != args.lora and chosen_targets(args.hf_config, before) != chosen_targets(
+        args.hf_config, args.lora
+    ):
+        raise SetupError(
+            f"{path} holds another adapter: its rank is {before.rank}, alpha {before.alpha:g}, targets "
+            f"{before.targets}; this run's are {args.lora.rank}, {args.lora.alpha:g}, {args.lora.targets}"
+        )
+    if written["base"] != weights_digest(local_model_folder(args.hf_model)):
+        raise SetupError(
+            f"{path} holds an adapter of other weights than those of --hf-model {args.hf_model}: give its "
+            f"base"
+        )
