@@ -69,6 +69,10 @@ class Factors(torch.nn.Module):
                 attributes.sequence_parallel = sequence_parallel
             self.register_parameter(name, parameter)
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """Both. Called, since Megatron's hooks on calls wait for parameters (`--overlap-param-gather`)."""
+        return self.lora_a, self.lora_b
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Moved with the model, but not rounded with it.
         return super()._apply(lambda t: t.to(device=fn(t).device), recurse)
@@ -106,7 +110,7 @@ class Adapter(torch.nn.Module):
         changed = self._row if self.weight.layout == "columns" else self._column
         return out + changed(layer, inputs[0]), bias
 
-    def _low(self, layer: Any, x: Tensor, a: Tensor, *, split: bool) -> Tensor:
+    def _low(self, x: Tensor, a: Tensor, *, split: bool) -> Tensor:
         """A x; `split`: other ranks of the tensor parallel group have other parts of x."""
         if self.dropout and self.training:
             if split or self.weight.of_expert:
@@ -121,22 +125,23 @@ class Adapter(torch.nn.Module):
     def _column(self, layer: Any, x: Tensor) -> Tensor:
         group, dispatched = layer.tp_group, self.weight.of_expert
         gathers = layer.sequence_parallel and not dispatched
-        low = []
+        low, second = [], []
         for each in self.factors.values():
-            a = each.lora_a
+            a, b = each()
+            second.append(b)
             if dispatched:
                 a = mappings.copy_to_tensor_model_parallel_region(a, group=group)
-            low.append(self._low(layer, x, a, split=gathers) * each.target.scaling)
+            low.append(self._low(x, a, split=gathers) * each.target.scaling)
         ranks = [part.shape[-1] for part in low]
         h = torch.cat(low, dim=-1)
         if gathers:
             h = mappings.gather_from_sequence_parallel_region(h, group=group)
         elif not dispatched:
             h = mappings.copy_to_tensor_model_parallel_region(h, group=group)
-        high: dict[int, Tensor] = {}
-        for each, part in zip(self.factors.values(), h.split(ranks, dim=-1), strict=True):
-            high[each.target.part] = functional.linear(part, each.lora_b.to(x.dtype))
-        return self._joined(high)
+        high = zip(self.factors.values(), second, h.split(ranks, dim=-1), strict=True)
+        return self._joined(
+            {each.target.part: functional.linear(part, b.to(x.dtype)) for each, b, part in high}
+        )
 
     def _joined(self, parts: dict[int, Tensor]) -> Tensor:
         """Changes of a fused layer's matrices, in its own order of rows: [..., rows of this rank]."""
@@ -152,8 +157,9 @@ class Adapter(torch.nn.Module):
 
     def _row(self, layer: Any, x: Tensor) -> Tensor:
         (each,) = self.factors.values()
-        h = self._low(layer, x, each.lora_a, split=True) * each.target.scaling
-        group, b = layer.tp_group, each.lora_b
+        a, b = each()
+        h = self._low(x, a, split=True) * each.target.scaling
+        group = layer.tp_group
         if self.weight.of_expert:
             b = mappings.copy_to_tensor_model_parallel_region(b, group=group)
         elif layer.sequence_parallel:
@@ -164,16 +170,17 @@ class Adapter(torch.nn.Module):
 
     def _embedded(self, layer: Any, ids: Tensor) -> Tensor:
         (each,) = self.factors.values()
+        a, b = each()
         local = ids - layer.vocab_start_index
-        held = (local >= 0) & (local < each.lora_a.shape[1])
-        h = functional.embedding(local.clamp(0, each.lora_a.shape[1] - 1), each.lora_a.t())
+        held = (local >= 0) & (local < a.shape[1])
+        h = functional.embedding(local.clamp(0, a.shape[1] - 1), a.t())
         h = h * held.unsqueeze(-1) * each.target.scaling
         if layer.reduce_scatter_embeddings:
             h = h.transpose(0, 1).contiguous()
             h = mappings.reduce_scatter_to_sequence_parallel_region(h, group=layer.tp_group)
         else:
             h = mappings.reduce_from_tensor_model_parallel_region(h, group=layer.tp_group)
-        return functional.linear(h, each.lora_b)
+        return functional.linear(h, b)
 
     @torch.no_grad()
     def merge(self, layer: Any) -> None:

@@ -54,7 +54,9 @@ def read_settings(folder: str | Path, config: PretrainedConfig) -> LoraSettings:
     """
     where = f"--lora-adapter {folder}"
     if not (Path(folder) / CONFIG).is_file():
-        raise SetupError(f"{where}: holds no {CONFIG}; name a folder that PEFT or this project wrote")
+        raise SetupError(
+            f"{where}: holds no {CONFIG}; name a folder that PEFT or this project wrote"
+        )
     found = json_object(Path(folder) / CONFIG)
     if found.get("peft_type") != "LORA":
         raise SetupError(f"{where}: is {found.get('peft_type')}, only LORA can be trained on")
@@ -152,7 +154,9 @@ def write_adapter(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": settings.rank,
-        "lora_alpha": int(settings.alpha) if settings.alpha == int(settings.alpha) else settings.alpha,
+        "lora_alpha": int(settings.alpha)
+        if settings.alpha == int(settings.alpha)
+        else settings.alpha,
         "lora_dropout": dropout,
         "use_rslora": settings.rslora,
         "target_modules": short_names(config, targets),

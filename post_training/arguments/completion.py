@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from post_training.adapters.flags import complete_lora
+from post_training.adapters.settings import LoraSettings
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
@@ -163,7 +164,11 @@ def complete_run(
 
 
 def complete_inference(
-    args: argparse.Namespace, *, load: str | None = None, ckpt_step: int | None = None
+    args: argparse.Namespace,
+    *,
+    load: str | None = None,
+    ckpt_step: int | None = None,
+    lora: LoraSettings | None = None,
 ) -> None:
     """Set what Megatron must see where one process only reads a model.
 
@@ -171,8 +176,10 @@ def complete_inference(
         args: as parsed, not validated yet.
         load: the folder to load from, if a checkpoint is loaded.
         ckpt_step: the checkpoint in it, whatever its tracker file names.
+        lora: the adapter that it holds, if it holds one in the place of a model.
     """
     args.load, args.ckpt_step, args.save = load, ckpt_step, None
+    args.lora = lora
     args.tensorboard_dir = None
     args.no_load_optim = args.no_load_rng = True
     args.exit_signal_handler = False

@@ -88,7 +88,7 @@ def check_export(target: Path, run: Path, name: str = "hf") -> None:
     place = target.absolute()
     own = place.parent.resolve() / place.name == run.resolve() / name
     free = not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir()))
-    if not free and not (own and not target.is_symlink() and (target / "config.json").is_file()):
+    if not free and not (own and not target.is_symlink() and any(target.glob("*config.json"))):
         raise SetupError(
             f"--to {target}: is there already, and is not this run's earlier export in {run / name}; give "
             f"another folder, or remove it"

@@ -61,7 +61,10 @@ def adapt(model: Any, settings: LoraSettings) -> dict[str, Tensor]:
         module = model.get_submodule(f"{name}.experts")
         here = [t for t in experts if t.name.startswith(f"{name}.experts.")]
         numbers = dict.fromkeys(t.name.split(".")[-2] for t in here)
-        for parameter, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        for parameter, parts in (
+            ("gate_up_proj", ("gate_proj", "up_proj")),
+            ("down_proj", ("down_proj",)),
+        ):
             fused = [[targets[f"{name}.experts.{n}.{p}"] for p in parts] for n in numbers]
             parametrize.register_parametrization(module, parameter, _Experts(fused, found))
     with torch.no_grad():
