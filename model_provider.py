@@ -91,7 +91,7 @@ def model_config(
 
 
 def takes_hf_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> bool:
-    """Whether the run takes the weights of `--hf-model`: it starts from them, or trains factors beside them."""
+    """Whether the weights of `--hf-model` are taken: to start from, or to train factors beside."""
     return (
         args.hf_config is not None
         and not args.random_weights

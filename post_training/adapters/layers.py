@@ -16,8 +16,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import types
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -31,15 +31,15 @@ from post_training.adapters.peft_folder import read_factors
 from post_training.adapters.settings import Target
 from post_training.hf.weights import named_parameters
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
 NAME = "adapter"
 """Of the module in the layer that it belongs to."""
 
 
 class Factors(torch.nn.Module):
     """A and B of one matrix: this rank's part, in fp32 whatever the model is turned to."""
+
+    lora_a: torch.nn.Parameter
+    lora_b: torch.nn.Parameter
 
     def __init__(self, target: Target, layer: Any, whole: tuple[Tensor, Tensor]) -> None:
         """For a matrix of `layer`, from whole factors."""
@@ -94,13 +94,17 @@ class Adapter(torch.nn.Module):
     def __init__(self, layer: Any, factors: list[Factors], dropout: float) -> None:
         """Beside `layer`, of at least one of the matrices that it is made of."""
         super().__init__()
-        self.factors = torch.nn.ModuleDict({str(each.target.part): each for each in factors})
+        self.factors = torch.nn.ModuleList(factors)
         self.dropout = dropout
         self.weight = factors[0].target.weight
         size = layer.tp_group.size()
         self.groups = self.weight.groups // size
         self.rows = [shape[0] // size for shape in self.weight.tensors.values()]
         self.hook = layer.register_forward_hook(self.add)
+
+    def __iter__(self) -> Iterator[Factors]:
+        """The factors of each matrix."""
+        return iter(cast("Iterable[Factors]", self.factors))
 
     def add(self, layer: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         """What the layer gives, and what the factors add to it."""
@@ -126,7 +130,7 @@ class Adapter(torch.nn.Module):
         group, dispatched = layer.tp_group, self.weight.of_expert
         gathers = layer.sequence_parallel and not dispatched
         low, second = [], []
-        for each in self.factors.values():
+        for each in self:
             a, b = each()
             second.append(b)
             if dispatched:
@@ -138,7 +142,7 @@ class Adapter(torch.nn.Module):
             h = mappings.gather_from_sequence_parallel_region(h, group=group)
         elif not dispatched:
             h = mappings.copy_to_tensor_model_parallel_region(h, group=group)
-        high = zip(self.factors.values(), second, h.split(ranks, dim=-1), strict=True)
+        high = zip(self, second, h.split(ranks, dim=-1), strict=True)
         return self._joined(
             {each.target.part: functional.linear(part, b.to(x.dtype)) for each, b, part in high}
         )
@@ -156,7 +160,7 @@ class Adapter(torch.nn.Module):
         return torch.cat(by_group, dim=-1).flatten(-2)
 
     def _row(self, layer: Any, x: Tensor) -> Tensor:
-        (each,) = self.factors.values()
+        (each,) = self
         a, b = each()
         h = self._low(x, a, split=True) * each.target.scaling
         group = layer.tp_group
@@ -169,7 +173,7 @@ class Adapter(torch.nn.Module):
         return functional.linear(h, b.to(x.dtype))
 
     def _embedded(self, layer: Any, ids: Tensor) -> Tensor:
-        (each,) = self.factors.values()
+        (each,) = self
         a, b = each()
         local = ids - layer.vocab_start_index
         held = (local >= 0) & (local < a.shape[1])
@@ -186,8 +190,7 @@ class Adapter(torch.nn.Module):
     def merge(self, layer: Any) -> None:
         """Add the product of the factors to the weight of a layer that is not split."""
         products = {
-            each.target.part: (each.lora_b @ each.lora_a * each.target.scaling).t()
-            for each in self.factors.values()
+            each.target.part: (each.lora_b @ each.lora_a * each.target.scaling).t() for each in self
         }
         change = self._joined(products)  # its rows are the last dimension here
         if not isinstance(layer, tensor_parallel.VocabParallelEmbedding):
@@ -266,7 +269,7 @@ def factors_of(chunk: torch.nn.Module) -> dict[str, Tensor]:
     """Factors of a whole model (tensor and pipeline parallel size 1), under PEFT's names."""
     found = {}
     for _, adapter in adapters(chunk):
-        for each in adapter.factors.values():
+        for each in adapter:
             for key, value, shape in zip(
                 each.target.keys, (each.lora_a, each.lora_b), each.target.shapes, strict=True
             ):
@@ -295,7 +298,7 @@ def _sharded_state_dict(
             copy = parallel_state.get_expert_data_parallel_rank()
         else:
             copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-        for each in adapter.factors.values():
+        for each in adapter:
             for name, key, axis in zip(
                 ("lora_a", "lora_b"), each.target.keys, each.axes, strict=True
             ):

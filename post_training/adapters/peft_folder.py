@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,7 +69,7 @@ def read_settings(folder: str | Path, config: PretrainedConfig) -> LoraSettings:
     if start not in _STARTS:
         raise SetupError(f"{where}: init_lora_weights is {start}: it belongs to a changed base")
     every = every_target(config)
-    names = {}
+    names: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in _shapes(folder).items():
         name = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", "", key)
         if name not in every or name == key:
@@ -113,7 +113,7 @@ def _shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as opened:
             return {
                 key.removeprefix(_PREFIX): tuple(opened.get_slice(key).get_shape())
-                for key in opened.keys()  # noqa: SIM118 - it is no mapping
+                for key in opened.keys()
             }
     except SafetensorError as error:
         raise SetupError(f"--lora-adapter {folder}: {WEIGHTS} is damaged ({error})") from error

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from post_training.adapters.flags import complete_lora
 from post_training.adapters.settings import LoraSettings
 from post_training.arguments.distillation import complete_distillation
+from post_training.arguments.lora import complete_lora
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import sliding_window

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from post_training.adapters.flags import adapter_facts, check_adapter
+from post_training.adapters.identity import adapter_facts, check_adapter
 from post_training.arguments.distillation import draft_of
 from post_training.arguments.refused import ARCHITECTURE
 from post_training.checkpoint.optimizer_form import check_optimizer, optimizer_form

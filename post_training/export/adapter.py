@@ -95,8 +95,8 @@ def export_adapter(
     difference = largest_difference(reloaded.eval(), tokens, expected)
     if not difference <= TOLERANCE:
         raise SetupError(
-            f"the logits of the base with the folder's adapter differ from the trained model's by "
-            f"{difference:.2e} of the largest one (allowed {TOLERANCE:.0e}); the export is left in {partial}"
+            f"the base with the folder's adapter gives other logits than the trained model, by "
+            f"{difference:.2e} of the largest one (allowed {TOLERANCE:.0e}); it is left in {partial}"
         )
     if target.exists():
         shutil.rmtree(target)

@@ -30,7 +30,7 @@ def count_parameters(args: argparse.Namespace) -> int:
 def checkpoint_bytes(args: argparse.Namespace) -> int:
     """Size of one checkpoint: weights, and master weights with two Adam moments in fp32.
 
-    With FSDP2 the weights are the master weights. Of a run with factors (`--lora-rank`) these only are kept.
+    With FSDP2 the weights are the master weights. With `--lora-rank` it holds factors only.
     """
     weight = 2 if (args.bf16 or args.fp16) and not args.use_torch_fsdp2 else 4
     optimizer = 0 if args.no_save_optim else (12 if args.optimizer == "adam" else 8)

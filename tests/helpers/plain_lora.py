@@ -1,4 +1,4 @@
-"""Low-rank factors in a HuggingFace model: peft's own, and for fused experts plain sums beside their weights."""
+"""Low-rank factors in a HuggingFace model: peft's own, and plain sums beside fused experts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def adapt(model: Any, settings: LoraSettings) -> dict[str, Tensor]:
 
         config = LoraConfig(
             r=settings.rank,
-            lora_alpha=settings.alpha,
+            lora_alpha=int(settings.alpha),
             use_rslora=settings.rslora,
             target_modules=[t.name for t in others],
         )
