@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
+from collections.abc import Mapping
 
 from post_training.adapters.peft_folder import base_of, read_settings
-from post_training.adapters.settings import KEYWORDS, LoraSettings, chosen_targets
+from post_training.adapters.settings import KEYWORDS, LoraSettings, Target, chosen_targets
 from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder, weights_digest
 
@@ -104,6 +106,7 @@ def complete_lora(args: argparse.Namespace) -> None:
                 f"--hf-model {args.hf_model}"
             )
     chosen = chosen_targets(args.hf_config, args.lora)
+    _check_stages(args, chosen)
     of_experts = any(target.weight.of_expert for target in chosen.values())
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     if args.lora_dropout and of_experts and etp > 1:
@@ -111,6 +114,34 @@ def complete_lora(args: argparse.Namespace) -> None:
             f"--lora-dropout {args.lora_dropout}: ranks of --expert-tensor-parallel-size {etp} would drop "
             f"different parts of one expert's input; use --expert-tensor-parallel-size 1"
         )
+
+
+def _check_stages(args: argparse.Namespace, chosen: Mapping[str, Target]) -> None:
+    """Refuse what might leave a rank without factors: Megatron saves no optimizer of nothing.
+
+    Raises:
+        SetupError: a pipeline stage or a rank of experts might have none.
+    """
+    if args.pipeline_model_parallel_size > 1:
+        layout = args.pipeline_model_parallel_layout
+        stages = layout.split("|") if isinstance(layout, str) else ["t"]
+        with_factors = {
+            t.parameter.split(".")[2] for t in chosen.values() if ".layers." in t.parameter
+        }
+        without = [n for n in range(args.num_layers) if str(n) not in with_factors]
+        if without or not all("t" in stage for stage in stages):
+            what = f"layer {without[0]} has" if without else "a stage without layers has"
+            raise SetupError(
+                f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: {what} no factors, and "
+                f"every pipeline stage must train some; name matrices of every layer in --lora-targets"
+            )
+    experts = Counter(t.name.split(".")[-2] for t in chosen.values() if t.weight.of_expert)
+    if args.expert_model_parallel_size > 1 and experts:
+        if len(experts) < args.num_experts or len(set(experts.values())) > 1:
+            raise SetupError(
+                f"--expert-model-parallel-size {args.expert_model_parallel_size}: --lora-targets names some "
+                f"experts only; name all or none"
+            )
 
 
 def _targets(words: list[str]) -> tuple[str, ...] | str:

@@ -83,7 +83,6 @@ CASES = (
     Case("tp2-sp", TP2 + SP, 2, settings=SOME, slow=False),
     Case("tp2-sp-recompute", TP2 + SP + RECOMPUTE, 2),
     Case("pp2", PP2, 2, settings=SOME),
-    Case("pp2", PP2, 2, settings=LAST),
     Case("cp2-mbs2", CP2 + MBS2, 2, slow=False),
     Case("tp2-pp2-mbs2", TP2 + PP2 + MBS2, 4),
     Case("tp2-sp-cp2", TP2 + SP + CP2, 4),
