@@ -132,15 +132,15 @@ def _check_stages(args: argparse.Namespace, chosen: Mapping[str, Target]) -> Non
         if without or not all("t" in stage for stage in stages):
             what = f"layer {without[0]} has" if without else "a stage without layers has"
             raise SetupError(
-                f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: {what} no factors, and "
+                f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: {what} no factors; "
                 f"every pipeline stage must train some; name matrices of every layer in --lora-targets"
             )
     experts = Counter(t.name.split(".")[-2] for t in chosen.values() if t.weight.of_expert)
     if args.expert_model_parallel_size > 1 and experts:
         if len(experts) < args.num_experts or len(set(experts.values())) > 1:
             raise SetupError(
-                f"--expert-model-parallel-size {args.expert_model_parallel_size}: --lora-targets names some "
-                f"experts only; name all or none"
+                f"--expert-model-parallel-size {args.expert_model_parallel_size}: --lora-targets names "
+                f"some experts only; name all or none"
             )
 
 
