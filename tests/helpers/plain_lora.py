@@ -33,11 +33,7 @@ class _Sum(torch.nn.Module):
         for parts in self.parts:
             ab = [[self.by_key[key] for key in target.keys] for target in parts]
             each = [t.scaling * b @ a for t, (a, b) in zip(parts, ab, strict=True)]
-            changes.append(
-                torch.cat(
-                    [x.t() if t.is_embedding else x for t, x in zip(parts, each, strict=True)]
-                )
-            )
+            changes.append(each[0].t() if parts[0].is_embedding else torch.cat(each))
         return weight + (torch.stack(changes) if weight.dim() == 3 else changes[0])
 
 

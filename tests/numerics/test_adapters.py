@@ -1,8 +1,8 @@
 """Low-rank factors on every layout against peft in a plain loop, and what is made of them afterwards.
 
-Faults of other trainers that these tests fail on: gradients of whole factors wrong under sequence parallelism;
-a start that depends on the layout; factors of fused layers in another order than their rows; parameters that are
-used before they are gathered; a checkpoint that holds the base.
+Faults of other trainers that these tests fail on: gradients of whole factors wrong under sequence
+parallelism; a start that depends on the layout; factors of fused layers in another order than their rows;
+parameters that are used before they are gathered; a checkpoint that holds the base.
 """
 
 import json
@@ -47,7 +47,7 @@ LAYOUTS = [(EP2 + TP2, 4), (PP2, 2), ((), 1), (TP2 + SP, 2)]
 
 @pytest.fixture(scope="module")
 def trained(matrix, tmp_path_factory):
-    """Twenty steps, five in each of four layouts; the folders of the run, its adapter and its whole model."""
+    """Twenty steps, five in each of four layouts; exported as a whole model and as an adapter."""
     folder, recipe = tmp_path_factory.mktemp("trained") / "out", Recipe(lr=2e-2, steps=20)
     for flags, world in LAYOUTS:
         case = Case("", flags, world, family="qwen3_moe")
