@@ -35,8 +35,8 @@ answers --hf-model "$folder/ten/hf" --json "$folder/before.json"
 
 step "training an adapter of it on the two others, and a few rows of the ten"
 on_two finetune.py --hf-model "$folder/ten/hf" --finetune-data-files "$folder/task/two.jsonl" \
-    --config scripts/quickstart/train.yaml --train-iters 600 --lr 1e-2 \
-    --lora-rank 16 --output-dir "$folder/run"
+    --tensor-model-parallel-size 2 --sequence-parallel --config scripts/quickstart/train.yaml \
+    --train-iters 600 --lr 1e-2 --lora-rank 16 --output-dir "$folder/run"
 answers --output-dir "$folder/run" --json "$folder/after.json"
 
 step "the adapter as PEFT stores it"
