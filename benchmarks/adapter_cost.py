@@ -87,17 +87,17 @@ def main() -> None:
         for turn in range(options.turns):
             for name, more in (("full", []), ("LoRA", ["--lora-rank", str(options.rank)])):
                 folder = Path(scratch) / f"{name}-{turn}"
-                seconds, peak = train([*flags, *more], folder)
+                seconds, resident = train([*flags, *more], folder)
                 entry = found.setdefault(name, ([], [], checkpoint_size(folder)))
                 entry[0].extend(seconds)
-                entry[1].append(peak)
+                entry[1].append(resident)
     print(f"{'':8}{'s/step':>8}{'peak GiB':>10}{'checkpoint MiB':>16}")
     rows = {
         name: (statistics.median(seconds), statistics.median(peaks), size / 2**20)
         for name, (seconds, peaks, size) in found.items()
     }
-    for name, (seconds, peak, size) in rows.items():
-        print(f"{name:8}{seconds:8.3f}{peak:10.2f}{size:16.1f}")
+    for name, (step, peak, size) in rows.items():
+        print(f"{name:8}{step:8.3f}{peak:10.2f}{size:16.1f}")
     ratios = [a / b for a, b in zip(rows["LoRA"], rows["full"], strict=True)]
     print(f"{'ratio':8}{ratios[0]:8.2f}{ratios[1]:10.2f}{ratios[2]:16.4f}")
 

@@ -36,16 +36,16 @@ def main() -> int:
         ("with it (Megatron)", "after"),
         ("with it (transformers and peft)", "peft"),
     ):
-        two, ten = (accuracy(every[name], kept_back=kept) for kept in (True, False))
+        two, ten = (accuracy(every[name], kept_back=k) for k in (True, False))
         print(f"{label:<34}{two:>18.1%}{ten:>18.1%}")
     rows = every["after"]["rows"]
     print(f"\nthe same answer both ways on {same} of {rows} questions")
     print(f"{folder}/ten/hf       the base: the model that learned ten kinds")
     print(f"{folder}/run/adapter  the adapter as PEFT and vLLM load it")
     print(f"took {seconds // 60} min {seconds % 60} s")
-    two, ten = ([accuracy(s, kept_back=kept) for s in every.values()] for kept in (True, False))
-    good = two[0] < MOST_BEFORE and min(two[1:]) > LEAST_AFTER and same == rows
-    if not (good and min(ten[1:]) > ten[0] - MOST_LOST):
+    learned, kept = ([accuracy(s, kept_back=k) for s in every.values()] for k in (True, False))
+    good = learned[0] < MOST_BEFORE and min(learned[1:]) > LEAST_AFTER and same == rows
+    if not (good and min(kept[1:]) > kept[0] - MOST_LOST):
         print(
             "this is not what it should be: the two kinds under 20% before and over 90% after, the ten "
             "within 2%, the same both ways"

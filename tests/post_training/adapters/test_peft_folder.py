@@ -26,7 +26,7 @@ SETTINGS = LoraSettings(4, 8.0, ("v_proj", "q_proj", "embed_tokens"), rank_patte
 @pytest.fixture
 def folder(tmp_path):
     targets = chosen_targets(MODEL, SETTINGS)
-    factors = {}
+    factors: dict[str, torch.Tensor] = {}
     for target in targets.values():
         factors |= dict(zip(target.keys, new_factors(target, 1), strict=True))
     write_adapter(tmp_path, MODEL, SETTINGS, factors, targets, dropout=0.1, base="B", digest="D")

@@ -43,7 +43,7 @@ def test_names_and_patterns(parse_for, words, expected):
 
 def test_what_is_trained_is_told_and_counted(parse_for):
     args = parse_for("qwen3", "--lora-rank", "4", "--lora-targets", "q_proj", "--rslora")
-    told = describe_adapter(args)
+    told = describe_adapter(args) or ""
     trained = 2 * 4 * (64 + 128)
     assert f"{trained:,} of" in told and "q_proj [128, 64] x 2: rank 4, scaling 4" in told
     assert checkpoint_bytes(args) == 16 * trained
@@ -109,6 +109,7 @@ def test_tied_embeddings_get_no_factors(parse_for):
 def test_a_checkpoint_holds_this_adapter_of_this_base(parse_for):
     mine = parse_for("qwen3", "--lora-rank", "4")
     facts = adapter_facts(mine)
+    assert facts is not None
     check_adapter(mine, "C", facts)
     check_adapter(parse_for("qwen3"), "C", None)
     spelled = ("--lora-rank", "4", "--lora-alpha", "8", "--lora-targets", "attention", "mlp")
