@@ -149,6 +149,11 @@ def _require_others(messages: Sequence[Message], texts: list[str]) -> None:
     Raises:
         RowError: a message is missing.
     """
+    said_by_others = [m.get("content") for m in messages if m["role"] != "assistant"]
+    if texts == [
+        content.strip() if isinstance(content, str) else None for content in said_by_others
+    ]:
+        return  # nearly always
     left = Counter(texts)
     missing: list[tuple[int, Message]] = []
     for number, message in enumerate(messages, 1):

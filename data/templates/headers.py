@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from os.path import commonprefix
 
 from data.errors import RowError
@@ -50,6 +51,10 @@ class TurnMarkup:
         channels = [token for token in {*special_tokens, *added_tokens} if _CHANNEL.search(token)]
         self._channel = _any_of(channels)
         self._longest = max(map(len, [*special_tokens, *added_tokens]), default=0)
+        # Any two characters that stand side by side in a token: nearly no turn begins between such.
+        self._pairs = {
+            a + b for token in (*special_tokens, *added_tokens) for a, b in pairwise(token)
+        }
         self._headers: dict[str | None, str | None] = {}
         self._openings: dict[str | None, str] = {}
         self.stops = learn_stops(template, forms, [_any_of(special_tokens), self.tokens])
@@ -137,7 +142,9 @@ class TurnMarkup:
             RowError: the turn begins inside a token, or a message is ended or opened before ``said``.
         """
         window = (max(0, start - self._longest), start + self._longest)
-        if any(m.start() < start < m.end() for m in self.tokens.finditer(text, *window)):
+        if text[max(0, start - 1) : start + 1] in self._pairs and any(
+            m.start() < start < m.end() for m in self.tokens.finditer(text, *window)
+        ):
             around = text[max(0, start - 30) : start + 30]
             raise RowError("header in answer", f"the turn would begin inside a token of {around!r}")
         before = text[start:said]
