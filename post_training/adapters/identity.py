@@ -10,11 +10,16 @@ from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder, weights_digest
 
 
+def base_digest(args: argparse.Namespace) -> str:
+    """Of the weights of `--hf-model`."""
+    return weights_digest(local_model_folder(args.hf_model))
+
+
 def adapter_facts(args: argparse.Namespace) -> dict[str, Any] | None:
     """What a manifest says of the run's adapter, and of the weights that it belongs to."""
     if args.lora is None:
         return None
-    return {**args.lora.facts(), "base": weights_digest(local_model_folder(args.hf_model))}
+    return {**args.lora.facts(), "base": base_digest(args)}
 
 
 def check_adapter(args: argparse.Namespace, path: object, written: dict[str, Any] | None) -> None:
@@ -48,7 +53,7 @@ def check_adapter(args: argparse.Namespace, path: object, written: dict[str, Any
             f"{path} holds another adapter: its rank is {before.rank}, alpha {before.alpha:g}, targets "
             f"{before.targets}; this run's are {args.lora.rank}, {args.lora.alpha:g}, {args.lora.targets}"
         )
-    if written["base"] != weights_digest(local_model_folder(args.hf_model)):
+    if written["base"] != base_digest(args):
         raise SetupError(
             f"{path} holds an adapter of other weights than those of --hf-model {args.hf_model}: give its "
             f"base"

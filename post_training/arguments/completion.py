@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from post_training.adapters.flags import lora_of
 from post_training.adapters.settings import LoraSettings
 from post_training.arguments.distillation import complete_distillation
-from post_training.arguments.lora import complete_lora
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import sliding_window
@@ -103,7 +103,7 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.sequence_parallel = True
         args.derived.append("sequence_parallel")
     complete_distillation(args)
-    complete_lora(args)
+    args.lora = lora_of(args)
     sizes.check(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)

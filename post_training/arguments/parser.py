@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
+from post_training.adapters.flags import add_lora_arguments
 from post_training.arguments.command_line import CommandLine
 from post_training.arguments.completion import complete_flags
 from post_training.arguments.config_file import apply_settings
 from post_training.arguments.defaults import fsdp2_defaults, platform_defaults, sft_defaults
 from post_training.arguments.distillation import add_distillation_arguments
-from post_training.arguments.lora import add_lora_arguments
 from post_training.arguments.other_names import hint_for
 from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags

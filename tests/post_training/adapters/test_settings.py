@@ -66,8 +66,8 @@ def test_what_is_trained_is_told_and_counted(parse_for):
         ("qwen3_moe", "--lora-rank 4 --lora-targets .*gate.*", "the router"),
         ("qwen3", "--lora-rank 4 --use-torch-fsdp2", "not with --lora-rank"),
         ("qwen3", "--lora-rank 4 --draft eagle3", "not with --lora-rank"),
-        ("qwen3", "--lora-rank 4 --random-weights", "leave --random-weights out"),
-        ("qwen3", "--lora-rank 4 --lora-adapter nowhere", "--lora-adapter nowhere says it"),
+        ("qwen3", "--lora-rank 4 --random-weights", "no --random-weights"),
+        ("qwen3", "--lora-rank 4 --lora-adapter nowhere", "--lora-adapter says it"),
         ("qwen3", "--lora-adapter nowhere", "holds no adapter_config.json"),
     ],
 )

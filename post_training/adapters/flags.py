@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 
+from post_training.adapters.identity import base_digest
 from post_training.adapters.peft_folder import base_of, read_settings
 from post_training.adapters.settings import KEYWORDS, LoraSettings, Target, chosen_targets
 from post_training.errors import SetupError
-from post_training.hf.folder import local_model_folder, weights_digest
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,72 +51,67 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def complete_lora(args: argparse.Namespace) -> None:
-    """Set `args.lora`, what the run's adapter is (None: it has none), and refuse what it cannot be with.
+# What an adapter cannot be trained with, the value that it can, and why.
+_ALONE = (
+    ("use_torch_fsdp2", False, "factors are trained with Megatron's distributed optimizer"),
+    ("model_backend", "megatron", "factors lie beside Megatron's layers only"),
+    ("transformer_impl", "local", "factors lie beside the local layers only"),
+    ("fp8", None, "factors are not computed in 8 bits"),
+    ("draft", None, "a draft's base is frozen already"),
+    ("export_kd_teacher_load", None, "a taught student is trained as a whole"),
+    ("offline_distillation_data", None, "a taught student is trained as a whole"),
+)
+_OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_targets", "rslora", "lora_dropout")
+
+
+def lora_of(args: argparse.Namespace) -> LoraSettings | None:
+    """What the run's adapter is; None where it has none.
 
     Raises:
         SetupError: a missing or contradictory flag.
     """
-    args.lora = None
-    given = {
-        name: value
-        for name in ("lora_rank", "lora_alpha", "lora_targets", "rslora")
-        if (value := getattr(args, name)) is not None and value is not False
-    }
-    if args.lora_rank is None and args.lora_adapter is None:
-        if args.lora_dropout is not None:
-            given["lora_dropout"] = args.lora_dropout
-        for name in given:
-            raise SetupError(
-                f"--{name.replace('_', '-')}: there is no adapter; add --lora-rank or --lora-adapter"
-            )
-        return
     flag = "--lora-rank" if args.lora_adapter is None else "--lora-adapter"
+    given = [name for name in _OF_ADAPTER if getattr(args, name) not in (None, False)]
+    if args.lora_adapter is None and args.lora_rank is None:
+        if given:
+            raise SetupError(
+                f"--{given[0].replace('_', '-')}: there is no adapter; add --lora-rank or --lora-adapter"
+            )
+        return None
     if args.hf_config is None or args.random_weights:
         raise SetupError(
-            f"{flag}: an adapter belongs to the weights of --hf-model"
-            + (", leave --random-weights out" if args.random_weights else "")
+            f"{flag}: an adapter belongs to weights: give --hf-model, no --random-weights"
         )
-    for name, allowed, why in (
-        ("use_torch_fsdp2", False, "factors are trained with Megatron's distributed optimizer"),
-        ("draft", None, "a draft's base is frozen already"),
-        ("export_kd_teacher_load", None, "a taught student is trained as a whole"),
-        ("transformer_impl", "local", "factors lie beside the local layers only"),
-        ("fp8", None, "factors are not computed in 8 bits"),
-    ):
-        if getattr(args, name) != allowed:
-            value = getattr(args, name)
+    for name, allowed, why in _ALONE:
+        value = getattr(args, name, allowed)
+        if value != allowed:
             said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             raise SetupError(f"{said}: not with {flag}: {why}")
-    args.lora_dropout = args.lora_dropout or 0.0
     if args.lora_adapter is None:
-        alpha = args.lora_alpha if args.lora_alpha is not None else 2.0 * args.lora_rank
+        alpha = 2.0 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
         targets = _targets(args.lora_targets or ["all"])
-        args.lora = LoraSettings(args.lora_rank, alpha, targets, args.rslora)
+        settings = LoraSettings(args.lora_rank, alpha, targets, args.rslora)
     else:
-        for name in given:
+        if given[:1] not in ([], ["lora_dropout"]):
+            raise SetupError(f"--{given[0].replace('_', '-')}: {flag} says it; leave it out")
+        settings = read_settings(args.lora_adapter, args.hf_config)
+        if base_of(args.lora_adapter) not in (None, base_digest(args)):
             raise SetupError(
-                f"--{name.replace('_', '-')}: --lora-adapter {args.lora_adapter} says it; leave it out"
-            )
-        args.lora = read_settings(args.lora_adapter, args.hf_config)
-        base = base_of(args.lora_adapter)
-        if base is not None and base != weights_digest(local_model_folder(args.hf_model)):
-            raise SetupError(
-                f"--lora-adapter {args.lora_adapter}: was trained on other weights than those of "
+                f"{flag} {args.lora_adapter}: was trained on other weights than those of "
                 f"--hf-model {args.hf_model}"
             )
-    chosen = chosen_targets(args.hf_config, args.lora)
-    _check_stages(args, chosen)
-    of_experts = any(target.weight.of_expert for target in chosen.values())
+    chosen = chosen_targets(args.hf_config, settings)
+    _check_ranks(args, chosen)
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    if args.lora_dropout and of_experts and etp > 1:
+    if args.lora_dropout and etp > 1 and any(t.weight.of_expert for t in chosen.values()):
         raise SetupError(
             f"--lora-dropout {args.lora_dropout}: ranks of --expert-tensor-parallel-size {etp} would drop "
             f"different parts of one expert's input; use --expert-tensor-parallel-size 1"
         )
+    return settings
 
 
-def _check_stages(args: argparse.Namespace, chosen: Mapping[str, Target]) -> None:
+def _check_ranks(args: argparse.Namespace, chosen: Mapping[str, Target]) -> None:
     """Refuse what might leave a rank without factors: Megatron saves no optimizer of nothing.
 
     Raises:
