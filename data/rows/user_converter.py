@@ -43,6 +43,12 @@ class UserConverter:
                 checked, variables=result.variables, open_end=checked.open_end or result.open_end
             )
             return _with_mask(checked, result.trained, self.name)
+        if isinstance(result, (str, bytes)):
+            kind = type(result).__name__
+            raise RowError(
+                "converter failed",
+                f"{self.name} gave {kind}, expected a Conversation or a list of messages",
+            )
         if isinstance(result, Mapping):
             return conversation_from_messages(result.get("messages"), result.get("tools"))
         return conversation_from_messages(result, None, None, self.name)

@@ -121,10 +121,13 @@ def test_a_refused_layout_is_one_line(hf_model, chat_data, tmp_path):
     launcher = ["scripts/launch.py", "--nproc-per-node", "2", "finetune.py"]
     done = run_script(*launcher, *files, *flags, "--train-iters", "1")
     assert done.returncode == 2, done.stderr
-    starting, line = done.stderr.splitlines()
+    starting, *lines = done.stderr.splitlines()
     assert starting.startswith("starting: ")
-    assert line.removeprefix("error ").startswith(("error: ", "on rank 1: "))
-    assert "cannot be divided by tensor 3" in line
+    # Of one rank, or of both where the second was as fast as the launcher that ends it.
+    assert 1 <= len(lines) <= 2
+    for line in lines:
+        assert line.removeprefix("error ").startswith(("error: ", "on rank 1: "))
+        assert "cannot be divided by tensor 3" in line
 
 
 @pytest.mark.parametrize(

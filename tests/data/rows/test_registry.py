@@ -423,3 +423,9 @@ def test_nulls_in_json_are_the_data_s_own_and_those_that_arrow_fills_in_are_not(
     rows = [{"from": "human", "value": "Hi"}, {"from": "function_call", "value": whole}]
     found = convert({"conversations": rows})
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == said
+
+
+def test_a_converter_that_gives_text_is_named():
+    convert = converter("json:dumps", FormatOptions())
+    with pytest.raises(RowError, match="json:dumps gave str, expected a Conversation or a list"):
+        convert({"messages": [{"role": "user", "content": "a"}]})
