@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from post_training.adapters.settings import LoraSettings
 from tests.helpers import plain_lora, reference
 from tests.helpers.checkpoint import tensors
 from tests.helpers.launch import finetune, run_script
@@ -141,3 +142,22 @@ def test_an_adapter_of_peft_goes_on(matrix, tmp_path):
     assert done.returncode == 0, done.stderr
     written = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     assert written["rank_pattern"] == config.rank_pattern
+
+
+@pytest.mark.slow
+def test_ranks_that_read_the_same_drop_the_same(matrix, tmp_path):
+    """Else the whole factors, of which each rank has a copy, would part."""
+    settings = LoraSettings(4, 8.0, ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"))
+    dropout, recipe = ("--lora-dropout", "0.2"), Recipe(lr=2e-2, steps=4)
+    runs = [
+        matrix.train(
+            Case("", flags, world, settings=settings),
+            tmp_path / f"{world}",
+            *dropout,
+            recipe=recipe,
+        )
+        for flags, world in (((), 1), (TP2, 2))
+    ]
+    assert reference.relative(runs[1].losses, runs[0].losses) < STEP_BOUND
+    plain = matrix.train(Case("", settings=settings), tmp_path / "plain", recipe=recipe)
+    assert reference.relative(plain.losses, runs[0].losses) > STEP_BOUND, "something is dropped"
