@@ -11,6 +11,7 @@ from post_training.adapters.identity import base_digest
 from post_training.adapters.peft_folder import base_of, read_settings
 from post_training.adapters.settings import KEYWORDS, LoraSettings, Target, chosen_targets
 from post_training.errors import SetupError
+from post_training.hf.folder import local_model_folder
 
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +95,9 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
     else:
         if given[:1] not in ([], ["lora_dropout"]):
             raise SetupError(f"--{given[0].replace('_', '-')}: {flag} says it; leave it out")
-        settings = read_settings(args.lora_adapter, args.hf_config)
+        settings = read_settings(
+            args.lora_adapter, args.hf_config, local_model_folder(args.hf_model)
+        )
         if base_of(args.lora_adapter) not in (None, base_digest(args)):
             raise SetupError(
                 f"{flag} {args.lora_adapter}: was trained on other weights than those of "

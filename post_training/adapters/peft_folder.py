@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from post_training.adapters.settings import LoraSettings, Target, every_target, short_names
 from post_training.errors import SetupError
 from post_training.files import json_object
+from post_training.hf.checkpoint import HFCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -42,12 +43,13 @@ _OTHER = {
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def read_settings(folder: str | Path, config: PretrainedConfig) -> LoraSettings:
+def read_settings(folder: str | Path, config: PretrainedConfig, base: Path) -> LoraSettings:
     """What a stored adapter is; only headers of its tensors are read.
 
     Args:
         folder: PEFT's.
         config: of the base.
+        base: its folder.
 
     Raises:
         SetupError: there is none, it is no plain LoRA, or it does not fit the model.
@@ -71,6 +73,14 @@ def read_settings(folder: str | Path, config: PretrainedConfig) -> LoraSettings:
     every = every_target(config)
     names: dict[str, dict[str, tuple[int, ...]]] = {}
     for key, shape in _shapes(folder).items():
+        kept = every.get(re.sub(r"(\.base_layer)?\.weight$", "", key))
+        if kept is not None and kept.weight.layout == "vocabulary":
+            # PEFT stores a copy of an embedding that has factors, or that was made larger.
+            if not _same_rows(folder, key, base, f"{kept.name}.weight"):
+                raise SetupError(
+                    f"{where}: its {key} is not that of --hf-model: it is another base's"
+                )
+            continue
         name = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", "", key)
         if name not in every or name == key:
             raise SetupError(f"{where}: --hf-model has no place for {key}: it is another base's")
@@ -117,6 +127,17 @@ def _shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
             }
     except SafetensorError as error:
         raise SetupError(f"--lora-adapter {folder}: {WEIGHTS} is damaged ({error})") from error
+
+
+def _same_rows(folder: str | Path, key: str, base: Path, name: str, rows: int = 64) -> bool:
+    """Whether a stored matrix is the base's own, by rows spread over it."""
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file, HFCheckpoint(base) as weights:
+        one, other = file.get_slice(_PREFIX + key), weights.slice(name)
+        size = one.get_shape()[0]
+        return one.get_shape() == other.get_shape() and all(
+            torch.equal(one[row : row + 1].float(), other[row : row + 1].float())
+            for row in range(0, size, max(1, size // rows))
+        )
 
 
 def read_factors(folder: str | Path, target: Target) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Adapters as PEFT stores them: written, read again, and what is no plain LoRA of this base is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from tests.helpers.models import make_config
 MODEL = make_config("qwen3", architectures=["Qwen3ForCausalLM"])
 SETTINGS = LoraSettings(4, 8.0, ("v_proj", "q_proj", "embed_tokens"), rank_pattern={"v_proj": 3})
 
+BASE = Path("nowhere")
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -34,7 +37,7 @@ def folder(tmp_path):
 
 
 def test_written_and_read_again(folder):
-    found = read_settings(folder, MODEL)
+    found = read_settings(folder, MODEL, BASE)
     targets = chosen_targets(MODEL, SETTINGS)
     assert chosen_targets(MODEL, found) == targets and base_of(folder) == "D"
     assert json.loads((folder / CONFIG).read_text())["target_modules"] == [
@@ -66,7 +69,7 @@ def test_another_kind_is_refused(folder, changes, message):
     file = folder / CONFIG
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(SetupError, match=message):
-        read_settings(folder, MODEL)
+        read_settings(folder, MODEL, BASE)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,7 @@ def test_another_kind_is_refused(folder, changes, message):
 def test_another_base_is_refused(folder, config, message):
     other = make_config("qwen3", architectures=["Qwen3ForCausalLM"], **config)
     with pytest.raises(SetupError, match=message):
-        read_settings(folder, other)
+        read_settings(folder, other, BASE)
 
 
 def test_tensors_that_mean_something_else_are_refused(folder):
@@ -87,7 +90,21 @@ def test_tensors_that_mean_something_else_are_refused(folder):
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
     save_file(tensors | {name: torch.ones(1)}, folder / WEIGHTS)
     with pytest.raises(SetupError, match="lora_magnitude_vector"):
-        read_settings(folder, MODEL)
+        read_settings(folder, MODEL, BASE)
     (folder / WEIGHTS).write_bytes(b"x")
     with pytest.raises(SetupError, match="damaged"):
-        read_settings(folder, MODEL)
+        read_settings(folder, MODEL, BASE)
+
+
+def test_a_stored_embedding_is_the_bases_own(folder, hf_model):
+    """PEFT stores it beside its factors; trained or made larger it would be lost."""
+    base = hf_model("qwen3")
+    tensors = load_file(folder / WEIGHTS)
+    own = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    save_file(tensors | {key: own}, folder / WEIGHTS)
+    assert read_settings(folder, MODEL, base).rank == 4
+    for other in (own + 1, torch.cat([own, own[:1]])):
+        save_file(tensors | {key: other}, folder / WEIGHTS)
+        with pytest.raises(SetupError, match="another base's"):
+            read_settings(folder, MODEL, base)
