@@ -88,6 +88,11 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
         if value != allowed:
             said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             raise SetupError(f"{said}: not with {flag}: {why}")
+    if (args.bf16 or args.fp16) and not args.use_distributed_optimizer and not args.skip_train:
+        raise SetupError(
+            f"{flag}: beside a base in 16 bits only Megatron's distributed optimizer saves factors in fp32; "
+            f"use --optimizer adam with it, or --fp32"
+        )
     if args.lora_adapter is None:
         alpha = 2.0 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
         targets = _targets(args.lora_targets or ["all"])

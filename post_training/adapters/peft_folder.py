@@ -85,6 +85,8 @@ def read_settings(folder: str | Path, config: PretrainedConfig, base: Path) -> L
         if name not in every or name == key:
             raise SetupError(f"{where}: --hf-model has no place for {key}: it is another base's")
         names.setdefault(name, {})[key] = shape
+    if not names:
+        raise SetupError(f"{where}: holds no factors")
     try:
         settings = LoraSettings(
             rank=int(found["r"]),
