@@ -16,40 +16,18 @@ from post_training.hf.folder import local_model_folder
 
 def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them to a parser."""
-    group = parser.add_argument_group("LoRA")
-    group.add_argument(
-        "--lora-rank",
-        type=int,
-        metavar="R",
-        help="train low-rank factors beside the model's matrices, which are frozen",
+    add = parser.add_argument_group("LoRA").add_argument
+    add(
+        "--lora-rank", type=int, metavar="R", help="train factors of this rank; the model is frozen"
     )
-    group.add_argument(
-        "--lora-alpha",
-        type=float,
-        metavar="A",
-        help="what the factors add is scaled by A / R (default: twice the rank)",
+    add("--lora-alpha", type=float, metavar="A", help="they are scaled by A / R (default: 2 R)")
+    add("--lora-dropout", type=float, metavar="P", help="of what they read (default: 0)")
+    add("--rslora", action="store_true", help="scale by A divided by the square root of R")
+    add(
+        "--lora-adapter", metavar="DIR", help="begin with this adapter of PEFT, which says the rest"
     )
-    group.add_argument(
-        "--lora-dropout",
-        type=float,
-        metavar="P",
-        help="share of what the factors read that is dropped in training (default: 0)",
-    )
-    group.add_argument(
-        "--lora-targets",
-        nargs="+",
-        metavar="NAME",
-        help=f"matrices with factors: {', '.join(KEYWORDS)} (default: all), last parts of their "
-        f"HuggingFace names such as q_proj, embed_tokens or lm_head, or one pattern for whole names",
-    )
-    group.add_argument(
-        "--rslora", action="store_true", help="scale by A divided by the square root of R"
-    )
-    group.add_argument(
-        "--lora-adapter",
-        metavar="DIR",
-        help="begin with this adapter of PEFT, which says rank, alpha and targets",
-    )
+    what = f"{', '.join(KEYWORDS)} (default: all), last parts of HuggingFace names, or one pattern"
+    add("--lora-targets", nargs="+", metavar="NAME", help=f"matrices with factors: {what}")
 
 
 # What an adapter cannot be trained with, the value that it can, and why.
@@ -90,8 +68,8 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
             raise SetupError(f"{said}: not with {flag}: {why}")
     if (args.bf16 or args.fp16) and not args.use_distributed_optimizer and not args.skip_train:
         raise SetupError(
-            f"{flag}: beside a base in 16 bits only Megatron's distributed optimizer saves factors in fp32; "
-            f"use --optimizer adam with it, or --fp32"
+            f"{flag}: beside a base in 16 bits only Megatron's distributed optimizer saves factors in "
+            f"fp32; use --optimizer adam with it, or --fp32"
         )
     if args.lora_adapter is None:
         alpha = 2.0 * args.lora_rank if args.lora_alpha is None else args.lora_alpha

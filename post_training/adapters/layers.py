@@ -52,10 +52,8 @@ class Factors(torch.nn.Module):
         self.axes: tuple[int | None, int | None] = (1, None) if row else (None, 0)
         sequence_parallel = layer.config.sequence_parallel and not expert
         for name, value, axis in zip(("lora_a", "lora_b"), whole, self.axes, strict=True):
-            if axis is not None and size > 1:
+            if axis is not None:
                 value = _part(value, axis, layer, target, rank, size)
-            elif axis is not None and target.weight.layout == "vocabulary":
-                value = _part(value, axis, layer, target, 0, 1)
             parameter = torch.nn.Parameter(value.to(layer.weight.device, copy=True))
             attributes: Any = parameter
             attributes.allreduce = getattr(layer.weight, "allreduce", True)

@@ -172,25 +172,24 @@ def write_adapter(
         base: name or folder of the base.
         digest: of its weights.
     """
+    alpha = settings.alpha
     told = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": settings.rank,
-        "lora_alpha": int(settings.alpha)
-        if settings.alpha == int(settings.alpha)
-        else settings.alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": dropout,
         "use_rslora": settings.rslora,
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": settings.alpha_pattern,
         "target_modules": short_names(config, targets),
-        "rank_pattern": dict(settings.rank_pattern),
-        "alpha_pattern": dict(settings.alpha_pattern),
         "bias": "none",
         "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
         "modules_to_save": None,
         "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
     tensors = {_PREFIX + name: value.contiguous() for name, value in factors.items()}
