@@ -5,7 +5,8 @@
 #     BASE   a finished quickstart's folder whose model is taken (default: one is trained in FOLDER/base)
 #
 # Stores the features of a small base, trains a draft for speculative decoding from them, and measures how many
-# drafted tokens the base accepts before and after.
+# drafted tokens the base accepts before and after. Then trains a student of half its depth with the base as
+# teacher, and the same student without.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # In a function: what is sourced without arguments is given those of its caller, as extras to install.
@@ -25,7 +26,7 @@ if [[ -e $folder && ! -f $folder/.distill ]]; then
 fi
 rm -rf "$folder"
 mkdir -p "$folder"
-touch "$folder/.distill"
+: >"$folder/.distill"
 
 if [[ ! -d $base/run/hf ]]; then
     step "training the base, as scripts/quickstart.sh does"
@@ -55,4 +56,9 @@ draft untrained --train-iters 1 --lr 0 --min-lr 0 --lr-warmup-iters 0 --no-isola
 step "training the draft from the features"
 draft draft
 
+step "a student of half the base's depth, without a teacher and with it"
+students=0
+bash scripts/quickstart/students.sh "$hf" "$base/task" "$folder/students" 1 || students=$?
+
 python scripts/quickstart/distill_report.py "$folder" "$((SECONDS - began))"
+exit "$students"

@@ -17,14 +17,15 @@ from pathlib import Path
 import torch
 
 from data import DataError
+from post_training.arguments.ranges import read_options
 from post_training.distillation.served_draft import ServedDraft
 from post_training.distillation.speculation import Acceptance, Verifier, greedy, speculate
 from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
-from post_training.inference.exact_match import read_questions
+from post_training.inference.exact_match import encode_questions, read_questions
 from post_training.inference.generate import stop_tokens
-from post_training.inference.prompts import Prompts
+from post_training.inference.prompts import add_template_flags, open_prompts
 from post_training.inference.quiet import hush, quiet_libraries
 
 
@@ -40,13 +41,9 @@ def main() -> int:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--limit", type=int, help="only the first so many rows")
     parser.add_argument("--json", metavar="FILE", help="write the counts and every answer")
-    options = parser.parse_args()
+    add_template_flags(parser)
+    options = read_options(parser)
     hush()
-    for name in ("num_speculative_tokens", "max_new_tokens", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            print(f"error: --{name.replace('_', '-')} {value}: must be at least 1", file=sys.stderr)
-            return 2
     try:
         return _evaluate(options)
     except (SetupError, DataError, OSError) as error:
@@ -66,10 +63,9 @@ def _evaluate(options: argparse.Namespace) -> int:
     verifier = Verifier(model, draft.input_layers)
     stops = set(stop_tokens(tokenizer, model.generation_config))
     found = Acceptance(options.num_speculative_tokens)
-    prompts = Prompts(tokenizer)
+    prompts = encode_questions(open_prompts(options, tokenizer, None), questions)
     answers = []
-    for question in questions:
-        prompt = prompts.encode(question.prompt)
+    for question, prompt in zip(questions, prompts, strict=True):
         plain = greedy(verifier, prompt, options.max_new_tokens, stops)
         drafted = speculate(verifier, draft, prompt, options.max_new_tokens, stops, found)
         if drafted != plain:

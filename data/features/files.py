@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from data.documents.cache_folder import machine
 from data.documents.check_sum import check_sum
 from data.errors import DataError
 
 _MEND = "Copy it again from where it is whole, or remove the folder and extract its features again."
-_NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int32: "I32",
-}
 
 
 @dataclass(frozen=True)
@@ -86,30 +79,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     """Write tensors in the safetensors format, and return the CRC-32 of the file.
 
     The library's own ``save_file`` gives the file a passing name that a kill leaves behind, and lets nobody
-    else read it (https://huggingface.co/docs/safetensors/index#format describes the format).
+    else read it.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-    header: dict[str, Any] = {}
-    end = 0
-    for name in names:
-        tensor = tensors[name]
-        begin, end = end, end + tensor.numel() * tensor.itemsize
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    crc32 = 0
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     with path.open("wb") as file:
-        for part in (len(text).to_bytes(8, "little"), text):
-            crc32 = zlib.crc32(part, crc32)
-            file.write(part)
-        for name in names:
-            data = tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
-            crc32 = zlib.crc32(data, crc32)
-            file.write(data)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return crc32
+    return zlib.crc32(data)

@@ -10,7 +10,6 @@ have seen each other in what made it.
 from __future__ import annotations
 
 import pickle
-from collections import Counter
 from collections.abc import Iterable
 from hashlib import blake2b
 from pathlib import Path
@@ -20,21 +19,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data.documents.cache_build import report_of
-from data.documents.documents import Documents
+from data.documents.cache_build import MemorySink
+from data.documents.shard import Shard
 from data.errors import DataError
 from data.features.manifest import DTYPES, Field
 
 _DTYPES = {dtype: name for name, dtype in DTYPES.items() if dtype.is_floating_point}
 HIDDEN = ("hidden_states", "aux_hidden_states")
-_IGNORED = -100  # labels of tokens that are not trained, in HuggingFace's convention
 
 
 class SampleFiles:
     """Documents and hidden states of the ``.pt`` files of a folder, by name.
 
     Every file is opened once at the start, for its ids and mask; hidden states are mapped when they
-    are read. Without a mask or labels every token is trained, as there.
+    are read. Without a mask every token is trained, as there.
 
     Args:
         folder: With the files.
@@ -56,28 +54,24 @@ class SampleFiles:
             ids.append(_input_ids(path, sample))
             masks.append(_loss_mask(path, sample, ids[-1]))
             self._check_fields(path, sample, len(ids[-1]))
-        lengths = [len(document) for document in ids]
-        counts = Counter(
-            {
-                "read": len(ids),
-                "kept": len(ids),
-                "tokens": sum(lengths),
-                "trained tokens": sum(int(np.count_nonzero(mask)) for mask in masks),
-                "max token id": max(int(document.max()) for document in ids),
-            }
+        hashes = b"".join(blake2b(document, digest_size=8).digest() for document in ids)
+        tokens, trained = np.concatenate(ids), np.concatenate(masks)
+        counts = {"read": len(ids), "kept": len(ids), "tokens": len(tokens)}
+        counts |= {"trained tokens": int(trained.sum()), "max token id": int(tokens.max())}
+        sink = MemorySink()
+        sink.add(
+            Shard(
+                input_ids=tokens,
+                loss_mask=trained,
+                lengths=np.array([len(document) for document in ids]),
+                provenance=np.array([[number, 0] for number in range(len(ids))], np.int64),
+                hashes=np.frombuffer(hashes, np.uint64),
+                counts=counts,
+                bad_rows=[],
+            )
         )
-        self.documents = Documents(
-            input_ids=np.concatenate(ids),
-            loss_mask=np.concatenate(masks),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            provenance=np.array([[number, 0] for number in range(len(ids))], np.int64),
-            hashes=np.frombuffer(
-                b"".join(blake2b(document, digest_size=8).digest() for document in ids), np.uint64
-            ),
-            fingerprint="",
-            report=report_of(counts, [])
-            | {"sources": [str(path) for path in self.files], "warnings": []},
-        )
+        self.documents = sink.documents("")
+        self.documents.report.update(sources=[str(path) for path in self.files], warnings=[])
 
     def read(self, document: int, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """The fields of a document, or those of ``names``, each ``[tokens, width]``: views of its file."""
@@ -152,21 +146,12 @@ def _input_ids(path: Path, sample: dict[str, Any]) -> npt.NDArray[np.int32]:
 def _loss_mask(
     path: Path, sample: dict[str, Any], ids: npt.NDArray[np.int32]
 ) -> npt.NDArray[np.uint8]:
-    """1 where the token itself is trained: from a mask, from labels, or everywhere."""
-    if "loss_mask" in sample:
-        mask = _tensor(path, sample, "loss_mask", 1)
-        if len(mask) != len(ids) or not ((mask == 0) | (mask == 1)).all():
-            raise _bad(path, f"loss_mask is not 0 or 1 for each of {len(ids)} tokens")
-        return mask.to(torch.uint8).numpy()
-    if "labels" not in sample:
+    """1 where the token itself is trained; everywhere without a mask."""
+    if "loss_mask" not in sample:
+        if "labels" in sample:
+            raise _bad(path, "has labels and no loss_mask, which says what is trained")
         return np.ones(len(ids), np.uint8)
-    labels = _tensor(path, sample, "labels", 1).numpy()
-    for shift in (0, 1):  # HuggingFace's labels stand at their token, ModelOpt's at the one before
-        if len(labels) == len(ids):
-            targets, given = ids[shift:], labels[: len(ids) - shift]
-            trained = given != _IGNORED
-            if (targets[trained] == given[trained]).all() and (
-                labels[len(ids) - shift :] < 0
-            ).all():
-                return np.concatenate([np.zeros(shift, np.uint8), trained.astype(np.uint8)])
-    raise _bad(path, "labels are neither the tokens nor the next tokens")
+    mask = _tensor(path, sample, "loss_mask", 1)
+    if len(mask) != len(ids) or not ((mask == 0) | (mask == 1)).all():
+        raise _bad(path, f"loss_mask is not 0 or 1 for each of {len(ids)} tokens")
+    return mask.to(torch.uint8).numpy()

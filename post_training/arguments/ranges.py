@@ -237,6 +237,8 @@ TOOL_RANGES: dict[str, Number] = {
     "rows": _integer(0),
     "iteration": _integer(1),
     "max_new_tokens": _integer(1),
+    "limit": _integer(1),
+    "num_speculative_tokens": _integer(1, 64),
     "temperature": _real(0, 1000, hint="0: the most probable token"),
     "top_p": _real(0, 1, above=True),
     "top_k": _integer(0, hint="0: all tokens"),

@@ -12,7 +12,7 @@ one before, which ModelOpt's own forward does.
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from post_training.batch.host_tensors import to_device
 from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.distillation.draft_attention import step_attention
-from post_training.distillation.draft_model import DraftSettings, output_rows, teacher_rows
-from post_training.distillation.losses import divergence
+from post_training.distillation.draft_model import DraftSettings, base_logits, teacher_rows
+from post_training.distillation.losses import divergence, keep_output
 from post_training.metrics.step_counters import counters
 from post_training.training.loss import hide_vocabulary_padding, largest_tokens
 
@@ -52,18 +53,9 @@ def base_states(model: GPTModel, layers: Sequence[int], *inputs: Any, **options:
         options: likewise.
     """
     seen: dict[int, Tensor] = {}
-
-    def keep(number: int) -> Any:
-        def hook(module: Any, arguments: Any, output: Any) -> None:
-            seen[number] = (output[0] if isinstance(output, tuple) else output).detach()
-
-        return hook
-
-    modules = [
-        (number, model.embedding if number < 0 else model.decoder.layers[number])
-        for number in layers
+    handles = [
+        keep_output(model.embedding if n < 0 else model.decoder.layers[n], seen, n) for n in layers
     ]
-    handles = [module.register_forward_hook(keep(number)) for number, module in modules]
     for part in (model.embedding, model.decoder):
         part.eval()
     try:
@@ -110,29 +102,37 @@ class DraftForward:
             KL, float32 [steps, trained]; which of them count, 0 or 1, the same shape; and which drafts are
             what the base model would write, likewise.
         """
-        module: Any = model.eagle_module
-        lengths, positions = packed.query_lengths, packed.position_ids
-        assert lengths is not None and positions is not None
+        positions = packed.position_ids
+        assert positions is not None
         if self._teacher is None:
             self._teacher = teacher_rows(model)
         teacher, greedy = self._teacher_logits(model, states.hidden_states, trained)
-        hidden, _ = module.fc(states.aux_hidden_states)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
         losses, counted, right = [], [], []
         place = positions.index_select(0, trained.indices)
-        for step in range(self.settings.steps):
-            if step and self.settings.detach:
-                hidden = hidden.detach()
-            ids = tokens.roll(-(1 + step), dims=1)
-            hidden = self._layer(model, hidden, ids, packed, step, keys, values)
+        steps = self._steps(
+            model, states.aux_hidden_states, packed, lambda step: tokens.roll(-(1 + step), dims=1)
+        )
+        for step, hidden in enumerate(steps):
             # The query that predicts the label of `r` at this step is `1 + step` tokens before `r`.
             queries = (trained.indices - (1 + step)).clamp(min=0)
-            logits = self._logits(model, hidden, queries)
-            losses.append(divergence(logits, teacher, module.eagle_output_layer.tp_group))
+            chosen = self._chosen(model, hidden, queries)
+            # Logits, by far the largest tensors, are those of one step at a time: the backward pass makes
+            # them again.
+            loss, choice = checkpoint(
+                *(self._compared, model, chosen, teacher),
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            losses.append(loss)
             counted.append(trained.weights * (place > step))
-            right.append((self._choice(module, logits.detach()) == greedy) * counted[-1])
+            right.append((choice == greedy) * counted[-1])
         return torch.stack(losses), torch.stack(counted), torch.stack(right)
+
+    def _compared(self, model: GPTModel, chosen: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Of chosen queries KL(base || draft), float32 [queries], and the draft's first choices."""
+        logits = self._logits(model, chosen)
+        group = model.eagle_module.eagle_output_layer.tp_group
+        return divergence(logits, teacher, group), self._choice(model.eagle_module, logits.detach())
 
     @torch.no_grad()
     def logits(
@@ -147,15 +147,11 @@ class DraftForward:
             aux_hidden_states: [tokens, 1, 3 * hidden].
         """
         count = len(aux_hidden_states)
-        hidden, _ = model.eagle_module.fc(aux_hidden_states)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        found = []
-        for step in range(self.settings.steps):
-            row = ids[1 + step : 1 + step + count].unsqueeze(0)
-            hidden = self._layer(model, hidden, row, packed, step, keys, values)
-            found.append(self._logits(model, hidden, torch.tensor([count - 1]))[0])
-        return found
+        last = torch.tensor([count - 1])
+        steps = self._steps(
+            model, aux_hidden_states, packed, lambda step: ids[1 + step : 1 + step + count][None]
+        )
+        return [self._logits(model, self._chosen(model, hidden, last))[0] for hidden in steps]
 
     @torch.no_grad()
     def propose(self, model: GPTModel, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,19 +178,36 @@ class DraftForward:
         inputs = row, packed.position_ids.unsqueeze(0), None
         states = base_states(model, self.settings.aux_layers, *inputs, packed_seq_params=packed)
         last = torch.tensor([count - 1], device=tokens.device)
-        base = written = self._greedy(model, states.hidden_states.index_select(0, last).squeeze(1))
-        hidden, _ = module.fc(states.aux_hidden_states)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        drafts = []
-        for step in range(self.settings.steps):
-            ids = row.roll(-(1 + step), dims=1)
+        base = self._greedy(model, states.hidden_states.index_select(0, last).squeeze(1))
+        drafts: list[Tensor] = []
+
+        def ids(step: int) -> Tensor:
+            read = row.roll(-(1 + step), dims=1)
             # Only the last token's query matters from step 1 on.
-            ids[0, count - 1] = written
-            hidden = self._layer(model, hidden, ids, packed, step, keys, values)
-            written = self._choice(module, self._logits(model, hidden, last))
+            read[0, count - 1] = drafts[-1] if drafts else base
+            return read
+
+        for hidden in self._steps(model, states.aux_hidden_states, packed, ids):
+            written = self._choice(module, self._logits(model, self._chosen(model, hidden, last)))
             drafts.append(written)
         return base.view(1, 1), torch.stack(drafts, dim=1)
+
+    def _steps(
+        self,
+        model: GPTModel,
+        aux_hidden_states: Tensor,
+        packed: PackedDocuments,
+        ids: Callable[[int], Tensor],
+    ) -> Iterator[Tensor]:
+        """Of each step what `_layer` makes; `ids`: what the queries of a step read, int64 [1, tokens]."""
+        hidden, _ = model.eagle_module.fc(aux_hidden_states)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        for step in range(self.settings.steps):
+            if step and self.settings.detach:
+                hidden = hidden.detach()
+            hidden = self._layer(model, hidden, ids(step), packed, step, keys, values)
+            yield hidden
 
     def _layer(
         self,
@@ -233,20 +246,25 @@ class DraftForward:
         angles = torch.outer((packed.position_ids + step).float(), frequencies)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
-    def _logits(self, model: GPTModel, hidden: Tensor, queries: Tensor) -> Tensor:
-        """Draft's logits of some tokens of the row: [queries, draft vocabulary of this rank]."""
+    def _chosen(self, model: GPTModel, hidden: Tensor, queries: Tensor) -> Tensor:
+        """What the draft's output layer reads of some tokens of the row: [queries, 1, hidden]."""
         module: Any = model.eagle_module
         layer = module.eagle_output_layer
-        normed = module.decoder.final_layernorm(hidden)
-        parallel = layer.sequence_parallel
-        if parallel:
+        normed: Tensor = module.decoder.final_layernorm(hidden)
+        if layer.sequence_parallel:
             normed = tensor_parallel.gather_from_sequence_parallel_region(
                 normed, tensor_parallel_output_grad=False, group=layer.tp_group
             )
+        return normed.index_select(0, queries)
+
+    def _logits(self, model: GPTModel, chosen: Tensor) -> Tensor:
+        """Draft's logits of what `_chosen` gives: [queries, draft vocabulary of this rank]."""
+        layer: Any = model.eagle_module.eagle_output_layer
+        parallel = layer.sequence_parallel
         previous = layer.allreduce_dgrad
         layer.sequence_parallel, layer.allreduce_dgrad = False, previous or parallel
         try:
-            logits: Tensor = layer(normed.index_select(0, queries))[0]
+            logits: Tensor = layer(chosen)[0]
         finally:
             layer.sequence_parallel, layer.allreduce_dgrad = parallel, previous
         return self._hide_padding(model, logits.squeeze(1).float())
@@ -276,10 +294,9 @@ class DraftForward:
     @torch.no_grad()
     def _greedy(self, model: GPTModel, hidden: Tensor) -> Tensor:
         """The base model's own choice of token: int64 [tokens] of hidden states [tokens, hidden]."""
-        logits = (hidden @ output_rows(model).t()).float()
         group = model.output_layer.tp_group
-        hide_vocabulary_padding(logits, self.settings.vocabulary, group.rank())
-        return largest_tokens(logits, group)
+        parts = base_logits(model, hidden, self.settings.vocabulary)
+        return torch.cat([largest_tokens(part, group) for part in parts])
 
     @torch.no_grad()
     def _choice(self, module: Any, logits: Tensor) -> Tensor:

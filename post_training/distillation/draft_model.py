@@ -19,6 +19,7 @@ from post_training.hf.weights import read_parameter
 from post_training.model.attention import PackedAttention
 from post_training.model.norm import LocalNorm
 from post_training.platform.modelopt_eagle import built_from
+from post_training.training.loss import hide_vocabulary_padding
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,22 @@ def output_rows(model: GPTModel) -> Tensor:
         else model.output_layer.weight
     )
     return rows.detach()
+
+
+def base_logits(model: GPTModel, hidden: Tensor, vocabulary: int) -> Iterator[Tensor]:
+    """The base's logits of 1,024 tokens at a time, without gradient, padded rows hidden.
+
+    Args:
+        model: unwrapped.
+        hidden: after the final norm: [tokens, hidden].
+        vocabulary: tokens there really are.
+
+    Yields:
+        float32 [some tokens, vocabulary rows of this rank].
+    """
+    for part in hidden.detach().split(1024):
+        logits = (part @ output_rows(model).t()).float()
+        yield hide_vocabulary_padding(logits, vocabulary, model.output_layer.tp_group.rank())
 
 
 @torch.no_grad()

@@ -29,11 +29,10 @@ from post_training.batch.assemble import (
     join_stage_input,
 )
 from post_training.batch.host_tensors import to_device
-from post_training.distillation.draft_model import output_rows
+from post_training.distillation.draft_model import base_logits
 from post_training.distillation.losses import top_tokens
 from post_training.machine.device import current_device
 from post_training.model.layer_spec import uses_packed_attention
-from post_training.training.loss import hide_vocabulary_padding
 
 
 @dataclass
@@ -199,11 +198,10 @@ class Extractor:
             final = tensor_parallel.gather_from_sequence_parallel_region(final)
         chosen = final.squeeze(1).index_select(0, predicts.to(final.device))
         group = self.model.output_layer.tp_group
-        logits = hide_vocabulary_padding(
-            (chosen @ output_rows(self.model).t()).float(), self.args.vocab_size, group.rank()
-        )
-        top = top_tokens(logits, self.top_k, group)
-        self.kept.top.append((top.ids.int().cpu(), top.log_probs.cpu(), top.rest.cpu()))
+        logits = base_logits(self.model, chosen, self.args.vocab_size)
+        parts = zip(*(top_tokens(part, self.top_k, group) for part in logits), strict=True)
+        ids, values, rest = (torch.cat(part).cpu() for part in parts)
+        self.kept.top.append((ids.int(), values, rest))
 
     def _bring_to_last_stage(self, count: int) -> None:
         """Give the last stage what the others have kept."""

@@ -9,6 +9,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
 
+def keep_output(module: torch.nn.Module, seen: dict[Any, Tensor], key: Any) -> Any:
+    """Let a module leave what it makes in `seen[key]`, each time anew; returns the hook's handle."""
+
+    def hook(module: Any, arguments: Any, output: Any) -> None:
+        seen[key] = output[0] if isinstance(output, tuple) else output
+
+    return module.register_forward_hook(hook)
+
+
 def _over(value: Tensor, group: ProcessGroup, op: Any = ReduceOp.SUM) -> Tensor:
     if group.size() > 1:
         torch.distributed.all_reduce(value, op=op, group=group)

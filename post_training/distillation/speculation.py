@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from post_training.distillation.losses import keep_output
 from post_training.distillation.served_draft import ServedDraft
 
 
@@ -60,14 +61,8 @@ class Verifier:
         decoder = model.get_decoder()
         for number in self._order:
             module = decoder.layers[number - 1] if number else model.get_input_embeddings()
-            module.register_forward_hook(self._keeper(number))
+            keep_output(module, self._seen, number)
         self.restart()
-
-    def _keeper(self, number: int) -> Any:
-        def keep(module: Any, arguments: Any, output: Any) -> None:
-            self._seen[number] = output[0] if isinstance(output, tuple) else output
-
-        return keep
 
     def restart(self) -> None:
         """Begin another sequence."""

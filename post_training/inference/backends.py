@@ -16,7 +16,7 @@ from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.generate import Sampling, generate, stop_tokens
 from post_training.inference.load import LoadedModel, ModelConfig, load_model
-from post_training.inference.prompts import Prompts, open_prompts
+from post_training.inference.prompts import Prompts, add_template_flags, open_prompts
 from post_training.inference.quiet import quiet_libraries
 
 BACKENDS = ("megatron", "transformers")
@@ -57,16 +57,7 @@ def answering_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=defaults.top_p)
     parser.add_argument("--top-k", type=int, default=defaults.top_k)
     parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument(
-        "--chat-template-variables",
-        metavar="JSON",
-        help="template variables, as finetune.py takes them (default: those of the run)",
-    )
-    parser.add_argument(
-        "--template-date",
-        metavar="YYYY-MM-DD",
-        help="what a template's clock says (default: what the run's said, else today)",
-    )
+    add_template_flags(parser)
     parser.add_argument("--batch-size", type=int, default=32, help="prompts computed at once")
     return parser
 

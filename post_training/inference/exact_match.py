@@ -16,6 +16,7 @@ from data.sources.files import resolve_files
 from data.sources.readers import file_chunks
 from post_training.errors import SetupError
 from post_training.inference.backends import Backend
+from post_training.inference.prompts import Prompts
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,21 @@ def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
     return (match[1] if pattern.groups else match[0]).strip()
 
 
+def encode_questions(prompts: Prompts, questions: Sequence[Question]) -> list[list[int]]:
+    """Token ids of each prompt.
+
+    Raises:
+        DataError: the chat template refuses a question.
+    """
+    found = []
+    for question in questions:
+        try:
+            found.append(prompts.encode(question.prompt))
+        except RowError as error:
+            raise DataError(f"{question.place}: {error}") from error
+    return found
+
+
 def evaluate(
     backend: Backend, questions: Sequence[Question], pattern: re.Pattern[str] | None = None
 ) -> Scores:
@@ -148,12 +164,7 @@ def evaluate(
             raise SetupError(
                 f"{question.place}: --answer-pattern finds nothing in {question.answer!r}"
             )
-    prompts = []
-    for question in questions:
-        try:
-            prompts.append(backend.prompts.encode(question.prompt))
-        except RowError as error:
-            raise DataError(f"{question.place}: {error}") from error
+    prompts = encode_questions(backend.prompts, questions)
     longest = backend.sampling.max_new_tokens
     rows = []
     for question, value, ids in zip(questions, expected, backend.generate(prompts), strict=True):

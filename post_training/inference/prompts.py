@@ -79,13 +79,27 @@ class Prompts:
             raise SetupError(f"the chat template does not take this prompt ({error})") from error
 
 
+def add_template_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that `open_prompts` reads."""
+    parser.add_argument(
+        "--chat-template-variables",
+        metavar="JSON",
+        help="template variables, as finetune.py takes them (default: those of the run, if there is one)",
+    )
+    parser.add_argument(
+        "--template-date",
+        metavar="YYYY-MM-DD",
+        help="what a template's clock says (default: what the run's said, else today)",
+    )
+
+
 def open_prompts(
     options: argparse.Namespace, tokenizer: Any, run: argparse.Namespace | None
 ) -> Prompts:
     """Prompts as the flags say, and where they say nothing as the run did.
 
     Args:
-        options: of a parser that `answering_parser` has made.
+        options: of a parser with `add_template_flags`.
         tokenizer: the model's.
         run: arguments of the run that trained the model, where they are known.
 

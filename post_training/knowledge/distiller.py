@@ -27,6 +27,7 @@ from post_training.distillation.features import OF_STUDENT
 from post_training.distillation.losses import (
     TopTokens,
     divergence,
+    keep_output,
     sparse_divergence,
     top_tokens,
 )
@@ -68,14 +69,7 @@ class Distiller:
         if student.post_process:
             for number, pair in enumerate(settings.pairs):
                 for which, model, name in ((0, student, pair.student), (1, teacher, pair.teacher)):
-                    module = model.get_submodule(name)
-                    module.register_forward_hook(self._keeper((number, which)))
-
-    def _keeper(self, key: tuple[int, int]) -> Any:
-        def keep(module: Any, arguments: Any, output: Any) -> None:
-            self._seen[key] = output[0] if isinstance(output, tuple) else output
-
-        return keep
+                    keep_output(model.get_submodule(name), self._seen, (number, which))
 
     def begin(self, batch: Batch) -> None:
         """Hear the teacher on a micro batch, before the student's forward pass."""

@@ -26,6 +26,7 @@ def main() -> int:
     print("\nthe base's answers are the same with the draft and without")
     print(f"{folder}/features         hidden states by conversation, for any further training")
     print(f"{folder}/draft/draft      the draft as vLLM and SGLang load it, beside the base")
+    print(f"{folder}/students         the students with and without a teacher")
     print(f"took {seconds // 60} min {seconds % 60} s")
     good = (
         found["untrained"]["acceptance_length"] <= MOST_BEFORE

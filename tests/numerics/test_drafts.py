@@ -1,7 +1,9 @@
 """Drafts in whole runs: the same losses on every layout, from stored features, and after a resume."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -98,7 +100,18 @@ def test_a_resumed_run_is_the_uninterrupted_one(alone, base, chat_data, tmp_path
     assert other.status == 2 and "its draft is" in other.console
 
 
-def _export(output_dir, base, rows):
+def _evaluated(output_dir, base, file, *flags):
+    """The answers that scripts/evaluate_draft.py gives."""
+    from scripts import evaluate_draft
+
+    out = f"{output_dir}/draft.json"
+    sys.argv = ["evaluate_draft.py", "--hf-model", base, "--draft", f"{output_dir}/draft"]
+    sys.argv += ["--data", file, "--limit", "5", "--max-new-tokens", "8", "--json", out, *flags]
+    assert evaluate_draft.main() == 0
+    return json.loads(Path(out).read_text())["answers"]
+
+
+def _export(output_dir, base, rows, file):
     """Export the run's draft, and let it draft for its base."""
     from transformers import AutoModelForCausalLM
 
@@ -115,15 +128,24 @@ def _export(output_dir, base, rows):
     for row in rows:
         plain = greedy(verifier, row, 12, {2})
         assert speculate(verifier, draft, row, 12, {2}, found) == plain
+    loud = Path(shutil.copytree(base, f"{output_dir}/loud"))
+    template = loud / "chat_template.jinja"
+    template.write_text("{% if loud %}LOUD {% endif %}" + template.read_text())
+    plain = _evaluated(output_dir, base, file)
+    assert _evaluated(output_dir, str(loud), file) == plain
+    words = '{"loud": true}'
+    assert _evaluated(output_dir, str(loud), file, "--chat-template-variables", words) != plain
     return found.drafts, found.accepted, found.length
 
 
 @pytest.mark.slow
-def test_an_exported_draft_drafts_for_its_base(alone, base):
+def test_an_exported_draft_drafts_for_its_base(alone, base, chat_data):
     """Greedy answers stay what they are; and servers' names and keys are there."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 391, (n,), generator=generator).tolist() for n in (7, 12, 30)]
-    ((drafts, accepted, length),) = run_ranks(_export, 1, str(alone.folder), str(base), rows)
+    ((drafts, accepted, length),) = run_ranks(
+        _export, 1, str(alone.folder), str(base), rows, str(chat_data.file)
+    )
     assert drafts > 0 and accepted == sorted(accepted, reverse=True) and length >= 1
     config = json.loads((alone.folder / "draft/config.json").read_text())
     assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]

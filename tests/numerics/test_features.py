@@ -1,14 +1,13 @@
 """Extracted features are those of the HuggingFace model on each document alone, on every layout."""
 
 import functools
-import signal
-import subprocess
 
 import pytest
 import torch
 
 from data.features.reader import FeatureReader
-from tests.helpers.launch import ENVIRONMENT, ROOT, command, run_ranks
+from tests.data.features.extraction_kills import killed_and_whole
+from tests.helpers.launch import run_ranks
 from tests.helpers.models import VOCABULARY, load_model
 from tests.numerics.equivalence import EP2, PP2, SP, TP2
 
@@ -88,32 +87,6 @@ def test_layouts(hf_model, chat_data, tmp_path, family, layout, world):
 
 
 @pytest.mark.slow
-def test_killed_and_gone_on_the_bytes_are_the_same(hf_model, chat_data, tmp_path):
-    """Killed as soon as a further shard is there; `python tests/data/features/...` kills everywhere."""
-    model = str(hf_model("qwen3"))
-    words = ["scripts/extract_features.py", "--hf-model", model, "--seq-length", "192"]
-    words += ["--finetune-data-files", str(chat_data.file), "--shard-megabytes", "1"]
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = {}
-    kills = 0
-    for folder in (whole, killed):
-        while True:
-            process = subprocess.Popen(
-                command(*words, "--output-dir", str(folder)),
-                cwd=ROOT,
-                env={**__import__("os").environ, **ENVIRONMENT},
-                stderr=subprocess.DEVNULL,
-            )
-            shards = len(list((folder / "train").glob("features-*.json")))
-            while folder is killed and kills < 2 and process.poll() is None:
-                if len(list((folder / "train").glob("features-*.json"))) > shards:
-                    process.send_signal(signal.SIGKILL)
-                    kills += 1
-                    break
-            if process.wait() == 0:
-                break
-        done[folder] = {
-            p.name: p.read_bytes() for p in sorted((folder / "train").rglob("*.*")) if p.is_file()
-        }
-    assert kills == 2
-    assert done[whole] == done[killed]
+def test_killed_and_gone_on_the_bytes_are_the_same(tmp_path):
+    """`python tests/data/features/extraction_kills.py` kills ten times."""
+    assert killed_and_whole(tmp_path, kills=2, seed=1)

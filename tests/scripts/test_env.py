@@ -190,7 +190,12 @@ def test_sourcing_sets_up_once_and_puts_the_environment_first(machine):
 
 
 @pytest.mark.parametrize(
-    ("script", "options"), [("quickstart.sh", ["out"]), ("gpu_check.sh", ["--device", "cpu"])]
+    ("script", "options"),
+    [
+        ("quickstart.sh", ["out"]),
+        ("distill_quickstart.sh", ["out"]),
+        ("gpu_check.sh", ["--device", "cpu"]),
+    ],
 )
 def test_options_of_a_script_are_no_extras(machine, script, options):
     write_python(machine.bin / "python3.12", "3.12")

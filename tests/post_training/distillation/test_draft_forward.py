@@ -1,6 +1,7 @@
 """Drafts against EAGLE-3 in plain PyTorch, over layouts, and apart from their neighbours in a pack."""
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from tests.helpers.launch import run_ranks
 from tests.helpers.megatron_model import flags
@@ -54,9 +55,19 @@ def draft_of_packs(argv, packs, cut):
             model, settings.aux_layers, *inputs, packed_seq_params=batch.packed
         )
         model.zero_grad()
-        losses, counted, _ = model.draft.losses(
-            model, batch.tokens, batch.packed, batch.trained, states
-        )
+        saved: list[torch.Tensor] = []
+
+        def keep(tensor, saved=saved):
+            saved.append(tensor)
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            losses, counted, _ = model.draft.losses(
+                model, batch.tokens, batch.packed, batch.trained, states
+            )
+        rows = len(model.eagle_module.eagle_output_layer.weight)
+        kept = {x.data_ptr() for x in saved if x.shape == (losses.shape[1], rows)}
+        assert len(kept) == 1, "more than the teacher's logits: memory grows with the steps"
         (losses * counted).sum().backward()
         gradients: dict[str, torch.Tensor] = {}
         if args.tensor_model_parallel_size == 1:
