@@ -57,11 +57,9 @@ class Factors(torch.nn.Module):
             parameter = torch.nn.Parameter(value.to(layer.weight.device, copy=True))
             attributes: Any = parameter
             attributes.allreduce = getattr(layer.weight, "allreduce", True)
-            if axis is not None or (expert and rank == 0):
-                # The gradient norm counts these on every rank of the tensor parallel group of dense layers.
-                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, axis or 0, 1)
-            elif expert:
-                attributes.shared = True  # counted on the first rank of the experts' group
+            if axis is not None:
+                # Counted in the gradient norm on every rank; the others on the first of their group.
+                tensor_parallel.set_tensor_model_parallel_attributes(parameter, True, axis, 1)
             elif target.parameter != "output_layer.weight":
                 # Each rank sees its part of the sequence (the output layer all of it).
                 attributes.sequence_parallel = sequence_parallel
