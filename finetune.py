@@ -227,6 +227,7 @@ def finetune(
                     draft_tokens=draft_tokens(args, splits),
                     knowledge=settings,
                     teacher=teacher,
+                    say=run_log.progress.message,
                 ),
             ),
             provider,
@@ -250,6 +251,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_lock.hold(args)
         start = resume.choose_checkpoint(args)
         check_weights(args, start.checkpoint)
+        if args.backend_reason and rank == 0:
+            print(
+                f"{args.hf_model}: its own class of transformers under --use-torch-fsdp2, not Megatron's "
+                f"layers ({args.backend_reason})",
+                file=console,
+            )
         settings, teacher = knowledge_settings(args), choose_teacher(args)
         if settings is not None and teacher is not None:
             check_weights(teacher.args, teacher.checkpoint)

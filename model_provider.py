@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from post_training.hf.draft import DraftShape
 from post_training.hf.folder import local_model_folder
 from post_training.hf.rotary import RotaryScaling, rope_parameters
 from post_training.hf.weights import load_hf_weights
+from post_training.hf_models.build import check_model, hf_model_config
 from post_training.knowledge.distiller import install_distiller
 from post_training.knowledge.settings import KnowledgeSettings
 from post_training.knowledge.teacher import Teacher, build_teacher
@@ -36,8 +38,9 @@ def model_config(
     draft_tokens: torch.Tensor | None = None,
     knowledge: KnowledgeSettings | None = None,
     teacher: Teacher | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Any:
-    """Megatron's `GPTModelConfig` of this run; `pretrain()` builds the model from it.
+    """What `pretrain()` builds the model of this run from: Megatron's `GPTModelConfig`, or one like it.
 
     Args:
         args: validated arguments.
@@ -45,11 +48,14 @@ def model_config(
         draft_tokens: those that a new draft can write: int64 [draft vocabulary]; None: all.
         knowledge: what the model learns of a teacher, if it has one.
         teacher: which; None: what is stored with the documents.
+        say: tells the user, on rank 0, what is found out while the model is set up.
 
     Returns:
         The configuration. Its hooks put in rotary embeddings for packed documents and, unless a
         checkpoint will be loaded, the HuggingFace weights.
     """
+    if args.model_backend == "transformers":
+        return hf_model_config(args, checkpoint, say)
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = decoder_block_spec
     transformer = config.transformer
@@ -107,6 +113,9 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
             parallelism is asked of a model that ModelOpt converted, or Transformer Engine of one whose
             rotary frequencies depend on the length of a document.
     """
+    if args.model_backend == "transformers":
+        check_model(args, checkpoint)
+        return
     if args.context_parallel_size > 1 and checkpoint is not None and checkpoint.has_modelopt:
         raise SetupError(
             f"--context-parallel-size {args.context_parallel_size}: {checkpoint.path} is a model converted "

@@ -1,7 +1,7 @@
 r"""Exact-match accuracy of a run's checkpoint or a HuggingFace folder on held-out rows.
 
 python scripts/evaluate.py --output-dir runs/first --data test.jsonl --json runs/first/test.json
-python scripts/evaluate.py --hf-model runs/first/hf --backend transformers --data gsm8k/test.jsonl \
+python scripts/evaluate.py --hf-model runs/first/hf --model-backend transformers --data gsm8k/test.jsonl \
     --answer-pattern '#### (.+)'
 
 The last assistant turn of each row is the right answer; the model answers the turns before it. Every
@@ -56,11 +56,11 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - begin
-    print(f"{backend.source} ({options.backend}, {seconds:.1f} s)\n{scores.table()}")
+    print(f"{backend.source} ({backend.name}, {seconds:.1f} s)\n{scores.table()}")
     if options.json:
         result = {
             "model": backend.source,
-            "backend": options.backend,
+            "backend": backend.name,
             "data": options.data,
             "accuracy": scores.accuracy,
             "correct": sum(row["correct"] for row in scores.rows),

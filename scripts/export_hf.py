@@ -121,6 +121,7 @@ def main() -> int:
             target,
             hf_model=args.hf_model,
             hf_tokenizer=args.hf_tokenizer,
+            trust_remote_code=args.trust_remote_code,
             dtype=DTYPES.get(options.dtype),
             max_shard_size=options.max_shard_size,
         )

@@ -44,7 +44,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["batch", "job"],
         ["model", "checkpoint"],
         ["training", "inference"],
-        ["distillation"],
+        ["distillation", "hf_models"],
         ["knowledge"],
         ["export"],
     ],

@@ -20,6 +20,7 @@ import torch
 
 from post_training.adapters.flags import lora_of
 from post_training.adapters.settings import LoraSettings
+from post_training.arguments.backend import check_transformers
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
@@ -45,6 +46,8 @@ def complete_flags(args: argparse.Namespace) -> None:
             "--hf-model is missing: name a HuggingFace folder or hub name "
             "(or describe a model with --num-layers, --hidden-size and so on)"
         )
+    if args.model_backend == "transformers":
+        check_transformers(args)
     args.eval_only = args.skip_train = args.eval_only or args.skip_train
     if args.eval_only:
         _prepare_evaluation(args)
@@ -83,7 +86,9 @@ def complete_flags(args: argparse.Namespace) -> None:
         raise SetupError(
             "--cross-entropy-loss-fusion rounds its gradients to bf16; add --bf16 or leave it out"
         )
-    if args.hf_config is not None:
+    if args.model_backend == "transformers":
+        args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
+    elif args.hf_config is not None:
         window = sliding_window(args.hf_config)
         if window is not None and args.seq_length > window:
             raise SetupError(

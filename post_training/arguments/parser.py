@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
 from post_training.adapters.flags import add_lora_arguments
+from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.arguments.command_line import CommandLine
 from post_training.arguments.completion import complete_flags
 from post_training.arguments.config_file import apply_settings
@@ -24,7 +25,7 @@ from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
 from post_training.arguments.usage import shorten_help
 from post_training.errors import SetupError
-from post_training.hf.config import load_hf_config, megatron_flags
+from post_training.hf.config import load_hf_config, megatron_flags, plain_flags
 from post_training.machine.kernels import (
     has_grouped_gemm,
     has_packed_kernel,
@@ -45,6 +46,13 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "--hf-model",
         metavar="PATH_OR_NAME",
         help="HuggingFace folder or hub name: architecture, tokenizer and weights come from it",
+    )
+    group.add_argument(
+        "--model-backend",
+        choices=MODEL_BACKENDS,
+        default="auto",
+        help="what computes --hf-model: Megatron's layers in any parallel layout, or its own class of "
+        "transformers under --use-torch-fsdp2 (default auto: Megatron where it has the architecture)",
     )
     group.add_argument(
         "--hf-tokenizer",
@@ -137,11 +145,12 @@ def parse_arguments(
             raise SetupError(f"{word[:-3]}: expected one argument")
     derived: dict[str, Any] = {}
     hf_config: Any = None
+    backend, backend_reason = "megatron", None
     megatron: MegatronFlags
     architecture: dict[str, Any] = {}
 
     def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        nonlocal hf_config, megatron
+        nonlocal hf_config, megatron, backend, backend_reason
         megatron = MegatronFlags(parser)
         add_finetune_arguments(parser)
         apply_ranges(parser)
@@ -169,13 +178,17 @@ def parse_arguments(
             use_te = has_packed_kernel(fp32=bool(command.value("fp32", written)))
         derived.update(sft_defaults())
         derived.update(platform_defaults(use_te and transformer_impl != "local"))
-        if command.value("use_torch_fsdp2", written):
+        backend, backend_reason = model_backend(command.value("model_backend", written), name)
+        if backend == "transformers":
+            derived["use_torch_fsdp2"] = True
+        if command.value("use_torch_fsdp2", written) or backend == "transformers":
             derived.update(fsdp2_defaults())
         if name:
             trust = bool(command.value("trust_remote_code", written))
-            hf_config = load_hf_config(name, trust_remote_code=trust)
+            hf_config = load_hf_config(name, trust_remote_code=trust, backend=backend)
+            flags = plain_flags if backend == "transformers" else megatron_flags
             try:
-                architecture.update(megatron_flags(hf_config))
+                architecture.update(flags(hf_config))
             except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise SetupError(
                     f"--hf-model {name}: config.json cannot be used ({error})"
@@ -200,6 +213,7 @@ def parse_arguments(
     megatron.check(args, derived, architecture)
     args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
     args.hf_config = hf_config
+    args.model_backend, args.backend_reason = backend, backend_reason
     complete_flags(args)
     return args
 

@@ -40,7 +40,7 @@ def describe(splits: Mapping[str, Split], args: argparse.Namespace) -> str:
         lines += [f"{split}: {warning}" for warning in used.report.get("warnings") or ()]
         if split != "train" and "train" in splits:
             lines += _describe_overlap(split, used, splits["train"].documents)
-    config = getattr(args, "hf_config", None)
+    config = getattr(args, "hf_config", None) if args.model_backend == "megatron" else None
     if (
         config is not None
         and "train" in splits

@@ -44,7 +44,12 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         The architecture, the format, and what else decides whether optimizer and weights can be read.
     """
     architecture = {key: getattr(args, key) for key in ARCHITECTURE}
-    if args.hf_config is not None:
+    if args.model_backend == "transformers":
+        # Names and shapes of all parameters are compared with the checkpoint's (`hf_models/build.py`).
+        architecture = {
+            key: architecture[key] for key in ("num_layers", "hidden_size", "vocab_size")
+        } | {"hf_class": args.hf_config.architectures[0]}
+    elif args.hf_config is not None:
         rope = rope_parameters(args.hf_config)
         keys = ROPE_KEYS + SCALED.get(str(rope.get("rope_type")), ())
         architecture["rope_parameters"] = {k: rope[k] for k in keys if rope.get(k) is not None}
@@ -56,6 +61,7 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         "optimizer_form": optimizer_form(args),
         "no_save_optim": args.no_save_optim,
         "transformer_impl": args.transformer_impl,
+        "model_backend": args.model_backend,
     }
     adapter = adapter_facts(args)
     if adapter is not None:
@@ -88,6 +94,13 @@ def check_origin(
         SetupError: it is another model's, of another format, or its optimizer's state is not this run's.
     """
     written = _origin_of(checkpoint)
+    before = written.get("model_backend", "megatron")
+    if before != args.model_backend:
+        raise SetupError(
+            f"{checkpoint.path} was written with --model-backend {before}, here it is "
+            f"{args.model_backend}: their weights have other names; give --model-backend "
+            f"{before}, or another --output-dir"
+        )
     check_format(args, checkpoint, written)
     here = origin(args)
     for key, before in written.get("architecture", {}).items():

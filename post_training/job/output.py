@@ -126,4 +126,7 @@ def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
         return
     source = local_model_folder(args.hf_model)
     copy_files(source, folder, MODEL_FILES)
-    write_model_config(with_limit(args.hf_config, args.seq_length), folder, source)
+    if args.model_backend == "transformers":
+        copy_files(source, folder, ["config.json"])
+    else:
+        write_model_config(with_limit(args.hf_config, args.seq_length), folder, source)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 
 from post_training.adapters.settings import chosen_targets, trained_parameters
+from post_training.hf.causal_lm import build_model
 
 
 def count_parameters(args: argparse.Namespace) -> int:
-    """Parameters of the model that the flags describe."""
+    """Parameters of the model that the flags or its configuration describe."""
+    if args.model_backend == "transformers":
+        model = build_model(args.hf_config, trust_remote_code=args.trust_remote_code)
+        return sum(parameter.numel() for parameter in model.parameters())
     hidden, heads = args.hidden_size, args.num_attention_heads
     head_dim = args.kv_channels or hidden // heads
     groups = args.num_query_groups if args.group_query_attention else heads

@@ -153,7 +153,9 @@ class RunLog:
         record |= self._routing(totals.experts)
         if step.skipped:
             record["skipped"] = True
-        if self.peak and seconds and self.args.draft is None:  # the count is that of a whole model
+        # The count is that of a whole model of Megatron's layers.
+        counted = self.args.draft is None and self.args.model_backend == "megatron"
+        if self.peak and seconds and counted:
             peak = seconds * self.args.world_size * self.peak
             record["mfu"] = (
                 model_flops(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data import SFTDataset, prepare_documents
-from tests.helpers.models import load_model, make_tokenizer
+from tests.helpers.models import FAMILIES, load_model, make_tokenizer
 from tests.helpers.rows import Row, tokens_and_mask
 
 CLOSE = 1e-4
@@ -54,7 +54,8 @@ def losses_and_routing(
 
     `right` counts the trained tokens.
     """
-    options = {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
+    routed = model.config.model_type in FAMILIES and hasattr(model.config, "num_experts")
+    options = {"output_router_logits": True} if routed else {}
     out = model(input_ids=ids.unsqueeze(0), use_cache=False, **options)
     chosen = torch.nonzero(mask[1:]).flatten()
     logits = out.logits[0, :-1][chosen]
@@ -206,7 +207,7 @@ def train(
     ]
     model: Any = load_model(folder).train()
     # The separator is the padding token, whose embedding transformers would not train.
-    model.model.embed_tokens.padding_idx = None
+    model.get_input_embeddings().padding_idx = None
     named = dict(model.named_parameters()) if adapt is None else adapt(model)
 
     def tensors() -> dict[str, Tensor]:
