@@ -32,8 +32,8 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What an adapter cannot be trained with, the value that it can, and why.
 _ALONE = (
-    ("use_torch_fsdp2", False, "factors are trained with Megatron's distributed optimizer"),
     ("model_backend", "megatron", "factors lie beside Megatron's layers only"),
+    ("use_torch_fsdp2", False, "factors are trained with Megatron's distributed optimizer"),
     ("transformer_impl", "local", "factors lie beside the local layers only"),
     ("fp8", None, "factors are not computed in 8 bits"),
     ("draft", None, "a draft's base is frozen already"),
