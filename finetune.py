@@ -42,6 +42,7 @@ from megatron.training.global_vars import set_global_variables
 
 from data import DataError
 from model_provider import check_weights, model_config
+from post_training.adapters.settings import describe_adapter
 from post_training.arguments.completion import complete_run, keep_date, validate
 from post_training.arguments.parser import parse_arguments
 from post_training.batch.assemble import Batch, join_stage_input, read_batch, split_stage_output
@@ -305,6 +306,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 describe(splits, args) if task is None else describe_rows(splits, args),
                 file=console,
             )
+            if (adapter := describe_adapter(args)) is not None:
+                print(adapter, file=console)
         console = output.redirect_logs(args)
         if not args.eval_only:
             output.save_config(args)

@@ -38,7 +38,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["errors"],
         ["files"],
         ["machine", "hf", "platform/patches"],
-        ["platform/cpu", "platform/checkpoints"],
+        ["platform/cpu", "platform/checkpoints", "adapters"],
         ["platform", "layout"],
         ["arguments", "metrics"],
         ["batch", "job"],

@@ -95,3 +95,36 @@ def model_backend(asked: Any, name: Any, task: Any = None) -> tuple[str, str | N
         return "megatron", None
     reason = why_not_megatron(SimpleNamespace(**named))
     return ("transformers", reason.partition("; ")[0]) if reason else ("megatron", None)
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Refuse what a task of one's own cannot be told, or early stopping without what it looks at.
+
+    Raises:
+        SetupError: naming the flag.
+    """
+    if args.early_stop_patience is not None and args.early_stop_metric is None:
+        raise SetupError("--early-stop-patience: name what it looks at with --early-stop-metric")
+    if args.early_stop_metric is not None and not (
+        args.valid_data_files or args.split_ratio or args.offline_distillation_data
+    ):
+        raise SetupError(
+            f"--early-stop-metric {args.early_stop_metric}: there is no validation data "
+            f"(--valid-data-files, or --split-ratio)"
+        )
+    if args.task is None:
+        return
+    if args.model_backend == "megatron":
+        raise SetupError(
+            f"--task {args.task}: its methods call the model of transformers; leave out "
+            f"--model-backend megatron"
+        )
+    for key in _NOT_OF_TASKS:
+        if getattr(args, key):
+            raise SetupError(
+                f"--{key.replace('_', '-')}: --task {args.task} reads its own rows; leave it out"
+            )
+
+
+# What is done with conversations.
+_NOT_OF_TASKS = ("finetune_hf_dataset", "split_ratio", "chat_template", "conversation_format")

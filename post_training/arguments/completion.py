@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from post_training.arguments.backend import check_transformers
+from post_training.adapters.flags import lora_of
+from post_training.adapters.settings import LoraSettings
+from post_training.arguments.backend import check_task, check_transformers
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
@@ -39,7 +41,7 @@ def complete_flags(args: argparse.Namespace) -> None:
     """
     if not args.output_dir:
         raise SetupError("--output-dir is missing: name a folder for checkpoints, metrics and logs")
-    _check_task(args)
+    check_task(args)
     if args.hf_model is None and args.num_layers is None:
         raise SetupError(
             "--hf-model is missing: name a HuggingFace folder or hub name "
@@ -107,6 +109,7 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.sequence_parallel = True
         args.derived.append("sequence_parallel")
     complete_distillation(args)
+    args.lora = lora_of(args)
     sizes.check(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)
@@ -167,7 +170,11 @@ def complete_run(
 
 
 def complete_inference(
-    args: argparse.Namespace, *, load: str | None = None, ckpt_step: int | None = None
+    args: argparse.Namespace,
+    *,
+    load: str | None = None,
+    ckpt_step: int | None = None,
+    lora: LoraSettings | None = None,
 ) -> None:
     """Set what Megatron must see where one process only reads a model.
 
@@ -175,8 +182,10 @@ def complete_inference(
         args: as parsed, not validated yet.
         load: the folder to load from, if a checkpoint is loaded.
         ckpt_step: the checkpoint in it, whatever its tracker file names.
+        lora: the adapter that it holds, if it holds one in the place of a model.
     """
     args.load, args.ckpt_step, args.save = load, ckpt_step, None
+    args.lora = lora
     args.tensorboard_dir = None
     args.no_load_optim = args.no_load_rng = True
     args.exit_signal_handler = False
@@ -218,35 +227,6 @@ def validate(args: argparse.Namespace) -> None:
     if device_type() == "cpu":
         # Megatron has insisted on it; `platform/checkpoints/writer_queue.py` says why it is not wanted.
         args.use_persistent_ckpt_worker = False
-
-
-def _check_task(args: argparse.Namespace) -> None:
-    """Refuse what a task of one's own cannot be told, or early stopping without what it looks at."""
-    if args.early_stop_patience is not None and args.early_stop_metric is None:
-        raise SetupError("--early-stop-patience: name what it looks at with --early-stop-metric")
-    if args.early_stop_metric is not None and not (
-        args.valid_data_files or args.split_ratio or args.offline_distillation_data
-    ):
-        raise SetupError(
-            f"--early-stop-metric {args.early_stop_metric}: there is no validation data "
-            f"(--valid-data-files, or --split-ratio)"
-        )
-    if args.task is None:
-        return
-    if args.model_backend == "megatron":
-        raise SetupError(
-            f"--task {args.task}: its methods call the model of transformers; leave out "
-            f"--model-backend megatron"
-        )
-    for key in _NOT_OF_TASKS:
-        if getattr(args, key):
-            raise SetupError(
-                f"--{key.replace('_', '-')}: --task {args.task} reads its own rows; leave it out"
-            )
-
-
-# What is done with conversations.
-_NOT_OF_TASKS = ("finetune_hf_dataset", "split_ratio", "chat_template", "conversation_format")
 
 
 def _fill(args: argparse.Namespace, name: str, value: str) -> None:

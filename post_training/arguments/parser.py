@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
+from post_training.adapters.flags import add_lora_arguments
 from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.arguments.command_line import CommandLine
 from post_training.arguments.completion import complete_flags
@@ -130,6 +131,7 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "--no-progress", action="store_true", help="no progress bar, a line every --log-interval"
     )
     add_distillation_arguments(parser)
+    add_lora_arguments(parser)
     add_data_arguments(parser)
     return parser
 
@@ -188,6 +190,8 @@ def parse_arguments(
                 "--transformer-impl transformer_engine: Transformer Engine needs a CUDA device and "
                 "its package (pip install '.[te]'); leave the flag out to use the local attention"
             )
+        if command.value("lora_rank", written) or command.value("lora_adapter", written):
+            use_te = use_te and transformer_impl is not None  # refused below
         if use_te and transformer_impl is None:
             use_te = has_packed_kernel(fp32=bool(command.value("fp32", written)))
         derived.update(sft_defaults())

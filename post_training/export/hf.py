@@ -112,12 +112,12 @@ def export_hf(
         weights.chmod(mode)
 
     tokens = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
-    expected = _logits(chunks[0].float(), tokens, config.vocab_size)
+    expected = logits_of(chunks[0].float(), tokens, config.vocab_size)
     chunks.clear()
     reloaded = AutoModelForCausalLM.from_pretrained(
         partial, dtype=torch.float32, trust_remote_code=trust_remote_code
     ).eval()
-    difference = _difference(reloaded, tokens, expected)
+    difference = largest_difference(reloaded, tokens, expected)
     if not difference <= TOLERANCE:
         raise SetupError(
             f"the reloaded model's logits differ from the run's by {difference:.2e} of the largest one "
@@ -182,7 +182,7 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
-def _logits(model: Any, tokens: list[int], vocabulary: int) -> torch.Tensor:
+def logits_of(model: Any, tokens: list[int], vocabulary: int) -> torch.Tensor:
     """Logits of one sequence by the run's model, on the host: float32 [tokens, vocabulary]."""
     device = next(model.parameters()).device
     row = torch.tensor([tokens], device=device)
@@ -191,7 +191,7 @@ def _logits(model: Any, tokens: list[int], vocabulary: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def _difference(model: Any, tokens: list[int], expected: torch.Tensor) -> float:
+def largest_difference(model: Any, tokens: list[int], expected: torch.Tensor) -> float:
     """Largest difference of logits to `expected` [tokens, vocabulary], relative to the largest one."""
     row = torch.tensor([tokens], device=next(model.parameters()).device)
     found = model(row, use_cache=False).logits[0].cpu()

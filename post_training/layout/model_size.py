@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from post_training.adapters.settings import chosen_targets, trained_parameters
 from post_training.hf.causal_lm import build_model
 
 
@@ -35,12 +36,15 @@ def count_parameters(args: argparse.Namespace) -> int:
 def checkpoint_bytes(args: argparse.Namespace) -> int:
     """Size of one checkpoint: weights, and master weights with two Adam moments in fp32.
 
-    With FSDP2 the weights are the master weights.
+    With FSDP2 the weights are the master weights. With `--lora-rank` it holds factors only.
     """
     weight = 2 if (args.bf16 or args.fp16) and not args.use_torch_fsdp2 else 4
     optimizer = 0 if args.no_save_optim else (12 if args.optimizer == "adam" else 8)
     if args.use_torch_fsdp2:
         optimizer = max(0, optimizer - 4)
+    if args.lora is not None:
+        targets = chosen_targets(args.hf_config, args.lora)
+        return trained_parameters(targets.values()) * (4 + optimizer)
     return count_parameters(args) * (weight + optimizer)
 
 
