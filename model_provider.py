@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
+from post_training.adapters.layers import add_adapters
+from post_training.adapters.settings import chosen_targets
 from post_training.checkpoint.store import Checkpoint
 from post_training.distillation.draft_forward import install_forward
 from post_training.distillation.draft_model import DraftSettings, add_draft, own_layers
@@ -81,6 +83,8 @@ def model_config(
         hooks.append(
             functools.partial(_fill_weights, folder=args.hf_model, hf_config=args.hf_config)
         )
+    if args.lora is not None:
+        hooks.append(functools.partial(_add_adapters, args=args, begins=checkpoint is None))
     if args.draft is not None and checkpoint is None:
         hooks.append(functools.partial(_add_draft, args=args, tokens=draft_tokens))
     if knowledge is not None:
@@ -94,8 +98,12 @@ def model_config(
 
 
 def takes_hf_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> bool:
-    """Whether the run starts from the weights of `--hf-model`."""
-    return args.hf_config is not None and not args.random_weights and checkpoint is None
+    """Whether the weights of `--hf-model` are taken: to start from, or to train factors beside."""
+    return (
+        args.hf_config is not None
+        and not args.random_weights
+        and (checkpoint is None or args.lora is not None)
+    )
 
 
 def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
@@ -172,6 +180,19 @@ def _add_draft(
     for chunk in chunks:
         add_draft(chunk, shape, settings, tokens=tokens, seed=args.seed)
         install_forward(chunk, settings)
+    return chunks
+
+
+def _add_adapters(
+    chunks: list[torch.nn.Module], args: argparse.Namespace, begins: bool
+) -> list[torch.nn.Module]:
+    """Freeze the base and put factors beside its matrices; a checkpoint's follow later."""
+    targets = chosen_targets(args.hf_config, args.lora)
+    folder = args.lora_adapter if begins else None
+    for chunk in chunks:
+        add_adapters(
+            chunk, targets, dropout=args.lora_dropout or 0.0, seed=args.seed, folder=folder
+        )
     return chunks
 
 

@@ -44,7 +44,7 @@ def check_transformers(args: argparse.Namespace) -> None:
     Raises:
         SetupError: naming the flag, and why the model is not made of these.
     """
-    if args.hf_model is None:
+    if args.hf_model is None and args.task is None:
         raise SetupError("--model-backend transformers needs --hf-model")
     why = f" ({args.backend_reason})" if args.backend_reason else ""
     if not args.use_torch_fsdp2:
@@ -56,13 +56,15 @@ def check_transformers(args: argparse.Namespace) -> None:
         value = getattr(args, key, values[0])
         if value not in values:
             shown = "" if value is True else f" {value}"
+            model = f"--hf-model {args.hf_model}" if args.hf_model else f"--task {args.task}"
+            cure = "use --bf16" if key == "fp16" else "leave it out"
             raise SetupError(
-                f"--{key.replace('_', '-')}{shown}: --hf-model {args.hf_model} is computed by its own "
-                f"class of transformers under --use-torch-fsdp2{why}, which has no such thing; leave it out"
+                f"--{key.replace('_', '-')}{shown}: {model} is computed by its own class of "
+                f"transformers under --use-torch-fsdp2{why}, which has no such thing; {cure}"
             )
 
 
-def model_backend(asked: Any, name: Any) -> tuple[str, str | None]:
+def model_backend(asked: Any, name: Any, task: Any = None) -> tuple[str, str | None]:
     """What computes a model: Megatron's layers where they can, else its own class of `transformers`.
 
     Only config.json is read.
@@ -70,10 +72,13 @@ def model_backend(asked: Any, name: Any) -> tuple[str, str | None]:
     Args:
         asked: `--model-backend`; None is auto.
         name: `--hf-model`, if given.
+        task: `--task`, which calls the model as `transformers` made it.
 
     Returns:
         `megatron` or `transformers`, and why not Megatron where that was not asked for.
     """
+    if task and asked != "megatron":
+        return "transformers", "--task" if isinstance(name, str) else None
     if asked in ("megatron", "transformers") or not isinstance(name, str):
         return str(asked if asked in MODEL_BACKENDS[1:] else "megatron"), None
     try:
@@ -90,3 +95,36 @@ def model_backend(asked: Any, name: Any) -> tuple[str, str | None]:
         return "megatron", None
     reason = why_not_megatron(SimpleNamespace(**named))
     return ("transformers", reason.partition("; ")[0]) if reason else ("megatron", None)
+
+
+def check_task(args: argparse.Namespace) -> None:
+    """Refuse what a task of one's own cannot be told, or early stopping without what it looks at.
+
+    Raises:
+        SetupError: naming the flag.
+    """
+    if args.early_stop_patience is not None and args.early_stop_metric is None:
+        raise SetupError("--early-stop-patience: name what it looks at with --early-stop-metric")
+    if args.early_stop_metric is not None and not (
+        args.valid_data_files or args.split_ratio or args.offline_distillation_data
+    ):
+        raise SetupError(
+            f"--early-stop-metric {args.early_stop_metric}: there is no validation data "
+            f"(--valid-data-files, or --split-ratio)"
+        )
+    if args.task is None:
+        return
+    if args.model_backend == "megatron":
+        raise SetupError(
+            f"--task {args.task}: its methods call the model of transformers; leave out "
+            f"--model-backend megatron"
+        )
+    for key in _NOT_OF_TASKS:
+        if getattr(args, key):
+            raise SetupError(
+                f"--{key.replace('_', '-')}: --task {args.task} reads its own rows; leave it out"
+            )
+
+
+# What is done with conversations.
+_NOT_OF_TASKS = ("finetune_hf_dataset", "split_ratio", "chat_template", "conversation_format")

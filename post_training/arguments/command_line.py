@@ -35,6 +35,9 @@ class CommandLine:
             "--transformer-impl",
             "--yaml-cfg",
             "--model-backend",
+            "--task",
+            "--lora-rank",
+            "--lora-adapter",
         ):
             early.add_argument(flag, nargs="?")
         for flag in ("--fp32", "--trust-remote-code", "--use-torch-fsdp2"):
@@ -65,6 +68,8 @@ class CommandLine:
         except SetupError:
             written = {}  # told when the arguments are parsed
         backend, _ = model_backend(
-            self.value("model_backend", written), self.value("hf_model", written)
+            self.value("model_backend", written),
+            self.value("hf_model", written),
+            self.value("task", written),
         )
         return self.value("use_torch_fsdp2", written) is True or backend == "transformers"

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from post_training.arguments.backend import check_transformers
+from post_training.adapters.flags import lora_of
+from post_training.adapters.settings import LoraSettings
+from post_training.arguments.backend import check_task, check_transformers
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
@@ -39,6 +41,7 @@ def complete_flags(args: argparse.Namespace) -> None:
     """
     if not args.output_dir:
         raise SetupError("--output-dir is missing: name a folder for checkpoints, metrics and logs")
+    check_task(args)
     if args.hf_model is None and args.num_layers is None:
         raise SetupError(
             "--hf-model is missing: name a HuggingFace folder or hub name "
@@ -106,6 +109,7 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.sequence_parallel = True
         args.derived.append("sequence_parallel")
     complete_distillation(args)
+    args.lora = lora_of(args)
     sizes.check(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)
@@ -166,7 +170,11 @@ def complete_run(
 
 
 def complete_inference(
-    args: argparse.Namespace, *, load: str | None = None, ckpt_step: int | None = None
+    args: argparse.Namespace,
+    *,
+    load: str | None = None,
+    ckpt_step: int | None = None,
+    lora: LoraSettings | None = None,
 ) -> None:
     """Set what Megatron must see where one process only reads a model.
 
@@ -174,8 +182,10 @@ def complete_inference(
         args: as parsed, not validated yet.
         load: the folder to load from, if a checkpoint is loaded.
         ckpt_step: the checkpoint in it, whatever its tracker file names.
+        lora: the adapter that it holds, if it holds one in the place of a model.
     """
     args.load, args.ckpt_step, args.save = load, ckpt_step, None
+    args.lora = lora
     args.tensorboard_dir = None
     args.no_load_optim = args.no_load_rng = True
     args.exit_signal_handler = False

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
+from post_training.adapters.flags import add_lora_arguments
 from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.arguments.command_line import CommandLine
 from post_training.arguments.completion import complete_flags
@@ -24,7 +25,7 @@ from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
 from post_training.arguments.usage import shorten_help
 from post_training.errors import SetupError
-from post_training.hf.config import load_hf_config, megatron_flags, plain_flags
+from post_training.hf.config import NO_MODEL, load_hf_config, megatron_flags, plain_flags
 from post_training.machine.kernels import (
     has_grouped_gemm,
     has_packed_kernel,
@@ -118,11 +119,30 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="where the checkpoint was saved in other data: keep its weights, optimizer and step, and "
         "begin this data at its beginning",
     )
+    group.add_argument(
+        "--task",
+        metavar="FILE.py:CLASS",
+        help="train a task of your own: a class with build_dataloader, get_train_model_output and "
+        "get_eval_model_output (docs/your_own_task.md)",
+    )
+    group.add_argument(
+        "--early-stop-metric",
+        metavar="NAME",
+        help="keep the checkpoint of the evaluation on the validation data that is best by this number "
+        "of metrics.jsonl: loss, token_accuracy, eval_accuracy ...",
+    )
+    group.add_argument(
+        "--early-stop-patience",
+        type=int,
+        metavar="N",
+        help="end after N evaluations that are no better than the best (default: never)",
+    )
     group.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU (default: bf16)")
     group.add_argument(
         "--no-progress", action="store_true", help="no progress bar, a line every --log-interval"
     )
     add_distillation_arguments(parser)
+    add_lora_arguments(parser)
     add_data_arguments(parser)
     return parser
 
@@ -181,15 +201,20 @@ def parse_arguments(
                 "--transformer-impl transformer_engine: Transformer Engine needs a CUDA device and "
                 "its package (pip install '.[te]'); leave the flag out to use the local attention"
             )
+        if command.value("lora_rank", written) or command.value("lora_adapter", written):
+            use_te = use_te and transformer_impl is not None  # refused below
         if use_te and transformer_impl is None:
             use_te = has_packed_kernel(fp32=bool(command.value("fp32", written)))
         derived.update(sft_defaults())
         derived.update(platform_defaults(use_te and transformer_impl != "local"))
-        backend, backend_reason = model_backend(command.value("model_backend", written), name)
+        task = command.value("task", written)
+        backend, backend_reason = model_backend(command.value("model_backend", written), name, task)
         if backend == "transformers":
             derived["use_torch_fsdp2"] = True
         if command.value("use_torch_fsdp2", written) or backend == "transformers":
             derived.update(fsdp2_defaults())
+        if task and not name:
+            derived.update(NO_MODEL)
         if name:
             trust = bool(command.value("trust_remote_code", written))
             hf_config = load_hf_config(name, trust_remote_code=trust, backend=backend)

@@ -141,7 +141,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_real(0, 1, above=True), "rotary_percent layernorm_epsilon"),
     # Steps.
     (_integer(0), "train_iters"),
-    (_integer(1), "num_epochs lr_decay_iters lr_wsd_decay_iters"),
+    (_integer(1), "num_epochs early_stop_patience lr_decay_iters lr_wsd_decay_iters"),
     (_integer(1, 2**62), "ddp_num_buckets ddp_bucket_size"),
     (
         _integer(0),
@@ -165,6 +165,8 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(1, SIZE), "draft_vocab_size"),
     (_integer(-1, SIZE), "aux_layers"),
     (_integer(1, 64), "draft_ttt_steps"),
+    (_integer(1, SIZE), "lora_rank"),
+    (_real(0, SIZE, above=True), "lora_alpha"),
     (_real(0, 1), "draft_loss_decay"),
     (_integer(1, off={-1: 0, 0: 0}), "manual_gc_interval"),
     # The optimizer and its schedule.
@@ -176,7 +178,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (
         _real(0, 1, below=True),
         "adam_beta1 adam_beta2 sgd_momentum hidden_dropout attention_dropout lr_warmup_fraction "
-        "moe_input_jitter_eps",
+        "moe_input_jitter_eps lora_dropout",
     ),
     (_real(0, 1, above=True), "adam_eps"),
     (_real(0, FP32, hint="0: no clipping"), "clip_grad"),

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from post_training.adapters.identity import adapter_facts, check_adapter
 from post_training.arguments.distillation import draft_of
 from post_training.arguments.refused import ARCHITECTURE
 from post_training.checkpoint.optimizer_form import check_optimizer, optimizer_form
@@ -47,7 +48,9 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         # Names and shapes of all parameters are compared with the checkpoint's (`hf_models/build.py`).
         architecture = {
             key: architecture[key] for key in ("num_layers", "hidden_size", "vocab_size")
-        } | {"hf_class": args.hf_config.architectures[0]}
+        }
+        known = args.hf_config is not None
+        architecture["hf_class"] = args.hf_config.architectures[0] if known else args.task
     elif args.hf_config is not None:
         rope = rope_parameters(args.hf_config)
         keys = ROPE_KEYS + SCALED.get(str(rope.get("rope_type")), ())
@@ -62,6 +65,9 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         "transformer_impl": args.transformer_impl,
         "model_backend": args.model_backend,
     }
+    adapter = adapter_facts(args)
+    if adapter is not None:
+        found["lora"] = adapter
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 
@@ -105,5 +111,6 @@ def check_origin(
                 f"{checkpoint.path} is another model's checkpoint: its {key} is {before}, this run's "
                 f"is {here['architecture'][key]}; choose another --output-dir or --load"
             )
+    check_adapter(args, checkpoint.path, written.get("lora"))
     if not weights_only:
         check_optimizer(args, checkpoint, written)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5
 GENERATION = "generation_config.json"
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 17 + 25 = 42; naïve façade, 東京.\n"
+_TEXT: dict[str, torch.Tensor] = {}  # what a model is shown beside text alone
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -117,14 +118,14 @@ def export_hf(
     seen = sample_picture(config) if isinstance(chunks[0], HFModel) else {}
     if seen:
         tokens.insert(len(tokens) // 2, config.image_token_id)
-    expected = _logits(chunks[0].float(), tokens, config.vocab_size, seen)
+    expected = logits_of(chunks[0].float(), tokens, config.vocab_size, seen)
     chunks.clear()
     reloaded = (
         auto_class(config)
         .from_pretrained(partial, dtype=torch.float32, trust_remote_code=trust_remote_code)
         .eval()
     )
-    difference = _difference(reloaded, tokens, expected, seen)
+    difference = largest_difference(reloaded, tokens, expected, seen)
     if not difference <= TOLERANCE:
         raise SetupError(
             f"the reloaded model's logits differ from the run's by {difference:.2e} of the largest one "
@@ -189,8 +190,8 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
-def _logits(
-    model: Any, tokens: list[int], vocabulary: int, seen: dict[str, torch.Tensor]
+def logits_of(
+    model: Any, tokens: list[int], vocabulary: int, seen: dict[str, torch.Tensor] = _TEXT
 ) -> torch.Tensor:
     """Logits of one sequence by the run's model, on the host: float32 [tokens, vocabulary]."""
     device = next(model.parameters()).device
@@ -202,8 +203,8 @@ def _logits(
 
 
 @torch.inference_mode()
-def _difference(
-    model: Any, tokens: list[int], expected: torch.Tensor, seen: dict[str, torch.Tensor]
+def largest_difference(
+    model: Any, tokens: list[int], expected: torch.Tensor, seen: dict[str, torch.Tensor] = _TEXT
 ) -> float:
     """Largest difference of logits to `expected` [tokens, vocabulary], relative to the largest one."""
     row = torch.tensor([tokens], device=next(model.parameters()).device)

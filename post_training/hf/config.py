@@ -132,6 +132,20 @@ def sliding_window(config: PretrainedConfig) -> int | None:
     return int(window) if window else None
 
 
+# Of a task that makes its own model: to Megatron its size is nothing.
+NO_MODEL: dict[str, Any] = {
+    "num_layers": 1,
+    "hidden_size": 1,
+    "ffn_hidden_size": 1,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 1,
+    "vocab_size": 1,
+    "padded_vocab_size": 1,
+    "position_embedding_type": "none",
+    "normalization": "RMSNorm",
+}
+
+
 def plain_flags(config: PretrainedConfig) -> dict[str, Any]:
     """The arguments that describe to Megatron a model that is not made of its layers.
 

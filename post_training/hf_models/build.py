@@ -72,7 +72,7 @@ def hf_model_config(
     if args.fsdp_compute_dtype is not None:
         plain.transformer.autocast_dtype = args.fsdp_compute_dtype
     plain.transformer.fsdp_sharding = args.fsdp_sharding
-    anew = checkpoint is None
+    anew = checkpoint is None and args.hf_config is not None
     return HFModelConfig(
         **known,
         hf_config=args.hf_config,
@@ -109,6 +109,11 @@ class HFModelBuilder(ModelBuilder[HFModel, HFModelConfig]):
         if config.transformer.recompute_granularity == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         freeze(model, config.frozen)
+        return self.wrapped(model, pg_collection)
+
+    def wrapped(self, model: Any, pg_collection: Any) -> Any:
+        """The model as Megatron's schedule takes it."""
+        config = self._model_config
         return HFModel(config.transformer, model, pg_collection, config.say)
 
     def build_distributed_models(
@@ -161,7 +166,8 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
         raise SetupError(
             f"--recompute-granularity full: {type(model).__name__} has no gradient checkpointing"
         )
-    _check_length(model, args.seq_length)
+    if args.task is None:  # whose rows are of any length
+        _check_length(model, args.seq_length)
     if checkpoint is None:
         if not args.random_weights:
             check_weights(local_model_folder(args.hf_model), args.hf_config, model)

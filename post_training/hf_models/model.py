@@ -239,8 +239,8 @@ def unit_classes(model: Any) -> list[type]:
     """
     outside = {
         id(parameter)
-        for part in (model.get_input_embeddings(), model.get_output_embeddings())
-        if part is not None
+        for find in ("get_input_embeddings", "get_output_embeddings")
+        if (part := getattr(model, find, lambda: None)()) is not None
         for parameter in part.parameters()
     }
     named = set(getattr(model, "_no_split_modules", None) or ())
