@@ -117,10 +117,6 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
     if args.model_backend == "transformers":
         check_model(args, checkpoint)
         return
-    if args.freeze is not None:
-        raise SetupError(
-            f"--freeze {args.freeze}: Megatron's layers, which compute this model, have no part that sees"
-        )
     if args.context_parallel_size > 1 and checkpoint is not None and checkpoint.has_modelopt:
         raise SetupError(
             f"--context-parallel-size {args.context_parallel_size}: {checkpoint.path} is a model converted "

@@ -103,6 +103,9 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.padded_vocab_size = sizes.padded_vocabulary(args.vocab_size, args)
     complete_recomputation(args)
     check_step_flags(args)
+    if args.freeze is not None and getattr(args.hf_config, "vision_config", None) is None:
+        model = f"--hf-model {args.hf_model}" if args.hf_model else "the model"
+        raise SetupError(f"--freeze {args.freeze}: {model} has no part that sees; leave it out")
     _complete_expert_flags(args)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         # Megatron trains experts with tensor parallelism only this way.

@@ -157,10 +157,6 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
         SetupError: they are not those of the model that config.json describes.
     """
     trust = args.trust_remote_code
-    if args.freeze is not None and getattr(args.hf_config, "vision_config", None) is None:
-        raise SetupError(
-            f"--freeze {args.freeze}: --hf-model {args.hf_model} has no part that sees"
-        )
     model = build_model(args.hf_config, trust_remote_code=trust)
     if args.recompute_granularity and not model.supports_gradient_checkpointing:
         raise SetupError(
