@@ -232,7 +232,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(0, 100), "flash_attention_version empty_unused_memory_level timing_log_level"),
 )
 RANGES: dict[str, Number] = {name: number for number, names in _TABLE for name in names.split()}
-# Flags of the tools under scripts/, which Megatron's parser has not.
+# Flags of the tools under scripts/; where Megatron's parser has one of that name, it is another.
 TOOL_RANGES: dict[str, Number] = {
     "rows": _integer(0),
     "iteration": _integer(1),
@@ -256,7 +256,7 @@ def apply_ranges(parser: argparse.ArgumentParser, **own: Number) -> None:
         parser: all of its flags are there.
         own: ranges that hold for this parser alone, by destination name.
     """
-    ranges = RANGES | TOOL_RANGES | own
+    ranges = RANGES | own
     for action in parser._actions:
         if action.nargs == 0:
             continue
@@ -283,6 +283,6 @@ def read_options(
         print(f"error: {message.removeprefix('argument ')}", file=sys.stderr)
         raise SystemExit(2)
 
-    apply_ranges(parser, **own)
+    apply_ranges(parser, **(TOOL_RANGES | own))
     setattr(parser, "error", error)  # noqa: B010
     return parser.parse_args(words)
