@@ -42,11 +42,12 @@ from megatron.training.global_vars import set_global_variables
 
 from data import DataError
 from model_provider import check_weights, model_config
+from post_training.adapters.settings import describe_adapter
 from post_training.arguments.completion import complete_run, keep_date, validate
 from post_training.arguments.parser import parse_arguments
 from post_training.batch.assemble import Batch, join_stage_input, read_batch, split_stage_output
 from post_training.batch.data_report import describe
-from post_training.batch.iterators import MicroBatchIterator, split_iterators
+from post_training.batch.iterators import split_iterators
 from post_training.batch.splits import (
     Split,
     check_same_documents,
@@ -67,6 +68,7 @@ from post_training.distillation.features import (
     wanted_features,
 )
 from post_training.errors import RunStopped, SetupError, tell
+from post_training.hf.tokenizer import load_tokenizer
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
 from post_training.job.signals import GracefulExit, interrupt, raise_if_interrupted
@@ -82,6 +84,11 @@ from post_training.metrics.step_counters import counters
 from post_training.model.layer_spec import uses_packed_attention
 from post_training.platform.checkpoints import writer_queue
 from post_training.platform.training_hooks import hooks
+from post_training.tasks.model import task_model_config
+from post_training.tasks.rows import TaskRows, describe_rows, row_iterators, task_splits
+from post_training.tasks.step import TaskStep
+from post_training.tasks.task import load_task
+from post_training.training.early_stopping import EarlyStopping
 from post_training.training.loss import loss_func, trained_token_loss
 from post_training.training.safeguards import install_safeguards
 
@@ -95,7 +102,8 @@ def train_valid_test_sft_datasets_provider(
     *,
     args: argparse.Namespace,
     splits: dict[str, Split],
-) -> tuple[MicroBatchIterator | None, ...]:
+    rows: dict[str, TaskRows] | None = None,
+) -> tuple[Any, ...]:
     """Iterators over this data parallel rank's micro batches of each split.
 
     Args:
@@ -103,19 +111,20 @@ def train_valid_test_sft_datasets_provider(
         vp_stage: virtual pipeline stage, each of which reads the same data.
         args: validated arguments.
         splits: by name, planned.
+        rows: those of a task's splits.
 
     Returns:
         An iterator or None for train, valid and test; None on all but tensor parallel rank 0.
     """
     if parallel_state.get_tensor_model_parallel_rank() != 0:
         return None, None, None  # `get_batch` broadcasts
-    return split_iterators(
-        num_samples,
-        args,
-        splits,
-        num_shards=parallel_state.get_data_parallel_world_size(),
-        shard_index=parallel_state.get_data_parallel_rank(),
-    )
+    shard = {
+        "num_shards": parallel_state.get_data_parallel_world_size(),
+        "shard_index": parallel_state.get_data_parallel_rank(),
+    }
+    if rows is not None:
+        return row_iterators(num_samples, args, splits, rows, **shard)
+    return split_iterators(num_samples, args, splits, **shard)
 
 
 def get_batch(data_iterator: Iterator[dict[str, torch.Tensor]] | None, *, training: bool) -> Batch:
@@ -149,9 +158,11 @@ def forward_step(
     if distiller is not None:
         distiller.begin(batch)
     inputs = batch.tokens, batch.position_ids, None
+    seen = {"pictures": batch.pictures} if batch.pictures else {}
     if args.draft is None:
         output_tensor = model(
             *inputs,
+            **seen,
             labels=batch.labels,
             packed_seq_params=batch.packed,
             output_processor=trained_token_loss(
@@ -187,6 +198,8 @@ def finetune(
     start: resume.Start,
     position: DataPosition | None,
     teacher: Teacher | None,
+    task: Any = None,
+    rows: dict[str, TaskRows] | None = None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
@@ -200,7 +213,15 @@ def finetune(
     if settings is not None:
         counters.name_parts(knowledge_parts(settings))
     saver = None if position is None else CheckpointSaver(args, position.facts, console)
+    best = None if args.early_stop_metric is None else EarlyStopping(args, run_log)
+    if best is not None and saver is not None:
+        saver.best = lambda: best.best_iteration
+        saver.on_complete.append(best.write)
     graceful = GracefulExit(args, console)
+    step: Any = forward_step
+    if task is not None:
+        step = TaskStep(task, args.task, run_log.progress.message)
+        counters.gathers_names = True
     install_safeguards(args, forward_step, splits.get("train"), run_log)
 
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
@@ -209,34 +230,41 @@ def finetune(
             watchdog.meet()
             check_same_documents(splits, current_device())
             run_log.begin(args.iteration)
+            if best is not None:
+                best.continue_from(args.iteration)
             if saver is not None:
                 saver.started(args.iteration)
         return train_valid_test_sft_datasets_provider(
-            num_samples, vp_stage, args=args, splits=splits
+            num_samples, vp_stage, args=args, splits=splits, rows=rows
         )
 
     # Every tensor parallel rank hears where training begins; only the first of each group reads data.
     provider.is_distributed = True  # type: ignore[attr-defined]
+    model: Any
+    if task is not None:
+        model, prompts = task_model_config(args, start.checkpoint, task), []
+    else:
+        model = model_config(
+            args,
+            start.checkpoint,
+            draft_tokens=draft_tokens(args, splits),
+            knowledge=settings,
+            teacher=teacher,
+            say=run_log.progress.message,
+        )
+        prompts = first_prompts(splits, 4)
     with ending_together(run_log):
         pretrain(
-            pretrain_cfg_container_from_args(
-                args,
-                model_config(
-                    args,
-                    start.checkpoint,
-                    draft_tokens=draft_tokens(args, splits),
-                    knowledge=settings,
-                    teacher=teacher,
-                ),
-            ),
+            pretrain_cfg_container_from_args(args, model),
             provider,
             ModelType.encoder_or_decoder,
-            forward_step,
+            step,
             non_loss_data_func=functools.partial(
-                non_loss_data_func, run_log=run_log, prompts=first_prompts(splits, 4)
+                non_loss_data_func, run_log=run_log, prompts=prompts
             ),
         )
-    report_end(args, console, graceful, run_log.last_iteration, EXPORTER)
+    found = None if best is None else best.best_iteration
+    report_end(args, console, graceful, run_log.last_iteration, EXPORTER, found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -249,34 +277,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_arguments(COMMAND if argv is None else argv)
         run_lock.hold(args)
         start = resume.choose_checkpoint(args)
-        check_weights(args, start.checkpoint)
+        if args.hf_model is not None:
+            check_weights(args, start.checkpoint)
+        if args.backend_reason and rank == 0:
+            print(
+                f"{args.hf_model}: its own class of transformers under --use-torch-fsdp2, not Megatron's "
+                f"layers ({args.backend_reason})",
+                file=console,
+            )
         settings, teacher = knowledge_settings(args), choose_teacher(args)
         if settings is not None and teacher is not None:
             check_weights(teacher.args, teacher.checkpoint)
             check_pairs(settings, args, teacher.args)
         output.prepare_output(args)
         keep_date(args, start.template_date)
-        tokenizer, splits = prepare_data(
-            args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
-        )
+        task, rows = None, None
+        if args.task is not None:
+            tokenizer = load_tokenizer(args) if args.hf_tokenizer or args.hf_model else None
+            task = load_task(args, tokenizer)
+            splits, rows = task_splits(args, task)
+        else:
+            tokenizer, splits = prepare_data(
+                args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
+            )
         stored_features(args)  # rather refused now than at the first step
         keep_date(args, template_date(splits))
         taught = teaching(args, splits, settings, teacher)
         position = find_position(args, splits.get("train"), start.continued, taught)
         raise_if_interrupted()
         if rank == 0:
-            print(describe(splits, args), file=console)
+            print(
+                describe(splits, args) if task is None else describe_rows(splits, args),
+                file=console,
+            )
+            if (adapter := describe_adapter(args)) is not None:
+                print(adapter, file=console)
         console = output.redirect_logs(args)
         if not args.eval_only:
             output.save_config(args)
-            output.save_model_folder(args, tokenizer)
+            if tokenizer is not None:
+                output.save_model_folder(args, tokenizer)
         hooks.evaluation_iterations = evaluation_batches(args, splits)
         place = {} if position is None else position.flags()
         evaluates = bool(hooks.evaluation_iterations)
         complete_run(args, **start.flags(), **place, evaluates=evaluates)
         validate(args)
         started = True
-        finetune(args, console, splits, start, position, teacher)
+        finetune(args, console, splits, start, position, teacher, task, rows)
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)

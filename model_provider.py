@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.training.argument_utils import gpt_config_from_args
 
+from post_training.adapters.layers import add_adapters
+from post_training.adapters.settings import chosen_targets
 from post_training.checkpoint.store import Checkpoint
 from post_training.distillation.draft_forward import install_forward
 from post_training.distillation.draft_model import DraftSettings, add_draft, own_layers
@@ -18,6 +21,7 @@ from post_training.hf.draft import DraftShape
 from post_training.hf.folder import local_model_folder
 from post_training.hf.rotary import RotaryScaling, rope_parameters
 from post_training.hf.weights import load_hf_weights
+from post_training.hf_models.build import check_model, hf_model_config
 from post_training.knowledge.distiller import install_distiller
 from post_training.knowledge.settings import KnowledgeSettings
 from post_training.knowledge.teacher import Teacher, build_teacher
@@ -34,8 +38,9 @@ def model_config(
     draft_tokens: torch.Tensor | None = None,
     knowledge: KnowledgeSettings | None = None,
     teacher: Teacher | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Any:
-    """Megatron's `GPTModelConfig` of this run; `pretrain()` builds the model from it.
+    """What `pretrain()` builds the model of this run from: Megatron's `GPTModelConfig`, or one like it.
 
     Args:
         args: validated arguments.
@@ -43,11 +48,14 @@ def model_config(
         draft_tokens: those that a new draft can write: int64 [draft vocabulary]; None: all.
         knowledge: what the model learns of a teacher, if it has one.
         teacher: which; None: what is stored with the documents.
+        say: tells the user, on rank 0, what is found out while the model is set up.
 
     Returns:
         The configuration. Its hooks put in rotary embeddings for packed documents and, unless a
         checkpoint will be loaded, the HuggingFace weights.
     """
+    if args.model_backend == "transformers":
+        return hf_model_config(args, checkpoint, say)
     config = gpt_config_from_args(args)
     config.transformer_layer_spec = decoder_block_spec
     transformer = config.transformer
@@ -59,6 +67,7 @@ def model_config(
     transformer.deallocate_pipeline_outputs = sizes == {1}
     if args.fsdp_compute_dtype is not None:
         transformer.autocast_dtype = args.fsdp_compute_dtype
+    transformer.fsdp_sharding = args.fsdp_sharding
     from_hf = takes_hf_weights(args, checkpoint)
     if from_hf or (checkpoint is not None and not checkpoint.has_modelopt):
         # Every parameter is overwritten. (ModelOpt looks at the weights while it converts.)
@@ -74,6 +83,8 @@ def model_config(
         hooks.append(
             functools.partial(_fill_weights, folder=args.hf_model, hf_config=args.hf_config)
         )
+    if args.lora is not None:
+        hooks.append(functools.partial(_add_adapters, args=args, begins=checkpoint is None))
     if args.draft is not None and checkpoint is None:
         hooks.append(functools.partial(_add_draft, args=args, tokens=draft_tokens))
     if knowledge is not None:
@@ -87,8 +98,12 @@ def model_config(
 
 
 def takes_hf_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> bool:
-    """Whether the run starts from the weights of `--hf-model`."""
-    return args.hf_config is not None and not args.random_weights and checkpoint is None
+    """Whether the weights of `--hf-model` are taken: to start from, or to train factors beside."""
+    return (
+        args.hf_config is not None
+        and not args.random_weights
+        and (checkpoint is None or args.lora is not None)
+    )
 
 
 def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None:
@@ -99,6 +114,9 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
             parallelism is asked of a model that ModelOpt converted, or Transformer Engine of one whose
             rotary frequencies depend on the length of a document; or a new draft has no base, or no tokens.
     """
+    if args.model_backend == "transformers":
+        check_model(args, checkpoint)
+        return
     if args.context_parallel_size > 1 and checkpoint is not None and checkpoint.has_modelopt:
         raise SetupError(
             f"--context-parallel-size {args.context_parallel_size}: {checkpoint.path} is a model converted "
@@ -168,6 +186,19 @@ def _add_draft(
     for chunk in chunks:
         add_draft(chunk, shape, settings, tokens=tokens, seed=args.seed)
         install_forward(chunk, settings)
+    return chunks
+
+
+def _add_adapters(
+    chunks: list[torch.nn.Module], args: argparse.Namespace, begins: bool
+) -> list[torch.nn.Module]:
+    """Freeze the base and put factors beside its matrices; a checkpoint's follow later."""
+    targets = chosen_targets(args.hf_config, args.lora)
+    folder = args.lora_adapter if begins else None
+    for chunk in chunks:
+        add_adapters(
+            chunk, targets, dropout=args.lora_dropout or 0.0, seed=args.seed, folder=folder
+        )
     return chunks
 
 

@@ -42,6 +42,7 @@ EXTRAS = {
         "types-PyYAML",
     ],
     "bench": ["trl", "accelerate"],
+    "lora": ["peft"],  # reads an exported adapter back
     "wandb": ["wandb"],
 }
 

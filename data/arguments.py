@@ -6,6 +6,7 @@ import argparse
 import contextlib
 
 from data.packs.plan import PACKING_MODES
+from data.rows.choices import ANSWER_FORMS
 from data.rows.registry import FORMAT_NAMES
 
 
@@ -38,6 +39,23 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Column that is appended to the question.")  # fmt: skip
     add("--response-key", default=None, metavar="COLUMN", help="Column with the answer (output).")
     add("--messages-key", default=None, metavar="COLUMN", help="Column with a list of messages.")
+    add("--choice-key", default=None, metavar="COLUMN",
+        help="Column with the choices of a question, a list or its literal (choices).")  # fmt: skip
+    add("--answer-key", default=None, metavar="COLUMN",
+        help="Column with the right choice: an index, a letter or its text (correct_answer).")  # fmt: skip
+    add("--image-keys", nargs="+", default=None, metavar="COLUMN",
+        help="Columns with pictures: paths, bytes, or objects of them (images, image).")  # fmt: skip
+    add("--answer-form", choices=ANSWER_FORMS, default=ANSWER_FORMS[0],
+        help="How the right choice is said.")  # fmt: skip
+    add("--min-pixels", type=int, default=None, metavar="N",
+        help="Smaller pictures are enlarged to so many pixels (default: the processor's).")  # fmt: skip
+    add("--max-pixels", type=int, default=None, metavar="N",
+        help="Larger pictures are made smaller to so many pixels (default: the processor's).")  # fmt: skip
+    add("--image-cache", default=None, metavar="FOLDER",
+        help="Where pictures that rows embed are kept, encoded as they are. Default: pictures in "
+        "--data-cache-dir.")  # fmt: skip
+    add("--max-prompt-length", type=int, default=None, metavar="N",
+        help="A row with more tokens before its first trained one is over-long too.")  # fmt: skip
     add("--ignore-columns", nargs="+", default=None, metavar="NAME",
         help="Columns, and fields such as message.NAME, that are left out without a warning.")  # fmt: skip
     add("--strict-columns", action="store_true",

@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 
 from data.errors import DataError
+from data.images.pictures import thumbnail
 from data.packs.plan import PackingMode, plan_epoch
 from data.rows.plain import PLAIN_FORMATS
 from data.sources.chunks import Chunk, read_chunk
@@ -25,6 +26,7 @@ from data.tokenise.row_tokenizer import PreviewRow, RowTokenizer
 
 _TRAINED, _SPECIAL, _PLAIN, _RESET = "\033[32m", "\033[35m", "\033[2m", "\033[0m"
 _HISTOGRAM_BINS = 10
+_PICTURES_SHOWN = 8  # of a row
 # Nothing is wider than the window: text breaks anywhere, but no figure and no heading within a word, and in
 # a narrow one a source's figures stand below each other, each beside its name.
 _STYLE = """body{font-family:sans-serif;max-width:70em;margin:2em auto;padding:0 1em}
@@ -125,11 +127,8 @@ def preview_source(
 
 def write_json_row(row: PreviewRow, out: IO[str]) -> None:
     """One JSON object: file, row, input_ids, loss_mask, text, status, reason."""
-    place, _, number = row.raw.place.rpartition(":")
-    if not number.isdigit():
-        place = row.raw.place.rpartition(", row ")[0]
     entry = {
-        "file": place,
+        "file": row.raw.file,
         "row": row.raw.number,
         "input_ids": row.input_ids,
         "loss_mask": row.loss_mask,
@@ -175,7 +174,11 @@ def html_page(rows: list[tuple[PreviewRow, set[int]]], summaries: list[dict[str,
             parts.append(f"<td data-name='{name.replace('_', ' ')}'>{shown}</td>")
     parts.append("</table>")
     for row, special in rows:
-        parts.append(f"<h3>{html.escape(row_title(row))}</h3><pre>")
+        parts.append(f"<h3>{html.escape(row_title(row))}</h3>")
+        parts += [thumbnail(picture, row.raw.file) for picture in row.pictures[:_PICTURES_SHOWN]]
+        if (more := len(row.pictures) - _PICTURES_SHOWN) > 0:
+            parts.append(f" and {more} more")
+        parts.append("<pre>")
         for text, trained, is_special in _pieces(row, special):
             kind = ("st" if trained else "s") if is_special else ("t" if trained else "u")
             parts.append(f"<span class={kind}>{html.escape(_clean(text))}</span>")

@@ -63,7 +63,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     verifier = Verifier(model, draft.input_layers)
     stops = set(stop_tokens(tokenizer, model.generation_config))
     found = Acceptance(options.num_speculative_tokens)
-    prompts = encode_questions(open_prompts(options, tokenizer, None), questions)
+    prompts, _ = encode_questions(open_prompts(options, tokenizer, None), questions)
     answers = []
     for question, prompt in zip(questions, prompts, strict=True):
         plain = greedy(verifier, prompt, options.max_new_tokens, stops)

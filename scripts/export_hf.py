@@ -1,6 +1,10 @@
 """Writes a run's checkpoint, of any parallel layout, as a HuggingFace folder; with --draft only its draft.
 
 python scripts/export_hf.py --output-dir runs/first --to runs/first/hf
+python scripts/export_hf.py --output-dir runs/lora --adapter
+
+Of a run with --lora-rank the whole model with its factors merged, or with --adapter these alone, as PEFT
+stores them.
 
 One process on the CPU; the result is reloaded with transformers and its logits are compared with the
 Megatron model's before it is moved into place.
@@ -23,8 +27,10 @@ from post_training import platform
 platform.apply()
 
 from model_provider import model_config
+from post_training.adapters.layers import merge_adapters
 from post_training.arguments.ranges import read_options
 from post_training.errors import SetupError
+from post_training.export.adapter import check_peft, export_adapter
 from post_training.export.draft import export_draft
 from post_training.export.hf import DTYPES, export_hf, shard_size
 from post_training.files import config_of_run
@@ -39,9 +45,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--output-dir", required=True, help="folder of the run")
-    parser.add_argument(
-        "--to", help="folder to write (default: OUTPUT_DIR/hf; a draft: OUTPUT_DIR/draft)"
-    )
+    parser.add_argument("--to", help="folder to write (default: OUTPUT_DIR/hf, /draft or /adapter)")
     parser.add_argument("--iteration", type=int, help="checkpoint to export (default: the newest)")
     parser.add_argument(
         "--checkpoints",
@@ -53,13 +57,26 @@ def main() -> int:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of the weights (default: the run's precision)"
     )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--adapter", action="store_true", help="the factors of --lora-rank, for PEFT")
+    what.add_argument(
+        "--merge", action="store_true", help="a whole model with the factors merged (default)"
+    )
     options = read_options(parser)
     hush()
     run = Path(options.output_dir)
-    name = "draft" if config_of_run(run).get("draft") else "hf"
+    config = config_of_run(run)
+    name = "draft" if config.get("draft") else "adapter" if options.adapter else "hf"
     target = options.to or str(run / name)
     try:
         check_export(Path(target), run, name)
+        for flag in ("adapter", "merge"):
+            if getattr(options, flag) and not (
+                config.get("lora_rank") or config.get("lora_adapter")
+            ):
+                raise SetupError(f"--{flag}: {run} was trained without --lora-rank, as a whole")
+        if options.adapter:
+            check_peft()
         with quiet_libraries():
             loaded = load_model(
                 model_config,
@@ -82,6 +99,21 @@ def main() -> int:
             )
             return 0
         chunks, loaded.model = [loaded.model], None
+        if options.adapter:
+            difference = export_adapter(
+                chunks,
+                args,
+                loaded.tokenizer,
+                target,
+                dropout=config.get("lora_dropout") or 0.0,
+                dtype=DTYPES.get(options.dtype),
+            )
+            print(
+                f"{loaded.source} -> {target}: put on {args.hf_model} by peft, logits agree within "
+                f"{difference:.1e} of the largest one"
+            )
+            return 0
+        merge_adapters(chunks[0])
         difference = export_hf(
             chunks,
             args.hf_config,
@@ -89,6 +121,7 @@ def main() -> int:
             target,
             hf_model=args.hf_model,
             hf_tokenizer=args.hf_tokenizer,
+            trust_remote_code=args.trust_remote_code,
             dtype=DTYPES.get(options.dtype),
             max_shard_size=options.max_shard_size,
         )

@@ -1,7 +1,7 @@
 """Answers prompts with a run's checkpoint (any parallel layout) or a HuggingFace folder.
 
 python scripts/generate.py --output-dir runs/first --prompt "What is the capital of France?"
-python scripts/generate.py --hf-model runs/first/hf --backend transformers --prompt "..." --temperature 0.7
+python scripts/generate.py --hf-model runs/first/hf --model-backend transformers --prompt "..."
 
 Each --prompt is a user turn with the chat template applied; without --prompt, lines are read from
 standard input.

@@ -72,7 +72,7 @@ def _preview(args: argparse.Namespace) -> None:
     flag = "--data" if args.data else "--finetune-data-files"
     files = {"finetune_data_files": args.data or args.finetune_data_files}
     args = argparse.Namespace(**(vars(args) | files))
-    settings = PrepareOptions(seq_length=args.seq_length, **option_fields(args))
+    settings = PrepareOptions(seq_length=args.seq_length, **option_fields(args, tokenizer))
     summaries, pages = [], []
     with contextlib.ExitStack() as stack:
         rows_out: IO[str] | None = None

@@ -38,7 +38,7 @@ torchrun --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:0 fine
 step "held-out questions after training"
 python scripts/evaluate.py --output-dir "$folder/run" --data "$folder/task/test.jsonl" \
     --max-new-tokens 48 --json "$folder/after.json"
-python scripts/evaluate.py --hf-model "$folder/run/hf" --backend transformers \
+python scripts/evaluate.py --hf-model "$folder/run/hf" --model-backend transformers \
     --data "$folder/task/test.jsonl" --max-new-tokens 48 --json "$folder/transformers.json"
 
 python scripts/quickstart/report.py "$folder" "$((SECONDS - began))"

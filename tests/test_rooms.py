@@ -25,7 +25,7 @@ ABOVE = ("finetune", "model_provider", "scripts")
 FLOORS: dict[str, list[list[str]]] = {
     "data": [
         ["errors"],
-        ["sources", "rows"],
+        ["sources", "rows", "images"],
         ["templates", "documents"],
         ["masking"],
         ["tokenise"],
@@ -38,14 +38,14 @@ FLOORS: dict[str, list[list[str]]] = {
         ["errors"],
         ["files"],
         ["machine", "hf", "platform/patches"],
-        ["platform/cpu", "platform/checkpoints"],
+        ["platform/cpu", "platform/checkpoints", "adapters"],
         ["platform", "layout"],
         ["arguments", "metrics"],
         ["batch", "job"],
         ["model", "checkpoint"],
         ["training", "inference"],
-        ["distillation"],
-        ["knowledge"],
+        ["distillation", "hf_models"],
+        ["knowledge", "tasks"],
         ["export"],
     ],
 }

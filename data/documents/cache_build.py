@@ -23,13 +23,14 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from data.documents.check_sum import check_sum
-from data.documents.documents import CACHE_FORMAT, MANIFEST, Documents, map_documents
+from data.documents.documents import CACHE_FORMAT, MANIFEST, PICTURES, Documents, map_documents
 from data.documents.shard import UNREAD, Shard
 from data.errors import DataError
+from data.images.pictures import PictureTable
 
 BAD_ROWS = "bad_rows.jsonl"
 ALL_FILES = (
-    "input_ids.bin", "loss_mask.bin", "lengths.bin", "provenance.bin", "hashes.bin", BAD_ROWS,
+    "input_ids.bin", "loss_mask.bin", "lengths.bin", "provenance.bin", "hashes.bin", BAD_ROWS, *PICTURES,
 )  # fmt: skip
 JOURNAL = "journal.jsonl"
 _COPY_BYTES = 1 << 22
@@ -105,6 +106,8 @@ class MemorySink:
         """All documents so far."""
         shards = self.shards
         lengths = np.concatenate([shard.lengths for shard in shards])
+        sizes = np.concatenate([shard.picture_sizes for shard in shards])
+        lines = np.frombuffer(b"".join(shard.pictures for shard in shards), np.uint8)
         return Documents(
             input_ids=np.concatenate([shard.input_ids for shard in shards]),
             loss_mask=np.concatenate([shard.loss_mask for shard in shards]),
@@ -113,6 +116,7 @@ class MemorySink:
             hashes=np.concatenate([shard.hashes for shard in shards]),
             fingerprint=fingerprint,
             report=report_of(self.counts, self.bad_rows),
+            pictures=PictureTable(lines, sizes) if len(lines) else None,
         )
 
 
@@ -143,6 +147,8 @@ class FolderSink:
             "provenance.bin": shard.provenance.tobytes(),
             "hashes.bin": shard.hashes.tobytes(),
             BAD_ROWS: lines.encode(),
+            PICTURES[0]: shard.pictures,
+            PICTURES[1]: shard.picture_sizes.tobytes(),
         }
         checksum = 0
         for name, data in parts.items():

@@ -6,6 +6,7 @@
     <cache_dir>/<key>/offsets.bin      int64  [num_documents + 1]
     <cache_dir>/<key>/provenance.bin   int64  [num_documents, 2]   (source, row in that source)
     <cache_dir>/<key>/hashes.bin       uint64 [num_documents]
+    <cache_dir>/<key>/pictures.bin, picture_sizes.bin      a PictureTable; empty for a model of text
 
 A folder appears under its final name by one atomic rename, after its files are complete: whoever
 sees it can use it.
@@ -25,9 +26,11 @@ import numpy.typing as npt
 
 from data.documents.check_sum import check_sum
 from data.errors import DataError
+from data.images.pictures import Picture, PictureTable
 
 CACHE_FORMAT = 2
 MANIFEST = "manifest.json"
+PICTURES = ("pictures.bin", "picture_sizes.bin")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Documents:
             what was detected.
         contents: Hash of ids, masks and their order, whatever they were made from: equal documents have
             equal ones (``contents_of``). Computed where it is not given.
+        pictures: Where the pictures of each lie; None where no document has any.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -58,6 +62,7 @@ class Documents:
     fingerprint: str
     report: dict[str, Any] = field(default_factory=dict)
     contents: str = ""
+    pictures: PictureTable | None = None
 
     def __post_init__(self) -> None:
         if not self.contents:
@@ -74,6 +79,15 @@ class Documents:
         index %= len(self)
         start, end = int(self.offsets[index]), int(self.offsets[index + 1])
         return self.input_ids[start:end], self.loss_mask[start:end]
+
+    def pictures_of(self, index: int) -> list[Picture]:
+        """The pictures of document ``index``."""
+        return [] if self.pictures is None else self.pictures.of(index)
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any document has pictures."""
+        return self.pictures is not None
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -156,7 +170,16 @@ def map_documents(folder: Path, manifest: dict[str, Any]) -> Documents:
         fingerprint=manifest["fingerprint"],
         report=manifest["report"],
         contents=manifest.get("contents", ""),
+        pictures=_map_pictures(folder, documents),
     )
+
+
+def _map_pictures(folder: Path, documents: int) -> PictureTable | None:
+    lines, sizes = (folder / name for name in PICTURES)
+    if not lines.is_file() or not lines.stat().st_size:  # older versions wrote none
+        return None
+    table = _map(sizes, np.int32, (documents,))
+    return PictureTable(_map(lines, np.uint8, (int(table.sum(dtype=np.int64)),)), table)
 
 
 def contents_of(

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from data.documents.documents import Documents, contents_of
 from data.errors import DataError
+from data.images.pictures import Picture
 
 IntArray = npt.NDArray[np.int64]
 _BUCKETS = 1 << 32
@@ -46,6 +47,15 @@ class DocumentSet:
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
         """Document ``index``: ids int32 ``[tokens]`` and mask uint8 ``[tokens]``; views."""
         return self.parts[int(self.part_of[index])][int(self.index_of[index])]
+
+    def pictures_of(self, index: int) -> list[Picture]:
+        """The pictures of document ``index``."""
+        return self.parts[int(self.part_of[index])].pictures_of(int(self.index_of[index]))
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any document has pictures."""
+        return any(part.has_pictures for part in self.parts)
 
     @cached_property
     def contents(self) -> str:

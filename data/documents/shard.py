@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,8 @@ class Shard:
         counts: Rows read, kept and dropped by reason, turns, tokens.
         bad_rows: (place, reason, detail) of rows that were skipped.
         error: The message of a row that stops the run.
+        pictures: Texts of a `PictureTable`; empty for a model of text.
+        picture_sizes: int32 ``[documents]``, bytes of each; empty for a model of text.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -34,3 +36,5 @@ class Shard:
     counts: dict[str, int]
     bad_rows: list[tuple[str, str, str]]
     error: str | None = None
+    pictures: bytes = b""
+    picture_sizes: npt.NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))

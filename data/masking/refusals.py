@@ -97,7 +97,9 @@ def require_questions(messages: Sequence[Message], text: str) -> None:
     """
     for number, message in enumerate(messages, 1):
         said = message["content"]
-        if message["role"] not in ("assistant", "tool") and said.strip() not in text:
+        said = said if isinstance(said, list) else [{"text": said}]
+        asked = message["role"] not in ("assistant", "tool")
+        if asked and any(part.get("text", "").strip() not in text for part in said):
             raise question_dropped(number, message)
 
 

@@ -8,6 +8,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
+from data.images.layout import ImageLayout
 from data.masking.answers import AnswerFinder, LossOn, Reasoning
 from data.masking.template_check import TemplateReport, check_template, probes
 from data.rows.converters import FormatOptions
@@ -50,6 +51,9 @@ class PrepareOptions:
         max_rows: Read only so many rows of each source, the first; None for all.
         dataset_template: A template of the dataset's own, for tokenizers that have none.
         trust_blocks: Take the template's generation blocks as they are.
+        images: The image processor's layout, or why there is none.
+        image_cache: Folder of pictures that rows embed; None where none are kept.
+        max_prompt_length: Most tokens before the first trained one; None for any number.
         template_date: What the clock of a template says, as YYYY-MM-DD; None for today.
     """
 
@@ -68,10 +72,15 @@ class PrepareOptions:
     dataset_template: str | None = None
     template_date: str | None = None
     trust_blocks: bool = False
+    images: ImageLayout | str = "a model of text cannot be trained on them"
+    image_cache: str | None = None
+    max_prompt_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.seq_length < 2:
             raise DataError(f"--seq-length {self.seq_length}: a document needs at least 2 tokens.")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise DataError(f"--max-prompt-length {self.max_prompt_length}: expected 1 or more.")
         if self.workers is not None and self.workers < 0:
             raise DataError(
                 f"--data-workers {self.workers}: expected 0 or more; leave it out for one a core."
@@ -221,11 +230,19 @@ def _options(
         reasoning=settings.reasoning,
         loss_on=settings.loss_on,
         trust_blocks=settings.trust_blocks,
+        max_prompt_length=settings.max_prompt_length,
+        **_image_options(settings),
         separator=separator,
         text_prefix=prefix,
         text_end=end,
         day=day,
     )
+
+
+def _image_options(settings: PrepareOptions) -> dict[str, Any]:
+    if isinstance(settings.images, str):
+        return {"no_images": settings.images}
+    return {"images": settings.images, "image_cache": settings.image_cache or ""}
 
 
 def _checked_template(

@@ -46,7 +46,7 @@ _NAMES_SHOWN = 3
 _LIBRARIES = ("tokenizers", "jinja2")
 # Folders of this package whose code ids, masks and shards depend on: it is part of every cache key. A key
 # says only whether to tokenise again; whether documents are the same, their contents say.
-_CODE_FOLDERS = ("sources", "rows", "templates", "documents", "masking", "tokenise")
+_CODE_FOLDERS = ("sources", "rows", "templates", "documents", "images", "masking", "tokenise")
 # The key of what a template's clock said, in what documents are made of.
 DAY = "day of the chat template"
 _PACKAGE = Path(__file__).parents[1]
@@ -361,6 +361,9 @@ class _Preparation:
         options = vars(self.options) | {"mapping": vars(self.options.mapping)}
         options["kinds"] = self.source.kinds
         options["max_rows"] = self.settings.max_rows
+        if self.options.images is not None:
+            # Relative paths of pictures are meant beside the files.
+            options["folders"] = sorted({str(Path(n).resolve().parent) for n in self.source.names})
         template = options.pop("template")
         day = options.pop("day")
         names = ("tokenizer", "special_tokens", "special", "added")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn
 from data.documents.documents import Documents
 from data.documents.mixture import DocumentSet, mix_documents, split_documents
 from data.errors import DataError
+from data.images.processor import ImageProcessor, open_processor
 from data.prepare.prepare import prepare_documents
 from data.rows.conversation import reserved_in
 from data.rows.converters import FormatOptions
@@ -155,12 +156,13 @@ def _prepare_one(
         seq_length=args.seq_length,
         cache_dir=cache_dir(args),
         files_flag=flag,
-        **option_fields(args),
+        **option_fields(args, tokenizer),
     )
 
 
-def option_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The flags as fields of ``PrepareOptions``."""
+def option_fields(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The flags as fields of ``PrepareOptions``, with the image layout of the tokenizer's folder."""
+    processor = image_processor(args, tokenizer)
     return {
         "on_bad_row": args.on_bad_row,
         "overlong": args.overlong,
@@ -174,6 +176,10 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
             args.messages_key,
             tuple(args.ignore_columns or ()),
             args.strict_columns,
+            args.choice_key,
+            args.answer_key,
+            tuple(args.image_keys) if args.image_keys else None,
+            args.answer_form,
         ),
         "reasoning": args.reasoning,
         "loss_on": args.loss_on,
@@ -183,7 +189,30 @@ def option_fields(args: argparse.Namespace) -> dict[str, Any]:
         "template_variables": parse_variables(args.chat_template_variables),
         "template_date": args.template_date,
         "trust_blocks": args.trust_generation_blocks,
+        "max_prompt_length": args.max_prompt_length,
+        "images": processor if isinstance(processor, str) else processor.layout,
+        "image_cache": str(image_cache(args)),
     }
+
+
+def image_processor(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase
+) -> ImageProcessor | str:
+    """The image processor beside the tokenizer; where there is none of use, why.
+
+    Raises:
+        DataError: a flag is for pictures, and there is none.
+    """
+    found = open_processor(tokenizer, image_cache(args), args.min_pixels, args.max_pixels)
+    for flag in ("min_pixels", "max_pixels", "image_keys", "image_cache"):
+        if isinstance(found, str) and (value := getattr(args, flag)) is not None:
+            raise DataError(f"--{flag.replace('_', '-')} {value}: {found}. Leave it out.")
+    return found
+
+
+def image_cache(args: argparse.Namespace) -> Path:
+    """The folder of pictures that rows embed."""
+    return Path(args.image_cache or cache_dir(args) / "pictures").expanduser()
 
 
 def cache_dir(args: argparse.Namespace) -> Path:

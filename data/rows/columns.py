@@ -119,8 +119,8 @@ def _refuse(name: str, strict: bool) -> None:
     if field in _MEDIA:
         raise RowError(
             "pictures or sound",
-            f"{name!r} holds some, and a model of text cannot be trained on them; --ignore-columns "
-            f"{name} trains the text alone",
+            f"{name!r} holds some, and nothing reads them there; --image-keys reads columns of pictures "
+            f"for a model that sees, --ignore-columns {name} trains the text alone",
         )
     if kind == "call":
         raise RowError(

@@ -39,6 +39,8 @@ class Conversation:
         variables: Template variables of this row alone.
         open_end: Whether the last answer goes on after its end, so that no stop is trained there.
         unread: Columns and fields of the row that nobody reads (``data.rows.columns``).
+        pictures: Those of the image parts of the messages, in their order, as the row holds them. The
+            content of a message with some is a list of ``{"type": "image"}`` and text parts.
     """
 
     messages: list[Message]
@@ -47,6 +49,7 @@ class Conversation:
     variables: Mapping[str, Any] = field(default_factory=dict)
     open_end: bool = False
     unread: tuple[str, ...] = ()
+    pictures: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.trained:
@@ -60,6 +63,12 @@ def begin_of_last_turn(messages: Sequence[Message]) -> int:
     """
     last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=0)
     return max((i + 1 for i in range(last) if messages[i]["role"] == "user"), default=0)
+
+
+def count_pictures(messages: Sequence[Message]) -> int:
+    """Image parts of messages."""
+    said = [message["content"] for message in messages if isinstance(message["content"], list)]
+    return sum(part.get("type") == "image" for content in said for part in content)
 
 
 def has_empty_answer(conversation: Conversation) -> bool:

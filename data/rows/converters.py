@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import RowError
+from data.rows.choices import (
+    CHOICE_COLUMNS,
+    RIGHT_COLUMNS,
+    AnswerForm,
+    Choices,
+    named_column,
+    read_choices,
+)
 from data.rows.conversation import Conversation, reserved_in
 from data.rows.messages import content_of, conversation_from_messages, role_of
+from data.rows.pictures import IMAGE_COLUMNS, column_pictures, with_parts
 from data.rows.tool_calls import from_json
 
 Row = Mapping[str, Any]
@@ -34,6 +43,10 @@ class FormatOptions:
         messages_key: Column with a list of messages.
         ignore_columns: Columns and fields of messages that may be left out.
         strict_columns: Whether all others have to be read.
+        choice_key: Column with the choices of a question.
+        answer_key: Column with the right one, or with the answer where there are no choices.
+        image_keys: Columns with pictures.
+        answer_form: How the right choice is said.
     """
 
     system_key: str | None = None
@@ -43,6 +56,15 @@ class FormatOptions:
     messages_key: str | None = None
     ignore_columns: tuple[str, ...] = ()
     strict_columns: bool = False
+    choice_key: str | None = None
+    answer_key: str | None = None
+    image_keys: tuple[str, ...] | None = None
+    answer_form: AnswerForm = "letter-and-text"
+
+    @property
+    def names_choices(self) -> bool:
+        """Whether a column of questions with choices was named."""
+        return bool(self.choice_key or self.answer_key)
 
     @property
     def names_fields(self) -> bool:
@@ -52,7 +74,8 @@ class FormatOptions:
     @property
     def names_nothing(self) -> bool:
         """Whether no column was named."""
-        return not (self.names_fields or self.system_key or self.messages_key)
+        named = self.names_fields or self.system_key or self.messages_key
+        return not (named or self.names_choices or self.image_keys)
 
 
 def unfolded(row: Row) -> Row:
@@ -86,7 +109,55 @@ def messages_row(row: Row, options: FormatOptions) -> Conversation:
     if column not in row:
         flag = "--messages-key" if options.messages_key else "--conversation-format"
         raise _missing(row, column, flag)
-    return conversation_from_messages(row[column], _tools(row), _system(row, options), column)
+    pictures = _pictures(row, options)
+    messages = with_parts(row[column], pictures[0] or ())
+    return conversation_from_messages(
+        messages, _tools(row), _system(row, options), column, pictures
+    )
+
+
+def choices_row(row: Row, options: FormatOptions) -> Conversation:
+    """A question with pictures: a column of choices and one with the right one, or an answer alone."""
+    prompt = named_column(row, options.prompt_key, QUESTION_COLUMNS, "--prompt-key")
+    question = _text(row, prompt, "--prompt-key", missing_is_empty=False)
+    if not isinstance(question, str):
+        raise RowError(
+            "bad content", f"column {prompt!r} is {type(question).__name__}, expected text"
+        )
+    right = named_column(row, options.answer_key, RIGHT_COLUMNS, "--answer-key")
+    choices = row_choices(row, options)
+    if choices is not None:
+        question = f"{question}\n{choices.listed}"
+        answer = choices.answer(options.answer_form)
+    else:
+        answer = "" if row[right] is None else str(row[right])
+        if not answer.strip():
+            raise RowError("no content", f"column {right!r} has no answer")
+    pictures, where = _pictures(row, options)
+    parts = [{"type": "image"} for _ in pictures or ()]
+    pair = [
+        {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": answer},
+    ]
+    return conversation_from_messages(pair, None, _system(row, options), "row", (pictures, where))
+
+
+def row_choices(row: Row, options: FormatOptions) -> Choices | None:
+    """The choices of a row of the format `choices`; None where it has none.
+
+    Raises:
+        RowError: they and the answer do not fit.
+    """
+    if not options.choice_key and not any(row.get(name) is not None for name in CHOICE_COLUMNS):
+        return None
+    column = named_column(row, options.choice_key, CHOICE_COLUMNS, "--choice-key")
+    right = named_column(row, options.answer_key, RIGHT_COLUMNS, "--answer-key")
+    return read_choices(row[column], row[right])
+
+
+def _pictures(row: Row, options: FormatOptions) -> tuple[list[Any] | None, str]:
+    named = options.image_keys is not None
+    return column_pictures(row, options.image_keys or IMAGE_COLUMNS, named)
 
 
 def alpaca_row(row: Row, options: FormatOptions) -> Conversation:

@@ -1,6 +1,6 @@
 """Normalising lists of messages, whatever wrote them, to one shape.
 
-{"role": "system" | "user" | "assistant" | "tool", "content": str,
+{"role": "system" | "user" | "assistant" | "tool", "content": str,      (a user's: parts, with pictures)
  "reasoning_content": str, "tool_calls": [{"type", "id", "function": {"name", "arguments"}}],
  "name": str, "tool_call_id": str}                        (absent where there is no value)
 """
@@ -13,6 +13,7 @@ from typing import Any
 from data.errors import RowError
 from data.rows.columns import Columns
 from data.rows.conversation import REASONING_FIELDS, Conversation, Message
+from data.rows.pictures import IMAGE_PARTS, picture_of, place
 from data.rows.tool_calls import from_json, kind_of, tool_calls
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -44,7 +45,11 @@ _OPEN_KEYS = ("prefix", "partial")
 
 
 def conversation_from_messages(
-    raw: Any, tools: Any = None, system: Any = None, column: str = "messages"
+    raw: Any,
+    tools: Any = None,
+    system: Any = None,
+    column: str = "messages",
+    pictures: tuple[Sequence[Any] | None, str] = (None, "a column"),
 ) -> Conversation:
     """Normalise a list of OpenAI or ShareGPT messages.
 
@@ -54,6 +59,7 @@ def conversation_from_messages(
         system: A system prompt that stands beside the list (and may be its first message too), or
             nothing.
         column: Where the list came from, for messages.
+        pictures: Those beside the list, and the name of their column.
 
     Raises:
         RowError: something is of a wrong type, a role is unknown, or no assistant speaks.
@@ -65,11 +71,12 @@ def conversation_from_messages(
     messages: list[Message] = []
     trained: list[bool] = []
     unread: dict[str, None] = {}
+    found_pictures: list[Any] = []
     open_end = False
     for number, item in enumerate(raw, 1):
         if isinstance(item, Mapping) and item.keys() not in _PLAIN_KEYS:
             item = Columns(item)
-        message, train = _message(item, number, unread)
+        message, train = _message(item, number, unread, found_pictures)
         messages.append(message)
         trained.append(train and message["role"] == "assistant")
         if isinstance(item, Columns):
@@ -89,7 +96,14 @@ def conversation_from_messages(
     if not any(message["role"] == "assistant" for message in messages):
         raise RowError("no assistant turn", "nothing in this conversation can be trained")
     found = normalise_tools(tools)
-    return Conversation(messages, found, trained, open_end=open_end, unread=tuple(unread))
+    return Conversation(
+        messages,
+        found,
+        trained,
+        open_end=open_end,
+        unread=tuple(unread),
+        pictures=place(found_pictures, *pictures),
+    )
 
 
 def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -117,7 +131,9 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
     return schemas or None
 
 
-def _message(item: Any, number: int, unread: dict[str, None]) -> tuple[Message, bool]:
+def _message(
+    item: Any, number: int, unread: dict[str, None], pictures: list[Any]
+) -> tuple[Message, bool]:
     if not isinstance(item, Mapping):
         raise RowError("bad messages", f"message {number} is {kind_of(item)}, expected an object")
     role = role_of(item)
@@ -133,7 +149,7 @@ def _message(item: Any, number: int, unread: dict[str, None]) -> tuple[Message, 
         message["content"] = ""
         message["tool_calls"] = _calls(content, number, unread)
     else:
-        _set_content(message, content, number, unread)
+        _set_content(message, content, number, unread, pictures)
     for key in ("name", "tool_call_id"):
         if isinstance(item.get(key), str):
             message[key] = item[key]
@@ -177,16 +193,20 @@ def _calls(value: Any, number: int, unread: dict[str, None]) -> list[dict[str, A
     return calls
 
 
-def _set_content(message: Message, content: Any, number: int, unread: dict[str, None]) -> None:
+def _set_content(
+    message: Message, content: Any, number: int, unread: dict[str, None], pictures: list[Any]
+) -> None:
     if content is None:
         message["content"] = ""
     elif isinstance(content, str):
         message["content"] = content
     elif isinstance(content, Sequence) and not isinstance(content, bytes):
         texts, reasoning = [], []
+        parts: list[dict[str, str]] = []
         for part in content:
             if isinstance(part, str):
                 texts.append(part)
+                parts.append({"type": "text", "text": part})
                 continue
             if not isinstance(part, Mapping):
                 raise RowError(
@@ -194,6 +214,11 @@ def _set_content(message: Message, content: Any, number: int, unread: dict[str, 
                 )
             part = Columns(part)
             kind = part.get("type", "text")
+            if kind in IMAGE_PARTS:
+                pictures.append(picture_of(part))
+                parts.append({"type": "image"})
+                unread |= dict.fromkeys(f"part.{name}" for name in part.unread())
+                continue
             text = next((part[k] for k in (kind, "text", "value") if isinstance(k, str)
                          and isinstance(part.get(k), str)), None)  # fmt: skip
             if kind == "tool_call" and part.get("value") is not None:
@@ -201,15 +226,23 @@ def _set_content(message: Message, content: Any, number: int, unread: dict[str, 
                 message["tool_calls"] = [*message.get("tool_calls", []), *calls]
             elif kind in _TEXT_PARTS and text is not None:
                 texts.append(text)
+                parts.append({"type": "text", "text": text})
             elif kind in _REASONING_PARTS and text is not None:
                 reasoning.append(text)
             else:
                 raise RowError(
                     "bad content",
-                    f"message {number} has a part of type {kind!r}; only text is read",
+                    f"message {number} has a part of type {kind!r}; only text and pictures are read",
                 )
             unread |= dict.fromkeys(f"part.{name}" for name in part.unread())
         message["content"] = "".join(texts)
+        if len(parts) > len(texts):
+            if message["role"] != "user":
+                raise RowError(
+                    "bad content",
+                    f"message {number} ({message['role']}) has a picture; only a user's may",
+                )
+            message["content"] = parts
         if reasoning:
             message["reasoning_content"] = "\n".join(reasoning)
     else:

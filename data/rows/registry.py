@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError, RowError
+from data.rows.choices import ANSWER_FORMS
 from data.rows.columns import read_all, without
 from data.rows.conversation import Conversation
 from data.rows.converters import (
@@ -27,6 +28,7 @@ from data.rows.converters import (
     FormatOptions,
     Row,
     alpaca_row,
+    choices_row,
     columns_of,
     fields_row,
     messages_row,
@@ -85,6 +87,7 @@ FORMATS: dict[str, Callable[[Row, FormatOptions], Conversation]] = {
     "question": question_row,
     "preference": preference_row,
     "fields": fields_row,
+    "choices": choices_row,
 }
 FORMAT_NAMES = (*FORMATS, *PLAIN_FORMATS)
 
@@ -92,16 +95,17 @@ FORMAT_NAMES = (*FORMATS, *PLAIN_FORMATS)
 _PAIR_KEYS = ("system_key", "prompt_key", "query_key", "response_key")
 # The fields of FormatOptions that each format reads; a converter of the user's reads none.
 _KEYS = {
-    "messages": ("system_key", "messages_key"),
-    "sharegpt": ("system_key", "messages_key"),
+    "messages": ("system_key", "messages_key", "image_keys"),
+    "sharegpt": ("system_key", "messages_key", "image_keys"),
     "alpaca": _PAIR_KEYS,
     "question": _PAIR_KEYS,
     "preference": ("system_key", "prompt_key"),
     "fields": _PAIR_KEYS,
+    "choices": ("system_key", "prompt_key", "choice_key", "answer_key", "image_keys"),
     "text": ("response_key",),
     "tokens": (),
 }
-_COLUMN_KEYS = (*_PAIR_KEYS, "messages_key")
+_COLUMN_KEYS = (*_PAIR_KEYS, "messages_key", "choice_key", "answer_key", "image_keys")
 
 
 def detect_format(row: Any, options: FormatOptions) -> str:
@@ -117,6 +121,10 @@ def detect_format(row: Any, options: FormatOptions) -> str:
         row = unfolded(row)
     if options.messages_key is not None:
         return "messages"
+    asks = any(name in row for name in QUESTION_COLUMNS)
+    shows = options.image_keys is not None and not any(row.get(n) for n in MESSAGE_COLUMNS)
+    if options.names_choices or shows or (asks and {"choices", "correct_answer"} <= row.keys()):
+        return "choices"
     answers = options.query_key or options.response_key or "output" in row
     if options.names_fields and ("chosen" not in row or answers):
         return "fields"
@@ -194,11 +202,16 @@ def require_keys_of_use(name: str, options: FormatOptions) -> None:
     Raises:
         DataError: there is one.
     """
+    if options.answer_form != ANSWER_FORMS[0] and name != "choices":
+        raise DataError(
+            f"--answer-form {options.answer_form}: rows of the format {name} have no choices. Leave it out."
+        )
     read = _KEYS.get(name, ())
     for key in _COLUMN_KEYS:
         column = getattr(options, key)
         if column is not None and key not in read:
             flags = ", ".join(_flag(other) for other in read) or "no column flag"
+            column = column if isinstance(column, str) else " ".join(column)
             raise DataError(
                 f"{_flag(key)} {column}: rows of the format {name} are read without it "
                 f"(that format takes {flags}). Leave it out, or give another --conversation-format."

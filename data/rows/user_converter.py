@@ -9,6 +9,7 @@ from typing import Any
 from data.errors import RowError
 from data.rows.conversation import Conversation
 from data.rows.messages import conversation_from_messages
+from data.rows.pictures import IMAGE_COLUMNS, column_pictures
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class UserConverter:
                 "converter failed", f"{self.name}: {type(error).__name__}: {error}"
             ) from error
         if isinstance(result, Conversation):
-            checked = conversation_from_messages(result.messages, result.tools, None, self.name)
+            beside = result.pictures or None, "'pictures' of the conversation"
+            checked = conversation_from_messages(
+                result.messages, result.tools, None, self.name, beside
+            )
             checked = replace(
                 checked, variables=result.variables, open_end=checked.open_end or result.open_end
             )
@@ -50,7 +54,10 @@ class UserConverter:
                 f"{self.name} gave {kind}, expected a Conversation or a list of messages",
             )
         if isinstance(result, Mapping):
-            return conversation_from_messages(result.get("messages"), result.get("tools"))
+            beside = column_pictures(result, IMAGE_COLUMNS, False)
+            return conversation_from_messages(
+                result.get("messages"), result.get("tools"), pictures=beside
+            )
         return conversation_from_messages(result, None, None, self.name)
 
 

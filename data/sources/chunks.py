@@ -31,6 +31,12 @@ class RawRow(NamedTuple):
     row: Any
     error: RowError | None = None
 
+    @property
+    def file(self) -> str:
+        """The file, or the name of the dataset, that it is in."""
+        file, _, number = self.place.rpartition(":")
+        return file if number.isdigit() else self.place.rpartition(", row ")[0]
+
 
 @dataclass(frozen=True)
 class Chunk:

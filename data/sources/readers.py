@@ -23,6 +23,8 @@ from data.sources.json_objects import json_layout, object_rows
 
 CHUNK_BYTES = 1 << 19
 CHUNK_ROWS = 1024
+# Rows may hold pictures, of which so many would fill the memory of the workers.
+_TABLE_BYTES = 1 << 25
 # What the surrogateescape handler makes of bytes that are not UTF-8.
 _ESCAPED_BYTE = re.compile("[\udc80-\udcff]")
 
@@ -62,12 +64,21 @@ def dataset_chunks(dataset: Any, name: str, source: int = 0) -> Iterator[Chunk]:
         arrow = dataset.with_format("arrow")
         for first in range(0, len(dataset), CHUNK_ROWS):
             table = arrow[first : first + CHUNK_ROWS]
-            yield Chunk(source, name, first, "arrow", arrow_bytes(table))
+            yield from _table_chunks(table, name, source, first)
         return
     first = 0
     for rows in batched(dataset, CHUNK_ROWS):
         yield Chunk(source, name, first, "rows", pickled_rows(rows))
         first += len(rows)
+
+
+def _table_chunks(table: Any, name: str, source: int, first: int) -> Iterator[Chunk]:
+    """A table as one chunk, or as several where it is large."""
+    pieces = max(1, min(len(table), -(-table.nbytes // _TABLE_BYTES)))
+    rows = -(-len(table) // pieces)
+    for at in range(0, len(table), max(1, rows)):
+        piece = table.slice(at, rows)
+        yield Chunk(source, name, first + at, "arrow", arrow_bytes(piece))
 
 
 def _line_chunks(path: Path, source: int) -> Iterator[Chunk]:
@@ -234,7 +245,7 @@ def _parquet_chunks(path: Path, source: int) -> Iterator[Chunk]:
             first = 0
             for batch in file.iter_batches(CHUNK_ROWS):
                 table = pyarrow.Table.from_batches([batch])
-                yield Chunk(source, str(path), first, "arrow", arrow_bytes(table))
+                yield from _table_chunks(table, str(path), source, first)
                 first += len(batch)
     except pyarrow.ArrowException as error:
         raise ValueError(str(error)) from error

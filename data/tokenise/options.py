@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from data.images.layout import ImageLayout
 from data.masking.answers import LossOn, Reasoning
 from data.rows.converters import FormatOptions
 
@@ -33,6 +34,10 @@ class TokenizeOptions:
         loss_on: Which turns are trained.
         trust_blocks: Whether a template's generation blocks are taken as they are.
         separator: Token id appended to every document, never trained; None for none.
+        images: How pictures become tokens; None where the model reads text alone.
+        no_images: Why it does.
+        image_cache: Folder of embedded pictures; empty where none are kept.
+        max_prompt_length: Most tokens before the first trained one; None for any number.
         text_prefix: Token ids that the tokenizer puts before a text, for raw text.
         text_end: Token id of the end of a text, for raw text; None where there is none.
     """
@@ -55,3 +60,7 @@ class TokenizeOptions:
     text_prefix: tuple[int, ...] = ()
     text_end: int | None = None
     day: str = ""
+    images: ImageLayout | None = None
+    no_images: str = "a model of text cannot be trained on them"
+    image_cache: str = ""
+    max_prompt_length: int | None = None

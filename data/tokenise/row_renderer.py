@@ -11,7 +11,7 @@ from typing import Any
 from data.errors import DataError, RowError
 from data.masking.answers import AnswerFinder, Rendering, edges_of_answers, trained_spans
 from data.masking.template_check import check_template
-from data.rows.conversation import Conversation
+from data.rows.conversation import Conversation, count_pictures
 from data.rows.plain import PLAIN_FORMATS, PlainRow, plain_row
 from data.rows.registry import converter
 from data.sources.chunks import RawRow
@@ -117,6 +117,10 @@ class RowRenderer:
         return RowText(raw, empty, plain.text, [(0, len(plain.text))], [], 0, 0, plain)
 
     def _rendered(self, raw: RawRow, conversation: Conversation) -> RowText:
+        if conversation.pictures and self.options.images is None:
+            raise RowError(
+                "pictures or sound", f"the row has pictures, and {self.options.no_images}"
+            )
         rendering = self._finder_for(conversation.variables).find(conversation)
         _require_unicode(rendering.text)
         if conversation.open_end:
@@ -153,6 +157,8 @@ class RowRenderer:
                 row.conversation,
                 messages=[*messages[:first], *messages[cut:]],
                 trained=[*trained[:first], *trained[cut:]],
+                # No system prompt has pictures, so those of the oldest turns are the first.
+                pictures=row.conversation.pictures[count_pictures(messages[first:cut]) :],
             )
             try:
                 rendered = self._rendered(row.raw, shorter)

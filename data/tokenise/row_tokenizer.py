@@ -10,12 +10,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from data.documents.shard import UNREAD, Shard
 from data.errors import DataError, RowError
+from data.images.pictures import Picture, PictureReader
 from data.masking.refusals import ends_in_thought
 from data.rows.conversation import has_empty_answer
 from data.sources.chunks import Chunk, RawRow, read_chunk
@@ -26,6 +29,7 @@ from data.tokenise.plain_tokens import plain_tokens, shown_tokens
 from data.tokenise.row_renderer import RowRenderer, RowText
 
 OVERLONG = "longer than --seq-length"
+LONG_PROMPT = "prompt longer than --max-prompt-length"
 NOTHING_TO_TRAIN = "nothing to train"
 _BATCH = 256
 
@@ -42,6 +46,7 @@ class PreviewRow:
         input_ids: Token ids; empty when there are none.
         loss_mask: Mask.
         offsets: Character span of each token.
+        pictures: The pictures of the row as it holds them.
     """
 
     raw: RawRow
@@ -51,6 +56,24 @@ class PreviewRow:
     input_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     offsets: list[Span] = field(default_factory=list)
+    pictures: list[Any] = field(default_factory=list)
+
+
+class Document(NamedTuple):
+    """What a row becomes.
+
+    Attributes:
+        ids: int32 ``[tokens]``.
+        mask: uint8 ``[tokens]``.
+        repeats: How often each token of the text stands in them, int64 ``[tokens of the text]``, and the
+            separator; None where each stands once.
+        pictures: Its pictures.
+    """
+
+    ids: npt.NDArray[np.int32]
+    mask: npt.NDArray[np.uint8]
+    repeats: npt.NDArray[np.int64] | None = None
+    pictures: Sequence[Picture] = ()
 
 
 class RowTokenizer:
@@ -64,24 +87,30 @@ class RowTokenizer:
         self.options = options
         self.tokenizer = MaskedTokenizer(options.tokenizer, options.added)
         self.renderer = RowRenderer(options)
+        self.reader: PictureReader | None = None
+        if options.images is not None:
+            cache = Path(options.image_cache) if options.image_cache else None
+            self.reader = PictureReader(options.images, cache)
 
     def chunk(self, chunk: Chunk) -> Shard:
         """Tokenise the rows of one chunk; under ``error`` the first bad row's message is set."""
         counts: Counter[str] = Counter()
-        ids: list[npt.NDArray[np.int32]] = []
-        masks: list[npt.NDArray[np.uint8]] = []
+        documents: list[Document] = []
         provenance: list[tuple[int, int]] = []
         bad: list[tuple[str, str, str]] = []
         error: str | None = None
+        pictures, sizes = b"", list[int]()
         try:
-            for result in self.rows(read_chunk(chunk), counts, bad):
-                pending, encoding, mask = result
-                ids.append(encoding)
-                masks.append(mask)
+            for pending, document in self.rows(read_chunk(chunk), counts, bad):
+                documents.append(document)
                 provenance.append((pending.raw.source, pending.raw.number))
+            if self.reader is not None:
+                pictures, sizes = self.reader.close_chunk([each.pictures for each in documents])
         except DataError as problem:
             error = str(problem)
-        lengths = np.array([len(document) for document in ids], np.int64)
+        ids = [document.ids for document in documents]
+        masks = [document.mask for document in documents]
+        lengths = np.array([len(own) for own in ids], np.int64)
         flat = np.concatenate(ids) if ids else np.empty(0, np.int32)
         counts["max token id"] = int(flat.max()) if len(flat) else -1
         trained = np.concatenate(masks) if masks else np.empty(0, np.uint8)
@@ -92,17 +121,17 @@ class RowTokenizer:
             loss_mask=trained,
             lengths=lengths,
             provenance=np.array(provenance, np.int64).reshape(-1, 2),
-            hashes=np.frombuffer(
-                b"".join(blake2b(document, digest_size=8).digest() for document in ids), np.uint64
-            ),
+            hashes=np.frombuffer(b"".join(_hash(document) for document in documents), np.uint64),
             counts=dict(counts),
             bad_rows=bad,
             error=error,
+            pictures=pictures,
+            picture_sizes=np.array(sizes, np.int32),
         )
 
     def rows(
         self, raws: Iterator[RawRow], counts: Counter[str], bad: list[tuple[str, str, str]]
-    ) -> Iterator[tuple[RowText, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
+    ) -> Iterator[tuple[RowText, Document]]:
         """Documents of rows, batch by batch, with the counts kept up to date.
 
         Raises:
@@ -138,17 +167,22 @@ class RowTokenizer:
             with contextlib.suppress(RowError):
                 text = self.renderer.render(raw).text
             return PreviewRow(raw, "dropped", f"{reason}: {detail}", text)
-        pending, ids, mask = documents[0]
+        pending, (ids, mask, repeats, _) = documents[0]
         if pending.plain is not None:
             shown, offsets = shown_tokens(ids.tolist(), self.tokenizer)
             return PreviewRow(raw, "kept", "", shown, ids.tolist(), mask.tolist(), offsets)
         offsets = self.tokenizer.offsets(pending.text, pending.edges)
+        if repeats is not None:
+            offsets = [span for span, n in zip(offsets, repeats, strict=False) for _ in range(n)]
         status = "trimmed" if counts["trimmed"] > trimmed else "kept"
-        return PreviewRow(raw, status, "", pending.text, ids.tolist(), mask.tolist(), offsets)
+        sources = pending.conversation.pictures
+        return PreviewRow(
+            raw, status, "", pending.text, ids.tolist(), mask.tolist(), offsets, sources
+        )
 
     def _tokenize(
         self, batch: Sequence[RowText], counts: Counter[str], bad: list[tuple[str, str, str]]
-    ) -> Iterator[tuple[RowText, npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
+    ) -> Iterator[tuple[RowText, Document]]:
         if not batch:
             return
         tokenized = self._tokens(batch)
@@ -157,12 +191,13 @@ class RowTokenizer:
                 if pending.plain is not None:
                     tokens = plain_tokens(pending.plain, tokens, self.options)
                     self._require_known(tokens.ids)
-                ids, mask, crossed, trimmed = self._document(pending, tokens)
+                document, crossed, trimmed = self._document(pending, tokens)
             except RowError as error:
-                if error.reason in (OVERLONG, NOTHING_TO_TRAIN):
-                    if error.reason == OVERLONG and self.options.overlong == "error":
+                if error.reason in (OVERLONG, LONG_PROMPT, NOTHING_TO_TRAIN):
+                    if error.reason != NOTHING_TO_TRAIN and self.options.overlong == "error":
+                        flag = error.reason.split()[-1]
                         raise DataError(
-                            f"{pending.raw.place}: {error.detail}. Raise --seq-length, or pass "
+                            f"{pending.raw.place}: {error.detail}. Raise {flag}, or pass "
                             "--overlong drop or trim-turns."
                         ) from error
                     counts[f"dropped: {error.reason}"] += 1
@@ -182,7 +217,7 @@ class RowTokenizer:
             counts["empty answers"] += has_empty_answer(pending.conversation)
             for name in pending.conversation.unread:
                 counts[UNREAD + name] += 1
-            yield pending, ids, mask
+            yield pending, document
 
     def _require_known(self, ids: npt.NDArray[np.int32]) -> None:
         """Check ids that a row brought along.
@@ -201,32 +236,27 @@ class RowTokenizer:
             [row.text for row in rows], [row.spans for row in rows], [row.edges for row in rows]
         )
 
-    def _document(
-        self, pending: RowText, tokens: TokenizedText
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], int, bool]:
-        """Ids and mask of a row, shortened if need be.
+    def _document(self, pending: RowText, tokens: TokenizedText) -> tuple[Document, int, bool]:
+        """The document of a row, shortened if need be, and the tokens that cross an edge of its mask.
 
         Raises:
             RowError: it is too long, or nothing in it is trained.
         """
         separator = self.options.separator
         room = self.options.seq_length - (separator is not None)
-        trimmed = False
-        if len(tokens.ids) > room:
-            length = len(tokens.ids)
+        document, crossing, trimmed = self._expanded(pending, tokens), tokens.crossing, False
+        length, prompt = len(document.ids), int(document.mask.argmax())
+        longest = self.options.max_prompt_length or length
+        if length > room or prompt > longest:
             if self.options.overlong == "trim-turns":
-                shorter = self.renderer.without_oldest_turns(
-                    pending, lambda row: len(self._tokens([row])[0].ids) <= room
-                )
-                if shorter is not None:
-                    pending.text, pending.spans = shorter.text, shorter.spans
-                    pending.edges = shorter.edges
-                    pending.turns, pending.stopped = shorter.turns, shorter.stopped
-                    (tokens,) = self._tokens([shorter])
-                    trimmed = True
-            if not trimmed:
+                found = self._trimmed(pending, room, longest)
+                if found is not None:
+                    (document, crossing), trimmed = found, True
+            if not trimmed and length > room:
                 raise RowError(OVERLONG, f"{length} tokens, --seq-length is {room}")
-        ids, mask = tokens.ids, tokens.mask
+            if not trimmed:
+                raise RowError(LONG_PROMPT, f"{prompt} tokens, --max-prompt-length is {longest}")
+        ids, mask, repeats, pictures = document
         if not np.count_nonzero(mask):
             raise RowError(NOTHING_TO_TRAIN, "no token of this row is trained")
         if separator is not None:
@@ -234,7 +264,44 @@ class RowTokenizer:
                 text = self.options.added[separator]
                 raise RowError("separator in text", f"the row holds the separator {text!r}")
             ids, mask = _with_last(ids, separator), _with_last(mask, 0)
-        return ids, mask, tokens.crossing, trimmed
+        return Document(ids, mask, repeats, pictures), crossing, trimmed
+
+    def _trimmed(self, pending: RowText, room: int, longest: int) -> tuple[Document, int] | None:
+        """The document without its oldest turns, if that is enough; ``pending`` becomes its row."""
+
+        def fits(row: RowText) -> bool:
+            document = self._expanded(row, self._tokens([row])[0])
+            return len(document.ids) <= room and int(document.mask.argmax()) <= longest
+
+        shorter = self.renderer.without_oldest_turns(pending, fits)
+        if shorter is None:
+            return None
+        pending.text, pending.spans, pending.edges = shorter.text, shorter.spans, shorter.edges
+        pending.turns, pending.stopped = shorter.turns, shorter.stopped
+        pending.conversation = shorter.conversation
+        (tokens,) = self._tokens([shorter])
+        return self._expanded(shorter, tokens), tokens.crossing
+
+    def _expanded(self, row: RowText, tokens: TokenizedText) -> Document:
+        """Ids and mask of a row with as many image tokens as its pictures have.
+
+        Raises:
+            RowError: a picture cannot be used, or the row has other image tokens than pictures.
+        """
+        if self.reader is None or row.plain is not None:
+            return Document(tokens.ids, tokens.mask)
+        sources, pictures = row.conversation.pictures, []
+        for number, source in enumerate(sources, 1):
+            try:
+                pictures.append(self.reader.read(source, row.raw.file))
+            except RowError as error:
+                what = f"picture {number} of {len(sources)}: {error.detail}"
+                raise RowError(error.reason, what) from error
+        repeats = self.reader.layout.repeats(tokens.ids, [picture.grid for picture in pictures])
+        if not pictures:
+            return Document(tokens.ids, tokens.mask)
+        ids, mask = np.repeat(tokens.ids, repeats), np.repeat(tokens.mask, repeats)
+        return Document(ids, mask, repeats, pictures)
 
     def _bad(
         self,
@@ -250,6 +317,14 @@ class RowTokenizer:
             ) from error
         counts[f"dropped: {error.reason}"] += 1
         bad.append((raw.place, error.reason, error.detail))
+
+
+def _hash(document: Document) -> bytes:
+    """Hash of a document's tokens and pictures."""
+    digest = blake2b(document.ids, digest_size=8)
+    for picture in document.pictures:
+        digest.update(picture.digest.encode())
+    return digest.digest()
 
 
 def _with_last[T: np.generic](array: npt.NDArray[T], value: int) -> npt.NDArray[T]:

@@ -1,7 +1,8 @@
 """The words of a command line and the file of its `--config`, each read before the whole parser is there.
 
 Megatron's parser is completed with defaults that follow from some of its own flags; and whether FSDP2 is
-asked for must be known before CUDA starts (`machine/environment.py`).
+asked for, by flag or by a model that runs under nothing else, must be known before CUDA starts
+(`machine/environment.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from post_training.arguments.backend import model_backend
 from post_training.arguments.config_file import flag_name, read_config_file
 from post_training.errors import SetupError
 
@@ -27,7 +29,16 @@ class CommandLine:
         """
         self.argv = list(argv)
         early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        for flag in ("--config", "--hf-model", "--transformer-impl", "--yaml-cfg"):
+        for flag in (
+            "--config",
+            "--hf-model",
+            "--transformer-impl",
+            "--yaml-cfg",
+            "--model-backend",
+            "--task",
+            "--lora-rank",
+            "--lora-adapter",
+        ):
             early.add_argument(flag, nargs="?")
         for flag in ("--fp32", "--trust-remote-code", "--use-torch-fsdp2"):
             early.add_argument(flag, action="store_true")
@@ -53,7 +64,12 @@ class CommandLine:
     def asks_for_fsdp2(self) -> bool:
         """Whether `--use-torch-fsdp2` is among the words or in the file."""
         try:
-            written = {flag_name(key): value is True for key, value in self.settings.items()}
+            written = {flag_name(key): value for key, value in self.settings.items()}
         except SetupError:
             written = {}  # told when the arguments are parsed
-        return bool(self.value("use_torch_fsdp2", written))
+        backend, _ = model_backend(
+            self.value("model_backend", written),
+            self.value("hf_model", written),
+            self.value("task", written),
+        )
+        return self.value("use_torch_fsdp2", written) is True or backend == "transformers"

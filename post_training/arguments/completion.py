@@ -18,6 +18,9 @@ from typing import Any
 
 import torch
 
+from post_training.adapters.flags import lora_of
+from post_training.adapters.settings import LoraSettings
+from post_training.arguments.backend import check_task, check_transformers
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
@@ -38,11 +41,14 @@ def complete_flags(args: argparse.Namespace) -> None:
     """
     if not args.output_dir:
         raise SetupError("--output-dir is missing: name a folder for checkpoints, metrics and logs")
+    check_task(args)
     if args.hf_model is None and args.num_layers is None:
         raise SetupError(
             "--hf-model is missing: name a HuggingFace folder or hub name "
             "(or describe a model with --num-layers, --hidden-size and so on)"
         )
+    if args.model_backend == "transformers":
+        check_transformers(args)
     args.eval_only = args.skip_train = args.eval_only or args.skip_train
     if args.eval_only:
         _prepare_evaluation(args)
@@ -81,7 +87,9 @@ def complete_flags(args: argparse.Namespace) -> None:
         raise SetupError(
             "--cross-entropy-loss-fusion rounds its gradients to bf16; add --bf16 or leave it out"
         )
-    if args.hf_config is not None:
+    if args.model_backend == "transformers":
+        args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
+    elif args.hf_config is not None:
         window = sliding_window(args.hf_config)
         if window is not None and args.seq_length > window:
             raise SetupError(
@@ -95,12 +103,16 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.padded_vocab_size = sizes.padded_vocabulary(args.vocab_size, args)
     complete_recomputation(args)
     check_step_flags(args)
+    if args.freeze is not None and getattr(args.hf_config, "vision_config", None) is None:
+        model = f"--hf-model {args.hf_model}" if args.hf_model else "the model"
+        raise SetupError(f"--freeze {args.freeze}: {model} has no part that sees; leave it out")
     _complete_expert_flags(args)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         # Megatron trains experts with tensor parallelism only this way.
         args.sequence_parallel = True
         args.derived.append("sequence_parallel")
     complete_distillation(args)
+    args.lora = lora_of(args)
     sizes.check(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)
@@ -161,7 +173,11 @@ def complete_run(
 
 
 def complete_inference(
-    args: argparse.Namespace, *, load: str | None = None, ckpt_step: int | None = None
+    args: argparse.Namespace,
+    *,
+    load: str | None = None,
+    ckpt_step: int | None = None,
+    lora: LoraSettings | None = None,
 ) -> None:
     """Set what Megatron must see where one process only reads a model.
 
@@ -169,8 +185,10 @@ def complete_inference(
         args: as parsed, not validated yet.
         load: the folder to load from, if a checkpoint is loaded.
         ckpt_step: the checkpoint in it, whatever its tracker file names.
+        lora: the adapter that it holds, if it holds one in the place of a model.
     """
     args.load, args.ckpt_step, args.save = load, ckpt_step, None
+    args.lora = lora
     args.tensorboard_dir = None
     args.no_load_optim = args.no_load_rng = True
     args.exit_signal_handler = False

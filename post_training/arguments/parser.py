@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from data.arguments import add_data_arguments
+from post_training.adapters.flags import add_lora_arguments
+from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.arguments.command_line import CommandLine
 from post_training.arguments.completion import complete_flags
 from post_training.arguments.config_file import apply_settings
@@ -23,7 +25,7 @@ from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
 from post_training.arguments.usage import shorten_help
 from post_training.errors import SetupError
-from post_training.hf.config import load_hf_config, megatron_flags
+from post_training.hf.config import NO_MODEL, load_hf_config, megatron_flags, plain_flags
 from post_training.machine.kernels import (
     has_grouped_gemm,
     has_packed_kernel,
@@ -44,6 +46,24 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         "--hf-model",
         metavar="PATH_OR_NAME",
         help="HuggingFace folder or hub name: architecture, tokenizer and weights come from it",
+    )
+    group.add_argument(
+        "--model-backend",
+        choices=MODEL_BACKENDS,
+        default="auto",
+        help="what computes --hf-model: Megatron's layers in any parallel layout, or its own class of "
+        "transformers under --use-torch-fsdp2 (default auto: Megatron where it has the architecture)",
+    )
+    group.add_argument(
+        "--freeze",
+        choices=("vision",),
+        help="leave the part of the model that sees, with its merger of patches, as it is",
+    )
+    group.add_argument(
+        "--fsdp-sharding",
+        choices=("full", "none"),
+        default="full",
+        help="none: every process of --use-torch-fsdp2 holds the whole model; gradients are summed",
     )
     group.add_argument(
         "--hf-tokenizer",
@@ -99,11 +119,30 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="where the checkpoint was saved in other data: keep its weights, optimizer and step, and "
         "begin this data at its beginning",
     )
+    group.add_argument(
+        "--task",
+        metavar="FILE.py:CLASS",
+        help="train a task of your own: a class with build_dataloader, get_train_model_output and "
+        "get_eval_model_output (docs/your_own_task.md)",
+    )
+    group.add_argument(
+        "--early-stop-metric",
+        metavar="NAME",
+        help="keep the checkpoint of the evaluation on the validation data that is best by this number "
+        "of metrics.jsonl: loss, token_accuracy, eval_accuracy ...",
+    )
+    group.add_argument(
+        "--early-stop-patience",
+        type=int,
+        metavar="N",
+        help="end after N evaluations that are no better than the best (default: never)",
+    )
     group.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU (default: bf16)")
     group.add_argument(
         "--no-progress", action="store_true", help="no progress bar, a line every --log-interval"
     )
     add_distillation_arguments(parser)
+    add_lora_arguments(parser)
     add_data_arguments(parser)
     return parser
 
@@ -135,11 +174,12 @@ def parse_arguments(
             raise SetupError(f"{word[:-3]}: expected one argument")
     derived: dict[str, Any] = {}
     hf_config: Any = None
+    backend, backend_reason = "megatron", None
     megatron: MegatronFlags
     architecture: dict[str, Any] = {}
 
     def prepare(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        nonlocal hf_config, megatron
+        nonlocal hf_config, megatron, backend, backend_reason
         megatron = MegatronFlags(parser)
         add_finetune_arguments(parser)
         apply_ranges(parser)
@@ -161,17 +201,26 @@ def parse_arguments(
                 "--transformer-impl transformer_engine: Transformer Engine needs a CUDA device and "
                 "its package (pip install '.[te]'); leave the flag out to use the local attention"
             )
+        if command.value("lora_rank", written) or command.value("lora_adapter", written):
+            use_te = use_te and transformer_impl is not None  # refused below
         if use_te and transformer_impl is None:
             use_te = has_packed_kernel(fp32=bool(command.value("fp32", written)))
         derived.update(sft_defaults())
         derived.update(platform_defaults(use_te and transformer_impl != "local"))
-        if command.value("use_torch_fsdp2", written):
+        task = command.value("task", written)
+        backend, backend_reason = model_backend(command.value("model_backend", written), name, task)
+        if backend == "transformers":
+            derived["use_torch_fsdp2"] = True
+        if command.value("use_torch_fsdp2", written) or backend == "transformers":
             derived.update(fsdp2_defaults())
+        if task and not name:
+            derived.update(NO_MODEL)
         if name:
             trust = bool(command.value("trust_remote_code", written))
-            hf_config = load_hf_config(name, trust_remote_code=trust)
+            hf_config = load_hf_config(name, trust_remote_code=trust, backend=backend)
+            flags = plain_flags if backend == "transformers" else megatron_flags
             try:
-                architecture.update(megatron_flags(hf_config))
+                architecture.update(flags(hf_config))
             except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise SetupError(
                     f"--hf-model {name}: config.json cannot be used ({error})"
@@ -196,6 +245,7 @@ def parse_arguments(
     megatron.check(args, derived, architecture)
     args.derived = sorted(key for key, value in derived.items() if getattr(args, key) == value)
     args.hf_config = hf_config
+    args.model_backend, args.backend_reason = backend, backend_reason
     complete_flags(args)
     return args
 

@@ -141,7 +141,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_real(0, 1, above=True), "rotary_percent layernorm_epsilon"),
     # Steps.
     (_integer(0), "train_iters"),
-    (_integer(1), "num_epochs lr_decay_iters lr_wsd_decay_iters"),
+    (_integer(1), "num_epochs early_stop_patience lr_decay_iters lr_wsd_decay_iters"),
     (_integer(1, 2**62), "ddp_num_buckets ddp_bucket_size"),
     (
         _integer(0),
@@ -165,6 +165,8 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(1, SIZE), "draft_vocab_size"),
     (_integer(-1, SIZE), "aux_layers"),
     (_integer(1, 64), "draft_ttt_steps"),
+    (_integer(1, SIZE), "lora_rank"),
+    (_real(0, SIZE, above=True), "lora_alpha"),
     (_real(0, 1), "draft_loss_decay"),
     (_integer(1, off={-1: 0, 0: 0}), "manual_gc_interval"),
     # The optimizer and its schedule.
@@ -176,7 +178,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (
         _real(0, 1, below=True),
         "adam_beta1 adam_beta2 sgd_momentum hidden_dropout attention_dropout lr_warmup_fraction "
-        "moe_input_jitter_eps",
+        "moe_input_jitter_eps lora_dropout",
     ),
     (_real(0, 1, above=True), "adam_eps"),
     (_real(0, FP32, hint="0: no clipping"), "clip_grad"),
@@ -194,7 +196,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(1, 1_000_000), "distributed_timeout_minutes"),
     (_integer(1, 60_000_000), "distributed_timeout_seconds_after_init"),
     (_real(0, 1e9, hint="seconds; 0: never"), "hang_timeout"),
-    (_integer(1), "max_rows"),
+    (_integer(1), "max_rows min_pixels max_pixels max_prompt_length"),
     (_integer(0, 4096), "data_workers"),
     (_integer(0, 4096), "num_workers"),
     (_integer(-20, 19), "async_ckpt_cpu_priority"),
@@ -230,7 +232,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(0, 100), "flash_attention_version empty_unused_memory_level timing_log_level"),
 )
 RANGES: dict[str, Number] = {name: number for number, names in _TABLE for name in names.split()}
-# Flags of the tools under scripts/, which Megatron's parser has not.
+# Flags of the tools under scripts/; where Megatron's parser has one of that name, it is another.
 TOOL_RANGES: dict[str, Number] = {
     "rows": _integer(0),
     "iteration": _integer(1),
@@ -254,7 +256,7 @@ def apply_ranges(parser: argparse.ArgumentParser, **own: Number) -> None:
         parser: all of its flags are there.
         own: ranges that hold for this parser alone, by destination name.
     """
-    ranges = RANGES | TOOL_RANGES | own
+    ranges = RANGES | own
     for action in parser._actions:
         if action.nargs == 0:
             continue
@@ -281,6 +283,6 @@ def read_options(
         print(f"error: {message.removeprefix('argument ')}", file=sys.stderr)
         raise SystemExit(2)
 
-    apply_ranges(parser, **own)
+    apply_ranges(parser, **(TOOL_RANGES | own))
     setattr(parser, "error", error)  # noqa: B010
     return parser.parse_args(words)

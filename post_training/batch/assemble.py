@@ -21,9 +21,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core import parallel_state
 from torch import Tensor
 
+from data.packs.pictures import PICTURE_FIELDS
 from post_training.batch.context_parallel import ContextParallelCut
 from post_training.batch.host_tensors import host_group, to_device
 from post_training.batch.packed_documents import (
@@ -59,6 +61,8 @@ class Batch:
     trained: TrainedTokens
     features: Mapping[str, Tensor] = field(default_factory=dict)
     """Stored features of the tokens by name: [tokens, 1, width] each."""
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    """The fields of `PICTURE_FIELDS`, and `rope_positions` int64 [tokens, 3]; empty without pictures."""
 
 
 def broadcast_over_tensor_parallel(
@@ -119,6 +123,7 @@ def assemble_batch(
     cp_size: int = 1,
     cp_rank: int = 0,
     experts: bool = False,
+    filler: Tensor | None = None,
 ) -> Batch:
     """Join packs to a row, shift labels and take this context parallel rank's part.
 
@@ -128,9 +133,14 @@ def assemble_batch(
         cp_size: context parallel size.
         cp_rank: rank in the context parallel group.
         experts: the model routes tokens to experts.
+        filler: a document that is put behind the packs and is not trained: int64 [tokens].
     """
     tokens, loss_mask, groups = (packs[name].flatten() for name in TOKEN_FIELDS)
     lengths = row_lengths(packs["document_lengths"])
+    if filler is not None and len(filler):
+        tokens = torch.cat([tokens, filler])
+        loss_mask, groups = (F.pad(row, (0, len(filler))) for row in (loss_mask, groups))
+        lengths.append(len(filler))
     # On the whole row: the label of a part's last token may be another rank's.
     labels, label_mask = shift_labels(tokens, loss_mask, lengths)
     groups = torch.roll(groups, -1)
@@ -181,9 +191,20 @@ def read_batch(
     packs = broadcast_over_tensor_parallel(data, micro_batch_size, seq_length)
     cp_size = parallel_state.get_context_parallel_world_size()
     cp_rank = parallel_state.get_context_parallel_rank()
+    seen = data if data is not None and "filler" in data else None
     batch = assemble_batch(
-        packs, qkv_format=qkv_format, cp_size=cp_size, cp_rank=cp_rank, experts=experts
+        packs,
+        qkv_format=qkv_format,
+        cp_size=cp_size,
+        cp_rank=cp_rank,
+        experts=experts,
+        filler=None if seen is None else seen["filler"],
     )
+    if seen is not None:
+        pictures = {name: seen[name] for name in PICTURE_FIELDS}
+        axes = seen["rope_positions"].flatten(0, 1)
+        pictures["rope_positions"] = F.pad(axes, (0, 0, 0, len(seen["filler"])))
+        batch = replace(batch, pictures=pictures)
     moved: Batch = to_device(batch, current_device())
     if not features:
         return moved

@@ -40,7 +40,8 @@ def describe(splits: Mapping[str, Split], args: argparse.Namespace) -> str:
         lines += [f"{split}: {warning}" for warning in used.report.get("warnings") or ()]
         if split != "train" and "train" in splits:
             lines += _describe_overlap(split, used, splits["train"].documents)
-    config = getattr(args, "hf_config", None)
+    others = getattr(args, "model_backend", None) == "transformers"
+    config = None if others else getattr(args, "hf_config", None)
     if (
         config is not None
         and "train" in splits

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from data import SFTDataset
+from data.packs.pictures import PICTURE_FIELDS, PictureDataset
 from post_training.batch.splits import SPLITS, Split
 from post_training.metrics.step_counters import counters
 from post_training.platform.training_hooks import hooks
@@ -67,8 +68,11 @@ class MicroBatchIterator(Iterator[dict[str, torch.Tensor]]):
         batch = {name: torch.stack([pack[name] for pack in packs]) for name in fields}
         batch |= {
             name: torch.stack([pack[name] for pack in packs])
-            for name in packs[0].keys() - {*fields, "position_ids"}
+            for name in packs[0].keys()
+            - {*fields, "position_ids", "rope_positions", *PICTURE_FIELDS}
         }
+        if isinstance(self.dataset, PictureDataset):
+            batch |= self.dataset.join(packs)
         batch["groups"] = torch.zeros_like(batch["input_ids"])
         for index, pack, groups in zip(indices, packs, batch["groups"], strict=True):
             lengths = pack["document_lengths"][pack["document_lengths"] > 0]

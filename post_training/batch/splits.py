@@ -17,8 +17,11 @@ from data.documents.provenance import source_names, source_of
 from data.errors import DataError
 from data.features.dataset import OfflineDataset, open_features
 from data.features.reader import Features, require_made_by
+from data.images.processor import ImageProcessor
+from data.packs.pictures import PictureDataset
 from data.prepare.splits import (
     DataSplit,
+    image_processor,
     parse_weighted,
     prepare_documents_from_args,
     training_sources,
@@ -95,7 +98,11 @@ def plan_split(
         DataError: there are none, or one does not fit into a pack.
     """
     made: Any
-    if isinstance(documents, SplitDocuments):
+    if isinstance(documents, SplitDocuments) and documents.has_pictures:
+        made = functools.partial(
+            PictureDataset, _processor(args, split, tokenizer), hf_dataset=documents
+        )
+    elif isinstance(documents, SplitDocuments):
         made = functools.partial(SFTDataset, hf_dataset=documents)
     else:
         made = functools.partial(OfflineDataset, documents, names=names)
@@ -116,6 +123,19 @@ def plan_split(
     if not isinstance(documents, SplitDocuments):
         return Split(packs, Sources([], None))
     return Split(packs, sources_of(args, split, documents))
+
+
+def _processor(args: argparse.Namespace, split: str, tokenizer: Any) -> ImageProcessor:
+    """What decodes the pictures of a split.
+
+    Raises:
+        SetupError: the model cannot see them.
+    """
+    found = image_processor(args, tokenizer)
+    if isinstance(found, str) or getattr(args, "model_backend", "transformers") == "megatron":
+        why = found if isinstance(found, str) else "Megatron's layers compute the model"
+        raise SetupError(f"the {split} data has pictures, and {why}")
+    return found
 
 
 def stored_split(args: argparse.Namespace, split: DataSplit) -> Features | None:

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from post_training.adapters.identity import adapter_facts, check_adapter
 from post_training.arguments.distillation import draft_of
 from post_training.arguments.refused import ARCHITECTURE
 from post_training.checkpoint.optimizer_form import check_optimizer, optimizer_form
@@ -43,7 +44,14 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         The architecture, the format, and what else decides whether optimizer and weights can be read.
     """
     architecture = {key: getattr(args, key) for key in ARCHITECTURE}
-    if args.hf_config is not None:
+    if args.model_backend == "transformers":
+        # Names and shapes of all parameters are compared with the checkpoint's (`hf_models/build.py`).
+        architecture = {
+            key: architecture[key] for key in ("num_layers", "hidden_size", "vocab_size")
+        }
+        known = args.hf_config is not None
+        architecture["hf_class"] = args.hf_config.architectures[0] if known else args.task
+    elif args.hf_config is not None:
         rope = rope_parameters(args.hf_config)
         keys = ROPE_KEYS + SCALED.get(str(rope.get("rope_type")), ())
         architecture["rope_parameters"] = {k: rope[k] for k in keys if rope.get(k) is not None}
@@ -55,7 +63,11 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         "optimizer_form": optimizer_form(args),
         "no_save_optim": args.no_save_optim,
         "transformer_impl": args.transformer_impl,
+        "model_backend": args.model_backend,
     }
+    adapter = adapter_facts(args)
+    if adapter is not None:
+        found["lora"] = adapter
     plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 
@@ -89,6 +101,13 @@ def check_origin(
             f"with that folder as --hf-model in another --output-dir"
         )
     written = _origin_of(checkpoint)
+    before = written.get("model_backend", "megatron")
+    if before != args.model_backend:
+        raise SetupError(
+            f"{checkpoint.path} was written with --model-backend {before}, here it is "
+            f"{args.model_backend}: their weights have other names; give --model-backend "
+            f"{before}, or another --output-dir"
+        )
     check_format(args, checkpoint, written)
     here = origin(args)
     for key, before in written.get("architecture", {}).items():
@@ -97,5 +116,6 @@ def check_origin(
                 f"{checkpoint.path} is another model's checkpoint: its {key} is {before}, this run's "
                 f"is {here['architecture'][key]}; choose another --output-dir or --load"
             )
+    check_adapter(args, checkpoint.path, written.get("lora"))
     if not weights_only:
         check_optimizer(args, checkpoint, written)

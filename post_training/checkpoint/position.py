@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from post_training.batch.splits import Split
 from post_training.checkpoint.origin import origin
 from post_training.checkpoint.store import MANIFEST, Checkpoint
 from post_training.errors import SetupError
-from post_training.hf.folder import local_model_folder
+from post_training.hf.folder import local_model_folder, weights_digest
 from post_training.platform.checkpoints.random_states import layout_of
 
 # What a position in the data, a number of packs, depends on besides the documents, which come last: their
@@ -267,20 +266,7 @@ def find_position(
 
 
 def _weights_digest(args: argparse.Namespace) -> str | None:
-    """A digest of samples of the weight files: the same for the same base model, wherever it lies."""
+    """The digest of the base model's weights, where the run begins with any."""
     if args.hf_config is None or args.random_weights:
         return None
-    return sampled_digest(sorted(local_model_folder(args.hf_model).glob("*.safetensors")))
-
-
-def sampled_digest(files: Iterable[Path]) -> str:
-    """A digest of names, sizes and 16 samples of each file."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for part in range(16):
-                file.seek(size * part // 16)
-                digest.update(file.read(4096))
-    return digest.hexdigest()
+    return weights_digest(local_model_folder(args.hf_model))

@@ -39,6 +39,10 @@ class CheckpointSaver:
         self.facts = facts
         self.console = console
         self.saved: int | None = None
+        self.best: Callable[[], int | None] = lambda: None
+        """The step of the best evaluation, whose checkpoint stays."""
+        self.on_complete: list[Callable[[int], None]] = []
+        """Hear on rank 0 of each complete checkpoint."""
         self._facts_of: dict[int, dict[str, Any]] = {}
         save_hooks.begin = self.begin
         save_hooks.finish = self.finish
@@ -95,6 +99,8 @@ class CheckpointSaver:
         self._agree(iteration, problem)
         self.saved = iteration
         if self.args.rank == 0:
+            for listener in self.on_complete:
+                listener(iteration)
             self._remove_old(iteration)
 
     def _what_failed(self, error: BaseException | None) -> str | None:
@@ -144,6 +150,7 @@ class CheckpointSaver:
                 newest=newest,
                 keep=self.args.keep_checkpoints,
                 retain_interval=self.args.retain_interval,
+                best=self.best(),
             )
         except OSError as error:
             # The new checkpoint is complete: no reason to end the run.

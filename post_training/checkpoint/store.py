@@ -297,7 +297,12 @@ def clean_up(folder: str | Path) -> list[int]:
 
 
 def remove_old(
-    folder: str | Path, *, newest: int, keep: int | None, retain_interval: int | None
+    folder: str | Path,
+    *,
+    newest: int,
+    keep: int | None,
+    retain_interval: int | None,
+    best: int | None = None,
 ) -> list[int]:
     """Remove checkpoints that are no longer wanted, once `newest` is complete; returns their iterations.
 
@@ -307,6 +312,7 @@ def remove_old(
         keep: `--keep-checkpoints`: how many complete ones stay, the newest among them. A damaged one
             does not count.
         retain_interval: `--save-retain-interval`: multiples of it stay too; given alone, `keep` is 1.
+        best: the one of the best evaluation, which stays too.
 
     Raises:
         OSError: a folder cannot be removed.
@@ -315,7 +321,7 @@ def remove_old(
         return []
     kept, removed = 0, []
     for iteration, path in _with_manifest(folder):
-        if iteration > newest or path.is_symlink():
+        if iteration > newest or path.is_symlink() or (iteration == best and iteration != newest):
             continue
         if kept < (keep or 1):
             kept += defect(path) is None

@@ -63,7 +63,7 @@ def check_format(args: argparse.Namespace, checkpoint: Checkpoint, written: dict
 
 @torch.no_grad()
 def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
-    """Fill a whole model in this process with the weights of a `torch_dcp` checkpoint.
+    """Fill a whole model in this process with the weights, and buffers, of a `torch_dcp` checkpoint.
 
     Args:
         model: an unwrapped model; its weights keep their dtype and device.
@@ -79,7 +79,9 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
         if key.startswith(MODEL_PREFIX) and isinstance(value, TensorStorageMetadata)
     }
     state: dict[str, Any] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.state_dict(keep_vars=True).items():
+        if not isinstance(parameter, torch.Tensor):
+            continue
         key = keys.get(whole_name(name))
         if key is None:
             raise SetupError(f"{checkpoint.path} lacks the parameter {name}: it is another model's")

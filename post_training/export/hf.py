@@ -1,8 +1,9 @@
-"""From a Megatron model to a HuggingFace folder that has been read back and compared."""
+"""From the model of a run to a HuggingFace folder that has been read back and compared."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
@@ -13,7 +14,9 @@ import torch
 
 from post_training.errors import SetupError
 from post_training.export.readers import complaints
-from post_training.hf.config_json import write_model_config
+from post_training.files import json_object
+from post_training.hf.causal_lm import auto_class
+from post_training.hf.config_json import older_spelling, write_model_config
 from post_training.hf.folder import (
     MODEL_FILES,
     TOKENIZER_FILES,
@@ -22,6 +25,8 @@ from post_training.hf.folder import (
     local_tokenizer_folder,
 )
 from post_training.hf.weights import hf_state_dict
+from post_training.hf_models.model import HFModel
+from post_training.hf_models.vision import sample_picture
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -32,6 +37,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-5
 GENERATION = "generation_config.json"
 CHECK_TEXT = "The quick brown fox jumps over the lazy dog. 17 + 25 = 42; naïve façade, 東京.\n"
+_TEXT: dict[str, torch.Tensor] = {}  # what a model is shown beside text alone
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -43,6 +49,7 @@ def export_hf(
     *,
     hf_model: str,
     hf_tokenizer: str | None = None,
+    trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
 ) -> float:
@@ -53,18 +60,19 @@ def export_hf(
     byte for byte; what readers will trip over in it is told on stderr.
 
     Args:
-        chunks: the whole unwrapped Megatron model in evaluation mode, as the list's one chunk. It is used
+        chunks: the whole unwrapped model of a run in evaluation mode, as the list's one chunk. It is used
             up: the list is emptied, so that only one model in fp32 lies in memory at a time.
         config: the HuggingFace configuration the model was made from.
         tokenizer: the HuggingFace tokenizer.
         folder: where to write; replaced if it is there (`check_export`).
         hf_model: folder or name of which the files that training does not change are copied.
         hf_tokenizer: the same for the files of the tokenizer, where they are another's.
+        trust_remote_code: code that lies beside the model may be run.
         dtype: of the weights; the model's own where it is None.
         max_shard_size: largest safetensors file.
 
     Returns:
-        Largest difference between a logit of the reloaded model and Megatron's, relative to the largest
+        Largest difference between a logit of the reloaded model and the run's, relative to the largest
         logit.
 
     Raises:
@@ -72,7 +80,7 @@ def export_hf(
             else, a weight is too large for `dtype`, or the reloaded model does not agree.
     """
     from huggingface_hub import save_torch_state_dict
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     if config is None:
         raise SetupError(
@@ -85,31 +93,42 @@ def export_hf(
 
     if dtype is not None:
         _cast(chunks[0], dtype)
-    state = {name: value.cpu() for name, value in hf_state_dict(chunks[0], config).items()}
-    config.dtype = next(iter(state.values())).dtype
     source = local_model_folder(hf_model)
     copy_files(source, partial, MODEL_FILES)
     copy_files(local_tokenizer_folder(hf_tokenizer or hf_model), partial, TOKENIZER_FILES)
-    write_model_config(config, partial, source)
+    config.dtype = next(chunks[0].parameters()).dtype
+    if isinstance(chunks[0], HFModel):
+        config.vocab_size = config.get_text_config().vocab_size
+        _save_hf_model(chunks[0], partial, source, max_shard_size)
+    else:
+        write_model_config(config, partial, source)
+        state = {name: value.cpu() for name, value in hf_state_dict(chunks[0], config).items()}
+        save_torch_state_dict(
+            state, str(partial), max_shard_size=max_shard_size, metadata={"format": "pt"}
+        )
+        del state
     if not (partial / GENERATION).is_file():
         GenerationConfig.from_model_config(config).save_pretrained(partial)
-    save_torch_state_dict(
-        state, str(partial), max_shard_size=max_shard_size, metadata={"format": "pt"}
-    )
-    del state
     # safetensors makes files for their owner only: all have the mode that the umask gives.
     mode = (partial / "config.json").stat().st_mode
     for weights in partial.glob("*.safetensors"):
         weights.chmod(mode)
 
     tokens = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
-    expected = _logits(chunks[0].float(), tokens, config.vocab_size)
+    seen = sample_picture(config) if isinstance(chunks[0], HFModel) else {}
+    if seen:
+        tokens.insert(len(tokens) // 2, config.image_token_id)
+    expected = logits_of(chunks[0].float(), tokens, config.vocab_size, seen)
     chunks.clear()
-    reloaded = AutoModelForCausalLM.from_pretrained(partial, dtype=torch.float32).eval()
-    difference = _difference(reloaded, tokens, expected)
+    reloaded = (
+        auto_class(config)
+        .from_pretrained(partial, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        .eval()
+    )
+    difference = largest_difference(reloaded, tokens, expected, seen)
     if not difference <= TOLERANCE:
         raise SetupError(
-            f"the reloaded model's logits differ from Megatron's by {difference:.2e} of the largest one "
+            f"the reloaded model's logits differ from the run's by {difference:.2e} of the largest one "
             f"(allowed {TOLERANCE:.0e}); the export is left in {partial}"
         )
     for complaint in complaints(partial):
@@ -118,6 +137,29 @@ def export_hf(
         shutil.rmtree(target)
     partial.rename(target)
     return difference
+
+
+def _save_hf_model(model: HFModel, folder: Path, source: Path, max_shard_size: str) -> None:
+    """Write the weights under the names that the files of the base have, and its config.json.
+
+    `save_pretrained` writes all that it knows of a configuration in the spelling of transformers 5; what
+    the base says is enough, and what reads the base reads the export.
+    """
+    kept = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    model.model.save_pretrained(folder, max_shard_size=max_shard_size)
+    for name, content in kept.items():
+        (folder / name).write_bytes(content)
+    written = json_object(source / "config.json")
+    rope = written.get("rope_parameters")
+    if isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values()):
+        # Of a base that transformers 5 wrote; earlier ones would take it for one without a rope base.
+        written = older_spelling(model.model.config, written) | written
+    dtype = str(model.model.dtype).removeprefix("torch.")
+    for key in ("dtype", "torch_dtype"):
+        if key in written or key == "torch_dtype":
+            written[key] = dtype
+    text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def shard_size(given: str) -> str:
@@ -148,17 +190,25 @@ def _cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 
 @torch.inference_mode()
-def _logits(model: Any, tokens: list[int], vocabulary: int) -> torch.Tensor:
-    """Logits of one sequence by Megatron's model, on the host: float32 [tokens, vocabulary]."""
+def logits_of(
+    model: Any, tokens: list[int], vocabulary: int, seen: dict[str, torch.Tensor] = _TEXT
+) -> torch.Tensor:
+    """Logits of one sequence by the run's model, on the host: float32 [tokens, vocabulary]."""
     device = next(model.parameters()).device
     row = torch.tensor([tokens], device=device)
-    out = model(row, torch.arange(len(tokens), device=device).unsqueeze(0), None)
+    # A picture of one token stands at one place in all three axes: positions are those of text.
+    pictures = {"pictures": {name: part.to(device) for name, part in seen.items()}} if seen else {}
+    out = model(row, torch.arange(len(tokens), device=device).unsqueeze(0), None, **pictures)
     return out[0, :, :vocabulary].float().cpu()
 
 
 @torch.inference_mode()
-def _difference(model: Any, tokens: list[int], expected: torch.Tensor) -> float:
+def largest_difference(
+    model: Any, tokens: list[int], expected: torch.Tensor, seen: dict[str, torch.Tensor] = _TEXT
+) -> float:
     """Largest difference of logits to `expected` [tokens, vocabulary], relative to the largest one."""
     row = torch.tensor([tokens], device=next(model.parameters()).device)
-    found = model(row, use_cache=False).logits[0].cpu()
+    if seen:
+        seen = {**seen, "mm_token_type_ids": (row == model.config.image_token_id).int()}
+    found = model(row, use_cache=False, **seen).logits[0].cpu()
     return float((found - expected).abs().max() / expected.abs().max())

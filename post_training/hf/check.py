@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 # As the header of a safetensors file writes them.
 DTYPES = ("F32", "BF16", "F16")
 # Computed from config.json, by `transformers` too; Llama checkpoints of old hold them.
-_COMPUTED = re.compile(r".*\brotary_emb\.(inv_freq|cos_cached|sin_cached)")
+COMPUTED = re.compile(r".*\brotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 def expected_tensors(config: PretrainedConfig) -> Shapes:
@@ -54,15 +54,20 @@ def check_hf_weights(folder: str | Path, config: PretrainedConfig) -> None:
                     f"--hf-model {folder}: {name} has shape {list(its_shape)}, "
                     f"config.json says {list(shape)}"
                 )
-        leftovers = [n for n in checkpoint if n not in expected and not _COMPUTED.fullmatch(n)]
+        leftovers = [n for n in checkpoint if n not in expected and not COMPUTED.fullmatch(n)]
         if config.tie_word_embeddings and "lm_head.weight" in leftovers:
             leftovers.remove("lm_head.weight")
             _check_tied_head(checkpoint)
         if leftovers:
-            _refuse_leftovers(leftovers, folder, config)
+            refuse_leftovers(leftovers, folder, config)
 
 
-def _refuse_leftovers(names: Iterable[str], folder: str | Path, config: PretrainedConfig) -> None:
+def refuse_leftovers(names: Iterable[str], folder: str | Path, config: PretrainedConfig) -> None:
+    """Refuse tensors that the model has no place for.
+
+    Raises:
+        SetupError: naming them.
+    """
     names = sorted(names)
     shown, more = names[:3], len(names[3:])
     raise SetupError(

@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.errors import SetupError
 from post_training.hf.config_values import check_spellings, check_values
-from post_training.hf.families import FAMILIES, OPTIONS, family_of, head_dim
+from post_training.hf.families import FAMILIES, family_of, head_dim, why_not_megatron
 from post_training.hf.rotary import check_rotary, rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
+def load_hf_config(
+    name_or_path: str, *, trust_remote_code: bool = False, backend: str = "megatron"
+) -> PretrainedConfig:
     """Read the configuration of a HuggingFace model folder or hub name.
+
+    Args:
+        name_or_path: of the model.
+        trust_remote_code: its own code may be run.
+        backend: what is to compute it: `megatron`, or its own class of `transformers`.
 
     Raises:
         SetupError: there is no such folder or name, or its architecture cannot be loaded.
@@ -36,9 +43,61 @@ def load_hf_config(name_or_path: str, *, trust_remote_code: bool = False) -> Pre
         else:
             reason = f"is neither a folder here nor a model that the hub gives ({detail})"
         raise SetupError(f"--hf-model {name_or_path}: {reason}") from error
+    if backend == "transformers":
+        check_causal_lm(config, name_or_path)
+        return config
     check_architecture(config, name_or_path)
     check_spellings(written, name_or_path)
     return config
+
+
+def check_causal_lm(config: PretrainedConfig, name: str) -> None:
+    """Refuse what is no causal language model of `transformers`, or has quantised weights.
+
+    Raises:
+        SetupError: naming the architecture.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if sees(config):
+        check_not_quantised(config, name)
+        return
+    named = getattr(config, "architectures", None)
+    found = named[0] if isinstance(named, list) and named else f"{named}"
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM", "")
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    if found not in ((known,) if isinstance(known, str) else known) and (
+        own.rpartition(".")[2] != found
+    ):
+        raise SetupError(
+            f"--hf-model {name}: architecture {found} is no causal language model that transformers has"
+        )
+    check_not_quantised(config, name)
+
+
+def sees(config: PretrainedConfig) -> bool:
+    """Whether config.json is of a model that answers in text to pictures and text (Qwen2.5-VL)."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as NAMES,
+    )
+
+    named = getattr(config, "architectures", None)
+    return isinstance(named, list) and named[:1] == [NAMES.get(config.model_type, ())]
+
+
+def check_not_quantised(config: PretrainedConfig, name: str) -> None:
+    """Refuse a configuration of quantised weights.
+
+    Raises:
+        SetupError: naming the method.
+    """
+    for key in ("quantization_config", "compression_config"):
+        if quantisation := getattr(config, key, None):
+            method = dict(quantisation).get("quant_method", "method not named")
+            raise SetupError(
+                f"--hf-model {name}: config.json has {key} ({method}): quantised weights cannot be "
+                f"trained; give the model's bf16 weights, with a config.json that says nothing of it"
+            )
 
 
 def check_architecture(config: PretrainedConfig, name: str) -> None:
@@ -47,13 +106,11 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
     Raises:
         SetupError: with the list of architectures that can be loaded, or the option that cannot.
     """
-    named = getattr(config, "architectures", None) or ["(none named)"]
-    found = named[0] if isinstance(named, list) else named
-    if not isinstance(found, str) or found not in FAMILIES:
-        raise SetupError(
-            f"--hf-model {name}: architecture {found} cannot be loaded; "
-            f"these can: {', '.join(FAMILIES)}"
-        )
+    if reason := why_not_megatron(config):
+        raise SetupError(f"--hf-model {name}: {reason}")
+    found = (
+        config.architectures[0] if isinstance(config.architectures, list) else config.architectures
+    )
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, found)
@@ -62,21 +119,8 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
             f"--hf-model {name}: config.json has the model_type {config.model_type} of a {by_type} beside "
             f"the architecture {found}; which of them the weights are is not known"
         )
-    for key in ("quantization_config", "compression_config"):
-        if quantisation := getattr(config, key, None):
-            method = dict(quantisation).get("quant_method", "method not named")
-            raise SetupError(
-                f"--hf-model {name}: config.json has {key} ({method}): quantised weights cannot be "
-                f"trained; give the model's bf16 weights, with a config.json that says nothing of it"
-            )
+    check_not_quantised(config, name)
     check_values(config, name)
-    for key, values in {**OPTIONS, **FAMILIES[found].options}.items():
-        value = getattr(config, key, values[0])
-        if value not in values:
-            raise SetupError(
-                f"--hf-model {name}: {key} {value} is not supported for {found}; "
-                f"only {' and '.join(map(str, values))}"
-            )
     check_rotary(config, name)
 
 
@@ -86,6 +130,48 @@ def sliding_window(config: PretrainedConfig) -> int | None:
         return None
     window = getattr(config, "sliding_window", None)
     return int(window) if window else None
+
+
+# Of a task that makes its own model: to Megatron its size is nothing.
+NO_MODEL: dict[str, Any] = {
+    "num_layers": 1,
+    "hidden_size": 1,
+    "ffn_hidden_size": 1,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 1,
+    "vocab_size": 1,
+    "padded_vocab_size": 1,
+    "position_embedding_type": "none",
+    "normalization": "RMSNorm",
+}
+
+
+def plain_flags(config: PretrainedConfig) -> dict[str, Any]:
+    """The arguments that describe to Megatron a model that is not made of its layers.
+
+    They name its size for messages and checks; nothing is built from them. What a configuration does not
+    say in one number (heads of a model without attention) is 1.
+    """
+    text = config.get_text_config()
+
+    def size(key: str, otherwise: int = 1) -> int:
+        value = getattr(text, key, None)
+        return value if type(value) is int and value > 0 else otherwise
+
+    hidden = size("hidden_size")
+    heads = size("num_attention_heads")
+    return {
+        "num_layers": size("num_hidden_layers"),
+        "hidden_size": hidden,
+        "ffn_hidden_size": size("intermediate_size", 4 * hidden),
+        "num_attention_heads": heads if hidden % heads == 0 else 1,
+        "max_position_embeddings": size("max_position_embeddings"),
+        "position_embedding_type": "none",
+        "normalization": "RMSNorm",
+        "vocab_size": size("vocab_size"),
+        "padded_vocab_size": size("vocab_size"),
+        "untie_embeddings_and_output_weights": not getattr(text, "tie_word_embeddings", False),
+    }
 
 
 def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:

@@ -118,6 +118,25 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+def why_not_megatron(config: Any) -> str | None:
+    """Why Megatron's layers cannot express an architecture; None where they can.
+
+    Args:
+        config: a configuration, or the keys of config.json as attributes.
+    """
+    named = getattr(config, "architectures", None) or ["(none named)"]
+    found = named[0] if isinstance(named, list) else named
+    if not isinstance(found, str) or found not in FAMILIES:
+        return f"architecture {found} cannot be loaded; these can: {', '.join(FAMILIES)}"
+    for key, values in {**OPTIONS, **FAMILIES[found].options}.items():
+        value = getattr(config, key, values[0])
+        if value not in values:
+            return (
+                f"{key} {value} is not supported for {found}; only {' and '.join(map(str, values))}"
+            )
+    return None
+
+
 def family_of(config: PretrainedConfig) -> Family:
     """The entry of a configuration whose architecture has been checked."""
     return FAMILIES[config.architectures[0]]

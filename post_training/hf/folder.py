@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,11 @@ from pathlib import Path
 from post_training.errors import SetupError
 from post_training.files import json_object
 
+PROCESSOR_FILES = (
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 # In the order in which they are looked for.
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -29,6 +35,7 @@ TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
     "tokenization_*.py",
+    *PROCESSOR_FILES,
 )
 # The model card is left out: it speaks of another model.
 MODEL_FILES = (
@@ -87,11 +94,24 @@ def check_export(target: Path, run: Path, name: str = "hf") -> None:
     place = target.absolute()
     own = place.parent.resolve() / place.name == run.resolve() / name
     free = not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir()))
-    if not free and not (own and not target.is_symlink() and (target / "config.json").is_file()):
+    if not free and not (own and not target.is_symlink() and any(target.glob("*config.json"))):
         raise SetupError(
             f"--to {target}: is there already, and is not this run's earlier export in {run / name}; give "
             f"another folder, or remove it"
         )
+
+
+def weights_digest(folder: Path, pattern: str = "*.safetensors") -> str:
+    """A digest of samples of the weight files: the same for the same base model, wherever it lies."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.glob(pattern) if path.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(16):
+                file.seek(size * part // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()
 
 
 def copy_files(source: Path, target: Path, patterns: Iterable[str]) -> list[Path]:

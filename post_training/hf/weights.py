@@ -119,10 +119,8 @@ def split_parameter(weight: Weight, value: torch.Tensor) -> Iterator[tuple[str, 
         yield name, part.reshape(n, *value.shape[1:]).clone(memory_format=torch.contiguous_format)
 
 
-def _weights(
-    chunk: torch.nn.Module, config: PretrainedConfig
-) -> Iterator[tuple[torch.nn.Parameter, Weight]]:
-    """Each parameter of an unwrapped `GPTModel` chunk with what makes it up."""
+def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
+    """Parameters of an unwrapped `GPTModel` chunk: name in the chunk, name in a whole model, parameter."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -131,15 +129,21 @@ def _weights(
     experts = megatron.num_moe_experts or 0
     per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert = per_rank * parallel_state.get_expert_model_parallel_rank()
+    for name, parameter in chunk.named_parameters():
+        whole = whole_name(name, first_layer=first_layer, first_expert=first_expert)
+        yield name, whole, parameter
+
+
+def _weights(
+    chunk: torch.nn.Module, config: PretrainedConfig
+) -> Iterator[tuple[torch.nn.Parameter, Weight]]:
+    """Each parameter of an unwrapped `GPTModel` chunk with what makes it up."""
     every = model_weights(config)
     if config.tie_word_embeddings:
         # The last pipeline stage keeps a copy of the embedding.
         every["output_layer.weight"] = every["embedding.word_embeddings.weight"]
-    for name, parameter in chunk.named_parameters():
-        yield (
-            parameter,
-            every[whole_name(name, first_layer=first_layer, first_expert=first_expert)],
-        )
+    for _, name, parameter in named_parameters(chunk):
+        yield parameter, every[name]
 
 
 @torch.no_grad()

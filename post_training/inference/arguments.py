@@ -35,7 +35,7 @@ FOR_INFERENCE = frozenset(
         *("max_position_embeddings", "seq_length"),
         *("make_vocab_size_divisible_by", "padded_vocab_size"),
         *("fp16", "bf16", "moe_router_dtype"),
-        *("hf_model", "hf_tokenizer", "trust_remote_code"),
+        *("hf_model", "hf_tokenizer", "trust_remote_code", "model_backend"),
         *("draft", "aux_layers", "draft_vocab_size", "draft_ttt_steps", "export_offline_model"),
         # How prompts are written.
         *("chat_template_variables", "template_date"),

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import Tensor
 
+from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.errors import SetupError
-from post_training.files import json_object
+from post_training.files import config_of_run, json_object
+from post_training.hf.causal_lm import auto_class
 from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.generate import Sampling, generate, stop_tokens
 from post_training.inference.load import LoadedModel, ModelConfig, load_model
+from post_training.inference.pictures import join
 from post_training.inference.prompts import Prompts, add_template_flags, open_prompts
 from post_training.inference.quiet import quiet_libraries
-
-BACKENDS = ("megatron", "transformers")
 
 
 class Backend(Protocol):
     """Continues token ids."""
 
+    name: ClassVar[str]
+    """One of `MODEL_BACKENDS`."""
     tokenizer: Any
     source: str
     sampling: Sampling
@@ -47,7 +51,10 @@ def answering_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--iteration", type=int, help="another checkpoint of the run")
     parser.add_argument("--hf-model", help="a HuggingFace folder or hub name instead of a run")
     parser.add_argument(
-        "--backend", choices=BACKENDS, default="megatron", help="what computes (default: megatron)"
+        *("--model-backend", "--backend"),
+        choices=MODEL_BACKENDS,
+        default="auto",
+        help="what computes (default auto: what trained the run; of a folder Megatron, where it can)",
     )
     defaults = Sampling()
     parser.add_argument("--max-new-tokens", type=int, default=defaults.max_new_tokens)
@@ -78,10 +85,12 @@ def _check_model_arguments(options: argparse.Namespace) -> None:
             f"--iteration {options.iteration}: --hf-model {folder} is no run, it has one set of weights; "
             f"leave --iteration out, or give --output-dir"
         )
-    if options.backend == "transformers" and folder is None:
+    trained_by = run and config_of_run(Path(run)).get("model_backend", "megatron")
+    if run is not None and options.model_backend not in ("auto", trained_by):
         raise SetupError(
-            f"--backend transformers reads a HuggingFace folder: export the run with "
-            f"scripts/export_hf.py --output-dir {run}, and give --hf-model in the place of --output-dir"
+            f"--model-backend {options.model_backend}: {run} was trained by {trained_by}; leave the flag "
+            f"out, or export the run with scripts/export_hf.py --output-dir {run}, and give --hf-model in "
+            f"the place of --output-dir"
         )
 
 
@@ -101,7 +110,8 @@ def open_backend(options: argparse.Namespace, model_config: ModelConfig) -> Back
         options.top_k,
         options.seed,
     )
-    if options.backend == "transformers":
+    asked, _ = model_backend(options.model_backend, options.hf_model)
+    if options.hf_model is not None and asked == "transformers":
         plain = TransformersBackend.load(options.hf_model, sampling, options.batch_size)
         plain.prompts = open_prompts(options, plain.tokenizer, None)
         return plain
@@ -113,12 +123,34 @@ def open_backend(options: argparse.Namespace, model_config: ModelConfig) -> Back
             iteration=options.iteration,
         )
     prompts = open_prompts(options, loaded.tokenizer, loaded.args)
+    if loaded.args.model_backend == "transformers":
+        model = loaded.model.model
+        model.generation_config = _generation_config(loaded.args) or model.generation_config
+        own = TransformersBackend(
+            model, loaded.tokenizer, loaded.source, sampling, options.batch_size
+        )
+        own.prompts = prompts
+        return own
     return MegatronBackend(loaded, sampling, options.batch_size, prompts)
+
+
+def _generation_config(args: argparse.Namespace) -> Any:
+    """What lies beside the model that a run was made from; None where there is nothing."""
+    from transformers import GenerationConfig
+
+    if not args.hf_model:
+        return None
+    folder = local_model_folder(args.hf_model)
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_dict(json_object(folder / "generation_config.json"))
 
 
 @dataclass
 class MegatronBackend:
     """The `GPTModel` with Megatron's key/value cache."""
+
+    name: ClassVar[str] = "megatron"
 
     loaded: LoadedModel
     sampling: Sampling
@@ -128,17 +160,7 @@ class MegatronBackend:
     def __post_init__(self) -> None:
         self.tokenizer = self.loaded.tokenizer
         self.source = self.loaded.source
-        self.stops = stop_tokens(self.tokenizer, self._generation_config())
-
-    def _generation_config(self) -> Any:
-        from transformers import GenerationConfig
-
-        if not self.loaded.args.hf_model:
-            return None
-        folder = local_model_folder(self.loaded.args.hf_model)
-        if not (folder / "generation_config.json").is_file():
-            return None
-        return GenerationConfig.from_dict(json_object(folder / "generation_config.json"))
+        self.stops = stop_tokens(self.tokenizer, _generation_config(self.loaded.args))
 
     def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
         """New token ids of each prompt, without the stop token."""
@@ -148,6 +170,8 @@ class MegatronBackend:
 @dataclass
 class TransformersBackend:
     """Plain `transformers`: what anybody who gets the exported folder will run."""
+
+    name: ClassVar[str] = "transformers"
 
     model: Any
     tokenizer: Any
@@ -165,13 +189,14 @@ class TransformersBackend:
         Raises:
             SetupError: it cannot be loaded.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig
 
         stops = Path(folder) / "generation_config.json"
         if stops.is_file():
             json_object(stops)  # a broken one is passed over by transformers
         try:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+            auto = auto_class(AutoConfig.from_pretrained(folder))
+            model = auto.from_pretrained(folder, dtype="auto").eval()
         except Exception as error:  # whatever it makes of damaged files
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SetupError(f"--hf-model {folder}: {first_line}") from error
@@ -181,14 +206,22 @@ class TransformersBackend:
         return cls(model, tokenizer, folder, sampling, batch_size)
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """New token ids of each prompt, without the stop token."""
+    def generate(
+        self, prompts: Sequence[list[int]], seen: Sequence[Mapping[str, Tensor]] = ()
+    ) -> list[list[int]]:
+        """New token ids of each prompt, without the stop token.
+
+        Args:
+            prompts: token ids.
+            seen: what the model takes beside each (`inference.pictures`), if any has pictures.
+        """
         stops = stop_tokens(self.tokenizer, self.model.generation_config)
         options: dict[str, Any] = {
             "max_new_tokens": self.sampling.max_new_tokens,
             "eos_token_id": sorted(stops),
             "pad_token_id": min(stops),
             "do_sample": self.sampling.temperature > 0,
+            "use_cache": True,
         }
         if self.sampling.temperature > 0:
             torch.manual_seed(self.sampling.seed)
@@ -205,7 +238,10 @@ class TransformersBackend:
             batch = [i for i in order[: self.batch_size] if len(prompts[i]) == length]
             order = order[len(batch) :]
             rows = torch.tensor([prompts[i] for i in batch], device=self.model.device)
-            out = self.model.generate(rows, attention_mask=torch.ones_like(rows), **options)
+            beside = join([seen[i] for i in batch], length, rows.device) if seen else {}
+            out = self.model.generate(
+                rows, attention_mask=torch.ones_like(rows), **beside, **options
+            )
             for index, row in zip(batch, out[:, length:].tolist(), strict=True):
                 end = next((at for at, token in enumerate(row) if token in stops), len(row))
                 answers[index] = row[:end]

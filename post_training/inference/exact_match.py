@@ -7,15 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from data.errors import DataError, RowError
+from data.rows.choices import Choices
 from data.rows.conversation import Conversation
-from data.rows.converters import FormatOptions
+from data.rows.converters import FormatOptions, row_choices
 from data.rows.registry import Converter, converter, detect_format
 from data.sources.chunks import read_chunk
 from data.sources.files import resolve_files
 from data.sources.readers import file_chunks
 from post_training.errors import SetupError
-from post_training.inference.backends import Backend
+from post_training.inference.backends import Backend, TransformersBackend
+from post_training.inference.choices import chosen
+from post_training.inference.pictures import SeenPrompts
 from post_training.inference.prompts import Prompts
 
 
@@ -31,9 +36,15 @@ class Question:
     """What the last assistant turn says."""
     kind: str
     """The row's `kind` field, or empty."""
+    choices: Choices | None = None
+    """Of which the answer is one, and which of them is right."""
+    file: str = ""
+    """That it is in; relative paths of pictures are meant beside it."""
 
 
-def read_questions(files: Sequence[str]) -> list[Question]:
+def read_questions(
+    files: Sequence[str], options: FormatOptions | None = None, kind_key: str = "kind"
+) -> list[Question]:
     """Read every row of `files`; formats are those of training data.
 
     Raises:
@@ -41,7 +52,7 @@ def read_questions(files: Sequence[str]) -> list[Question]:
             none is skipped.
     """
     questions: list[Question] = []
-    options = FormatOptions()
+    options = options or FormatOptions()
     for number, path in enumerate(resolve_files(list(files), "--data")):
         convert: Converter | None = None
         for chunk in file_chunks(path, number):
@@ -50,7 +61,8 @@ def read_questions(files: Sequence[str]) -> list[Question]:
                     if raw.error is not None:
                         raise raw.error
                     if convert is None or not isinstance(raw.row, Mapping):
-                        convert = converter(detect_format(raw.row, options), options)
+                        name = detect_format(raw.row, options)
+                        convert = converter(name, options)
                     conversation = convert(raw.row)
                 except (RowError, DataError) as error:
                     raise DataError(f"{raw.place}: {error}") from error
@@ -60,10 +72,16 @@ def read_questions(files: Sequence[str]) -> list[Question]:
                 if last.get("role") != "assistant" or not isinstance(last.get("content"), str):
                     raise DataError(f"{raw.place}: the last message is not an assistant's answer")
                 prompt = Conversation(
-                    messages, conversation.tools, variables=conversation.variables
+                    messages,
+                    conversation.tools,
+                    variables=conversation.variables,
+                    pictures=conversation.pictures,
                 )
-                kind = str(raw.row.get("kind") or "")
-                questions.append(Question(raw.place, prompt, last["content"], kind))
+                kind = str(raw.row.get(kind_key) or "")
+                choices = row_choices(raw.row, options) if name == "choices" else None
+                questions.append(
+                    Question(raw.place, prompt, last["content"], kind, choices, raw.file)
+                )
     if not questions:
         raise DataError(f"--data {' '.join(files)}: there are no rows")
     return questions
@@ -129,19 +147,29 @@ def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
     return (match[1] if pattern.groups else match[0]).strip()
 
 
-def encode_questions(prompts: Prompts, questions: Sequence[Question]) -> list[list[int]]:
-    """Token ids of each prompt.
+def encode_questions(
+    prompts: Prompts, questions: Sequence[Question], sees: bool = False
+) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
+    """Token ids of each prompt, and what a model that sees takes beside them.
 
     Raises:
-        DataError: the chat template refuses a question.
+        DataError: the chat template refuses a question, or it has pictures that cannot be shown.
     """
-    found = []
+    found, seen = [], []
+    see: SeenPrompts | None = None
     for question in questions:
         try:
-            found.append(prompts.encode(question.prompt))
+            ids, fields = prompts.encode(question.prompt), dict[str, Tensor]()
+            if question.prompt.pictures:
+                if not sees:
+                    raise RowError("pictures or sound", "what is to answer is shown no pictures")
+                see = see or SeenPrompts(prompts.tokenizer)
+                ids, fields = see.expand(ids, question.prompt.pictures, question.file)
         except RowError as error:
             raise DataError(f"{question.place}: {error}") from error
-    return found
+        found.append(ids)
+        seen.append(fields)
+    return found, seen
 
 
 def evaluate(
@@ -158,24 +186,39 @@ def evaluate(
         SetupError: the pattern does not match a right answer.
         DataError: the chat template refuses a question.
     """
-    expected = [extract(question.answer, pattern) for question in questions]
+    expected = [
+        extract(question.answer, pattern)
+        if pattern or question.choices is None
+        else question.choices.answer("letter-and-text")
+        for question in questions
+    ]
     for question, value in zip(questions, expected, strict=True):
         if value is None and pattern is not None:
             raise SetupError(
                 f"{question.place}: --answer-pattern finds nothing in {question.answer!r}"
             )
-    prompts = encode_questions(backend.prompts, questions)
+    sees = isinstance(backend, TransformersBackend)
+    prompts, seen = encode_questions(backend.prompts, questions, sees)
     longest = backend.sampling.max_new_tokens
     rows = []
-    for question, value, ids in zip(questions, expected, backend.generate(prompts), strict=True):
+    answers = (
+        backend.generate(prompts, seen)
+        if isinstance(backend, TransformersBackend)
+        else backend.generate(prompts)
+    )
+    for question, value, ids in zip(questions, expected, answers, strict=True):
         text = backend.tokenizer.decode(ids, skip_special_tokens=True)
+        if question.choices is not None and pattern is None:
+            correct = chosen(text, question.choices.texts) == question.choices.right
+        else:
+            correct = extract(text, pattern) == value
         rows.append(
             {
                 "place": question.place,
                 "kind": question.kind,
                 "expected": value,
                 "answer": text,
-                "correct": extract(text, pattern) == value,
+                "correct": correct,
                 "truncated": len(ids) >= longest,
             }
         )

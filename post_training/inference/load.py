@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 
+from post_training.adapters.settings import LoraSettings
 from post_training.arguments.completion import complete_inference, validate
 from post_training.arguments.config_file import read_config_file
 from post_training.checkpoint.store import Checkpoint, chosen_checkpoint, latest_checkpoint
 from post_training.checkpoint.torch_dcp import checkpoint_format, load_weights
 from post_training.errors import SetupError
+from post_training.hf.folder import local_model_folder, weights_digest
 from post_training.hf.tokenizer import load_tokenizer
 from post_training.inference.arguments import arguments_of_hf_model, arguments_of_run
+from post_training.job.output import MODEL_FOLDER
 from post_training.platform.checkpoints.loading import CheckpointUnreadable
 
 
@@ -110,8 +113,35 @@ def checkpoint_of_run(
     if complaint is not None:
         print(f"warning: {complaint}; using {checkpoint.path}", file=sys.stderr)
     by_modelopt = checkpoint.has_modelopt
+    if adapter_of(checkpoint) is not None:
+        settings = {**_base_of(checkpoint, folder, config), **(settings or {})}
     args = arguments_of_run(folder, config, by_modelopt=by_modelopt, settings=settings)
     return args, checkpoint
+
+
+def adapter_of(checkpoint: Checkpoint | None) -> LoraSettings | None:
+    """The adapter that a checkpoint holds in the place of a whole model."""
+    facts = ((checkpoint and checkpoint.manifest) or {}).get("origin", {}).get("lora")
+    return None if facts is None else LoraSettings.of(facts)
+
+
+def _base_of(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that name the base of an adapter's run, which lies where it was trained from.
+
+    Raises:
+        SetupError: it is not there, or has other weights now.
+    """
+    manifest, base = checkpoint.manifest or {}, str(config.get("hf_model"))
+    try:
+        found = weights_digest(local_model_folder(base))
+    except SetupError:
+        found = None
+    if found != manifest["origin"]["lora"]["base"]:
+        raise SetupError(
+            f"{checkpoint.path} holds an adapter of the weights that --hf-model {base} had: they are not "
+            f"there any more; put the base back, or its path into {folder / 'config.yaml'}"
+        )
+    return {"hf_model": base, "hf_tokenizer": str(folder / MODEL_FOLDER)}
 
 
 def _build(
@@ -124,7 +154,8 @@ def _build(
         complete_inference(args)
     else:
         folder = str(checkpoint.path.parent)
-        complete_inference(args, load=folder, ckpt_step=checkpoint.iteration)
+        lora = adapter_of(checkpoint)
+        complete_inference(args, load=folder, ckpt_step=checkpoint.iteration, lora=lora)
     validate(args)
     set_global_variables(args, build_tokenizer=False)
     # A store of its own: no port is opened and nobody is waited for.

@@ -19,6 +19,7 @@ from post_training.errors import RunStopped, SetupError
 from post_training.job.signals import GracefulExit
 from post_training.job.watchdog import watchdog
 from post_training.metrics.run_log import RunLog
+from post_training.platform.training_hooks import hooks
 
 
 @contextlib.contextmanager
@@ -63,6 +64,7 @@ def report_end(
     graceful: GracefulExit,
     iteration: int,
     exporter: Path,
+    best: int | None = None,
 ) -> None:
     """Say on rank 0 where everything lies, how to continue, and export if that is asked for.
 
@@ -72,11 +74,14 @@ def report_end(
         graceful: knows the signal that stopped the run.
         iteration: the last step.
         exporter: the script that exports the run in `--output-dir`; its folder lies in the project's.
+        best: the step of the best evaluation, whose checkpoint is exported in the place of the last one.
     """
     if args.rank != 0 or args.eval_only:
         return
     folder = args.output_dir
-    if iteration < (args.train_iters or 0):
+    if best is not None:
+        print(f"the best {args.early_stop_metric} was at step {best}", file=console)
+    if iteration < (args.train_iters or 0) and not hooks.end_wanted:
         reason = (
             f"{signal.Signals(graceful.received).name} received" if graceful.received else "told to"
         )
@@ -92,9 +97,13 @@ def report_end(
                 file=console,
             )
         return
-    print(f"done: {iteration} steps; metrics, loss.png and checkpoints in {folder}", file=console)
+    early = f" of {args.train_iters}, ended early" if hooks.end_wanted else ""
+    print(
+        f"done: {iteration} steps{early}; metrics, loss.png and checkpoints in {folder}",
+        file=console,
+    )
     if args.save_hf:
-        _export_in_new_process(exporter, args, iteration, console)
+        _export_in_new_process(exporter, args, best or iteration, console)
 
 
 def _export_in_new_process(

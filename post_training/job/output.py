@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -15,6 +17,7 @@ from post_training.errors import SetupError
 from post_training.hf.config_json import with_limit, write_model_config
 from post_training.hf.folder import (
     MODEL_FILES,
+    PROCESSOR_FILES,
     TOKENIZER_FILES,
     check_export,
     copy_files,
@@ -104,6 +107,22 @@ def redirect_logs(args: argparse.Namespace) -> TextIO:
     return console
 
 
+def set_pixels(folder: Path, least: int | None, most: int | None) -> None:
+    """Let the image processor of a folder resize pictures as the run does, for whoever reads it later."""
+    for file in (folder / name for name in PROCESSOR_FILES[:2]):
+        if file.is_file() and (least or most):
+            written = json.loads(file.read_text(encoding="utf-8"))
+            own = written.get("image_processor", written)
+            size = own.setdefault("size", {})
+            bounds = (("shortest_edge", "min_pixels", least), ("longest_edge", "max_pixels", most))
+            for edge, old, given in bounds:
+                size[edge] = given or size.get(edge) or own.get(old)
+                own.pop(old, None)
+            if size["shortest_edge"] is None or size["shortest_edge"] > (most or math.inf):
+                size["shortest_edge"] = most
+            file.write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
 def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
     """Keep configuration, tokenizer, chat template and generation defaults beside the checkpoints."""
     if args.rank != 0:
@@ -111,6 +130,7 @@ def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
     folder = Path(args.output_dir) / MODEL_FOLDER
     folder.mkdir(exist_ok=True)
     copy_files(local_tokenizer_folder(args.hf_tokenizer or args.hf_model), folder, TOKENIZER_FILES)
+    set_pixels(folder, args.min_pixels, args.max_pixels)
     if args.chat_template:
         from data.templates.tokenizer_facts import template_source
 
@@ -126,4 +146,7 @@ def save_model_folder(args: argparse.Namespace, tokenizer: Any) -> None:
         return
     source = local_model_folder(args.hf_model)
     copy_files(source, folder, MODEL_FILES)
-    write_model_config(with_limit(args.hf_config, args.seq_length), folder, source)
+    if args.model_backend == "transformers":
+        copy_files(source, folder, ["config.json"])
+    else:
+        write_model_config(with_limit(args.hf_config, args.seq_length), folder, source)

@@ -17,7 +17,12 @@ from post_training.checkpoint.torch_dcp import checkpoint_format, load_weights
 from post_training.errors import SetupError
 from post_training.hf.tokenizer import load_tokenizer
 from post_training.inference.arguments import arguments_of_hf_model
-from post_training.inference.load import ModelConfig, checkpoint_of_run, frozen_model
+from post_training.inference.load import (
+    ModelConfig,
+    adapter_of,
+    checkpoint_of_run,
+    frozen_model,
+)
 from post_training.inference.quiet import quiet_libraries
 
 # What a teacher shares with its student: how it is cut, what it computes with, and the packs.
@@ -81,7 +86,7 @@ def choose_teacher(args: argparse.Namespace) -> Teacher | None:
         )
     if load_tokenizer(found).get_vocab() != load_tokenizer(args).get_vocab():
         raise SetupError(f"{flag}: its tokenizer gives tokens other ids than the student's")
-    complete_inference(found)
+    complete_inference(found, lora=adapter_of(checkpoint))
     try:
         with quiet_libraries():  # Megatron prints all arguments
             validate(found)

@@ -9,9 +9,8 @@ from typing import Any
 
 from data.features.dataset import OfflineDataset
 from post_training.batch.splits import Split
-from post_training.checkpoint.position import sampled_digest
 from post_training.distillation.features import stored_names
-from post_training.hf.folder import local_model_folder
+from post_training.hf.folder import local_model_folder, weights_digest
 from post_training.knowledge.settings import KnowledgeSettings
 from post_training.knowledge.teacher import Teacher
 
@@ -50,6 +49,5 @@ def teaching(
 def _digest(teacher: Teacher) -> str:
     """The same for the same weights, wherever they lie."""
     if teacher.checkpoint is None:
-        folder = local_model_folder(teacher.args.hf_model)
-        return sampled_digest(sorted(folder.glob("*.safetensors")))
-    return sampled_digest(p for p in sorted(teacher.checkpoint.path.rglob("*")) if p.is_file())
+        return weights_digest(local_model_folder(teacher.args.hf_model))
+    return weights_digest(teacher.checkpoint.path, "**/*")

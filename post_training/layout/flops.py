@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 import torch
+
+from post_training.adapters.settings import (
+    Target,
+    chosen_targets,
+    every_target,
+    trained_parameters,
+)
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets, by a part of its name.
 PEAK_FLOPS = {
@@ -41,7 +49,8 @@ def model_flops(
     every token, 6 * hidden size * padded vocabulary each; here only trained tokens have any
     (`post_training/training/loss.py`), so those of the others are taken off. What
     `--recompute-granularity` computes again does not count, as in the definition of MFU
-    (https://arxiv.org/abs/2204.02311, appendix B).
+    (https://arxiv.org/abs/2204.02311, appendix B). Frozen matrices beside factors have no
+    gradients: they take 4 operations a weight and token.
 
     Args:
         args: validated arguments.
@@ -58,4 +67,20 @@ def model_flops(
         total_real_tokens_in_batch=real_tokens,
     )
     without_logits = real_tokens - trained_tokens
-    return float(of_all_tokens - 6 * args.hidden_size * args.padded_vocab_size * without_logits)
+    head = args.hidden_size * args.padded_vocab_size
+    trained = of_all_tokens - 6 * head * without_logits
+    if args.lora is None:
+        return float(trained)
+
+    def times(target: Target, count: int) -> float:
+        """How often `count` elements of a matrix meet a token."""
+        if not target.is_of("all"):
+            return count * (trained_tokens if target.weight.layout == "vocabulary" else 0)
+        chosen = args.moe_router_topk / args.num_experts if target.weight.of_expert else 1.0
+        return count * chosen * real_tokens
+
+    every = every_target(args.hf_config).values()
+    frozen = sum(times(t, math.prod(t.shape)) for t in every if t.is_of("all"))
+    factors = chosen_targets(args.hf_config, args.lora).values()
+    added = sum(times(t, trained_parameters([t])) for t in factors)
+    return float(trained - 2 * (frozen + head * trained_tokens) + 6 * added)

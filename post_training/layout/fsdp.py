@@ -39,6 +39,10 @@ def check_flags(args: argparse.Namespace) -> None:
         SetupError: naming the flag.
     """
     if not args.use_torch_fsdp2:
+        if args.fsdp_sharding != "full":
+            raise SetupError(
+                f"--fsdp-sharding {args.fsdp_sharding} is for --use-torch-fsdp2; leave it out"
+            )
         return
     if args.use_distributed_optimizer:
         raise SetupError(

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import argparse
 
+from post_training.adapters.settings import chosen_targets, trained_parameters
+from post_training.hf.causal_lm import build_model
+
 
 def count_parameters(args: argparse.Namespace) -> int:
-    """Parameters of the model that the flags describe."""
+    """Parameters of the model that the flags or its configuration describe."""
+    if args.model_backend == "transformers":
+        if args.hf_config is None:
+            return 0  # a task's own model, which nobody has seen yet
+        model = build_model(args.hf_config, trust_remote_code=args.trust_remote_code)
+        return sum(parameter.numel() for parameter in model.parameters())
     hidden, heads = args.hidden_size, args.num_attention_heads
     head_dim = args.kv_channels or hidden // heads
     groups = args.num_query_groups if args.group_query_attention else heads
@@ -28,12 +36,15 @@ def count_parameters(args: argparse.Namespace) -> int:
 def checkpoint_bytes(args: argparse.Namespace) -> int:
     """Size of one checkpoint: weights, and master weights with two Adam moments in fp32.
 
-    With FSDP2 the weights are the master weights.
+    With FSDP2 the weights are the master weights. With `--lora-rank` it holds factors only.
     """
     weight = 2 if (args.bf16 or args.fp16) and not args.use_torch_fsdp2 else 4
     optimizer = 0 if args.no_save_optim else (12 if args.optimizer == "adam" else 8)
     if args.use_torch_fsdp2:
         optimizer = max(0, optimizer - 4)
+    if args.lora is not None:
+        targets = chosen_targets(args.hf_config, args.lora)
+        return trained_parameters(targets.values()) * (4 + optimizer)
     return count_parameters(args) * (weight + optimizer)
 
 

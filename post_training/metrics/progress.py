@@ -88,6 +88,12 @@ class Progress:
             f"{name} {each['loss']:.4f}" if each["loss"] is not None else f"{name} -"
             for name, each in record.get("sources", {}).items()
         )
+        if "eval_accuracy" in record:
+            self._line(
+                f"step {record['iteration']}: {record['split']} accuracy {record['eval_accuracy']:.4f} "
+                f"({record['correct']:g} of {record['total']:g})"
+            )
+            return
         self._line(
             f"step {record['iteration']}: {record['split']} loss {record['loss']:.4f}"
             f"{_perplexity(record)}{_accuracy(record, ', accuracy')} "

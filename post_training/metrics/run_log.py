@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,6 +32,10 @@ def _by_source(totals: StepTotals) -> dict[str, dict[str, float | None]]:
         name: {"loss": loss / tokens if tokens else None, "tokens": round(tokens)}
         for name, (loss, tokens) in totals.sources.items()
     }
+
+
+def _means(named: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+    return {name: total / count for name, (total, count) in named.items() if count}
 
 
 class RunLog:
@@ -63,6 +67,8 @@ class RunLog:
         """Whether the model and its checkpoint are loaded."""
         self._unrecorded: Step | None = None
         self.draft_acceptance_length: float | None = None
+        self.on_validation: list[Callable[[dict[str, Any]], None]] = []
+        """Hear of each evaluation on the validation data, on all ranks."""
         if args.num_experts:
             counters.watch_experts(args.num_layers, args.num_experts)
         hooks.on_step.append(self.on_step)
@@ -132,6 +138,8 @@ class RunLog:
         self.trained_tokens += totals.trained_tokens
         steps = max(1, self.progress.steps_since(step.iteration))
         positions = steps * self.args.global_batch_size * self.args.seq_length
+        if self.args.task is not None:  # whose rows have no fixed length
+            positions = totals.real_tokens
         record: dict[str, Any] = {
             "iteration": step.iteration,
             "consumed_samples": self.args.consumed_train_samples,
@@ -150,10 +158,13 @@ class RunLog:
         if totals.sources:
             record["sources"] = _by_source(totals)
         record |= totals.parts
+        record |= _means(totals.named)
         record |= self._routing(totals.experts)
         if step.skipped:
             record["skipped"] = True
-        if self.peak and seconds and self.args.draft is None:  # the count is that of a whole model
+        # The count is that of a whole model of Megatron's layers.
+        counted = self.args.draft is None and self.args.model_backend == "megatron"
+        if self.peak and seconds and counted:
             peak = seconds * self.args.world_size * self.peak
             record["mfu"] = (
                 model_flops(
@@ -224,6 +235,13 @@ class RunLog:
         }
         if self.args.draft is None:  # whose loss is no cross-entropy
             record["perplexity"] = math.exp(min(totals.loss, 700.0))
+        if self.args.task is not None:
+            # A task counts what is right; it computes no loss.
+            for name in ("loss", "token_accuracy", "tokens", "perplexity"):
+                record.pop(name, None)
+            record |= _means(totals.named)
+            right, total = totals.named.get("eval_accuracy", (0.0, 0.0))
+            record |= {"correct": right, "total": total}
         if totals.sources:
             record["sources"] = _by_source(totals)
         if self.args.eval_only:
@@ -232,6 +250,9 @@ class RunLog:
             record["draft_acceptance_length"] = self.draft_acceptance_length
         self._write(record)
         self.progress.evaluation(record)
+        if evaluation.split == "valid":
+            for listener in self.on_validation:
+                listener(record)
 
     def _write_sources(self, totals: StepTotals, title: str, iteration: int) -> None:
         """Losses of each source for TensorBoard, whose writer Megatron has on the last rank."""

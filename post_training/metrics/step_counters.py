@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -32,6 +33,8 @@ class StepTotals:
     """Means of what else was counted, by name: not a number where nothing was."""
     experts: ExpertTotals | None = None
     """For models with experts."""
+    named: dict[str, tuple[float, float]] = field(default_factory=dict)
+    """Sum and count of what a task tells, by its own names."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,8 @@ class StepCounters:
     def __init__(self) -> None:
         self.source_names: list[str] = []
         self.part_names: list[str] = []
+        self.gathers_names = False
+        """Whether ranks may count what the others have not heard of; every rank must say so alike."""
         self._expert_shape = (0, 0)
         self.reset()
 
@@ -91,6 +96,7 @@ class StepCounters:
         self._right: Tensor | float = 0.0
         self._parts: Tensor | float = 0.0
         self._experts: dict[int, Tensor] = {}
+        self._named: dict[str, list[float]] = {}
 
     def add_documents(self, lengths: Sequence[int]) -> None:
         """Count the documents of one pack by their lengths in tokens."""
@@ -132,6 +138,27 @@ class StepCounters:
         """
         self._parts = self._parts + torch.stack([sums, counts]).double()
 
+    def add_named(self, name: str, total: float, count: float) -> None:
+        """Count something by a name that need not be announced."""
+        sums = self._named.setdefault(name, [0.0, 0.0])
+        sums[0] += total
+        sums[1] += count
+
+    def _gathered(self) -> dict[str, tuple[float, float]]:
+        """What all ranks have counted by name."""
+        every: list[Any] = [self._named]
+        if self.gathers_names and torch.distributed.is_initialized():
+            every = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(every, self._named)
+        names = sorted({name for own in every for name in own})
+        return {
+            name: (
+                sum(own[name][0] for own in every if name in own),
+                sum(own[name][1] for own in every if name in own),
+            )
+            for name in names
+        }
+
     def add_expert_tokens(self, layer: int, tokens: Tensor, balance: Tensor | None) -> None:
         """Count what a router did with a micro batch; the device is not waited for.
 
@@ -172,6 +199,7 @@ class StepCounters:
         values = torch.cat([values, parts.flatten()])
         lone = len(values)
         values = torch.cat([values, rows.flatten()])
+        named = self._gathered()
         self.reset()
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(values)
@@ -195,6 +223,7 @@ class StepCounters:
             experts=ExpertTotals(rows[:, :-1], float(rows[:, -1].mean() / trained))
             if len(rows) and trained
             else None,
+            named=named,
         )
 
 

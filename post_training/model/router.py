@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from post_training.batch.packed_documents import RoutedDocuments
 from post_training.metrics.step_counters import counters
@@ -142,6 +144,61 @@ class _SameExperts:
         return scores.gather(1, chosen), chosen
 
 
+class RepeatedChoices(TorchFunctionMode):
+    """Lets every second pass of a model that is not Megatron's take the largest ones that the first took.
+
+    Routers of `transformers` are each a class of their own; all choose by `torch.topk`. Of several such
+    contexts the innermost one acts.
+    """
+
+    _entered: ClassVar[list[RepeatedChoices]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._chosen: list[Tensor] = []
+        self._repeated: Iterator[Tensor] | None = None
+
+    def __enter__(self) -> RepeatedChoices:
+        self._entered.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._entered.pop()
+
+    def choose(self) -> None:
+        """A pass begins that chooses."""
+        self._repeated, self._chosen = None, []
+
+    def repeat(self) -> None:
+        """The pass begins that repeats the choices of the one before."""
+        self._repeated = iter(self._chosen)
+
+    def next_pass(self, *unused: Any) -> None:
+        """One of both, in turn."""
+        if self._repeated is None and self._chosen:
+            self.repeat()
+        else:
+            self.choose()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Scores are the pass's own."""
+        found = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, Tensor.topk) or self._entered[-1] is not self:
+            return found
+        if self._repeated is None:
+            self._chosen.append(found.indices)
+            return found
+        named = dict(zip(("input", "k", "dim"), args, strict=False)) | (kwargs or {})
+        scores: Tensor = named["input" if "input" in named else "self"]
+        chosen = next(self._repeated)
+        values = scores.gather(named.get("dim", -1), chosen)
+        return torch.return_types.topk((values, chosen))
+
+
 @contextmanager
 def same_experts(chunks: list[torch.nn.Module]) -> Iterator[None]:
     """Make two passes over rows of the same shape comparable bit for bit.
@@ -164,9 +221,14 @@ def same_experts(chunks: list[torch.nn.Module]) -> Iterator[None]:
         torch.use_deterministic_algorithms(True, warn_only=True)
     for router in routers:
         router.router_replay = _SameExperts()
+    choices = RepeatedChoices()
+    hooks = [] if routers else [c.register_forward_pre_hook(choices.next_pass) for c in chunks[:1]]
     try:
-        yield
+        with contextlib.nullcontext() if routers else choices:
+            yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for router, replay in zip(routers, replays, strict=True):
             router.router_replay = replay
         torch.use_deterministic_algorithms(deterministic, warn_only=only_warn)

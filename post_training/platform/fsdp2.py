@@ -53,7 +53,10 @@ class FullyShardedModel(TorchFullyShardedDataParallel):
         self.process_group = process_group or parallel_state.get_data_parallel_group(
             with_context_parallel=True
         )
-        self.device_mesh = DeviceMesh.from_group(self.process_group, device_type())
+        # Without sharding each rank has its own weights, and `finish_grad_sync` sums the gradients.
+        self.whole = getattr(config, "fsdp_sharding", "full") == "none"
+        group = _alone() if self.whole else self.process_group
+        self.device_mesh = DeviceMesh.from_group(group, device_type())
         compute = config.autocast_dtype
         policy = MixedPrecisionPolicy(
             param_dtype=None if compute == config.params_dtype else compute,
@@ -92,6 +95,23 @@ class FullyShardedModel(TorchFullyShardedDataParallel):
                     unit.set_force_sum_reduction_for_comms(True)
                     unit.set_gradient_divide_factor(1.0)
 
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        """Sum the gradients of a global batch over ranks that hold whole ones."""
+        if not self.whole:
+            return
+        for parameter in self.module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # unused here, perhaps not elsewhere
+        gradients = [_local(p.grad) for p in self.module.parameters() if p.grad is not None]
+        work = [
+            torch.distributed.all_reduce(gradient, group=self.process_group, async_op=True)
+            for gradient in gradients
+        ]
+        for each in work:
+            each.wait()
+        if not self.config.calculate_per_token_loss:
+            torch._foreach_div_(gradients, self.process_group.size())
+
     def scale_gradients(self, scaling_factor: float | torch.Tensor) -> None:
         """Multiply all gradients; Megatron divides them so by the tokens of the global batch.
 
@@ -102,6 +122,13 @@ class FullyShardedModel(TorchFullyShardedDataParallel):
         if isinstance(scaling_factor, torch.Tensor):
             scaling_factor = scaling_factor.reshape(())
         torch._foreach_mul_(gradients, scaling_factor)
+
+
+def _alone() -> ProcessGroup:
+    """A group of this rank alone."""
+    rank = torch.distributed.get_rank()
+    group: Any = torch.distributed.new_group([rank], use_local_synchronization=True)
+    return group
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

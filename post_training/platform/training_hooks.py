@@ -67,6 +67,10 @@ class TrainingHooks:
     on_evaluation_end: list[Callable[[Evaluation], None]] = field(default_factory=list)
     evaluation_iterations: dict[str, int] = field(default_factory=dict)
     """Global batches of each split there is; a split that is not named is not evaluated."""
+    save_wanted: bool = False
+    """Whether a checkpoint is to be saved after this step, whatever the interval; alike on all ranks."""
+    end_wanted: bool = False
+    """Whether training is to be saved and ended after this step; alike on all ranks."""
 
 
 hooks = TrainingHooks()
@@ -125,6 +129,24 @@ def apply() -> None:
         result = save(iteration, *args, **kwargs)
         _tell(hooks.on_save_end, iteration)
         return result
+
+    @in_place_of((training, "checkpoint_and_decide_exit"))
+    def save_or_end_as_wanted(decide: Any, *args: Any, **kwargs: Any) -> bool:
+        ends: bool = decide(*args, **kwargs)
+        if hooks.save_wanted or hooks.end_wanted:
+            hooks.save_wanted = False
+            # In the original's order; where it has saved just now, nothing is written again.
+            model, optimizer, schedule, iteration, operations, context, iterator = args
+            training.save_checkpoint_and_time(
+                iteration,
+                model,
+                optimizer,
+                schedule,
+                operations,
+                context,
+                train_data_iterator=iterator,
+            )
+        return ends or hooks.end_wanted
 
     @in_place_of((training, "dummy_train_step"))
     def pass_over(dummy_train_step: Any, data_iterator: Any) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from data import SFTDataset
+from data.packs.pictures import PICTURE_FIELDS, PictureDataset
 from post_training.batch.packed_documents import row_lengths
 from post_training.errors import RunStopped
 from post_training.machine.device import current_device
@@ -158,7 +159,15 @@ def _micro_batches(data_iterator: Any, args: argparse.Namespace) -> tuple[Micro,
     size = args.eval_micro_batch_size
     packs, lengths = _choose_packs(data_iterator.dataset, data_iterator.next_index, size)
     vocabulary = args.vocab_size or args.padded_vocab_size
-    return perturbed(packs, lengths, vocabulary)
+    return perturbed(packs, lengths, vocabulary, _of_media(data_iterator.dataset))
+
+
+def _of_media(dataset: SFTDataset) -> tuple[int, ...]:
+    """Tokens that stand for pictures and the like: the model wants as many as it is given pictures."""
+    if not isinstance(dataset, PictureDataset):
+        return ()
+    layout = dataset.processor.layout
+    return (layout.image_id, *layout.refused_ids)
 
 
 def _choose_packs(dataset: SFTDataset, start: int, size: int) -> tuple[Micro, list[int]]:
@@ -174,17 +183,25 @@ def _choose_packs(dataset: SFTDataset, start: int, size: int) -> tuple[Micro, li
             chosen = first
             break
     packs = [dataset[index] for index in range(chosen, chosen + size)]
-    batch = {name: torch.stack([pack[name] for pack in packs]) for name in packs[0]}
+    seen = isinstance(dataset, PictureDataset)
+    passed = {"rope_positions", *PICTURE_FIELDS} if seen else set()
+    names = packs[0].keys() - passed
+    batch = {name: torch.stack([pack[name] for pack in packs]) for name in names}
+    if isinstance(dataset, PictureDataset):
+        batch |= dataset.join(packs)
     return batch, row_lengths(batch["document_lengths"])
 
 
-def perturbed(packs: Micro, lengths: list[int], vocabulary: int) -> tuple[Micro, Micro]:
+def perturbed(
+    packs: Micro, lengths: list[int], vocabulary: int, fixed: Sequence[int] = ()
+) -> tuple[Micro, Micro]:
     """Two versions of a micro batch that differ in one document, with watched tokens in the mask.
 
     Args:
         packs: `input_ids`, `loss_mask` and `document_lengths`, each [micro batch, seq_length].
         lengths: tokens of each document, in order; padding counts as documents.
         vocabulary: number of token ids.
+        fixed: tokens that are neither replaced nor put in.
 
     Returns:
         Both with the same `loss_mask`, 1 where a token is watched, and `groups`. About as many tokens are
@@ -200,6 +217,13 @@ def perturbed(packs: Micro, lengths: list[int], vocabulary: int) -> tuple[Micro,
     first = min(begin + max(1, length // 3), end)
     last = min(begin + max(2, 2 * length // 3), end)
 
+    ids = packs["input_ids"].flatten()
+    kept = torch.isin(ids, torch.tensor(list(fixed), dtype=ids.dtype))
+    if bool(kept[first:last].any()):
+        # Behind the picture, and so that something of the document still follows.
+        first = int(torch.where(kept[begin:end])[0].max()) + begin + 1
+        last = first + max(1, min(last - begin, end - first) // 2)
+
     shape = packs["input_ids"].shape
     row = torch.arange(packs["input_ids"].numel())
     trained = int(packs["loss_mask"].sum())
@@ -213,10 +237,11 @@ def perturbed(packs: Micro, lengths: list[int], vocabulary: int) -> tuple[Micro,
     watched[max(begin, first - 4) : first] = True
     watched[first:last] = False  # their own labels change
 
-    ids = packs["input_ids"].flatten()
     other = ids.clone()
     # Another token for certain, and one that the model knows.
     other[first:last] = (ids[first:last] + vocabulary // 2) % vocabulary
+    while bool((put := torch.isin(other, kept.new_tensor(fixed, dtype=ids.dtype)) & ~kept).any()):
+        other[put] = (other[put] + 1) % vocabulary
     same = {
         **packs,  # stored features, if any: of the tokens as they were
         "loss_mask": watched.to(torch.uint8).view(shape),

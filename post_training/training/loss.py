@@ -73,20 +73,20 @@ def hide_vocabulary_padding(logits: Tensor, vocabulary: int, tp_rank: int) -> Te
 
 
 @torch.no_grad()
-def largest_tokens(logits: Tensor, group: ProcessGroup) -> Tensor:
+def largest_tokens(logits: Tensor, group: ProcessGroup | None) -> Tensor:
     """The most probable tokens, of equally probable ones the first of the vocabulary.
 
     Args:
         logits: [..., vocabulary rows of this tensor parallel rank], padded rows hidden; not changed.
-        group: the tensor parallel group.
+        group: the tensor parallel group; None where there is none.
 
     Returns:
         int64 [...], the same on all ranks of the group.
     """
     rows = logits.shape[-1]
     largest, tokens = logits.max(dim=-1)  # the first of equals
-    tokens += group.rank() * rows
-    if group.size() > 1:
+    if group is not None and group.size() > 1:
+        tokens += group.rank() * rows
         # Both in one message: float64 holds every logit and every token exactly.
         own = torch.stack([largest.double(), tokens.double()])
         every = own.new_empty(group.size() * len(own), *own.shape[1:])
@@ -157,18 +157,22 @@ def trained_token_loss(
 
     def process(
         *,
-        hidden_states: Tensor,
-        output_layer: Any,
-        output_weight: Tensor | None,
         labels: Tensor,
         context: TrainedTokens,
         compute_language_model_loss: Callable[[Tensor, Tensor], Tensor],
+        hidden_states: Tensor | None = None,
+        output_layer: Any = None,
+        output_weight: Tensor | None = None,
+        logits: Tensor | None = None,
         **unused: Any,
     ) -> Tensor:
-        logits = trained_logits(hidden_states, output_layer, output_weight, context, vocabulary)
+        if logits is None:  # which a model that is not Megatron's makes itself
+            assert hidden_states is not None
+            logits = trained_logits(hidden_states, output_layer, output_weight, context, vocabulary)
         chosen_labels = labels.flatten().index_select(0, context.indices).unsqueeze(0)
         # Before the loss, which overwrites fp32 logits.
-        right = largest_tokens(logits.squeeze(1), output_layer.tp_group) == chosen_labels[0]
+        group = getattr(output_layer, "tp_group", None)
+        right = largest_tokens(logits.squeeze(1), group) == chosen_labels[0]
         counters.add_right(right * context.weights)
         if teach is None:
             return compute_language_model_loss(chosen_labels, logits).flatten()

@@ -82,7 +82,7 @@ class NonFiniteGuard:
         raise RunStopped(message if failed is None else f"{message}\n{failed}")
 
     def _bad_loss(self, micro_batch: int, indices: Tensor, losses: Tensor) -> BadLoss:
-        rank, length = parallel_state.get_data_parallel_rank(), self.args.seq_length
+        rank, length = parallel_state.get_data_parallel_rank(), self._packs.seq_length
         packs = self._pack_numbers(micro_batch, rank)
         bad = ~torch.isfinite(losses)
         places = dict.fromkeys(

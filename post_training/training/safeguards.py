@@ -30,11 +30,12 @@ def install_safeguards(
     _report_progress(args)
     if train is None:
         return
-    hooks.on_train_start.append(
-        functools.partial(
-            check_isolation, forward_step=forward_step, args=args, say=run_log.progress.message
+    if args.task is None:  # whose rows are no packs
+        hooks.on_train_start.append(
+            functools.partial(
+                check_isolation, forward_step=forward_step, args=args, say=run_log.progress.message
+            )
         )
-    )
     hooks.on_train_start.append(run_log.start_clock)
     if args.stop_at_nonfinite:
         hooks.on_gradient_norm.append(NonFiniteGuard(args, train.packs).check)

@@ -81,6 +81,10 @@ def exported_from_run(output_dir: str) -> dict[str, Tensor]:
     from post_training.inference.load import load_model
 
     loaded = load_model(model_config, output_dir=output_dir)
+    if loaded.args.model_backend == "transformers":
+        from tests.helpers.reference import saved_tensors
+
+        return saved_tensors(loaded.model.model)
     return hf_state_dict(loaded.model, loaded.args.hf_config)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data import SFTDataset, prepare_documents
-from tests.helpers.models import load_model, make_tokenizer
+from tests.helpers.models import FAMILIES, load_model, make_tokenizer
 from tests.helpers.rows import Row, tokens_and_mask
 
 CLOSE = 1e-4
@@ -54,7 +54,8 @@ def losses_and_routing(
 
     `right` counts the trained tokens.
     """
-    options = {"output_router_logits": True} if hasattr(model.config, "num_experts") else {}
+    routed = model.config.model_type in FAMILIES and hasattr(model.config, "num_experts")
+    options = {"output_router_logits": True} if routed else {}
     out = model(input_ids=ids.unsqueeze(0), use_cache=False, **options)
     chosen = torch.nonzero(mask[1:]).flatten()
     logits = out.logits[0, :-1][chosen]
@@ -186,8 +187,17 @@ def batches(rows: Sequence[Row], data_file: Path, recipe: Recipe) -> list[list[i
     return result
 
 
-def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) -> Trajectory:
-    """Train the HuggingFace model of `folder` on `rows`."""
+def train(
+    folder: Path,
+    rows: Sequence[Row],
+    data_file: Path,
+    recipe: Recipe,
+    adapt: Callable[[Any], dict[str, Tensor]] | None = None,
+) -> Trajectory:
+    """Train the HuggingFace model of `folder` on `rows`.
+
+    `adapt` changes the model and gives what is trained of it, by name: start and end hold that only.
+    """
     tokenizer = make_tokenizer()
     # A document ends with a separator, never trained, which has a part in the balance of experts only.
     end = (torch.tensor([tokenizer.convert_tokens_to_ids("<|endoftext|>")]), torch.tensor([0]))
@@ -197,9 +207,15 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
     ]
     model: Any = load_model(folder).train()
     # The separator is the padding token, whose embedding transformers would not train.
-    model.model.embed_tokens.padding_idx = None
-    named = dict(model.named_parameters())
-    result = Trajectory(start=saved_tensors(model))
+    model.get_input_embeddings().padding_idx = None
+    named = dict(model.named_parameters()) if adapt is None else adapt(model)
+
+    def tensors() -> dict[str, Tensor]:
+        if adapt is None:
+            return saved_tensors(model)
+        return {name: value.detach().clone() for name, value in named.items()}
+
+    result = Trajectory(start=tensors())
     optimizer = recipe.make_optimizer(named.values())
     for step, batch in enumerate(batches(rows, data_file, recipe)):
         tokens = sum(int(examples[row][1][1:].sum()) for row in batch)
@@ -231,7 +247,7 @@ def train(folder: Path, rows: Sequence[Row], data_file: Path, recipe: Recipe) ->
         result.right.append(right)
         result.balance.append(balance / tokens)
         result.expert_tokens.append(experts)
-    result.end = saved_tensors(model)
+    result.end = tensors()
     return result
 
 

@@ -53,6 +53,7 @@ ETP2 = ("--expert-tensor-parallel-size", "2")
 ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
 SP = ("--sequence-parallel",)
 FSDP2 = ("--use-torch-fsdp2",)
+HF = ("--model-backend", "transformers")
 FIRST1 = ("--decoder-first-pipeline-num-layers", "1")
 LAST1 = ("--decoder-last-pipeline-num-layers", "1")
 ONE_THEN_TWO = ("--pipeline-model-parallel-layout", "Et|ttL")
@@ -108,6 +109,23 @@ class Case:
         words += ["balanced"] if self.recipe.balance else []
         return "-".join(words)
 
+
+# Architectures that Megatron's layers do not have (`tests/helpers/architectures.py`).
+OTHERS = (
+    *(
+        "gpt2",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "olmo2",
+        "opt",
+        "deepseek_v3",
+        "gpt_oss",
+        "llama4_text",
+    ),
+    *("falcon_h1", "mamba", "mamba2", "qwen3_next", "nemotron_h", "lfm2", "granitemoehybrid"),
+)
+QUICK = {("gemma2", 2), ("falcon_h1", 2)}
 
 CASES = (
     # One process, then each axis alone.
@@ -237,6 +255,25 @@ CASES = (
     Case("fsdp2x2", FSDP2, 2, family="llama", tied=True),
     Case("fsdp2x1", FSDP2, 1, family="qwen2", tied=True),
     Case("fsdp2x4-cp2", FSDP2 + CP2, 4, family="qwen2", tied=True),
+    # Their own classes of `transformers`: attention of three kinds, experts, state-space models.
+    *(
+        Case(
+            f"hf-fsdp2x{world}",
+            (),
+            world,
+            family=family,
+            # Its delta rule is so sensitive to weights that at 2e-3 the first step's rounding (4e-8 of a
+            # gradient norm) is 1e-4 of it nine steps later.
+            recipe=Recipe(lr=1e-4) if family == "qwen3_next" else ADAM,
+            slow=(family, world) not in QUICK,
+        )
+        for family in OTHERS
+        for world in (1, 2, 4)
+    ),
+    Case("hf-fsdp2x2", HF, 2, tied=True),
+    Case("hf-fsdp2x2-mbs2", HF + MBS2, 2),
+    Case("hf-fsdp2x2-recompute", HF + RECOMPUTE, 2, family="qwen2"),
+    Case("hf-fsdp2x2-recompute-mbs2", RECOMPUTE + MBS2, 2, family="falcon_h1"),
 )
 
 

@@ -298,7 +298,7 @@ def test_messages_can_be_left_untrained(field):
         ([{"content": "x"}], "unknown role"),
         ([{"role": "user", "content": 7}], "bad content"),
         ([{"role": "user", "content": [7]}], "bad content"),
-        ([{"role": "user", "content": [{"type": "image_url"}]}], "bad content"),
+        ([{"role": "user", "content": [{"type": "input_audio"}]}], "bad content"),
         ([{"from": "function_call", "value": "not json"}], "bad tool call"),
         ([{"role": "assistant", "tool_calls": [{"function": {}}]}], "bad tool call"),
         ([{"role": "assistant", "tool_calls": 7}], "bad tool call"),

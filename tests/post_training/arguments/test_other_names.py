@@ -40,7 +40,7 @@ def test_answers_name_flags_that_there_are_and_that_are_taken(parser):
         ("learning_rate", "; use --lr"),
         ("--per-device-train-batch-size", "; use --micro-batch-size"),
         ("--gradient-accumulation-steps", "; use --global-batch-size"),
-        ("--use-lora", "; all weights are trained"),
+        ("--use-lora", "; use --lora-rank"),
         ("--train-itres", "; did you mean --train-iters?"),
         ("--train_iters", "; did you mean --train-iters?"),
         ("--zzz", " (finetune.py --help-all lists all)"),

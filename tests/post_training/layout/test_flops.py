@@ -28,11 +28,14 @@ LOGITS = 5 * 6 * 64 * 512
 def test_operations_of_a_step(hf_model, tmp_path, family, layer, heads_width):
     """Two layers. Scores and their values take 2 operations each a pair of tokens, three times."""
     folder = str(hf_model(family))
-    args = parse_arguments(
-        ["--hf-model", folder, "--output-dir", str(tmp_path / "out"), "--train-iters", "1"]
-    )
+    words = ["--hf-model", folder, "--output-dir", str(tmp_path / "out"), "--train-iters", "1"]
     attention = 2 * 3 * (2 + 2) * heads_width * 136 / 2  # the half that causal attention sees
+    args = parse_arguments(words)
     assert model_flops(args, **TOTALS) == 2 * 6 * layer * 16 + LOGITS + attention
+    args = parse_arguments([*words, "--lora-rank", "4", "--lora-targets", "q_proj"])
+    factors = 2 * 6 * 16 * 4 * (64 + heads_width)
+    frozen = 2 * 4 * layer * 16 + LOGITS * 4 / 6
+    assert model_flops(args, **TOTALS) == frozen + factors + attention
 
 
 def test_torch_counts_as_many_in_a_plain_model():

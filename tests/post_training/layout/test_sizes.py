@@ -42,6 +42,7 @@ def arguments(**changes):
         "transformer_impl": "local",
         "make_vocab_size_divisible_by": 128,
         "use_torch_fsdp2": False,
+        "fsdp_sharding": "full",
         "use_distributed_optimizer": False,
         "fp16": False,
         "overlap_grad_reduce": False,

@@ -220,3 +220,20 @@ def test_the_check_changes_nothing(words, tmp_path, family, layout):
         records[check] = [{k: v for k, v in r.items() if k in kept} for r in run.records]
     assert records["--isolation-check"] == records["--no-isolation-check"]
     assert len(records["--isolation-check"]) >= 4, json.dumps(records)
+
+
+def test_tokens_of_pictures_are_neither_replaced_nor_put_in():
+    image, vocabulary = 7, 16
+    ids = torch.tensor([[1, 2, 3, 4, 1, *[image] * 12, 15, 15, 15, 15, 2, 5, 6, 1, 2]])
+    packs = {
+        "input_ids": ids,
+        "loss_mask": torch.ones_like(ids, dtype=torch.uint8),
+        "document_lengths": torch.tensor([[4, 18, 4]]),
+    }
+    before, after = perturbed(packs, [4, 18, 4], vocabulary, (image,))
+    assert torch.equal(before["input_ids"], ids)
+    moved = (ids != after["input_ids"]).flatten().nonzero().flatten().tolist()
+    # Behind the picture; 15 would have become 7, and something of the document follows.
+    assert moved == [17, 18] and after["input_ids"][0, 17] == 8
+    later = (before["groups"] == 2) & (before["loss_mask"] == 1)
+    assert later.any()

@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scripts.quickstart import kinds as quickstart_kinds
 from scripts.quickstart import task as quickstart_task
 from scripts.quickstart.base_model import END_OF_TEXT, TURN_END, TURN_START
 from scripts.quickstart.conversations import KINDS
@@ -155,3 +156,13 @@ def test_out_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quickstart_task.main([])
     assert "--out DIR" in capsys.readouterr().err
+
+
+def test_two_kinds_are_kept_back(task: Path) -> None:
+    quickstart_kinds.main(["--data", str(task / "train.jsonl")])
+    every, ten, two = (_read(task / f"{name}.jsonl") for name in ("train", "ten", "two"))
+    taught = [row for row in every if row["kind"] in quickstart_kinds.KEPT_BACK]
+    assert len(taught) + len(ten) == len(every) and {r["kind"] for r in ten} == KINDS.keys() - {
+        *quickstart_kinds.KEPT_BACK
+    }
+    assert two[: len(taught)] == taught and two[len(taught) :] == ten[: len(taught) // 2]

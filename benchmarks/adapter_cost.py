@@ -1,0 +1,106 @@
+"""LoRA against full finetuning: time of a step, peak memory, bytes of a checkpoint, as ratios.
+
+python benchmarks/adapter_cost.py --data train.jsonl --tokenizer DIR [--hidden 512 --layers 8] [--rank 16]
+
+One process on the CPU, in turns; medians of the steps after the first three; the peak is that of the
+process's resident memory. A model of a billion parameters is counted from its shapes alone.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from random_model import make_qwen3
+from trainings import ROOT, options_parser
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from post_training.adapters.settings import LoraSettings, chosen_targets, trained_parameters
+from post_training.metrics.records import read_records
+
+WARM_UP = 3
+BILLION = LlamaConfig(
+    architectures=["LlamaForCausalLM"],
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+
+
+def train(flags: list[str], folder: Path) -> tuple[list[float], float]:
+    """Seconds of each step of a run, and the peak of its process's memory in GiB."""
+    command = [sys.executable, str(ROOT / "finetune.py"), *flags, "--output-dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with subprocess.Popen(command, env=environment | {"PYTHONPATH": str(ROOT)}) as process:
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed")
+    steps = [record for _, record in read_records(folder / "metrics.jsonl") if "lm_loss" in record]
+    return [step["step_seconds"] for step in steps[WARM_UP:]], usage.ru_maxrss / 2**20
+
+
+def checkpoint_size(folder: Path) -> int:
+    """Bytes of the newest checkpoint of a run."""
+    newest = max((folder / "checkpoints").glob("iter_*[0-9]"))
+    return sum(file.stat().st_size for file in newest.rglob("*"))
+
+
+def count_billion(rank: int) -> None:
+    """Print what a checkpoint of an adapter of a 1B shape takes, against one of the whole model in bf16."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(BILLION).num_parameters()
+    targets = chosen_targets(BILLION, LoraSettings(rank, 2.0 * rank, ("all",)))
+    trained = trained_parameters(targets.values())
+    print(
+        f"{whole:,} parameters, rank {rank}: {trained:,} trained; a checkpoint takes "
+        f"{16 * trained / 2**20:.0f} MiB, {16 * trained / (14 * whole):.2%} of the whole model's"
+    )
+
+
+def main() -> None:
+    """Entry point."""
+    parser = options_parser(
+        __doc__, hidden=1024, layers=8, seq_length=512, iterations=8, rank=16, turns=2
+    )
+    options = parser.parse_args()
+    count_billion(options.rank)
+    found: dict[str, tuple[list[float], list[float], int]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        model = Path(scratch) / "model"
+        make_qwen3(model, options.tokenizer, hidden=options.hidden, layers=options.layers)
+        flags = [
+            *("--hf-model", str(model), "--finetune-data-files", str(options.data)),
+            *("--seq-length", str(options.seq_length), "--train-iters", str(options.iterations)),
+            *("--global-batch-size", "2", "--lr", "1e-4", "--no-progress"),
+        ]
+        for turn in range(options.turns):
+            for name, more in (("full", []), ("LoRA", ["--lora-rank", str(options.rank)])):
+                folder = Path(scratch) / f"{name}-{turn}"
+                seconds, resident = train([*flags, *more], folder)
+                entry = found.setdefault(name, ([], [], checkpoint_size(folder)))
+                entry[0].extend(seconds)
+                entry[1].append(resident)
+    print(f"{'':8}{'s/step':>8}{'peak GiB':>10}{'checkpoint MiB':>16}")
+    rows = {
+        name: (statistics.median(seconds), statistics.median(peaks), size / 2**20)
+        for name, (seconds, peaks, size) in found.items()
+    }
+    for name, (step, peak, size) in rows.items():
+        print(f"{name:8}{step:8.3f}{peak:10.2f}{size:16.1f}")
+    ratios = [a / b for a, b in zip(rows["LoRA"], rows["full"], strict=True)]
+    print(f"{'ratio':8}{ratios[0]:8.2f}{ratios[1]:10.2f}{ratios[2]:16.4f}")
+
+
+if __name__ == "__main__":
+    main()

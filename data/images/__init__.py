@@ -1,0 +1,1 @@
+"""Loads pictures and prepares them for a processor."""

@@ -1,0 +1,1 @@
+"""Trains low-rank factors (LoRA) beside the frozen matrices of a model."""

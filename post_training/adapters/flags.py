@@ -1,0 +1,143 @@
+"""The flags of LoRA, and what a run with them is refused with."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Mapping
+
+from post_training.adapters.identity import base_digest
+from post_training.adapters.peft_folder import base_of, read_settings
+from post_training.adapters.settings import KEYWORDS, LoraSettings, Target, chosen_targets
+from post_training.errors import SetupError
+from post_training.hf.folder import local_model_folder
+
+
+def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add them to a parser."""
+    add = parser.add_argument_group("LoRA").add_argument
+    add(
+        "--lora-rank", type=int, metavar="R", help="train factors of this rank; the model is frozen"
+    )
+    add("--lora-alpha", type=float, metavar="A", help="they are scaled by A / R (default: 2 R)")
+    add("--lora-dropout", type=float, metavar="P", help="of what they read (default: 0)")
+    add("--rslora", action="store_true", help="scale by A divided by the square root of R")
+    add(
+        "--lora-adapter", metavar="DIR", help="begin with this adapter of PEFT, which says the rest"
+    )
+    what = f"{', '.join(KEYWORDS)} (default: all), last parts of HuggingFace names, or one pattern"
+    add("--lora-targets", nargs="+", metavar="NAME", help=f"matrices with factors: {what}")
+
+
+# What an adapter cannot be trained with, the value that it can, and why.
+_ALONE = (
+    ("model_backend", "megatron", "factors lie beside Megatron's layers only"),
+    ("use_torch_fsdp2", False, "factors are trained with Megatron's distributed optimizer"),
+    ("transformer_impl", "local", "factors lie beside the local layers only"),
+    ("fp8", None, "factors are not computed in 8 bits"),
+    ("draft", None, "a draft's base is frozen already"),
+    ("export_kd_teacher_load", None, "a taught student is trained as a whole"),
+    ("offline_distillation_data", None, "a taught student is trained as a whole"),
+)
+_OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_targets", "rslora", "lora_dropout")
+
+
+def lora_of(args: argparse.Namespace) -> LoraSettings | None:
+    """What the run's adapter is; None where it has none.
+
+    Raises:
+        SetupError: a missing or contradictory flag.
+    """
+    flag = "--lora-rank" if args.lora_adapter is None else "--lora-adapter"
+    given = [name for name in _OF_ADAPTER if getattr(args, name) not in (None, False)]
+    if args.lora_adapter is None and args.lora_rank is None:
+        if given:
+            raise SetupError(
+                f"--{given[0].replace('_', '-')}: there is no adapter; add --lora-rank or --lora-adapter"
+            )
+        return None
+    if args.hf_config is None or args.random_weights:
+        raise SetupError(
+            f"{flag}: an adapter belongs to weights: give --hf-model, no --random-weights"
+        )
+    for name, allowed, why in _ALONE:
+        value = getattr(args, name, allowed)
+        if value != allowed:
+            said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise SetupError(f"{said}: not with {flag}: {why}")
+    if (args.bf16 or args.fp16) and not args.use_distributed_optimizer and not args.skip_train:
+        raise SetupError(
+            f"{flag}: beside a base in 16 bits only Megatron's distributed optimizer saves factors in "
+            f"fp32; use --optimizer adam with it, or --fp32"
+        )
+    if args.lora_adapter is None:
+        alpha = 2.0 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
+        targets = _targets(args.lora_targets or ["all"])
+        settings = LoraSettings(args.lora_rank, alpha, targets, args.rslora)
+    else:
+        if given[:1] not in ([], ["lora_dropout"]):
+            raise SetupError(f"--{given[0].replace('_', '-')}: {flag} says it; leave it out")
+        settings = read_settings(
+            args.lora_adapter, args.hf_config, local_model_folder(args.hf_model)
+        )
+        if base_of(args.lora_adapter) not in (None, base_digest(args)):
+            raise SetupError(
+                f"{flag} {args.lora_adapter}: was trained on other weights than those of "
+                f"--hf-model {args.hf_model}"
+            )
+    chosen = chosen_targets(args.hf_config, settings)
+    _check_ranks(args, chosen)
+    etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    if args.lora_dropout and etp > 1 and any(t.weight.of_expert for t in chosen.values()):
+        raise SetupError(
+            f"--lora-dropout {args.lora_dropout}: ranks of --expert-tensor-parallel-size {etp} would drop "
+            f"different parts of one expert's input; use --expert-tensor-parallel-size 1"
+        )
+    return settings
+
+
+def _check_ranks(args: argparse.Namespace, chosen: Mapping[str, Target]) -> None:
+    """Refuse what might leave a rank without factors: Megatron saves no optimizer of nothing.
+
+    Raises:
+        SetupError: a pipeline stage or a rank of experts might have none.
+    """
+    if args.pipeline_model_parallel_size > 1:
+        layout = args.pipeline_model_parallel_layout
+        stages = layout.split("|") if isinstance(layout, str) else ["t"]
+        with_factors = {
+            t.parameter.split(".")[2] for t in chosen.values() if ".layers." in t.parameter
+        }
+        without = [n for n in range(args.num_layers) if str(n) not in with_factors]
+        if without or not all("t" in stage for stage in stages):
+            what = f"layer {without[0]} has" if without else "a stage without layers has"
+            raise SetupError(
+                f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: {what} no factors; "
+                f"every pipeline stage must train some; name matrices of every layer in --lora-targets"
+            )
+    experts = Counter(t.name.split(".")[-2] for t in chosen.values() if t.weight.of_expert)
+    if args.expert_model_parallel_size > 1 and experts:
+        if len(experts) < args.num_experts or len(set(experts.values())) > 1:
+            raise SetupError(
+                f"--expert-model-parallel-size {args.expert_model_parallel_size}: --lora-targets names "
+                f"some experts only; name all or none"
+            )
+
+
+def _targets(words: list[str]) -> tuple[str, ...] | str:
+    """Names, or one pattern.
+
+    Raises:
+        SetupError: several words with a pattern among them, or one that is none.
+    """
+    patterns = [word for word in words if not re.fullmatch(r"[\w.]+", word)]
+    if not patterns:
+        return tuple(words)
+    if len(words) > 1:
+        raise SetupError(f"--lora-targets {' '.join(words)}: give names, or one pattern alone")
+    try:
+        re.compile(patterns[0])
+    except re.error as error:
+        raise SetupError(f"--lora-targets {patterns[0]}: is no pattern ({error})") from error
+    return patterns[0]

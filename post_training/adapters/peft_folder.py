@@ -1,0 +1,199 @@
+"""An adapter as PEFT stores it: `adapter_config.json` and `adapter_model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from post_training.adapters.settings import LoraSettings, Target, every_target, short_names
+from post_training.errors import SetupError
+from post_training.files import json_object
+from post_training.hf.checkpoint import HFCheckpoint
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# In the header of the weights: which base they belong to (`hf/folder.py`).
+BASE = "base_weights"
+# What LoRA of PEFT can be besides W + scaling * B A: it computes something else, or trains more.
+_OTHER = {
+    "use_dora": "DoRA",
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "arrow_config": "Arrow",
+    "alora_invocation_tokens": "aLoRA",
+    "lora_bias": "factors with a bias",
+    "modules_to_save": "modules trained as a whole",
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "factors of fused parameters",
+    "layer_replication": "replicated layers",
+    "fan_in_fan_out": "transposed weights",
+    "loftq_config": "LoftQ, whose base is another",
+}
+# The others, as pissa, olora or loftq, take from the base what they put into the factors.
+_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+def read_settings(folder: str | Path, config: PretrainedConfig, base: Path) -> LoraSettings:
+    """What a stored adapter is; only headers of its tensors are read.
+
+    Args:
+        folder: PEFT's.
+        config: of the base.
+        base: its folder.
+
+    Raises:
+        SetupError: there is none, it is no plain LoRA, or it does not fit the model.
+    """
+    where = f"--lora-adapter {folder}"
+    if not (Path(folder) / CONFIG).is_file():
+        raise SetupError(
+            f"{where}: holds no {CONFIG}; name a folder that PEFT or this project wrote"
+        )
+    found = json_object(Path(folder) / CONFIG)
+    if found.get("peft_type") != "LORA":
+        raise SetupError(f"{where}: is {found.get('peft_type')}, only LORA can be trained on")
+    for key, what in _OTHER.items():
+        if found.get(key):
+            raise SetupError(f"{where}: {key} is set ({what}); only plain LoRA can be trained on")
+    if found.get("bias", "none") != "none":
+        raise SetupError(f"{where}: bias is {found['bias']}; only adapters without trained biases")
+    start = found.get("init_lora_weights")
+    if start not in _STARTS:
+        raise SetupError(f"{where}: init_lora_weights is {start}: it belongs to a changed base")
+    every = every_target(config)
+    names: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in _shapes(folder).items():
+        kept = every.get(re.sub(r"(\.base_layer)?\.weight$", "", key))
+        if kept is not None and kept.weight.layout == "vocabulary":
+            # PEFT stores a copy of an embedding that has factors, or that was made larger.
+            if not _same_rows(folder, key, base, f"{kept.name}.weight"):
+                raise SetupError(
+                    f"{where}: its {key} is not that of --hf-model: it is another base's"
+                )
+            continue
+        name = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", "", key)
+        if name not in every or name == key:
+            raise SetupError(f"{where}: --hf-model has no place for {key}: it is another base's")
+        names.setdefault(name, {})[key] = shape
+    if not names:
+        raise SetupError(f"{where}: holds no factors")
+    try:
+        settings = LoraSettings(
+            rank=int(found["r"]),
+            alpha=float(found["lora_alpha"]),
+            targets=tuple(short_names(config, names)),
+            rslora=bool(found.get("use_rslora")),
+            rank_pattern={str(k): int(v) for k, v in (found.get("rank_pattern") or {}).items()},
+            alpha_pattern={str(k): float(v) for k, v in (found.get("alpha_pattern") or {}).items()},
+        )
+        sized = {name: settings.sized(every[name]) for name in names}
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise SetupError(f"{where}: {CONFIG} cannot be used ({error!r})") from error
+    for name, target in sized.items():
+        expected = dict(zip(target.keys, target.shapes, strict=True))
+        for key, shape in expected.items():
+            if names[name].get(key) != shape:
+                raise SetupError(
+                    f"{where}: {key} has shape {list(names[name].get(key, ()))}, this base and rank "
+                    f"{target.rank} need {list(shape)}: it is of another base or rank"
+                )
+    return settings
+
+
+def base_of(folder: str | Path) -> str | None:
+    """The digest of the weights that an adapter was trained on, where it was written down."""
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+        found: str | None = (file.metadata() or {}).get(BASE)
+        return found
+
+
+def _shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+    file = Path(folder) / WEIGHTS
+    if not file.is_file():
+        raise SetupError(f"--lora-adapter {folder}: holds no {WEIGHTS} (pickles are not read)")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {
+                key.removeprefix(_PREFIX): tuple(opened.get_slice(key).get_shape())
+                for key in opened.keys()
+            }
+    except SafetensorError as error:
+        raise SetupError(f"--lora-adapter {folder}: {WEIGHTS} is damaged ({error})") from error
+
+
+def _same_rows(folder: str | Path, key: str, base: Path, name: str, rows: int = 64) -> bool:
+    """Whether a stored matrix is the base's own, by rows spread over it."""
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file, HFCheckpoint(base) as weights:
+        one, other = file.get_slice(_PREFIX + key), weights.slice(name)
+        size = one.get_shape()[0]
+        return one.get_shape() == other.get_shape() and all(
+            torch.equal(one[row : row + 1].float(), other[row : row + 1].float())
+            for row in range(0, size, max(1, size // rows))
+        )
+
+
+def read_factors(folder: str | Path, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both factors of one matrix in fp32."""
+    with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
+        a, b = (file.get_tensor(_PREFIX + key).float() for key in target.keys)
+    return a, b
+
+
+def write_adapter(
+    folder: Path,
+    config: PretrainedConfig,
+    settings: LoraSettings,
+    factors: Mapping[str, torch.Tensor],
+    targets: Mapping[str, Target],
+    *,
+    dropout: float,
+    base: str,
+    digest: str | None,
+) -> None:
+    """Write an adapter as PEFT does.
+
+    Args:
+        folder: an empty one.
+        config: of the base.
+        settings: of the adapter.
+        factors: by `Target.keys`.
+        targets: those of the adapter.
+        dropout: it was trained with.
+        base: name or folder of the base.
+        digest: of its weights.
+    """
+    alpha = settings.alpha
+    told = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": dropout,
+        "use_rslora": settings.rslora,
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": settings.alpha_pattern,
+        "target_modules": short_names(config, targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
+    tensors = {_PREFIX + name: value.contiguous() for name, value in factors.items()}
+    metadata = {"format": "pt"} | ({BASE: digest} if digest else {})
+    save_file(tensors, folder / WEIGHTS, metadata=metadata)
+    # safetensors makes files for their owner only: all have the mode that the umask gives.
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)

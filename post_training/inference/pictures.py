@@ -1,0 +1,65 @@
+"""Prompts with pictures, as a model that sees takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import RowError
+from data.images.pictures import encoded, inspect
+from data.images.processor import ImageProcessor, open_processor
+
+
+class SeenPrompts:
+    """Puts pictures into prompts.
+
+    Args:
+        tokenizer: beside which the image processor lies.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._found: ImageProcessor | str = open_processor(tokenizer, Path())
+
+    def expand(
+        self, ids: Sequence[int], sources: Sequence[Any], beside: str
+    ) -> tuple[list[int], dict[str, Tensor]]:
+        """The tokens of a prompt, and what the model takes beside them.
+
+        Args:
+            ids: one image token for each picture.
+            sources: the pictures, as the row holds them.
+            beside: the row's file.
+
+        Raises:
+            RowError: a picture cannot be used, or the model sees none.
+        """
+        processor = self._found
+        if isinstance(processor, str):
+            raise RowError("pictures or sound", f"the row has pictures, and {processor}")
+        found = [encoded(source, beside)[1] for source in sources]
+        grids = [processor.layout.grid(*inspect(data)) for data in found]
+        row = np.array(ids, np.int32)
+        row = np.repeat(row, processor.layout.repeats(row, grids))
+        return row.tolist(), {
+            "pixel_values": torch.cat([processor.patches(data)[0] for data in found]),
+            "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
+            "mm_token_type_ids": torch.from_numpy(row == processor.layout.image_id).int(),
+        }
+
+
+def join(rows: Sequence[Mapping[str, Tensor]], length: int, device: Any) -> dict[str, Tensor]:
+    """What the model takes beside prompts of one length; those without pictures are of text alone."""
+    if not any(rows):
+        return {}
+    text = torch.zeros(length, dtype=torch.int32)
+    fields = {
+        name: torch.cat([row[name] for row in rows if row]).to(device)
+        for name in ("pixel_values", "image_grid_thw")
+    }
+    kinds = torch.stack([row.get("mm_token_type_ids", text) for row in rows])
+    return {**fields, "mm_token_type_ids": kinds.to(device)}

@@ -1,0 +1,124 @@
+"""Tasks of one's own against plain loops: the same losses on any number of processes, and after a resume.
+
+Faults of other trainers that these tests fail on: a mean of micro batches' means; an evaluation that drops
+the last batch, or takes batches times their size for rows; rows repeated or left out after a resume.
+"""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+
+from data import SFTDataset
+from post_training.tasks.rows import numbered
+from tests.helpers import chat_task
+from tests.helpers.launch import ROOT, finetune
+from tests.helpers.models import load_model, make_tokenizer
+
+STEPS = 4
+BATCH = 6
+CHAT = ("--task", f"{ROOT / 'tests/helpers/chat_task.py'}:ChatTask")
+
+
+@pytest.fixture(scope="module")
+def flags(hf_model, chat_data):
+    return (
+        *(*CHAT, "--hf-model", str(hf_model("gpt2")), "--fp32", "--log-interval", "1"),
+        *("--finetune-data-files", str(chat_data.file), "--valid-data-files", str(chat_data.file)),
+        *("--train-iters", str(STEPS), "--global-batch-size", str(BATCH), "--lr", "1e-3"),
+        *("--lr-decay-style", "constant", "--lr-warmup-iters", "0", "--eval-interval", "100"),
+    )
+
+
+def plain_losses(folder, file):
+    """Mean loss over the labels of each step's rows, one row at a time, by torch's Adam."""
+    torch.manual_seed(0)
+    model = load_model(folder).train()
+    rows = chat_task.Rows([file], make_tokenizer())
+    documents = SFTDataset(0, numbered(len(rows)), 0, 1, packing="none", global_batch_size=BATCH)
+    plan = documents.shard(num_packed_samples=STEPS * BATCH)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0
+    )
+    losses, norms = [], []
+    for step in range(STEPS):
+        chosen = [int(plan.document_indices(step * BATCH + i)[0]) for i in range(BATCH)]
+        batches = [chat_task.collate([rows[row]]) for row in chosen]
+        labels = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
+        total = 0.0
+        for batch in batches:
+            count = int((batch["labels"][:, 1:] != -100).sum())
+            loss = model(**batch).loss * count / labels
+            loss.backward()
+            total += float(loss.detach())
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses, norms
+
+
+@pytest.mark.parametrize(
+    ("world", "micro"), [(1, 3), (2, 1), pytest.param(3, 2, marks=pytest.mark.slow)]
+)
+def test_losses_are_those_of_a_plain_loop(flags, hf_model, chat_data, tmp_path, world, micro):
+    sizes = ("--micro-batch-size", str(micro), "--weight-decay", "0")
+    run = finetune(tmp_path, *flags, *sizes, world=world).ok()
+    losses, norms = plain_losses(hf_model("gpt2"), chat_data.file)
+    assert run.losses == pytest.approx(losses, rel=1e-5)
+    assert [step["grad_norm"] for step in run.steps] == pytest.approx(norms, rel=1e-5)
+    (evaluation,) = run.evaluations
+    assert evaluation["total"] == 60 and "loss" not in evaluation
+
+
+def test_a_task_goes_on_where_it_stopped_in_another_number_of_processes(flags, tmp_path):
+    whole = finetune(tmp_path / "whole", *flags, "--micro-batch-size", "2")
+    finetune(tmp_path / "cut", *flags, "--micro-batch-size", "2", "--exit-interval", "1", world=3)
+    cut = finetune(tmp_path / "cut", *flags, "--micro-batch-size", "6")
+    assert len(cut.losses) == STEPS and cut.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_the_task_of_the_documentation_learns_and_its_best_checkpoint_stays(tmp_path):
+    text = (ROOT / "docs" / "your_own_task.md").read_text()
+    (code,) = re.findall(r"```python\n(# my_task.*?)```", text, re.DOTALL)
+    assert len(code.splitlines()) <= 40
+    (tmp_path / "my_task.py").write_text(code)
+    random.seed(0)
+    for name, count in (("train", 203), ("valid", 53)):
+        numbers = [random.randrange(10) for _ in range(count)]
+        lines = [json.dumps({"numbers": [n], "even": int(n % 2 == 0)}) + "\n" for n in numbers]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    run = finetune(
+        tmp_path / "out",
+        *("--task", f"{tmp_path / 'my_task.py'}:MyTask", "--lr", "1e-2"),
+        *("--finetune-data-files", str(tmp_path / "train.jsonl")),
+        *("--valid-data-files", str(tmp_path / "valid.jsonl"), "--eval-interval", "3"),
+        *("--train-iters", "60", "--global-batch-size", "8", "--micro-batch-size", "4"),
+        *("--early-stop-metric", "eval_accuracy", "--early-stop-patience", "2"),
+        *("--keep-checkpoints", "1", "--save-interval", "100"),
+        world=2,
+    )
+    evaluations = run.ok().evaluations
+    assert {record["total"] for record in evaluations} == {53}
+    best = json.loads((tmp_path / "out" / "best.json").read_text())
+    shares = [record["eval_accuracy"] for record in evaluations]
+    assert best["value"] == max(shares) == 1.0
+    first = shares.index(1.0)
+    assert best["iteration"] == 3 * (first + 1) and len(shares) == first + 3
+    kept = {path.name for path in (tmp_path / "out" / "checkpoints").glob("iter_*")}
+    assert kept == {f"iter_{3 * (first + n):07d}" for n in (1, 3)}
+    assert "no better eval_accuracy in 2 evaluations" in run.console
+
+
+def test_answers_of_a_sharded_model_are_those_of_one_process(flags, tmp_path):
+    task = ("--task", f"{ROOT / 'tests/helpers/chat_task.py'}:GeneratingTask", "--train-iters", "1")
+    found = []
+    for world in (1, 2):
+        # Behind a step, whose backward pass has given every weight back.
+        sizes = ("--micro-batch-size", "1")
+        run = finetune(tmp_path / str(world), *flags, *task, *sizes, world=world).ok()
+        (evaluation,) = run.evaluations
+        found.append((evaluation["correct"], evaluation["total"]))
+    assert found[0] == found[1] and 0 < found[0][0] < found[0][1] == 97 * 60

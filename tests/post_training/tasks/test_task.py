@@ -1,0 +1,89 @@
+import argparse
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from data import SFTDataset
+from post_training.errors import SetupError
+from post_training.tasks.rows import RowIterator, RowOrder, TaskRows, numbered, task_splits
+from post_training.tasks.task import load_task
+
+SOURCE = """
+class Whole:
+    def __init__(self, cfg): self.own = cfg
+    def build_dataloader(self, data_paths, eval_dataset=False): return list(data_paths), list
+    def get_train_model_output(self, batch): return None
+    def get_eval_model_output(self, batch): return 0
+class Lacks:
+    def build_dataloader(self, data_paths, eval_dataset=False): return None
+    def get_train_model_output(self, batch): return None
+class Breaks(Whole):
+    def __init__(self, cfg): raise ValueError("no such key")
+"""
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ("{file}:Whole", None),
+        ("{file}:Other", "has no class Other; it has Whole, Lacks, Breaks"),
+        ("{file}:Lacks", "Lacks has no get_eval_model_output"),
+        ("{file}:Breaks", "Breaks cannot be made: ValueError: no such key"),
+        ("{file}x.py:Whole", "there is no file"),
+        ("Whole", "expected FILE.py:ClassName"),
+        ("no.such.module:Whole", "cannot be imported: ModuleNotFoundError"),
+    ],
+)
+def test_a_class_is_found_or_refused_by_name(tmp_path, named, says):
+    file = tmp_path / "a_task.py"
+    file.write_text(SOURCE)
+    args = argparse.Namespace(task=named.format(file=file))
+    if says is not None:
+        with pytest.raises(SetupError, match=says):
+            load_task(args, None)
+        return
+    task = load_task(args, "tokenizer")
+    assert task.own is args and task.tokenizer == "tokenizer" and task.device.type == "cpu"
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter(range(3))
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (DataLoader(Endless()), "no length"),
+        ([1, 2], "returned list, expected a DataLoader"),
+        (([], list), "has no rows"),
+        (KeyError("column"), "failed for the train data: KeyError: 'column'"),
+    ],
+)
+def test_data_that_cannot_be_gone_on_with_is_refused(tmp_path, made, says):
+    class Task:
+        def build_dataloader(self, data_paths, eval_dataset):
+            if isinstance(made, Exception):
+                raise made
+            return made
+
+    args = argparse.Namespace(task="t.py:Task", finetune_data_files=["x"], skip_train=False)
+    with pytest.raises(SetupError, match=says):
+        task_splits(args, Task())
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 2])
+def test_each_row_is_read_once_and_what_fills_up_weighs_nothing(shards, micro):
+    documents = numbered(13)
+    packs = SFTDataset(None, documents, 0, 1, packing="none", shuffle=False)
+    packs = packs.shard(num_packed_samples=-(-13 // (shards * micro)) * shards * micro)
+    seen, lengths = [], set()
+    for shard in range(shards):
+        order = RowOrder(packs.shard(shards, shard), micro, 0, 0)
+        batches = list(RowIterator(TaskRows(range(13), torch.tensor, 0), order))
+        lengths.add(len(batches))
+        for batch in batches:
+            seen += batch.values.tolist()[: batch.rows]
+    assert sorted(seen) == list(range(13)) and len(lengths) == 1
