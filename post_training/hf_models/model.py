@@ -25,6 +25,8 @@ class HFModel(MegatronModule):
     """Stands where a `GPTModel` of one stage stands."""
 
     pre_process = post_process = True
+    chooses_by_topk = True
+    """Whether routers may be of any class (`model/router.py`)."""
 
     def __init__(
         self,

@@ -222,9 +222,11 @@ def same_experts(chunks: list[torch.nn.Module]) -> Iterator[None]:
     for router in routers:
         router.router_replay = _SameExperts()
     choices = RepeatedChoices()
-    hooks = [] if routers else [c.register_forward_pre_hook(choices.next_pass) for c in chunks[:1]]
+    # A model of Megatron's layers without experts has nothing to choose; beside it a teacher may.
+    foreign = any(getattr(m, "chooses_by_topk", False) for c in chunks for m in c.modules())
+    hooks = [c.register_forward_pre_hook(choices.next_pass) for c in chunks[:1] if foreign]
     try:
-        with contextlib.nullcontext() if routers else choices:
+        with choices if foreign else contextlib.nullcontext():
             yield
     finally:
         for hook in hooks:

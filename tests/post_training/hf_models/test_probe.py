@@ -96,7 +96,7 @@ def test_a_model_that_leaks_in_every_way_is_refused(mechanism):
     [
         ("gpt_oss", "attention"),  # sinks, windows, experts
         ("gemma2", "attention"),  # soft caps
-        ("gptj", "positions"),
+        ("gptj", "positions attention"),  # of the versions before 5.24, and of later ones
         ("qwen3_next", "rows"),
         ("mamba2", "rows"),
         ("falcon_h1", "rows"),
@@ -106,7 +106,7 @@ def test_each_architecture_finds_its_way(family, expected):
     """And in longer documents, of its own windows, each is what it is alone; seven more by a command."""
     model = wrapped(family).eval()
     way, _ = choice(model)
-    assert way == expected
+    assert way in expected.split()
     lengths = [70, 3, 100, 1, 26]
     ids = torch.randint(391, (sum(lengths),), generator=torch.Generator().manual_seed(1))
     wanted = torch.arange(0, sum(lengths), 3)
