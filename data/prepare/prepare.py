@@ -361,6 +361,7 @@ class _Preparation:
         options = vars(self.options) | {"mapping": vars(self.options.mapping)}
         options["kinds"] = self.source.kinds
         options["max_rows"] = self.settings.max_rows
+        options.pop("no_images")  # a reason, with the model's path in it
         if self.options.images is not None:
             # Relative paths of pictures are meant beside the files.
             options["folders"] = sorted({str(Path(n).resolve().parent) for n in self.source.names})

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from post_training.adapters.settings import LoraSettings, Target, every_target, short_names
 from post_training.errors import SetupError
@@ -194,6 +193,8 @@ def write_adapter(
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
     tensors = {_PREFIX + name: value.contiguous() for name, value in factors.items()}
     metadata = {"format": "pt"} | ({BASE: digest} if digest else {})
+    from safetensors.torch import save_file
+
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
     # safetensors makes files for their owner only: all have the mode that the umask gives.
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)

@@ -419,7 +419,8 @@ def test_tokenizer_without_chat_template_is_refused(folder, chat_data, tmp_path)
 def test_architecture_that_cannot_be_loaded_is_refused(folder, chat_data, tmp_path):
     edit_json(folder / "config.json", architectures=["GPT2LMHeadModel"], model_type="gpt2")
     words = ["--finetune-data-files", str(chat_data.file), "--train-iters", "1"]
-    message = refused(tmp_path, "--hf-model", str(folder), *words)
+    megatron = ("--model-backend", "megatron")
+    message = refused(tmp_path, "--hf-model", str(folder), *megatron, *words)
     assert "GPT2LMHeadModel" in message
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Qwen3Moe"):
         assert f"{name}ForCausalLM" in message
