@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from data.documents.cache_folder import machine
 from data.documents.check_sum import check_sum
@@ -81,6 +80,8 @@ def write_safetensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> int:
     The library's own ``save_file`` gives the file a passing name that a kill leaves behind, and lets nobody
     else read it.
     """
+    from safetensors.torch import save
+
     data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
     with path.open("wb") as file:
         file.write(data)
