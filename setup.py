@@ -27,7 +27,6 @@ DEPENDENCIES = [
     "pyyaml",
     "tqdm",
     "tensorboard",
-    "matplotlib",
 ]
 
 EXTRAS = {
@@ -44,6 +43,7 @@ EXTRAS = {
     "bench": ["trl", "accelerate"],
     "lora": ["peft"],  # reads an exported adapter back
     "wandb": ["wandb"],
+    "mlflow": ["mlflow"],
 }
 
 setup(
