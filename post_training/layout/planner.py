@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from post_training.layout.candidates import FLAGS, SIZES, passes
 from post_training.layout.memory import StageMemory, stage_memory
 from post_training.layout.model_size import shown_bytes
 from post_training.layout.pipeline import virtual_stages
-from post_training.layout.sizes import FLAG_RULES, RULES, layouts
+from post_training.layout.sizes import FLAG_RULES, RULES, batch_multiple, layouts
 from post_training.layout.step_time import DEVICES, Device, step_seconds
 
 ALL_AGAIN = {
@@ -101,7 +102,7 @@ def plan_of(
     """
     trial = argparse.Namespace(**(vars(args) | (changes or {})))
     if not trial.global_batch_size:
-        trial.global_batch_size = trial.world_size * trial.micro_batch_size
+        trial.global_batch_size = batch_multiple(trial)  # as a run completes it
     memory = stage_memory(trial)
     seconds = None
     if machines.device is not None and not trial.use_torch_fsdp2:
@@ -137,9 +138,13 @@ def ranked(args: argparse.Namespace, machines: Machines) -> list[Plan]:
     return sorted(best, key=lambda plan: _order(plan, machines))
 
 
-def _order(plan: Plan, machines: Machines) -> tuple[bool, float, float]:
-    fits = plan.needed <= machines.memory
-    return not fits, (-plan.tokens_per_s if fits else 0.0), plan.needed
+def _order(plan: Plan, machines: Machines) -> tuple[float, ...]:
+    """Where times are not known, what computes nothing again and cuts into fewer parts is faster."""
+    if plan.needed > machines.memory:
+        return 1, plan.needed
+    again = plan.args.recompute_granularity == "full"
+    parts = math.prod(getattr(plan.args, name) for name in SIZES[:3])
+    return 0, -plan.tokens_per_s, again, parts, plan.needed
 
 
 def _variants(args: argparse.Namespace, sizes: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -102,7 +102,12 @@ def step_seconds(
     if args.lora is None and dp * cp > 1:
         # Gradients are summed and weights given out; overlapped, what the last micro batch cannot hide.
         weight, gradient, _ = state_bytes(args)
-        held = max(each.dense for each in stage_parameters(args)) * (1 - 1 / (dp * cp))
+        expert_tp = args.expert_tensor_parallel_size or tp
+        copies = args.world_size / (pp * expert_tp * args.expert_model_parallel_size)
+        held = max(
+            each.dense * (1 - 1 / (dp * cp)) + each.expert * (1 - 1 / copies)
+            for each in stage_parameters(args)
+        )
         one = seconds(held * gradient, args.world_size // pp)
         other = seconds(held * weight, args.world_size // pp)
         training += max(0.0, one - slowest * 2 / 3) if args.overlap_grad_reduce else one

@@ -117,10 +117,15 @@ def apply() -> None:
             # In the original's order: the validation data, what is done with other data, the model's
             # configuration, a checkpointing context, a function of other data.
             _, _, data, other_data, config, _, other, *_ = rest
+            # As before its own evaluations; there is nothing to gather yet.
+            if overlapped := training.should_disable_forward_pre_hook(training.get_args()):
+                training.disable_forward_pre_hook(model, param_sync=False)
             training.evaluate_and_print_results(
                 "iteration 0", forward, data, model, 0, other_data, config,
                 non_loss_data_func=other, **more,
             )  # fmt: skip
+            if overlapped:
+                training.enable_forward_pre_hook(model)
         return train(forward, model, optimizer, *rest, **more)
 
     @in_place_of((training, "train_step"))

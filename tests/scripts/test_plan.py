@@ -93,3 +93,8 @@ def test_nothing_fits(run):
 def test_devices_that_nobody_knows(text):
     with pytest.raises(SetupError, match=f"--gpus {text}: expects NUMBERxKIND"):
         Machines.of(text, 8)
+
+
+def test_where_times_are_not_known_the_model_is_cut_into_few_parts(run):
+    status, out, _ = run("--gpus", "8x80gib", "--seq-length", "2048", "--use-torch-fsdp2")
+    assert status == 0 and rows(out)[0][:7] == ["1", "1", "1", "1", "8", "1", "none"]

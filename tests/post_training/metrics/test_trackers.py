@@ -20,7 +20,7 @@ def args(tmp_path):
 def test_a_resumed_run_goes_on_in_the_same_mlflow_run(args, tmp_path, monkeypatch):
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    said = []
+    said: list[str] = []
     for number in (1, 2):
         run = MlflowRun(args, said.append)
         run.log({"lm_loss": 3.0 / number, "sources": {"a": 1}, "skipped": None}, number)
