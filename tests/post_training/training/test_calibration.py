@@ -1,15 +1,22 @@
 """Which packs inputs are measured on."""
 
 import pytest
+from transformers import AutoTokenizer
 
 from data import SFTDataset
 from data.prepare.prepare import prepare_rows
 from post_training.training.calibration import calibration_packs
+from tests.helpers.rows import make_rows
 
 
 @pytest.fixture(scope="module")
-def documents(tokenizer, rows):
-    return prepare_rows(rows, tokenizer=tokenizer, seq_length=128)
+def tokenizer(hf_model):
+    return AutoTokenizer.from_pretrained(hf_model("qwen3"))
+
+
+@pytest.fixture(scope="module")
+def documents(tokenizer):
+    return prepare_rows(make_rows(60), tokenizer=tokenizer, seq_length=128)
 
 
 def test_whole_global_batches_of_the_beginning(documents, tokenizer):
