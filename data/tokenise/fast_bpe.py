@@ -12,6 +12,7 @@ are left to the library.
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import unicodedata
@@ -21,11 +22,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer, models
-
-try:
-    import tiktoken
-except ImportError:  # there is none for this platform
-    tiktoken = None
 
 # The expression inside ByteLevel: tokenizers 0.23, pre_tokenizers/byte_level.rs, from GPT-2.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -70,9 +66,13 @@ class FastBPE:
     @staticmethod
     def of(backend: Tokenizer) -> FastBPE | None:
         """What gives the same ids as ``backend``; None if there is none."""
+        try:
+            tiktoken: Any = importlib.import_module("tiktoken")
+        except ImportError:  # there is none for this platform
+            return None
         facts = json.loads(backend.to_str())
         expression = _word_expression(facts)
-        if tiktoken is None or expression is None or not isinstance(backend.model, models.BPE):
+        if expression is None or not isinstance(backend.model, models.BPE):
             return None
         added = {token["content"]: token["id"] for token in facts["added_tokens"]}
         vocabulary = {t: n for t, n in facts["model"]["vocab"].items() if t not in added}
