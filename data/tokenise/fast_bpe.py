@@ -104,7 +104,10 @@ class FastBPE:
         if not text.isascii():
             if not _SETTLED.fullmatch(text) or not unicodedata.is_normalized("NFC", text):
                 return None
-        ids = self._encode(text, allowed_special="all")
+        try:
+            ids = self._encode(text, allowed_special="all")
+        except ValueError:  # millions of blanks, in which its expressions lose themselves
+            return None
         return np.stack([ids.astype(np.int32), self._lengths[ids]], axis=1)
 
     def _agrees(self, backend: Tokenizer, added: dict[str, int]) -> bool:

@@ -172,6 +172,11 @@ def test_texts_that_a_version_of_unicode_decides_are_left_to_the_library():
         assert (fast.tokens(text) is not None) == ours
 
 
+def test_a_text_that_is_too_much_for_it_is_left_to_the_library(tokenizer):
+    fast = FastBPE.of(splitting(tokenizer, QWEN))
+    assert fast is not None and fast.tokens(" " * 3_000_000 + "x") is None
+
+
 def test_it_is_used_behind_the_first_texts_and_compared_with_the_library(tokenizer, monkeypatch):
     json_text = tokenizer.backend_tokenizer.to_str()
     ours = masked_tokenizer.MaskedTokenizer(json_text, {})
