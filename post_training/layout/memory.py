@@ -83,6 +83,7 @@ def check_known(args: argparse.Namespace) -> None:
         ("mtp_num_layers", "layers of multi-token prediction are not counted"),
         ("draft", "a draft beside the model is not counted"),
         ("task", "the model of a task is its own"),
+        ("export_quant_cfg", "what rounding keeps of activations is not counted"),
         ("export_kd_teacher_load", "a teacher beside the model is not counted"),
     ):
         if getattr(args, name, None):
