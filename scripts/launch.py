@@ -12,7 +12,6 @@ with a line for each worker.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -24,6 +23,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 # Until there are workers, Ctrl-C ends the process by the signal, without a traceback.
 if __name__ == "__main__":
@@ -122,7 +122,7 @@ def _refused(processes: str, nodes: str, node_rank: int) -> str | None:
     return None
 
 
-def _show(arguments: argparse.Namespace) -> int:
+def _show(arguments: Any) -> int:
     """Let the script check its flags for as many processes, and print torchrun's command for them."""
     script, words = arguments.training_script, arguments.training_script_args
     try:

@@ -4,7 +4,7 @@
 
 One actor a node starts scripts/launch.py as a child of its own. A lost actor or node starts the group again
 from the newest checkpoint, with progress only; flags and data that are refused end it. Ctrl-C saves.
-Status: 0 complete, or saved after Ctrl-C; 2 refused; 3 no progress; 1 after --max-restarts.
+Status: 0 complete, or saved after Ctrl-C (130: not begun); 2 refused; 3 no progress; 1 too many restarts.
 See docs/clusters.md.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 import re
 import signal
@@ -28,7 +29,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from scripts.launchers.attempt import STATUS, Ending, attempt
+from scripts.launchers.attempt import STATUS, Ending, attempt, judge
 from scripts.launchers.ray_node import RayNode
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,14 +45,15 @@ class Group:
     """One actor on each node; made anew for each start."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        """Place the actors.
+        """Place the actors, where Ray has GPUs and `--cpu` is not given one a process on them.
 
         Raises:
             TimeoutError: there are not so many nodes with so many free devices in `--wait` seconds.
         """
         self.options = options
+        gpus = bool(ray.cluster_resources().get("GPU")) and not options.cpu
         bundle: dict[str, float] = {"CPU": float(options.processes_per_node)}
-        if options.gpus:
+        if gpus:
             bundle["GPU"] = float(options.processes_per_node)
         if options.accelerator:
             bundle[f"accelerator_type:{options.accelerator}"] = 0.001
@@ -59,8 +61,10 @@ class Group:
         if not self.placement.wait(options.wait):
             remove_placement_group(self.placement)
             raise TimeoutError(f"Ray has not {options.nodes} nodes with {bundle} free")
+        self.running: list[Any] = []
+        """What a step waits for, one a node."""
         passed = {name: value for name, value in os.environ.items() if PASSED.match(name)}
-        passed["SFT_DEVICE"] = "cuda" if options.gpus else ""
+        passed["SFT_DEVICE"] = "cuda" if gpus else ""
         resources = {name: n for name, n in bundle.items() if name.startswith("accelerator")}
         self.nodes = [
             ray.remote(RayNode)
@@ -85,16 +89,11 @@ class Group:
             words = [sys.executable, script, *flags]
             return self.wait([self.nodes[0].run.remote(words, here * count, here)])
         address, port = ray.get(self.nodes[0].address.remote())
-        launcher = [sys.executable, str(ROOT / "scripts/launch.py"), "--nnodes", str(count)]
-        launcher += [
-            "--nproc-per-node",
-            str(here),
-            "--rdzv-backend",
-            "c10d",
-            "--rdzv-id",
-            str(port),
-        ]
+        launcher = (
+            f"--nnodes {count} --nproc-per-node {here} --rdzv-backend c10d --rdzv-id {port}".split()
+        )
         launcher += ["--rdzv-endpoint", f"{address}:{port}"]
+        launcher = [sys.executable, str(ROOT / "scripts/launch.py"), *launcher]
         waiting = []
         for number, node in enumerate(self.nodes):
             own, _ = ray.get(node.address.remote())
@@ -105,6 +104,7 @@ class Group:
     def wait(self, running: list[Any]) -> tuple[int, dict[str, Any]]:
         """Wait for a step's children; the first that fails, or whose actor is lost, ends the others."""
         status, told, left = 0, {}, list(running)
+        self.running = running
         while left:
             done, left = ray.wait(left)
             try:
@@ -120,12 +120,9 @@ class Group:
 
     def stop(self, grace: float) -> None:
         """Let all children save and end, and wait for them; those of lost actors hear it of the others."""
-        waiting = [node.stop.remote(grace) for node in self.nodes]
-        for each in waiting:
-            try:
+        for each in [node.stop.remote(grace) for node in self.nodes]:
+            with contextlib.suppress(ray.exceptions.RayError):
                 ray.get(each)
-            except ray.exceptions.RayError:
-                continue
 
     def remove(self) -> None:
         """Give the nodes back."""
@@ -136,19 +133,26 @@ class Group:
 
 def start_once(options: argparse.Namespace, seen: list[int]) -> Ending:
     """One start of the run."""
+    group: Group | None = None
     try:
         group = Group(options)
+        return attempt(group.step, options.flags, seen, lambda: None)
     except TimeoutError as error:
         return Ending("refused", str(error))
-    try:
-        return attempt(group.step, options.flags, seen, lambda: None)
+    except ray.exceptions.RayError as error:  # before the run began
+        return Ending("again", f"a node is lost: {type(error).__name__}")
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if group is None:
+            return Ending("interrupted", "ended before it began")
         print("saving; Ctrl-C again leaves without it", file=sys.stderr, flush=True)
         group.stop(GRACE)
-        return Ending("interrupted", "saved where training had begun; the same command goes on")
+        status, told = group.wait(group.running)
+        ending = judge(status, told)
+        return Ending("saved" if told.get("outcome") == "stopped" else "interrupted", ending.reason)
     finally:
-        group.remove()
+        if group is not None:
+            group.remove()
 
 
 def devices_of(mapping: str) -> int:
@@ -194,28 +198,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--script", default="finetune.py", help="or scripts/extract_features.py")
     options = parser.parse_args(words[:at])
-    options.flags = words[at + 1 :]
+    nodes, here, flags = options.nodes or 0, options.processes_per_node, words[at + 1 :]
     if options.device_mapping is not None:
         try:
             devices = devices_of(options.device_mapping)
         except ValueError as error:
             parser.error(str(error))
-        if options.nodes is not None or devices % options.processes_per_node:
+        if nodes or here < 1 or devices % here:
             parser.error(
                 f"--device-mapping names {devices} devices: leave --nodes out, and give a "
                 f"--processes-per-node that divides them"
             )
-        options.nodes = devices // options.processes_per_node
-    if (
-        not options.nodes
-        or options.nodes < 1
-        or options.processes_per_node < 1
-        or not options.flags
-    ):
+        nodes = devices // here
+    if nodes < 1 or here < 1 or not flags:
         parser.error(
             "expects --nodes, --processes-per-node and, behind --, the flags of finetune.py"
         )
-    return options
+    return argparse.Namespace(**{**vars(options), "nodes": nodes, "flags": flags})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -230,8 +229,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     seen: list[int] = []
     restart = 0
     while True:
-        able = ray.cluster_resources()
-        options.gpus = bool(able.get("GPU")) and not options.cpu
         ending = start_once(options, seen)
         text = f"restart {restart}: {ending.reason}"
         again = ending.verdict == "again" and restart < options.max_restarts
@@ -241,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         restart += 1
         time.sleep(1.0)
     ray.shutdown()
-    return STATUS.get(ending.verdict, 0)
+    return (STATUS | {"saved": 0, "interrupted": 130})[ending.verdict]
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ def stand_alone() -> None:
     Raises:
         SystemExit: with status 2, told; the variables cannot be those of one process of a job.
     """
+    if os.environ.get("SFT_DEVICE") not in (None, "", "cpu", "cuda"):
+        _refuse(f"SFT_DEVICE is {os.environ['SFT_DEVICE']!r}: cpu or cuda")
     if "RANK" in os.environ:
         _check_launcher()
         return

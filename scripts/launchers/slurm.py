@@ -36,7 +36,7 @@ ROOT = Path(os.path.abspath(__file__)).parents[2]
 # Ports of rendezvous, from here on: below those that a kernel gives out.
 PORTS, PORT_COUNT = 20000, 10000
 # Minutes that a health check may take before it counts as hung.
-HEALTH_MINUTES = 5
+HEALTH_MINUTES = 15
 
 
 def show(kind: str, name: str) -> dict[str, str]:
@@ -114,10 +114,8 @@ class Job:
         if what == "prepare":
             environment.update(launcher_variables(self.here * len(self.nodes), self.here))
             options += [
-                "--nodes=1",
-                "--ntasks=1",
-                "--gres=none",
                 f"--output={self.folder}/prepare.log",
+                *"--nodes=1 --ntasks=1 --gres=none".split(),
             ]
             words = [self.python, self.script, *flags]
         else:
@@ -143,13 +141,12 @@ class Job:
         while not _is_free(port):
             port += 1
         name = f"{self.id}.{self.restart}.{what}"
-        launcher = [self.python, str(ROOT / "scripts/launch.py"), "--rdzv-backend", "c10d"]
-        launcher += ["--nnodes", str(len(self.nodes)), "--nproc-per-node", str(self.here)]
-        launcher += ["--rdzv-id", name, "--rdzv-endpoint", f"{self.addresses[0]}:{port}"]
-        line = f"addresses=({shlex.join(self.addresses)}); exec {shlex.join(launcher)}"
-        line += (
-            " --rdzv-conf is_host=$((SLURM_NODEID == 0)) --local-addr ${addresses[SLURM_NODEID]}"
-        )
+        launcher = shlex.join([self.python, str(ROOT / "scripts/launch.py")])
+        launcher += f" --nnodes {len(self.nodes)} --nproc-per-node {self.here} --rdzv-backend c10d"
+        launcher += f" --rdzv-id {name} --rdzv-endpoint {self.addresses[0]}:{port}"
+        line = f"addresses=({shlex.join(self.addresses)}); exec {launcher}"
+        line += " --rdzv-conf is_host=$((SLURM_NODEID == 0))"
+        line += " --local-addr ${addresses[SLURM_NODEID]}"
         if what != "health":
             return f"{line} {shlex.join([self.script, *flags])}"
         health = [str(ROOT / "scripts/launchers/health.py")]
@@ -162,7 +159,7 @@ class Job:
         for node in self.nodes:
             file = self.folder / f"look.{node}"
             wrong = (
-                json.loads(file.read_text()) if file.is_file() else "has not looked at its devices"
+                json.loads(file.read_text()) if file.is_file() else "did not look at its devices"
             )
             found += [f"{node} {wrong}"] if wrong else []
         return "; ".join(found) or "the nodes did not meet; see their logs"
@@ -232,18 +229,15 @@ def submit(argv: list[str]) -> int:
     parser.add_argument("--nodes", "-N", type=int, required=True)
     parser.add_argument("--gpus-per-node", type=int, default=0)
     parser.add_argument("--processes-per-node", type=int, help="default: one for a GPU, or one")
-    parser.add_argument(
-        "--data-option", action="append", default=[], help="of sbatch for the data's job"
-    )
+    parser.add_argument("--data-option", action="append", default=[], help="for the data's sbatch")
     scripts = [at for at, word in enumerate(argv) if word.endswith(".sbatch")]
     if not scripts:
         parser.error("no .sbatch script is named")
     batch, flags = argv[scripts[0]], argv[scripts[0] + 1 :]
     options, more = parser.parse_known_args(argv[: scripts[0]])
     here = options.processes_per_node or options.gpus_per_node or 1
-    script = ROOT / {"finetune": "finetune.py"}.get(
-        Path(batch).stem, f"scripts/{Path(batch).stem}.py"
-    )
+    name = f"{Path(batch).stem}.py"
+    script = ROOT / name if name == "finetune.py" else ROOT / "scripts" / name
     if options.gpus_per_node:
         os.environ["SFT_DEVICE"] = "cuda"
         more += [f"--gpus-per-node={options.gpus_per_node}"]
@@ -252,25 +246,16 @@ def submit(argv: list[str]) -> int:
     command = [sys.executable, str(script), *flags, "--only"]
     if status := subprocess.run([*command, "check"], env=ranks, check=False).returncode:
         return status
-    data = [
-        "sbatch",
-        "--parsable",
-        "--nodes=1",
-        "--ntasks=1",
-        "--job-name=sft-data",
-        *options.data_option,
-    ]
-    wrapped = shlex.join([*command, "prepare"])
-    before = subprocess.run(
-        [*data, f"--wrap=exec {wrapped}"], env=ranks, stdout=subprocess.PIPE, text=True, check=False
+    data = (
+        "sbatch --parsable --nodes=1 --ntasks=1 --job-name=sft-data".split() + options.data_option
     )
+    data.append(f"--wrap=exec {shlex.join([*command, 'prepare'])}")
+    before = subprocess.run(data, env=ranks, stdout=subprocess.PIPE, text=True, check=False)
     if before.returncode:
         return before.returncode
-    after = [
-        f"--dependency=afterok:{before.stdout.strip().partition(';')[0]}",
-        "--kill-on-invalid-dep=yes",
-    ]
-    words = ["sbatch", f"--nodes={options.nodes}", *after, *more, batch, *flags]
+    after = f"--dependency=afterok:{before.stdout.strip().partition(';')[0]}"
+    words = ["sbatch", f"--nodes={options.nodes}", after, "--kill-on-invalid-dep=yes", *more]
+    words += [batch, *flags]
     return subprocess.run(words, check=False).returncode
 
 

@@ -386,10 +386,10 @@ def hold_where_told() -> None:
     finetune.forward_step = held
 
 
-def killed_in_set_up() -> None:
-    """The last rank is killed before the first step."""
-    if int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
-        _finetune().model_config = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)
+def kill_at_step_1() -> None:
+    """The last rank is killed."""
+    last = int(os.environ["WORLD_SIZE"]) - 1
+    _at_step(1, last, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def limit_files_at_step_4() -> None:

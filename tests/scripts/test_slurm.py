@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -32,16 +33,14 @@ def cluster():
 class Submitted:
     """A job of `finetune.sbatch` in a folder of its own."""
 
-    def __init__(self, cluster, folder, *words, **variables):
+    def __init__(self, cluster, folder, *words, command=("sbatch",), **variables):
         self.cluster, self.folder = cluster, folder
         script = str(ROOT / "scripts/slurm/finetune.sbatch")
         at = words.index("--") if "--" in words else 0
         options, flags = words[:at], words[at + 1 :]
         folder.mkdir(exist_ok=True)
-        self.id = cluster.call(
-            "sbatch", "--parsable", f"--chdir={folder}", *options, script, *flags, **variables
-        )
-        assert self.id
+        line = [*command, *options, f"--chdir={folder}", script, *flags]
+        self.id = cluster.call(*line, **variables).rpartition(" ")[2]
 
     @property
     def lines(self):
@@ -129,21 +128,27 @@ def test_a_job_that_is_cancelled_requeued_and_loses_a_node_trains_as_if_uninterr
 
 
 def test_a_mistake_a_failing_rank_and_no_progress_end_the_job(cluster, words, tmp_path):
-    variables = {"SFT_ROOT": str(held_tree(tmp_path / "tree")), FAULT: "killed_in_set_up"}
+    variables = {"SFT_ROOT": str(held_tree(tmp_path / "tree")), FAULT: "kill_at_step_1"}
     variables |= {"SFT_HEALTH_CHECK": "0", "SFT_PROCESSES_PER_NODE": "2"}
 
-    def job(name, *options, flags=()):
+    def job(name, *options, flags=(), **how):
         output = ["--output-dir", str(tmp_path / name)]
         line = [*options, "--", *words, *output, *flags]
-        return Submitted(cluster, tmp_path / f"{name}.job", *line, **variables)
+        return Submitted(cluster, tmp_path / f"{name}.job", *line, **how, **variables)
 
-    mistake = job("mistake", flags=["--tensor-model-parallel-size", "3"])
-    failing = job("failing", "--no-requeue")
+    submit = [sys.executable, "-m", "scripts.launchers.slurm", "submit"]
+    submit += ["--nodes=1", "--processes-per-node=2", f"--data-option=--chdir={tmp_path}"]
+    three = ["--tensor-model-parallel-size", "3"]
+    assert job("refused", flags=three, command=submit).id == "", "here, and not on the nodes"
+    assert cluster.call("squeue", "-h") == ""
+    mistake = job("mistake", flags=three)
+    failing = job("failing", "--no-requeue", command=submit)
     stuck = job("stuck")
     assert mistake.end() == ("FAILED", 2, 0)
     assert "cannot be divided by tensor 3" in mistake.logs
     assert mistake.lines[-1].endswith("its log has the line; the job is not requeued")
     assert failing.end() == ("FAILED", 1, 0)
+    assert any("60 rows read" in log.read_text() for log in tmp_path.glob("slurm-*.out"))
     assert "rank 1 (process" in failing.logs and "SIGKILL" in failing.logs
     assert failing.lines[-1].endswith("not requeued: submitted with --no-requeue")
     assert stuck.end() == ("FAILED", 3, 2)
