@@ -103,7 +103,8 @@ class Group:
 
     def wait(self, running: list[Any]) -> tuple[int, dict[str, Any]]:
         """Wait for a step's children; the first that fails, or whose actor is lost, ends the others."""
-        status, told, left = 0, {}, list(running)
+        status, left = 0, list(running)
+        told: dict[str, Any] = {}
         self.running = running
         while left:
             done, left = ray.wait(left)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,7 @@ def cluster(tmp_path):
         environment |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": folder}
         environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
         environment |= {faults.HOLD: str(tmp_path / "hold"), FAULT: "hold_where_told"}
+        running: Any
         with subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.ray_cluster"],
             env=environment,
@@ -107,7 +109,7 @@ def test_a_typo_ctrl_c_and_a_killed_actor(cluster, hf_model, chat_data, tmp_path
 
     running = start()
     reached(running, 5)
-    os.kill(int(re.search(r"\(RayNode pid=(\d+)", log.read_text())[1]), signal.SIGKILL)
+    os.kill(int(re.findall(r"\(RayNode pid=(\d+)", log.read_text())[0]), signal.SIGKILL)
     wait_for("its loss", lambda: "a node is lost" in log.read_text())
     hold.write_text("0")
     assert running.wait(LIMIT) == 0, log.read_text()

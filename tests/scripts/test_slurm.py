@@ -16,6 +16,7 @@ from tests.helpers.scheduler import installed, scheduler, wait_for
 from tests.runs.resume import DROPOUT, numbers
 
 STEPS = 12
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 NOT_HERE = "slurm-wlm and munge are not installed"
 pytestmark = pytest.mark.slow
 
@@ -54,8 +55,7 @@ class Submitted:
 
     def end(self):
         """Wait for its end: the state, the exit status and the number of restarts."""
-        states = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        wait_for("the end", lambda: self.cluster.field(self.id, "JobState") in states)
+        wait_for("the end", lambda: self.cluster.field(self.id, "JobState") in ENDED)
         exit_code = self.cluster.field(self.id, "ExitCode").partition(":")[0]
         state, restarts = (self.cluster.field(self.id, name) for name in ("JobState", "Restarts"))
         return state, int(exit_code), int(restarts)
@@ -64,7 +64,7 @@ class Submitted:
         """Wait until the run has written a step down."""
 
         def there():
-            assert self.cluster.field(self.id, "JobState") in ("PENDING", "RUNNING"), self.logs
+            assert self.cluster.field(self.id, "JobState") not in ENDED, self.logs
             file = output / "metrics.jsonl"
             text = file.read_text() if file.is_file() else ""
             return re.search(rf'"iteration": {step}\b.*\n', text)

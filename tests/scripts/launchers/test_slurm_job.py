@@ -1,7 +1,6 @@
 """Parts of the batch job that need no scheduler."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +34,7 @@ def test_the_odd_node_is_named(tmp_path, monkeypatch, devices, device, wrong):
     monkeypatch.setenv("SLURMD_NODENAME", "n2")
     for name, node in (("n1", None), ("n2", health.look(8))):
         (tmp_path / f"look.{name}").write_text(json.dumps(node))
-    job = SimpleNamespace(folder=tmp_path, nodes=["n1", "n2", "n3"])
-    named = Job.odd_nodes(job).split("; ")
+    job = Job.__new__(Job)
+    job.folder, job.nodes = tmp_path, ["n1", "n2", "n3"]
+    named = job.odd_nodes().split("; ")
     assert named == [*([f"n2 {wrong}"] if wrong else []), "n3 did not look at its devices"]
