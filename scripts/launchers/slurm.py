@@ -111,7 +111,10 @@ class Job:
         if os.environ.get("SFT_CONTAINER"):
             options += [f"--container-image={os.environ['SFT_CONTAINER']}"]
             options += [f"--container-mounts={os.environ.get('SFT_MOUNTS') or f'{ROOT}:{ROOT}'}"]
+            options += [f"--container-workdir={Path.cwd()}"]
         if what == "prepare":
+            for name in [name for name in environment if name.startswith("SLURM_GPUS")]:
+                del environment[name]  # srun would ask for them
             environment.update(launcher_variables(self.here * len(self.nodes), self.here))
             options += [
                 f"--output={self.folder}/prepare.log",
@@ -214,12 +217,10 @@ class Job:
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as tried:
-        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            tried.bind(("", port))
-        except OSError:
-            return False
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        return False
     return True
 
 

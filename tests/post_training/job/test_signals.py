@@ -9,6 +9,7 @@ from megatron.training import global_vars
 
 from post_training.job import signals
 from post_training.job.signals import GracefulExit
+from post_training.job.watchdog import watchdog
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def test_a_console_that_cannot_be_written_to_is_no_reason_to_fail(megatron):
 
 def test_repeats_are_one_signal_and_only_an_impatient_ctrl_c_leaves(megatron, monkeypatch):
     ended = []
-    monkeypatch.setattr(signals.watchdog, "stop", lambda: ended.append("stop"))
+    monkeypatch.setattr(watchdog, "stop", lambda: ended.append("stop"))
     monkeypatch.setattr(signal, "raise_signal", ended.append)
     GracefulExit(Namespace(rank=1), io.StringIO())
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # as of srun and of a launcher
