@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -36,4 +37,6 @@ def has_grouped_gemm() -> bool:
 
 def _capability() -> int:
     """Of the GPU here; of one that this machine checks for and does not have, a recent one's."""
-    return torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 9
+    if os.environ.get("SFT_DEVICE") == "cuda" and not torch.cuda.is_available():
+        return 9
+    return torch.cuda.get_device_capability()[0]
