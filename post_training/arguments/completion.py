@@ -27,6 +27,7 @@ from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import sliding_window
 from post_training.layout import sizes
 from post_training.machine.device import device_type
+from post_training.quantisation.formats import quantisation_of
 
 # Set-up, the first step, an evaluation's first batch and saving may take this many times as long as an
 # ordinary step.
@@ -113,6 +114,7 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.derived.append("sequence_parallel")
     complete_distillation(args)
     args.lora = lora_of(args)
+    args.quantisation = quantisation_of(args)
     sizes.check(args)
     _complete_overlap(args)
     if args.global_batch_size is None:
@@ -126,8 +128,8 @@ def _complete_overlap(args: argparse.Namespace) -> None:
 
     `--overlap-param-gather` needs the other flag and the distributed optimizer; a file may turn either off.
     """
-    compared = not (args.num_experts or args.draft or args.export_kd_teacher_load)
-    on = compared and sizes.data_parallel_size(args) > 1 and not args.eval_only
+    others = (args.num_experts, args.draft, args.export_kd_teacher_load, args.export_quant_cfg)
+    on = not any(others) and sizes.data_parallel_size(args) > 1 and not args.eval_only
     if "overlap_grad_reduce" in args.derived:
         args.overlap_grad_reduce &= on
     if "overlap_param_gather" in args.derived:
@@ -173,7 +175,9 @@ def complete_run(
     args.load, args.ckpt_step, args.finetune = load, ckpt_step, finetune
     # Also of a model that is to be converted: its state is saved with every checkpoint.
     # And a teacher's states travel between stages as those of ModelOpt's do.
-    args.modelopt_enabled = bool(by_modelopt or args.draft or args.export_kd_teacher_load)
+    args.modelopt_enabled = bool(
+        by_modelopt or args.draft or args.quantisation or args.export_kd_teacher_load
+    )
     args.data_begins_at = begins_at
     if train_iters is not None:
         args.train_iters = train_iters
