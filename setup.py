@@ -43,6 +43,7 @@ EXTRAS = {
     ],
     "bench": ["trl", "accelerate"],
     "lora": ["peft"],  # reads an exported adapter back
+    "ray": ["ray>=2.40"],  # scripts/launch_ray.py
     "wandb": ["wandb"],
     "mlflow": ["mlflow"],
 }
