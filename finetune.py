@@ -85,8 +85,8 @@ from post_training.knowledge.teaching import teaching
 from post_training.layout.sizes import describe_layout
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
-from post_training.metrics.records import DATA_REPORT
 from post_training.machine.outcome import note_outcome
+from post_training.metrics.records import DATA_REPORT
 from post_training.metrics.run_log import RunLog
 from post_training.metrics.step_counters import counters
 from post_training.metrics.trackers import continue_wandb
