@@ -41,9 +41,12 @@ def test_equals_peft_in_a_plain_loop(case, matrix, tmp_path):
     if case.settings is not LAST:  # whose few gradients are small
         assert found.run.steps[0]["grad_norm"] > 0.2, "clipping is part of what is compared"
     held = tensors(max((found.run.folder / "checkpoints").glob("iter_*[0-9]")))
-    assert held and all("adapter.model." in key or "adapter.lm_head." in key for key in held)
+    kinds = ("adapter.", ".lora_", "optimizer.state.", "rng_state.")
+    assert held and all(any(kind in key for kind in kinds) for key in held)
+    assert sum("exp_avg." in f"{key}." for key in held) == len(found.truth.end)
 
 
+QWEN3_MOE = Case("", family="qwen3_moe")
 LAYOUTS = [(EP2 + TP2, 4), (PP2, 2), ((), 1), (TP2 + SP, 2)]
 
 
@@ -62,7 +65,7 @@ def trained(matrix, tmp_path_factory):
 
 @pytest.mark.slow
 def test_goes_on_in_another_layout(matrix, trained, tmp_path):
-    case = Case("", family="qwen3_moe")
+    case = QWEN3_MOE
     straight = matrix.train(case, tmp_path / "out", recipe=Recipe(lr=2e-2, steps=20))
     assert reference.relative(trained.losses, straight.losses) < STEP_BOUND
     found, expected = (plain_lora.factors_in(run.folder) for run in (trained, straight))
@@ -78,7 +81,7 @@ def logits(model):
 
 @pytest.mark.slow
 def test_merged_and_stored_it_is_the_trained_model(matrix, trained):
-    base = load_model(matrix.model("qwen3_moe"))
+    base = load_model(matrix.model(QWEN3_MOE))
     untouched = logits(base)
     held = plain_lora.adapt(base, PLAIN, peft=False)
     with torch.no_grad():
@@ -95,7 +98,7 @@ def test_merged_and_stored_it_is_the_trained_model(matrix, trained):
     from peft import PeftModel
 
     again = PeftModel.from_pretrained(
-        load_model(matrix.model("qwen3_moe")), trained.folder / "adapter"
+        load_model(matrix.model(QWEN3_MOE)), trained.folder / "adapter"
     )
     assert (logits(again) - expected).abs().max() / expected.abs().max() < 1e-5
 
@@ -115,7 +118,7 @@ def test_an_adapter_of_peft_goes_on(matrix, tmp_path):
         alpha_pattern={"v_proj": 12},
         init_lora_weights=False,
     )
-    folder = matrix.model("llama")
+    folder = matrix.model(Case("", family="llama"))
     get_peft_model(load_model(folder), config).save_pretrained(tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
