@@ -70,11 +70,16 @@ def inject(model: Any, config: PretrainedConfig, settings: LoraSettings, dropout
         target_modules=[name for name, target in targets.items() if not target.fused],
         target_parameters=[name for name, target in targets.items() if target.fused],
     )
+    packed = _nf4_layers(model)
+    for _, layer in packed:
+        layer.weight = layer.weight_nf4  # peft looks at it, for its device
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             inject_adapter_in_model(theirs, model)
     except ValueError as error:
         raise SetupError(f"--lora-targets: peft refuses them: {error}") from error
+    for _, layer in packed:
+        layer.register_parameter("weight", None)
     found = factors_of(model)
     wrong = found.keys() ^ {key for target in targets.values() for key in target.keys}
     if wrong:

@@ -6,6 +6,7 @@ parameters that are used before they are gathered; a checkpoint that holds the b
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from tests.helpers.checkpoint import tensors
 from tests.helpers.launch import finetune, run_script
 from tests.helpers.models import load_model
 from tests.helpers.reference import Recipe
-from tests.numerics.adapters import CASES, LAST, PLAIN, Case, Matrix
-from tests.numerics.equivalence import EP2, PP2, SP, STEP_BOUND, TP2, UPDATE_BOUNDS
+from tests.numerics.adapters import CASES, LAST, Case, Matrix
+from tests.numerics.equivalence import EP2, HF, PP2, SP, STEP_BOUND, TP2, UPDATE_BOUNDS
 
 
 @pytest.fixture(scope="module")
@@ -46,26 +47,28 @@ def test_equals_peft_in_a_plain_loop(case, matrix, tmp_path):
     assert sum("exp_avg." in f"{key}." for key in held) == len(found.truth.end)
 
 
-QWEN3_MOE = Case("", family="qwen3_moe")
-LAYOUTS = [(EP2 + TP2, 4), (PP2, 2), ((), 1), (TP2 + SP, 2)]
+LAYOUTS = {
+    "megatron": [(EP2 + TP2, 4), (PP2, 2), ((), 1), (TP2 + SP, 2)],
+    "transformers": [(HF, 4), (HF, 1), (HF, 2), (HF, 1)],
+}
 
 
-@pytest.fixture(scope="module")
-def trained(matrix, tmp_path_factory):
+@pytest.fixture(scope="module", params=LAYOUTS)
+def trained(request, matrix, tmp_path_factory):
     """Twenty steps, five in each of four layouts; exported as a whole model and as an adapter."""
     folder, recipe = tmp_path_factory.mktemp("trained") / "out", Recipe(lr=2e-2, steps=20)
-    for flags, world in LAYOUTS:
+    for flags, world in LAYOUTS[request.param]:
         case = Case("", flags, world, family="qwen3_moe")
         run = matrix.train(case, folder, "--exit-interval", "5", recipe=recipe)
     for words in ([], ["--adapter"])[: 1 + plain_lora.HAS_PEFT]:
         done = run_script("scripts/export_hf.py", "--output-dir", str(folder), *words)
         assert done.returncode == 0, done.stderr
-    return run
+    return run, replace(case, flags=HF if request.param == "transformers" else (), world=1)
 
 
 @pytest.mark.slow
 def test_goes_on_in_another_layout(matrix, trained, tmp_path):
-    case = QWEN3_MOE
+    trained, case = trained
     straight = matrix.train(case, tmp_path / "out", recipe=Recipe(lr=2e-2, steps=20))
     assert reference.relative(trained.losses, straight.losses) < STEP_BOUND
     found, expected = (plain_lora.factors_in(run.folder) for run in (trained, straight))
@@ -81,9 +84,10 @@ def logits(model):
 
 @pytest.mark.slow
 def test_merged_and_stored_it_is_the_trained_model(matrix, trained):
-    base = load_model(matrix.model(QWEN3_MOE))
+    trained, case = trained
+    base = load_model(matrix.model(case))
     untouched = logits(base)
-    held = plain_lora.adapt(base, PLAIN, peft=False)
+    held = plain_lora.adapt(base, case.adapter, peft=case.adapter.backend == "transformers")
     with torch.no_grad():
         for key, value in plain_lora.factors_in(trained.folder).items():
             held[key].copy_(value)
@@ -97,9 +101,7 @@ def test_merged_and_stored_it_is_the_trained_model(matrix, trained):
     assert stored.keys() == {f"base_model.model.{key}" for key in held}
     from peft import PeftModel
 
-    again = PeftModel.from_pretrained(
-        load_model(matrix.model(QWEN3_MOE)), trained.folder / "adapter"
-    )
+    again = PeftModel.from_pretrained(load_model(matrix.model(case)), trained.folder / "adapter")
     assert (logits(again) - expected).abs().max() / expected.abs().max() < 1e-5
 
 
