@@ -7,6 +7,7 @@ holds some rows (FSDP2 cuts by rows) holds all that these are made of: 0.5625 by
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -26,12 +27,18 @@ LEVELS = torch.tensor(
 )
 
 
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    return LEVELS.to(device)  # once, since a copy to a GPU waits
+
+
 def quantise(matrix: Tensor) -> Tensor:
     """Bytes of a matrix [rows, columns]: uint8 [rows, 36 for each 64 columns]."""
     blocks = F.pad(matrix.float(), (0, -matrix.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
     largest = blocks.abs().amax(-1, keepdim=True)
     scaled = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)
-    between = ((LEVELS[1:] + LEVELS[:-1]) / 2).to(matrix.device)
+    levels = _levels(matrix.device)
+    between = (levels[1:] + levels[:-1]) / 2
     codes = torch.bucketize(scaled, between).to(torch.uint8)
     pairs = codes[..., ::2] * 16 + codes[..., 1::2]
     return torch.cat([largest.view(torch.uint8), pairs], dim=-1).flatten(1)
@@ -43,7 +50,7 @@ def dequantise(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     largest = blocks[..., :4].contiguous().view(torch.float32)
     pairs = blocks[..., 4:]
     codes = torch.stack([pairs >> 4, pairs & 15], dim=-1).flatten(-2).int()
-    values = LEVELS.to(packed.device)[codes] * largest
+    values = _levels(packed.device)[codes] * largest
     return values.flatten(1)[:, :columns].to(dtype)
 
 
