@@ -51,7 +51,6 @@ _OF_MEGATRON = (
 )
 _ALONE = (
     ("fp8", None, "factors are not computed in 8 bits"),
-    ("freeze", None, "all but the factors is frozen already"),
     ("draft", None, "a draft's base is frozen already"),
     ("export_kd_teacher_load", None, "a taught student is trained as a whole"),
     ("offline_distillation_data", None, "a taught student is trained as a whole"),
@@ -142,6 +141,11 @@ def _check_modules(args: argparse.Namespace, chosen: Mapping[str, Target]) -> No
     Raises:
         SetupError: naming the part.
     """
+    seeing = next((name for name, target in chosen.items() if target.kind == "vision"), None)
+    if args.freeze and seeing:
+        raise SetupError(
+            f"--freeze {args.freeze}: --lora-targets names {seeing}; leave one of them out"
+        )
     fused = next((name for name, target in chosen.items() if target.fused), None)
     if fused and args.lora_dropout:
         raise SetupError(

@@ -108,7 +108,13 @@ def read_settings(
         if name in every:
             meant = [name]
         if not meant or name == key:
-            raise SetupError(f"{where}: --hf-model has no place for {key}: it is another base's")
+            single = backend == "transformers" and re.search(r"\.experts\.\d+\.", key)
+            cure = (
+                "experts are fused here, use --model-backend megatron"
+                if single
+                else "another base's"
+            )
+            raise SetupError(f"{where}: --hf-model has no place for {key}: {cure}")
         names.update(meant)
     if not names:
         raise SetupError(f"{where}: holds no factors")
