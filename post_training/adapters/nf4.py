@@ -58,15 +58,16 @@ class _Product(torch.autograd.Function):
     """x times the matrix, which is made from its bytes in either pass and not kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Tensor, columns: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(packed)
-        ctx.columns = columns
-        return F.linear(x, dequantise(packed, columns, x.dtype))
+        ctx.matrix = columns, dtype
+        return F.linear(x, dequantise(packed, columns, dtype).to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (packed,) = ctx.saved_tensors
-        return gradient @ dequantise(packed, ctx.columns, gradient.dtype), None, None
+        matrix = dequantise(packed, *ctx.matrix).to(gradient.dtype)
+        return gradient @ matrix, None, None, None
 
 
 class NF4Linear(torch.nn.Linear):
@@ -96,5 +97,5 @@ class NF4Linear(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As of the layer."""
-        out: Tensor = _Product.apply(input, self.weight_nf4, self.in_features)
+        out: Tensor = _Product.apply(input, self.weight_nf4, self.in_features, self.dtype)
         return out if self.bias is None else out + self.bias

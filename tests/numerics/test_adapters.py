@@ -20,7 +20,7 @@ from tests.helpers.checkpoint import tensors
 from tests.helpers.launch import finetune, run_script
 from tests.helpers.models import load_model
 from tests.helpers.reference import Recipe
-from tests.numerics.adapters import CASES, LAST, Case, Matrix
+from tests.numerics.adapters import CASES, LAST, Case, Matrix, hf
 from tests.numerics.equivalence import EP2, HF, PP2, SP, STEP_BOUND, TP2, UPDATE_BOUNDS
 
 
@@ -171,3 +171,18 @@ def test_ranks_that_read_the_same_drop_the_same(matrix, tmp_path):
     assert reference.relative(runs[1].losses, runs[0].losses) < STEP_BOUND
     plain = matrix.train(Case("", settings=settings), tmp_path / "plain", recipe=recipe)
     assert reference.relative(plain.losses, runs[0].losses) > STEP_BOUND, "something is dropped"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not plain_lora.HAS_PEFT, reason="peft is not installed")
+def test_a_start_has_the_same_bits_on_any_number_of_processes(matrix, tmp_path):
+    still = Recipe(lr=0.0, steps=1)
+    one, two = (
+        plain_lora.factors_in(
+            matrix.train(hf(n, "qwen3_moe"), tmp_path / f"{n}", recipe=still).folder
+        )
+        for n in (1, 2)
+    )
+    assert one.keys() == two.keys() and len(one) == 2 * 6 * 2
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert all((one[key] == 0).all() == ("lora_B" in key) for key in one)

@@ -1,5 +1,6 @@
 """Matrices in 4 bits: the nearest level, any cut by rows, and the gradient of what is computed with."""
 
+import pytest
 import torch
 
 from post_training.adapters.nf4 import LEVELS, NF4Linear, dequantise, quantise
@@ -21,13 +22,16 @@ def test_each_value_is_the_nearest_level_times_the_largest_of_its_block():
     assert torch.equal(quantise(matrix[1:4]), packed[1:4]) and quantise(matrix[:0]).shape[0] == 0
 
 
-def test_a_layer_computes_with_what_its_bytes_stand_for():
-    """Of columns that are no multiple of 64, too."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_computes_with_what_its_bytes_stand_for(dtype):
+    """Of columns that are no multiple of 64, too; rounded as the run rounds, also where fp32 is compared."""
     torch.manual_seed(0)
-    plain = torch.nn.Linear(96, 8)
+    plain = torch.nn.Linear(96, 8, dtype=dtype)
     layer = NF4Linear(plain)
     layer.weight_nf4.data = layer.pack(plain.weight.detach())
     whole = layer.whole()
+    assert whole.weight.dtype == dtype
+    layer, whole = layer.float(), whole.float()
     assert 0.05 < (whole.weight - plain.weight).norm() / plain.weight.norm() < 0.12
     x, y = (torch.randn(3, 96, generator=torch.Generator().manual_seed(1)) for _ in range(2))
     x.requires_grad_(), y.requires_grad_()
