@@ -228,7 +228,9 @@ def short_names(every: Iterable[str], chosen: Iterable[str]) -> list[str]:
     chosen = set(chosen)
     last = {name.rpartition(".")[2] for name in chosen}
     meant = {name for name in every if name.rpartition(".")[2] in last}
-    return sorted(last if meant == chosen else chosen)
+    # A number is what blocks are called, too.
+    exact = meant == chosen and not any(name.isdigit() for name in last)
+    return sorted(last if exact else chosen)
 
 
 def trained_parameters(targets: Iterable[Target]) -> int:

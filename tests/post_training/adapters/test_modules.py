@@ -2,7 +2,7 @@
 
 import pytest
 
-from post_training.adapters.settings import LoraSettings, chosen_targets
+from post_training.adapters.settings import LoraSettings, chosen_targets, every_target, short_names
 from tests.helpers import vision
 from tests.helpers.architectures import tiny
 from tests.helpers.models import make_config
@@ -29,6 +29,9 @@ def test_a_tower_is_asked_for(words, expected, sees):
     config.architectures = ["Qwen2_5_VLForConditionalGeneration"]
     chosen = chosen_targets(config, LoraSettings(4, 8.0, targets, backend="transformers"))
     assert {name.rpartition(".")[2] for name in chosen} == set(expected.split())
+    # As it is stored, PEFT must not find blocks that have a number for a name.
+    stored = short_names(every_target(config, "transformers"), chosen)
+    assert not any(name.isdigit() for name in stored)
     assert {"visual" in name for name in chosen} == ({True, False} if sees is None else {sees})
 
 

@@ -24,7 +24,7 @@ def test_each_value_is_the_nearest_level_times_the_largest_of_its_block():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_computes_with_what_its_bytes_stand_for(dtype):
-    """Of columns that are no multiple of 64, too; rounded as the run rounds, also where fp32 is compared."""
+    """Of columns that are no multiple of 64, too; rounded as the run rounds, where fp32 is compared too."""
     torch.manual_seed(0)
     plain = torch.nn.Linear(96, 8, dtype=dtype)
     layer = NF4Linear(plain)
