@@ -49,7 +49,7 @@ def test_equals_peft_in_a_plain_loop(case, matrix, tmp_path):
     assert sum("exp_avg." in f"{key}." for key in held) == len(found.truth.end)
 
 
-LAYOUTS = {
+LAYOUTS: dict[str, list[tuple[tuple[str, ...], int]]] = {
     "megatron": [(EP2 + TP2, 4), (PP2, 2), ((), 1), (TP2 + SP, 2)],
     "transformers": [(HF, 4), (HF, 1), (HF, 2), (HF, 1)],
 }

@@ -20,6 +20,7 @@ LANGUAGE = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
         ("qkv", "qkv", True),
         ("visual.blocks.0.mlp.gate_proj", "gate_proj", True),
         (r".*\.visual\..*_proj", "gate_proj up_proj down_proj", True),
+        (r".*\.merger\.mlp\..", "0 2", True),
         ("all vision", f"qkv proj {LANGUAGE} 0 2", None),
     ],
 )

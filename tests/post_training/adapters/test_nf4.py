@@ -37,5 +37,6 @@ def test_a_layer_computes_with_what_its_bytes_stand_for(dtype):
     x.requires_grad_(), y.requires_grad_()
     for out in (layer(x), whole(y)):
         out.square().sum().backward()
+    assert x.grad is not None and y.grad is not None
     assert torch.equal(layer(x), whole(y)) and torch.allclose(x.grad, y.grad, rtol=1e-6)
     assert [p.requires_grad for p in layer.parameters()] == [False, True]
