@@ -69,6 +69,7 @@ from post_training.distillation.features import (
 )
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.hf.tokenizer import load_tokenizer
+from post_training.inference.answering import Answering
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
 from post_training.job.signals import GracefulExit, interrupt, raise_if_interrupted
@@ -185,10 +186,18 @@ def forward_step(
 
 
 def non_loss_data_func(
-    model: list[torch.nn.Module], *, run_log: RunLog, prompts: list[list[int]]
+    model: list[torch.nn.Module],
+    *,
+    run_log: RunLog,
+    prompts: list[list[int]],
+    answering: Answering | None,
 ) -> None:
-    """After an evaluation: how many drafted tokens the model accepts, if it has a speculative head."""
-    run_log.draft_acceptance_length = report_acceptance(model, prompts, new_tokens=32)
+    """After an evaluation: how many drafted tokens a speculative head gets accepted, and answers."""
+    length = report_acceptance(model, prompts, new_tokens=32)
+    if length is not None:
+        run_log.found["draft_acceptance_length"] = length
+    if answering is not None:
+        answering.ask(model[0], run_log)
 
 
 def finetune(
@@ -200,6 +209,7 @@ def finetune(
     teacher: Teacher | None,
     task: Any = None,
     rows: dict[str, TaskRows] | None = None,
+    answering: Answering | None = None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
@@ -260,7 +270,7 @@ def finetune(
             ModelType.encoder_or_decoder,
             step,
             non_loss_data_func=functools.partial(
-                non_loss_data_func, run_log=run_log, prompts=prompts
+                non_loss_data_func, run_log=run_log, prompts=prompts, answering=answering
             ),
         )
     found = None if best is None else best.best_iteration
@@ -291,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             check_pairs(settings, args, teacher.args)
         output.prepare_output(args)
         keep_date(args, start.template_date)
-        task, rows = None, None
+        task, rows, answering = None, None, None
         if args.task is not None:
             tokenizer = load_tokenizer(args) if args.hf_tokenizer or args.hf_model else None
             task = load_task(args, tokenizer)
@@ -300,6 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer, splits = prepare_data(
                 args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
             )
+        if args.answer_tokens is not None:
+            answering = Answering(args, tokenizer)
         stored_features(args)  # rather refused now than at the first step
         keep_date(args, template_date(splits))
         taught = teaching(args, splits, settings, teacher)
@@ -323,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete_run(args, **start.flags(), **place, evaluates=evaluates)
         validate(args)
         started = True
-        finetune(args, console, splits, start, position, teacher, task, rows)
+        finetune(args, console, splits, start, position, teacher, task, rows, answering)
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)
