@@ -46,8 +46,9 @@ class Answering:
         self.questions: dict[str, list[Question]] = {}
         for split in ("valid", "test"):
             for path, _ in parse_weighted(getattr(args, f"{split}_data_files") or ()):
-                rows = read_questions([path], options, args.kind_key or "kind")[: args.max_rows]
-                self.questions.setdefault(split, []).extend(rows)
+                skip = args.on_bad_row == "skip"
+                rows = read_questions([path], options, args.kind_key or "kind", skip=skip)
+                self.questions.setdefault(split, []).extend(rows[: args.max_rows])
         self.split = "valid"
         hooks.on_evaluation_start.append(functools.partial(setattr, self, "split"))
 

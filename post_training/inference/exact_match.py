@@ -43,13 +43,22 @@ class Question:
 
 
 def read_questions(
-    files: Sequence[str], options: FormatOptions | None = None, kind_key: str = "kind"
+    files: Sequence[str],
+    options: FormatOptions | None = None,
+    kind_key: str = "kind",
+    *,
+    skip: bool = False,
 ) -> list[Question]:
     """Read every row of `files`; formats are those of training data.
 
+    Args:
+        files: of rows.
+        options: names of columns.
+        kind_key: the column with a row's kind.
+        skip: leave out rows that cannot be read, which have been counted and told elsewhere.
+
     Raises:
-        DataError: a row cannot be read or does not end with an assistant turn. Every row counts, so
-            none is skipped.
+        DataError: a row cannot be read or does not end with an assistant turn, or there is none.
     """
     questions: list[Question] = []
     options = options or FormatOptions()
@@ -65,6 +74,8 @@ def read_questions(
                         convert = converter(name, options)
                     conversation = convert(raw.row)
                 except (RowError, DataError) as error:
+                    if skip and isinstance(error, RowError):
+                        continue
                     raise DataError(f"{raw.place}: {error}") from error
                 except RecursionError as error:
                     raise DataError(f"{raw.place}: the values are nested too deeply") from error
