@@ -96,7 +96,7 @@ def test_an_older_reader_takes_a_base_that_transformers_5_wrote(tmp_path, family
     """Values by name, as 4.57.6 was seen to need them: it has no other way to them."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
     if family == "qwen2_5_vl":
-        config = Qwen2_5_VLConfig({"rope_parameters": rope}, tie_word_embeddings=True)
+        config = Qwen2_5_VLConfig(text_config={"rope_parameters": rope}, tie_word_embeddings=True)
     else:
         config = tiny(family)
     config.save_pretrained(tmp_path)
