@@ -1,6 +1,7 @@
 """config.json says the same to readers of transformers 4.x and 5."""
 
 import json
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, GPT2Config, Qwen2_5_VLConfig
@@ -103,14 +104,15 @@ def test_an_older_reader_takes_a_base_that_transformers_5_wrote(tmp_path, family
     before = json.loads((tmp_path / "config.json").read_text())
     both = with_older_spelling(config, before)
     text = both.get("text_config", both)
-    wanted = {
+    cases: dict[str, dict[str, Any]] = {
         "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None},
         "mamba2": {"time_step_limit": [0.0, float("inf")]},
         "qwen2_5_vl": {
             "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]},
             "tie_word_embeddings": True,
         },
-    }[family]
+    }
+    wanted = cases[family]
     assert {key: text[key] for key in wanted} == wanted
     again = type(config).from_dict(json.loads(json.dumps(both))).get_text_config()
     assert rope_parameters(again) == rope_parameters(config.get_text_config())
