@@ -28,7 +28,6 @@ DEPENDENCIES = [
     "pyyaml",
     "tqdm",
     "tensorboard",
-    "matplotlib",
 ]
 
 EXTRAS = {
@@ -44,7 +43,9 @@ EXTRAS = {
     ],
     "bench": ["trl", "accelerate"],
     "lora": ["peft"],  # reads an exported adapter back
+    "ray": ["ray>=2.40"],  # scripts/launch_ray.py
     "wandb": ["wandb"],
+    "mlflow": ["mlflow"],
 }
 
 setup(
