@@ -74,6 +74,7 @@ from post_training.distillation.features import (
 )
 from post_training.errors import RunStopped, SetupError, tell
 from post_training.hf.tokenizer import load_tokenizer
+from post_training.inference.answering import Answering
 from post_training.job import output, run_lock
 from post_training.job.finish import ending_together, report_end
 from post_training.job.signals import GracefulExit, interrupt, raise_if_interrupted
@@ -198,10 +199,13 @@ def forward_step(
 
 
 def non_loss_data_func(
-    model: list[torch.nn.Module], *, run_log: RunLog, prompts: list[list[int]]
+    model: list[torch.nn.Module], run_log: RunLog, prompts: list[list[int]], answering: Any
 ) -> None:
-    """After an evaluation: how many drafted tokens the model accepts, if it has a speculative head."""
-    run_log.draft_acceptance_length = report_acceptance(model, prompts, new_tokens=32)
+    """After an evaluation: how many drafted tokens a speculative head gets accepted, and answers."""
+    if (length := report_acceptance(model, prompts, new_tokens=32)) is not None:
+        run_log.found["draft_acceptance_length"] = length
+    if answering is not None:
+        answering.ask(model[0], run_log)
 
 
 def finetune(
@@ -213,6 +217,7 @@ def finetune(
     teacher: Teacher | None,
     task: Any = None,
     rows: dict[str, TaskRows] | None = None,
+    answering: Answering | None = None,
     calibration: SFTDataset | None = None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
@@ -282,7 +287,7 @@ def finetune(
             ModelType.encoder_or_decoder,
             step,
             non_loss_data_func=functools.partial(
-                non_loss_data_func, run_log=run_log, prompts=prompts
+                non_loss_data_func, run_log=run_log, prompts=prompts, answering=answering
             ),
         )
         if quantised is not None and run_log.last_iteration >= (args.train_iters or 0):
@@ -327,6 +332,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer, splits = prepare_data(
                 args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
             )
+        answering = None if args.answer_tokens is None else Answering(args, tokenizer)
         calibration = None
         if args.quantisation is not None:
             calibration = calibration_data(args, splits, tokenizer)
@@ -364,7 +370,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete_run(args, **start.flags(), **place, evaluates=evaluates)
         validate(args)
         started = True
-        finetune(args, console, splits, start, position, teacher, task, rows, calibration)
+        finetune(
+            args, console, splits, start, position, teacher, task, rows, answering, calibration
+        )
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)

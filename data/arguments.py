@@ -45,6 +45,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         help="Column with the right choice: an index, a letter or its text (correct_answer).")  # fmt: skip
     add("--image-keys", nargs="+", default=None, metavar="COLUMN",
         help="Columns with pictures: paths, bytes, or objects of them (images, image).")  # fmt: skip
+    add("--kind-key", default=None, metavar="COLUMN",
+        help="Column with a row's kind, by which --answer-tokens tells accuracy too (kind).")  # fmt: skip
     add("--answer-form", choices=ANSWER_FORMS, default=ANSWER_FORMS[0],
         help="How the right choice is said.")  # fmt: skip
     add("--min-pixels", type=int, default=None, metavar="N",

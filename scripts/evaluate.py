@@ -92,12 +92,7 @@ def main() -> int:
             "model": backend.source,
             "backend": backend.name,
             "data": options.data,
-            "accuracy": scores.accuracy,
-            "correct": sum(row["correct"] for row in scores.rows),
-            "rows": len(scores.rows),
-            "truncated": scores.truncated,
-            "max_new_tokens": scores.max_new_tokens,
-            "answers": scores.rows,
+            **scores.facts(),
         }
         Path(options.json).write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n")
     return 0

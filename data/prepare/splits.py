@@ -174,7 +174,7 @@ def option_fields(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
             args.query_key,
             args.response_key,
             args.messages_key,
-            tuple(args.ignore_columns or ()),
+            (*(args.ignore_columns or ()), *([args.kind_key] if args.kind_key else [])),
             args.strict_columns,
             args.choice_key,
             args.answer_key,

@@ -112,6 +112,8 @@ def check_task(args: argparse.Namespace) -> None:
             f"--early-stop-metric {args.early_stop_metric}: there is no validation data "
             f"(--valid-data-files, or --split-ratio)"
         )
+    if args.answer_tokens is not None:
+        _check_answers(args)
     if args.task is None:
         return
     if args.model_backend == "megatron":
@@ -124,6 +126,26 @@ def check_task(args: argparse.Namespace) -> None:
             raise SetupError(
                 f"--{key.replace('_', '-')}: --task {args.task} reads its own rows; leave it out"
             )
+
+
+def _check_answers(args: argparse.Namespace) -> None:
+    """Refuse `--answer-tokens` where nothing answers, or there is nothing to be answered.
+
+    Raises:
+        SetupError: saying why.
+    """
+    why = None
+    if args.task is not None:
+        why = f"--task {args.task} says itself what is right"
+    elif args.model_backend == "megatron":
+        why = (
+            "Megatron's layers do not answer during a run; ask its checkpoints by scripts/evaluate.py, or "
+            "add --model-backend transformers"
+        )
+    elif not (args.valid_data_files or args.test_data_files) or args.eval_iters == 0:
+        why = "no rows of --valid-data-files or --test-data-files are evaluated"
+    if why is not None:
+        raise SetupError(f"--answer-tokens {args.answer_tokens}: {why}")
 
 
 # What is done with conversations.

@@ -93,6 +93,13 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="evaluate the validation and test data and leave: no training, no optimizer",
     )
     group.add_argument(
+        "--answer-tokens",
+        type=int,
+        metavar="N",
+        help="let the model, computed by its own class of transformers, answer each row that is "
+        "evaluated, in N tokens at most: eval_accuracy, also of each kind, and OUTPUT_DIR/answers",
+    )
+    group.add_argument(
         "--eval-at-start",
         action="store_true",
         help="evaluate the validation data before the first step too",

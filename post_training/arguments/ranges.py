@@ -141,7 +141,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_real(0, 1, above=True), "rotary_percent layernorm_epsilon"),
     # Steps.
     (_integer(0), "train_iters"),
-    (_integer(1), "num_epochs early_stop_patience lr_decay_iters lr_wsd_decay_iters"),
+    (_integer(1), "num_epochs early_stop_patience answer_tokens lr_decay_iters lr_wsd_decay_iters"),
     (_integer(1, 2**62), "ddp_num_buckets ddp_bucket_size"),
     (
         _integer(0),

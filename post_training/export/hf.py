@@ -22,7 +22,7 @@ from post_training.export.quantised import (
 from post_training.export.readers import complaints
 from post_training.files import json_object, let_all_read
 from post_training.hf.causal_lm import auto_class
-from post_training.hf.config_json import older_spelling, write_model_config
+from post_training.hf.config_json import with_older_spelling, write_model_config
 from post_training.hf.folder import (
     MODEL_FILES,
     TOKENIZER_FILES,
@@ -156,11 +156,7 @@ def _save_hf_model(model: HFModel, folder: Path, source: Path, max_shard_size: s
     model.model.save_pretrained(folder, max_shard_size=max_shard_size)
     for name, content in kept.items():
         (folder / name).write_bytes(content)
-    written = json_object(source / "config.json")
-    rope = written.get("rope_parameters")
-    if isinstance(rope, dict) and not any(isinstance(part, dict) for part in rope.values()):
-        # Of a base that transformers 5 wrote; earlier ones would take it for one without a rope base.
-        written = older_spelling(model.model.config, written) | written
+    written = with_older_spelling(model.model.config, json_object(source / "config.json"))
     dtype = str(model.model.dtype).removeprefix("torch.")
     for key in ("dtype", "torch_dtype"):
         if key in written or key == "torch_dtype":

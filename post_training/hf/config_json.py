@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,9 @@ def older_spelling(config: PretrainedConfig, written: dict[str, Any]) -> dict[st
         written: what transformers 5 writes of it.
     """
     rope = rope_parameters(config)
+    local: dict[str, Any] = {}
+    if "full_attention" in rope:  # Gemma 3: layers with a window have a base of their own
+        local, rope = rope.get("sliding_attention", {}), dict(rope["full_attention"])
     found: dict[str, Any] = {"torch_dtype": written.get("dtype")}
     found |= {
         alias: written[name] for alias, name in config.attribute_map.items() if name in written
@@ -45,9 +49,36 @@ def older_spelling(config: PretrainedConfig, written: dict[str, Any]) -> dict[st
     for key in ("rope_theta", "partial_rotary_factor"):
         if key in rope:
             found[key] = rope.pop(key)
-    scaled = rope.get("rope_type", "default") != "default"
+    if "rope_theta" in local:
+        found["rope_local_base_freq"] = local["rope_theta"]
+    scaled = rope.get("rope_type", "default") != "default" or "mrope_section" in rope
     found["rope_scaling"] = rope if scaled else None
     return found
+
+
+def with_older_spelling(config: PretrainedConfig, written: Mapping[str, Any]) -> dict[str, Any]:
+    """A base's config.json, which transformers 5 may have written, also as readers of 4.x look for it.
+
+    Args:
+        config: of the model, which may see.
+        written: what the file says, which stays.
+    """
+    both: dict[str, Any] = {key: _plain_numbers(value) for key, value in written.items()}
+    for part, own in ((both, config), (both.get("text_config"), config.get_text_config())):
+        # Without these keys they take other rotary embeddings, and weights that are not tied.
+        if isinstance(part, dict) and isinstance(part.get("rope_parameters"), dict):
+            tied = {"tie_word_embeddings": config.tie_word_embeddings}
+            part |= {**older_spelling(own, part), **tied, **part}
+    return both
+
+
+def _plain_numbers(value: Any) -> Any:
+    """Without the objects that stand for infinity in transformers 5."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _plain_numbers(each) for key, each in value.items()}
+    return [_plain_numbers(each) for each in value] if isinstance(value, list) else value
 
 
 def write_model_config(config: PretrainedConfig, folder: Path, base: Path | None = None) -> None:

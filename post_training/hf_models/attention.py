@@ -2,11 +2,12 @@
 
 `transformers` hands it queries, keys and values of one row; where documents begin it does not say, so the
 module is asked (`packing.Documents`). Cost grows with the sum of squared document lengths, not with the
-square of the row.
+square of the row. On CUDA in bf16 one kernel computes all documents of a row, where it can.
 """
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -74,6 +75,9 @@ def packed_documents(
     if unknown or attention_mask is not None or is_causal is False or dropout:
         raise ValueError(f"attention of {type(module).__name__} is more than causal: {unknown}")
     lengths, window = _seen(module, documents.lengths or [query.shape[2]], sliding_window)
+    if softcap is None and s_aux is None and _kernel_takes(query):
+        bounds = documents.bounds(lengths, query.device)
+        return _varlen(query, key, value, bounds, max(lengths), window, scaling), None
     groups = query.shape[1] // key.shape[1]
     parts = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
@@ -102,6 +106,58 @@ def _seen(module: Any, lengths: list[int], window: int | None) -> tuple[list[int
     if kind == "sliding_attention" and window is None:
         window = getattr(config, "sliding_window", None)
     return lengths, window
+
+
+def _kernel_takes(query: Tensor) -> bool:
+    """Whether torch's variable-length flash kernel, of this release, computes such a row."""
+    if not query.is_cuda or query.dtype == torch.float32:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    takes = inspect.signature(varlen_attn).parameters
+    fits = {"scale", "window_size", "enable_gqa"} <= takes.keys()
+    fits &= query.shape[0] == 1 and query.shape[3] % 8 == 0 and query.shape[3] <= 256
+    return fits
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    longest: int,
+    window: int | None,
+    scaling: float | None,
+) -> Tensor:
+    """All documents of a row by one kernel: [1, tokens, heads, head_dim of values].
+
+    Args:
+        query: as of `packed_documents`, like all others.
+        key: likewise.
+        value: likewise.
+        bounds: where documents begin, and the end of the last: int32 [documents + 1].
+        longest: tokens of a document.
+        window: likewise.
+        scaling: likewise.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    width = value.shape[3]
+    value = F.pad(value, (0, key.shape[3] - width))  # the kernel knows one size
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    out: Any = varlen_attn(
+        query,
+        key,
+        value,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return torch.narrow(out, -1, 0, width).unsqueeze(0)
 
 
 def _mask(length: int, window: int | None, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from post_training.batch.host_tensors import host_group
+from post_training.batch.host_tensors import host_group, to_device
 from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
 from post_training.hf_models.packing import Documents, Rows, by_length
@@ -156,12 +156,12 @@ class HFModel(MegatronModule):
             inside = chosen[here] - bounds[document[here]]
             places = row[document[here]] * rows.tokens.shape[1] + inside
             ids, positions, places = (
-                part.to(tokens.device) for part in (rows.tokens, rows.positions, places)
+                to_device(part, tokens.device) for part in (rows.tokens, rows.positions, places)
             )
             own = None if axes is None else axes[ids]
             parts.append(self.run(tokens[ids], positions, places, own, patches))
             order.append(here)
-        back = torch.cat(order).argsort().to(tokens.device)
+        back = to_device(torch.cat(order).argsort(), tokens.device)
         return torch.cat(parts).index_select(0, back)
 
     def forward(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from post_training.batch.host_tensors import to_device
 from post_training.batch.packed_documents import positions_in_documents
 from post_training.hf_models.attention import NAME, register
 
@@ -45,6 +46,7 @@ class Documents:
         """The one of `WAYS` that was found to keep documents apart; None: nobody has looked."""
         self.lengths: list[int] | None = None
         self.calls = 0
+        self._bounds: dict[tuple[int, ...], Tensor] = {}
         for module in model.modules():
             module.packed_documents = self
 
@@ -60,12 +62,21 @@ class Documents:
         if self.text._attn_implementation != wanted:
             sees = self.text is not model.config
             model.set_attn_implementation({"text_config": wanted} if sees else wanted)
-        self.lengths = lengths
+        self.lengths, self._bounds = lengths, {}
+
+    def bounds(self, lengths: list[int], device: torch.device) -> Tensor:
+        """Where pieces of the row begin, and the last ends: int32 [pieces + 1]; made once a pass."""
+        found = self._bounds.get(key := tuple(lengths))
+        if found is None:
+            ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            found = self._bounds[key] = to_device(ends, device)
+        return found
 
     @staticmethod
     def positions(lengths: list[int], device: torch.device) -> Tensor:
         """Position of each token in its document: int64 [1, tokens]."""
-        return positions_in_documents(lengths).unsqueeze(0).to(device)
+        found: Tensor = to_device(positions_in_documents(lengths).unsqueeze(0), device)
+        return found
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from torch import Tensor
 
+from data.images.processor import ImageProcessor, open_processor
 from post_training.adapters.peft_folder import CONFIG
 from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.errors import SetupError
@@ -20,9 +21,10 @@ from post_training.hf.folder import local_model_folder
 from post_training.hf.tokenizer import open_tokenizer
 from post_training.inference.generate import Sampling, generate, stop_tokens
 from post_training.inference.load import LoadedModel, ModelConfig, load_model
-from post_training.inference.pictures import join
+from post_training.inference.pictures import Fields, join
 from post_training.inference.prompts import Prompts, add_template_flags, open_prompts
 from post_training.inference.quiet import quiet_libraries
+from post_training.job.watchdog import watchdog
 
 
 class Backend(Protocol):
@@ -34,9 +36,17 @@ class Backend(Protocol):
     source: str
     sampling: Sampling
     prompts: Prompts
+    images: Callable[[], ImageProcessor | str]
+    """Opens what makes pixels of pictures, or says why there is nothing."""
 
-    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[list[int]], seen: Sequence[Fields] = ()
+    ) -> list[list[int]]:
         """New token ids of each prompt, without the stop token.
+
+        Args:
+            prompts: token ids.
+            seen: makes what the model takes beside each, where some have pictures.
 
         An answer of `sampling.max_new_tokens` tokens was cut: none of them ends it.
         """
@@ -126,7 +136,7 @@ def open_backend(options: argparse.Namespace, model_config: ModelConfig) -> Back
     prompts = open_prompts(options, loaded.tokenizer, loaded.args)
     if loaded.args.model_backend == "transformers":
         model = loaded.model.model
-        model.generation_config = _generation_config(loaded.args) or model.generation_config
+        model.generation_config = generation_config(loaded.args) or model.generation_config
         own = TransformersBackend(
             model, loaded.tokenizer, loaded.source, sampling, options.batch_size
         )
@@ -135,7 +145,7 @@ def open_backend(options: argparse.Namespace, model_config: ModelConfig) -> Back
     return MegatronBackend(loaded, sampling, options.batch_size, prompts)
 
 
-def _generation_config(args: argparse.Namespace) -> Any:
+def generation_config(args: argparse.Namespace) -> Any:
     """What lies beside the model that a run was made from; None where there is nothing."""
     from transformers import GenerationConfig
 
@@ -161,10 +171,13 @@ class MegatronBackend:
     def __post_init__(self) -> None:
         self.tokenizer = self.loaded.tokenizer
         self.source = self.loaded.source
-        self.stops = stop_tokens(self.tokenizer, _generation_config(self.loaded.args))
+        self.stops = stop_tokens(self.tokenizer, generation_config(self.loaded.args))
+        self.images: Callable[[], ImageProcessor | str] = lambda: "Megatron's layers see none"
 
-    def generate(self, prompts: Sequence[list[int]]) -> list[list[int]]:
-        """New token ids of each prompt, without the stop token."""
+    def generate(
+        self, prompts: Sequence[list[int]], seen: Sequence[Fields] = ()
+    ) -> list[list[int]]:
+        """New token ids of each prompt, without the stop token; none of them has pictures."""
         return generate(self.loaded, prompts, self.sampling, self.stops, batch_size=self.batch_size)
 
 
@@ -182,6 +195,9 @@ class TransformersBackend:
 
     def __post_init__(self) -> None:
         self.prompts = Prompts(self.tokenizer)
+        self.images: Callable[[], ImageProcessor | str] = functools.partial(
+            open_processor, self.tokenizer, Path()
+        )
 
     @classmethod
     def load(cls, folder: str, sampling: Sampling, batch_size: int) -> TransformersBackend:
@@ -211,14 +227,9 @@ class TransformersBackend:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[list[int]], seen: Sequence[Mapping[str, Tensor]] = ()
+        self, prompts: Sequence[list[int]], seen: Sequence[Fields] = ()
     ) -> list[list[int]]:
-        """New token ids of each prompt, without the stop token.
-
-        Args:
-            prompts: token ids.
-            seen: what the model takes beside each (`inference.pictures`), if any has pictures.
-        """
+        """New token ids of each prompt, without the stop token."""
         stops = stop_tokens(self.tokenizer, self.model.generation_config)
         options: dict[str, Any] = {
             "max_new_tokens": self.sampling.max_new_tokens,
@@ -226,6 +237,7 @@ class TransformersBackend:
             "pad_token_id": min(stops),
             "do_sample": self.sampling.temperature > 0,
             "use_cache": True,
+            "synced_gpus": False,  # each rank answers its own, by whole weights
         }
         if self.sampling.temperature > 0:
             torch.manual_seed(self.sampling.seed)
@@ -241,8 +253,9 @@ class TransformersBackend:
             length = len(prompts[order[0]])
             batch = [i for i in order[: self.batch_size] if len(prompts[i]) == length]
             order = order[len(batch) :]
+            watchdog.beat()
             rows = torch.tensor([prompts[i] for i in batch], device=self.model.device)
-            beside = join([seen[i] for i in batch], length, rows.device) if seen else {}
+            beside = join([seen[i]() for i in batch], length, rows.device) if seen else {}
             out = self.model.generate(
                 rows, attention_mask=torch.ones_like(rows), **beside, **options
             )

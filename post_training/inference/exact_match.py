@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from data.errors import DataError, RowError
+from data.images.processor import ImageProcessor
 from data.rows.choices import Choices
 from data.rows.conversation import Conversation
 from data.rows.converters import FormatOptions, row_choices
@@ -18,9 +18,9 @@ from data.sources.chunks import read_chunk
 from data.sources.files import resolve_files
 from data.sources.readers import file_chunks
 from post_training.errors import SetupError
-from post_training.inference.backends import Backend, TransformersBackend
+from post_training.inference.backends import Backend
 from post_training.inference.choices import chosen
-from post_training.inference.pictures import SeenPrompts
+from post_training.inference.pictures import Fields, SeenPrompts
 from post_training.inference.prompts import Prompts
 
 
@@ -43,13 +43,22 @@ class Question:
 
 
 def read_questions(
-    files: Sequence[str], options: FormatOptions | None = None, kind_key: str = "kind"
+    files: Sequence[str],
+    options: FormatOptions | None = None,
+    kind_key: str = "kind",
+    *,
+    skip: bool = False,
 ) -> list[Question]:
     """Read every row of `files`; formats are those of training data.
 
+    Args:
+        files: of rows.
+        options: names of columns.
+        kind_key: the column with a row's kind.
+        skip: leave out rows that cannot be read, which have been counted and told elsewhere.
+
     Raises:
-        DataError: a row cannot be read or does not end with an assistant turn. Every row counts, so
-            none is skipped.
+        DataError: a row cannot be read or does not end with an assistant turn, or there is none.
     """
     questions: list[Question] = []
     options = options or FormatOptions()
@@ -65,6 +74,8 @@ def read_questions(
                         convert = converter(name, options)
                     conversation = convert(raw.row)
                 except (RowError, DataError) as error:
+                    if skip and isinstance(error, RowError):
+                        continue
                     raise DataError(f"{raw.place}: {error}") from error
                 except RecursionError as error:
                     raise DataError(f"{raw.place}: the values are nested too deeply") from error
@@ -109,6 +120,17 @@ class Scores:
             "": (everything[0], everything[1])
         }
 
+    def facts(self) -> dict[str, Any]:
+        """What is written to a file."""
+        return {
+            "accuracy": self.accuracy,
+            "correct": sum(row["correct"] for row in self.rows),
+            "rows": len(self.rows),
+            "truncated": self.truncated,
+            "max_new_tokens": self.max_new_tokens,
+            "answers": self.rows,
+        }
+
     @property
     def accuracy(self) -> float:
         """Correct answers over all questions."""
@@ -147,26 +169,41 @@ def extract(text: str, pattern: re.Pattern[str] | None) -> str | None:
     return (match[1] if pattern.groups else match[0]).strip()
 
 
+@contextmanager
+def _at(question: Question) -> Iterator[None]:
+    """Name the row that cannot be asked."""
+    try:
+        yield
+    except RowError as error:
+        raise DataError(f"{question.place}: {error}") from error
+
+
 def encode_questions(
-    prompts: Prompts, questions: Sequence[Question], sees: bool = False
-) -> tuple[list[list[int]], list[dict[str, Tensor]]]:
-    """Token ids of each prompt, and what a model that sees takes beside them.
+    prompts: Prompts,
+    questions: Sequence[Question],
+    images: Callable[[], ImageProcessor | str] = lambda: "what is to answer is shown none",
+) -> tuple[list[list[int]], list[Fields]]:
+    """Token ids of each prompt, and what makes that which a model that sees takes beside them.
+
+    Args:
+        prompts: writes them.
+        questions: to be asked.
+        images: opens what makes pixels, or says why there is nothing.
 
     Raises:
         DataError: the chat template refuses a question, or it has pictures that cannot be shown.
     """
-    found, seen = [], []
+    found: list[list[int]] = []
+    seen: list[Fields] = []
     see: SeenPrompts | None = None
     for question in questions:
-        try:
-            ids, fields = prompts.encode(question.prompt), dict[str, Tensor]()
+        with _at(question):
+            ids = prompts.encode(question.prompt)
+            fields: Fields = dict
             if question.prompt.pictures:
-                if not sees:
-                    raise RowError("pictures or sound", "what is to answer is shown no pictures")
-                see = see or SeenPrompts(prompts.tokenizer)
-                ids, fields = see.expand(ids, question.prompt.pictures, question.file)
-        except RowError as error:
-            raise DataError(f"{question.place}: {error}") from error
+                see = see or SeenPrompts(images())
+                ids, beside = see.expand(ids, question.prompt.pictures, question.file)
+                fields = _at(question)(beside)
         found.append(ids)
         seen.append(fields)
     return found, seen
@@ -197,15 +234,10 @@ def evaluate(
             raise SetupError(
                 f"{question.place}: --answer-pattern finds nothing in {question.answer!r}"
             )
-    sees = isinstance(backend, TransformersBackend)
-    prompts, seen = encode_questions(backend.prompts, questions, sees)
+    prompts, seen = encode_questions(backend.prompts, questions, backend.images)
     longest = backend.sampling.max_new_tokens
     rows = []
-    answers = (
-        backend.generate(prompts, seen)
-        if isinstance(backend, TransformersBackend)
-        else backend.generate(prompts)
-    )
+    answers = backend.generate(prompts, seen)
     for question, value, ids in zip(questions, expected, answers, strict=True):
         text = backend.tokenizer.decode(ids, skip_special_tokens=True)
         if question.choices is not None and pattern is None:

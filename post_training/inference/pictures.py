@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,22 +12,25 @@ from torch import Tensor
 
 from data.errors import RowError
 from data.images.pictures import encoded, inspect
-from data.images.processor import ImageProcessor, open_processor
+from data.images.processor import ImageProcessor
+
+Fields = Callable[[], Mapping[str, Tensor]]
+"""Makes what a model takes beside a prompt: pixels of a whole file of rows are not held at once."""
 
 
 class SeenPrompts:
     """Puts pictures into prompts.
 
     Args:
-        tokenizer: beside which the image processor lies.
+        processor: makes pixels; a text says why there is none.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._found: ImageProcessor | str = open_processor(tokenizer, Path())
+    def __init__(self, processor: ImageProcessor | str) -> None:
+        self._found = processor
 
     def expand(
         self, ids: Sequence[int], sources: Sequence[Any], beside: str
-    ) -> tuple[list[int], dict[str, Tensor]]:
+    ) -> tuple[list[int], Fields]:
         """The tokens of a prompt, and what the model takes beside them.
 
         Args:
@@ -36,20 +39,26 @@ class SeenPrompts:
             beside: the row's file.
 
         Raises:
-            RowError: a picture cannot be used, or the model sees none.
+            RowError: a picture cannot be used, or the model sees none; also of what is returned.
         """
         processor = self._found
         if isinstance(processor, str):
             raise RowError("pictures or sound", f"the row has pictures, and {processor}")
-        found = [encoded(source, beside)[1] for source in sources]
-        grids = [processor.layout.grid(*inspect(data)) for data in found]
+        grids = [processor.layout.grid(*inspect(encoded(each, beside)[1])) for each in sources]
         row = np.array(ids, np.int32)
         row = np.repeat(row, processor.layout.repeats(row, grids))
-        return row.tolist(), {
-            "pixel_values": torch.cat([processor.patches(data)[0] for data in found]),
-            "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
-            "mm_token_type_ids": torch.from_numpy(row == processor.layout.image_id).int(),
-        }
+        return row.tolist(), functools.partial(_fields, processor, row, sources, beside, grids)
+
+
+def _fields(
+    processor: ImageProcessor, row: Any, sources: Sequence[Any], beside: str, grids: Any
+) -> dict[str, Tensor]:
+    patches = [processor.patches(encoded(each, beside)[1])[0] for each in sources]
+    return {
+        "pixel_values": torch.cat(patches),
+        "image_grid_thw": torch.tensor([(1, *grid) for grid in grids]),
+        "mm_token_type_ids": torch.from_numpy(row == processor.layout.image_id).int(),
+    }
 
 
 def join(rows: Sequence[Mapping[str, Tensor]], length: int, device: Any) -> dict[str, Tensor]:

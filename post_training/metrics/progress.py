@@ -93,6 +93,7 @@ class Progress:
                 f"step {record['iteration']}: {record['split']} accuracy {record['eval_accuracy']:.4f} "
                 f"({record['correct']:g} of {record['total']:g})"
             )
+        if "loss" not in record:
             return
         self._line(
             f"step {record['iteration']}: {record['split']} loss {record['loss']:.4f}"

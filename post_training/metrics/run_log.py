@@ -67,7 +67,8 @@ class RunLog:
         self.begun = False
         """Whether the model and its checkpoint are loaded."""
         self._unrecorded: Step | None = None
-        self.draft_acceptance_length: float | None = None
+        self.found: dict[str, float] = {}
+        """What an evaluation has found out beside losses, until it is written down."""
         self.mlflow: MlflowRun | None = None
         self.on_validation: list[Callable[[dict[str, Any]], None]] = []
         """Hear of each evaluation on the validation data, on all ranks."""
@@ -252,8 +253,8 @@ class RunLog:
             record["sources"] = _by_source(totals)
         if self.args.eval_only:
             record["model"] = self.args.load or self.args.hf_model
-        if self.draft_acceptance_length is not None:
-            record["draft_acceptance_length"] = self.draft_acceptance_length
+        record |= self.found
+        self.found = {}
         self._write(record)
         self.progress.evaluation(record)
         if evaluation.split == "valid":

@@ -7,6 +7,8 @@ units are classes that it names itself (`_fsdp_modules`) besides Megatron's own.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,6 +124,27 @@ class FullyShardedModel(TorchFullyShardedDataParallel):
         if isinstance(scaling_factor, torch.Tensor):
             scaling_factor = scaling_factor.reshape(())
         torch._foreach_mul_(gradients, scaling_factor)
+
+
+@contextmanager
+def gathered(model: torch.nn.Module) -> Iterator[None]:
+    """Whole parameters on every rank meanwhile, so that each calls what is inside as often as it likes.
+
+    The model has run once since it was wrapped; one that is not sharded is whole anyway.
+    """
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    kept = [group.post_forward_mesh_info for group in groups]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for group, info in zip(groups, kept, strict=True):
+            group.post_forward_mesh_info = info
+        for unit in units:
+            unit.reshard()
 
 
 def _alone() -> ProcessGroup:

@@ -16,6 +16,7 @@ from post_training.checkpoint.store import Checkpoint
 from post_training.errors import RunStopped
 from post_training.hf_models.build import HFModelBuilder, HFModelConfig, hf_model_config
 from post_training.hf_models.model import unit_classes
+from post_training.platform.fsdp2 import gathered
 
 
 class TaskModule(MegatronModule):
@@ -150,20 +151,13 @@ class TaskModel:
         return getattr(model, "loss_function", None) is ForCausalLMLoss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`; ranks may have prompts and answers of different lengths."""
-        several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-        if not hasattr(self._root, "unshard"):
-            return self._root.model.generate(*args, **kwargs)
-        if not self._has_run:
+        """The model's own `generate` by whole weights; every rank calls it, with prompts of its own."""
+        if not self._has_run and hasattr(self._root, "unshard"):
             # FSDP2 sets up its units when the root runs for the first time.
             token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
             self(input_ids=token)
-        self._root.unshard()
-        try:
-            with torch.no_grad():
-                return self._root.model.generate(*args, **{"synced_gpus": several, **kwargs})
-        finally:
-            self._root.reshard()
+        with torch.no_grad(), gathered(self._root):
+            return self._root.model.generate(*args, **{"synced_gpus": False, **kwargs})
 
     @property
     def device(self) -> torch.device:

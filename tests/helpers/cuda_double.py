@@ -271,7 +271,8 @@ def _attention_double(original: Callable[..., Any]) -> Callable[..., Any]:
         assert all(type(each) is int for each in longest), longest
         assert all(each.dtype == torch.int32 and each.is_contiguous() for each in bounds)
         # Causal, where the last query sees the last key.
-        assert options.get("is_causal") or options.get("window_size") == (-1, 0)
+        back, ahead = options.get("window_size") or (-1, 0)
+        assert options.get("is_causal") or ahead == 0 == options["window_size"][1]
         with torch._C.DisableTorchFunction():
             documents = [
                 list(zip(ends[:-1], ends[1:], strict=True))
@@ -286,11 +287,13 @@ def _attention_double(original: Callable[..., Any]) -> Callable[..., Any]:
                 each.permute(1, 0, 2)[None] for each in (query[q0:q1], key[k0:k1], value[k0:k1])
             )
             seen = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool, device=query.device)
+            shift = (k1 - k0) - (q1 - q0)
+            seen = seen.tril(shift)
             out = torch.nn.functional.scaled_dot_product_attention(
                 q,
                 k,
                 v,
-                attn_mask=seen.tril((k1 - k0) - (q1 - q0)),
+                attn_mask=seen if back < 0 else seen.triu(shift - back),
                 scale=options.get("scale"),
                 enable_gqa=q.shape[1] != k.shape[1],
             )

@@ -1,13 +1,20 @@
 """config.json says the same to readers of transformers 4.x and 5."""
 
 import json
+from typing import Any
 
 import pytest
-from transformers import AutoConfig, GPT2Config
+from transformers import AutoConfig, GPT2Config, Qwen2_5_VLConfig
 
 from post_training.errors import SetupError
-from post_training.hf.config_json import check_older_reader, with_limit, write_model_config
+from post_training.hf.config_json import (
+    check_older_reader,
+    with_limit,
+    with_older_spelling,
+    write_model_config,
+)
 from post_training.hf.rotary import rope_parameters
+from tests.helpers.architectures import tiny
 from tests.helpers.models import FAMILIES, edit_json, make_config
 
 # What a reader of 4.57.6 takes where config.json lacks the key, by its configuration classes.
@@ -83,3 +90,29 @@ def test_a_limit_that_frequencies_hang_on_stays():
     )
     assert with_limit(config, 4000).max_position_embeddings == 512
     assert with_limit(make_config("qwen3"), 100).max_position_embeddings == 512
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mamba2", "qwen2_5_vl"])
+def test_an_older_reader_takes_a_base_that_transformers_5_wrote(tmp_path, family):
+    """Values by name, as 4.57.6 was seen to need them: it has no other way to them."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    if family == "qwen2_5_vl":
+        config = Qwen2_5_VLConfig(text_config={"rope_parameters": rope}, tie_word_embeddings=True)
+    else:
+        config = tiny(family)
+    config.save_pretrained(tmp_path)
+    before = json.loads((tmp_path / "config.json").read_text())
+    both = with_older_spelling(config, before)
+    text = both.get("text_config", both)
+    cases: dict[str, dict[str, Any]] = {
+        "gemma3_text": {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": None},
+        "mamba2": {"time_step_limit": [0.0, float("inf")]},
+        "qwen2_5_vl": {
+            "rope_scaling": {"rope_type": "default", "mrope_section": [4, 6, 6]},
+            "tie_word_embeddings": True,
+        },
+    }
+    wanted = cases[family]
+    assert {key: text[key] for key in wanted} == wanted
+    again = type(config).from_dict(json.loads(json.dumps(both))).get_text_config()
+    assert rope_parameters(again) == rope_parameters(config.get_text_config())

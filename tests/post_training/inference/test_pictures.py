@@ -26,7 +26,7 @@ def test_answers_to_pictures_are_those_of_the_model_without_cache_and_batch(tmp_
         asked.pictures = [f"{name}.png"] if name else []
         questions.append(Question("here", asked, "", "", None, str(tmp_path / "rows.jsonl")))
     backend = TransformersBackend.load(str(folder), Sampling(max_new_tokens=5), 8)
-    prompts, seen = encode_questions(backend.prompts, questions, sees=True)
+    prompts, seen = encode_questions(backend.prompts, questions, backend.images)
     assert len(prompts[0]) == len(prompts[1]) and prompts[0] == prompts[1]  # one batch
     answers = backend.generate(prompts, seen)
     model = AutoModelForImageTextToText.from_pretrained(folder)
@@ -34,7 +34,7 @@ def test_answers_to_pictures_are_those_of_the_model_without_cache_and_batch(tmp_
         row = torch.tensor([ids])
         for token in answer:
             kinds = (row == model.config.image_token_id).int()
-            options = {**fields, "mm_token_type_ids": kinds, "use_cache": False}
+            options = {**fields(), "mm_token_type_ids": kinds, "use_cache": False}
             with torch.no_grad():
                 assert token == int(model(row, **options).logits[0, -1].argmax())
             row = torch.cat([row, torch.tensor([[token]])], dim=1)
