@@ -274,11 +274,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = False
     args: argparse.Namespace | None = None
     try:
-        args = parse_arguments(COMMAND if argv is None else argv)
+        command = COMMAND if argv is None else CommandLine(argv)
+        args = parse_arguments(command)
         run_lock.hold(args)
         start = resume.choose_checkpoint(args)
         if args.hf_model is not None:
             check_weights(args, start.checkpoint)
+        if rank == 0 and (note := command.recipe.note(f"--config {command.file}")) is not None:
+            print(note, file=console)
         if args.backend_reason and rank == 0:
             print(
                 f"{args.hf_model}: its own class of transformers under --use-torch-fsdp2, not Megatron's "
@@ -294,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         task, rows = None, None
         if args.task is not None:
             tokenizer = load_tokenizer(args) if args.hf_tokenizer or args.hf_model else None
-            task = load_task(args, tokenizer)
+            task = load_task(args, tokenizer, command.recipe.sections)
             splits, rows = task_splits(args, task)
         else:
             tokenizer, splits = prepare_data(
