@@ -29,7 +29,7 @@ def template_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | Non
             return chat_template
         if chat_template in NAMES and (found := named_template(chat_template, own)):
             return found
-    if chat_template not in (None, *NAMES):
+    if chat_template is not None and chat_template not in NAMES:
         path = Path(chat_template).expanduser()
         if not path.is_file():
             names = ", ".join(theirs) if isinstance(theirs, dict) else "none"

@@ -101,7 +101,10 @@ def _lora(value: Any, values: Values) -> Meaning:
 
 
 _PRECISION = precision(f"{_MIXED}.param_dtype", f"{_MODEL}.precision")
-_OFF = {False: {}, True: Refused("weights stay on their devices; shard over more processes")}
+_OFF: dict[Any, Meaning] = {
+    False: {},
+    True: Refused("weights stay on their devices; shard over more processes"),
+}
 _KERNELS = Unused("the machine decides which kernels compute")
 
 
@@ -118,6 +121,10 @@ def _buffers(value: Any, values: Values) -> Meaning:
     return named if isinstance(named, Refused) else Unused("buffers keep fp32, which is no less")
 
 
+_RENDERED: dict[Any, Meaning] = {
+    True: {},
+    False: Refused("rows are rendered by a chat template; --chat-template names one"),
+}
 _SHARDING: dict[Any, Meaning] = {
     "full_shard": {"fsdp_sharding": "full"},
     "no_shard": {"fsdp_sharding": "none"},
@@ -153,13 +160,8 @@ _RULES: dict[str, Rule] = {
     "data.answer_key": "answer_key",
     "data.image_keys": "image_keys",
     "data.max_prompt_length": "max_prompt_length",
-    **dict.fromkeys(
-        ("data.apply_chat_template", "data.use_chat_template"),
-        {
-            True: {},
-            False: Refused("rows are rendered by a chat template; --chat-template names one"),
-        },
-    ),
+    "data.apply_chat_template": _RENDERED,
+    "data.use_chat_template": _RENDERED,
     "data.lazy_loading": Unused("pictures are always read when they are needed"),
     "data.num_workers": Unused("threads decode the next pack while this one is computed"),
     "actor.group_name": Unused("it is of RLinf's processes"),
