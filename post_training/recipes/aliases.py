@@ -200,3 +200,21 @@ def checkpoint_to_load(value: Any, values: Values) -> Meaning:
     if step != last and step.isdecimal():
         return {"load": folder or ".", "ckpt_step": int(step)}
     return {"load": value}
+
+
+def evaluation_batch(key: str, batch: Any, micro_batch: int, values: Values) -> Meaning:
+    """Flags for the micro batch of evaluations, on as many ranks and as often as a training step's.
+
+    Args:
+        key: of the file, which says how large it is.
+        batch: a training step's, if the file says it.
+        micro_batch: that of training.
+        values: of the file.
+    """
+    size = values.whole(key)
+    if not isinstance(batch, int) or batch % micro_batch:
+        return {"eval_micro_batch_size": size}
+    return {
+        "eval_micro_batch_size": size,
+        "eval_global_batch_size": batch // micro_batch * size,
+    }

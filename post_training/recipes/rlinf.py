@@ -17,6 +17,7 @@ from post_training.recipes.aliases import (
     Unused,
     Values,
     checkpoint_to_load,
+    evaluation_batch,
     precision,
 )
 
@@ -91,6 +92,11 @@ def _project(value: Any, values: Values) -> Meaning:
 
 def _train_data(value: Any, values: Values) -> Meaning:
     return {"eval_only": True} if value is None else {"finetune_data_files": value}
+
+
+def _evaluation(value: Any, values: Values) -> Meaning:
+    batch, micro = values.get("actor.global_batch_size"), values.whole("actor.micro_batch_size")
+    return evaluation_batch("actor.eval_batch_size", batch, micro, values)
 
 
 def _lora(value: Any, values: Values) -> Meaning:
@@ -172,7 +178,7 @@ _RULES: dict[str, Rule] = {
         "megatron": Refused("use fsdp: these models are computed by their class of transformers"),
     },
     "actor.micro_batch_size": "micro_batch_size",
-    "actor.eval_batch_size": "eval_micro_batch_size",
+    "actor.eval_batch_size": _evaluation,
     "actor.global_batch_size": "global_batch_size",
     "actor.seed": "seed",
     "actor.enable_offload": _OFF,

@@ -17,6 +17,7 @@ from post_training.recipes.aliases import (
     Unused,
     Values,
     checkpoint_to_load,
+    evaluation_batch,
     precision,
     processes,
 )
@@ -60,6 +61,13 @@ def _batch(value: Any, values: Values) -> Meaning:
     micro = values.whole(f"{_TRAINING}.per_device_train_batch_size")
     steps = values.whole(f"{_TRAINING}.gradient_accumulation_steps")
     return {"global_batch_size": micro * steps * (devices // parts)}
+
+
+def _evaluation(value: Any, values: Values) -> Meaning:
+    batch = _batch(None, values)
+    micro = values.whole(f"{_TRAINING}.per_device_train_batch_size")
+    size = None if isinstance(batch, Refused | Unused) else batch["global_batch_size"]
+    return evaluation_batch("sft_train.infer_batch_size", size, micro, values)
 
 
 def _epochs(value: Any, values: Values) -> Meaning:
@@ -214,7 +222,7 @@ _RULES: dict[str, Rule] = {
     f"{_STRATEGY}.wrap_policy": Unused("the model's class says what is wrapped"),
     _STRATEGY: "*",
     "sft_train.device_mapping": _batch,
-    "sft_train.infer_batch_size": "eval_micro_batch_size",
+    "sft_train.infer_batch_size": _evaluation,
     "sft_train.backend_timeout": "distributed_timeout_minutes",
     "sft_train.use_sequence_packing": Unused("documents are always packed, and kept apart"),
     "sft_train.sequence_packing_args": Unused("--packing says how packs are filled"),
