@@ -3,7 +3,8 @@
 #   bash scripts/run_vlm_sft.sh [NAME] [key=value ...] [flags of finetune.py]
 #
 # NAME (default robo2vlm) is a file of CONFIG_PATH (default scripts/conf/vlm) without its ending. PROCESSES
-# (default: one a GPU, or one) are started. To go on after a stop, give its folder: --output-dir logs/.../NAME.
+# (default: one a GPU, or one) are started, LOGS (default logs) gets a folder of this time. To go on after a
+# stop, give what it holds: --output-dir logs/TIME/NAME.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=robo2vlm
@@ -17,7 +18,7 @@ while [[ $# -gt 0 && $1 != -* ]]; do
     shift
 done
 gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
-folder="logs/$(date +%Y%m%d-%H%M%S)"
+folder="${LOGS:-logs}/$(date +%Y%m%d-%H%M%S)"
 log="$folder/run_vlm_sft.log"
 mkdir -p "$folder"
 command=(python scripts/launch.py --nproc-per-node "${PROCESSES:-$((gpus > 0 ? gpus : 1))}" finetune.py
