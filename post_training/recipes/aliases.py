@@ -21,6 +21,8 @@ from typing import Any
 
 from post_training.errors import SetupError
 
+_UNKNOWN = "has no meaning here"
+
 
 @dataclass(frozen=True)
 class Unused:
@@ -128,7 +130,9 @@ def translate(
                     wrong.append(f"{key} {value}: {other} says otherwise")
                 found.origin.setdefault(name, f"{source}: {key}{by_default}")
     if wrong:
-        raise SetupError(f"{source}: {'; '.join(wrong)}")
+        wrong.sort(key=lambda line: _UNKNOWN in line)  # what is known to be refused says more
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise SetupError(f"{source}: {'; '.join(wrong[:5])}{more}")
     return found
 
 
@@ -153,7 +157,7 @@ def _meaning(system: System, key: str, value: Any, values: Values) -> tuple[str,
         return key, Refused(f"is not one of {', '.join(str(choice) for choice in rule)}")
     near = difflib.get_close_matches(key, system.rules, n=1, cutoff=0.8)
     hint = f"; did you mean {near[0]}?" if near else "; leave it out"
-    return key, Refused(f"has no meaning here{hint}")
+    return key, Refused(f"{_UNKNOWN}{hint}")
 
 
 def _leaves(content: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
