@@ -24,7 +24,7 @@ _FILES = ("config", "config_path", "config_name")
 _NOT_WRITTEN = frozenset(
     {
         *_FILES,
-        *("derived", "in_output_dir", "hf_config", "backend_reason", "lora"),
+        *("derived", "in_output_dir", "hf_config", "backend_reason", "lora", "quantisation"),
         *("rank", "world_size", "local_rank"),
     }
 )

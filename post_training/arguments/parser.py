@@ -30,6 +30,7 @@ from post_training.machine.kernels import (
     has_packed_kernel,
     has_transformer_engine,
 )
+from post_training.quantisation.formats import add_quantisation_arguments
 from post_training.recipes.other_names import hint_for
 
 
@@ -155,6 +156,7 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     add_distillation_arguments(parser)
     add_lora_arguments(parser)
+    add_quantisation_arguments(parser)
     add_data_arguments(parser)
     return parser
 

@@ -217,7 +217,11 @@ REFUSED = [
     (RLINF, f"{FSDP}.cpu_offload=true", "weights stay"),
     (RLINF, "actor.model.precision=fp8", "is not one of bf16"),
     (RLINF, "data.use_chat_template=false", "rows are rendered by a chat template"),
-    (RLINF, "data={a: 1, b: 1, c: 1, d: 1, e: 1, num_worker: 1}", "a 1: has no meaning.*and 1 more"),
+    (
+        RLINF,
+        "data={a: 1, b: 1, c: 1, d: 1, e: 1, num_worker: 1}",
+        "a 1: has no meaning.*and 1 more",
+    ),
     (RLINF, "data.prompt_kye=q", r"did you mean data.prompt_key\?"),
     (RLINF, f"{OPTIM}.total_training_steps=${{runner.max_epoch}}", "max_epoch"),
 ]
