@@ -29,7 +29,6 @@ DEPENDENCIES = [
     "omegaconf>=2.3",
     "tqdm",
     "tensorboard",
-    "matplotlib",
 ]
 
 EXTRAS = {
@@ -45,7 +44,9 @@ EXTRAS = {
     ],
     "bench": ["trl", "accelerate"],
     "lora": ["peft"],  # reads an exported adapter back
+    "ray": ["ray>=2.40"],  # scripts/launch_ray.py
     "wandb": ["wandb"],
+    "mlflow": ["mlflow"],
 }
 
 setup(

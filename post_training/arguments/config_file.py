@@ -24,7 +24,15 @@ _FILES = ("config", "config_path", "config_name")
 _NOT_WRITTEN = frozenset(
     {
         *_FILES,
-        *("derived", "in_output_dir", "hf_config", "backend_reason", "lora", "quantisation"),
+        *(
+            "derived",
+            "in_output_dir",
+            "hf_config",
+            "backend_reason",
+            "lora",
+            "quantisation",
+            "only",
+        ),
         *("rank", "world_size", "local_rank"),
     }
 )
