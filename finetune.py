@@ -303,7 +303,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = False
     args: argparse.Namespace | None = None
     try:
-        args = parse_arguments(COMMAND if argv is None else argv)
+        command = COMMAND if argv is None else CommandLine(argv)
+        args = parse_arguments(command)
         if args.only == "check":
             print(describe_layout(args), file=console)
             return 0
@@ -311,6 +312,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = resume.choose_checkpoint(args)
         if args.hf_model is not None:
             check_weights(args, start.checkpoint)
+        if rank == 0 and (note := command.recipe.note(f"--config {command.file}")) is not None:
+            print(note, file=console)
         if args.backend_reason and rank == 0:
             print(
                 f"{args.hf_model}: its own class of transformers under --use-torch-fsdp2, not Megatron's "
@@ -326,7 +329,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         task, rows = None, None
         if args.task is not None:
             tokenizer = load_tokenizer(args) if args.hf_tokenizer or args.hf_model else None
-            task = load_task(args, tokenizer)
+            task = load_task(args, tokenizer, command.recipe.sections)
             splits, rows = task_splits(args, task)
         else:
             tokenizer, splits = prepare_data(

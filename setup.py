@@ -26,6 +26,7 @@ DEPENDENCIES = [
     "requests",
     # configuration and output
     "pyyaml",
+    "omegaconf>=2.3",
     "tqdm",
     "tensorboard",
 ]

@@ -28,13 +28,13 @@ from post_training import platform
 platform.apply()
 
 from post_training.arguments.command_line import CommandLine
-from post_training.arguments.config_file import flag_name
 from post_training.arguments.parser import parse_arguments
 from post_training.arguments.ranges import Number
 from post_training.errors import SetupError
 from post_training.inference.quiet import hush
 from post_training.layout.memory import check_known
 from post_training.layout.planner import Machines, Plan, check_fits, ranked, stages_table, table
+from post_training.recipes.recipe import flag_name
 
 
 def resolve(words: list[str], machines: Machines, transformer_engine: bool) -> argparse.Namespace:
@@ -43,7 +43,7 @@ def resolve(words: list[str], machines: Machines, transformer_engine: bool) -> a
     Raises:
         SetupError: they cannot work.
     """
-    written = {flag_name(key) for key in CommandLine(words).settings}
+    written = {flag_name(key) for key in CommandLine(words).recipe.settings}
     given = written | {flag_name(word[2:].partition("=")[0]) for word in words if word[:2] == "--"}
     added = [] if "output_dir" in given else ["--output-dir", "runs/planned"]
     if not given & {"train_iters", "num_epochs", "eval_only", "skip_train"}:

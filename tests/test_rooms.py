@@ -37,7 +37,7 @@ FLOORS: dict[str, list[list[str]]] = {
     "post_training": [
         ["errors"],
         ["files"],
-        ["machine", "hf", "platform/patches"],
+        ["machine", "hf", "recipes", "platform/patches"],
         ["platform/cpu", "platform/checkpoints", "adapters"],
         ["platform", "layout"],
         ["quantisation"],

@@ -81,7 +81,8 @@ class PictureDataset(SFTDataset):
             at += len(ids)
         pack["rope_positions"] = positions
         pack["pixel_values"] = torch.cat([self.processor.filler[:0], *pixels])
-        pack["image_grid_thw"] = torch.tensor([(1, *grid) for grid in grids]).reshape(-1, 3)
+        shapes = torch.tensor([(1, *grid) for grid in grids], dtype=torch.int64)
+        pack["image_grid_thw"] = shapes.reshape(-1, 3)
         return pack
 
     def join(self, packs: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

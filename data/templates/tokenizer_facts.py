@@ -8,33 +8,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.errors import DataError
+from data.templates.named import NAMES, named_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> str:
-    """The chat template: a file, a name that the tokenizer knows, Jinja text, or its own.
+    """The chat template: a file, a name (of the tokenizer's, or of `named.py`), Jinja text, or its own.
 
     Raises:
         DataError: there is none, or the file holds none.
     """
-    own = tokenizer.chat_template
+    theirs = tokenizer.chat_template
+    own = theirs.get("default") if isinstance(theirs, dict) else theirs
     if chat_template is not None:
-        if isinstance(own, dict) and chat_template in own:
-            return str(own[chat_template])
+        if isinstance(theirs, dict) and chat_template in theirs:
+            return str(theirs[chat_template])
         if "{" in chat_template:
             return chat_template
+        if chat_template in NAMES and (found := named_template(chat_template, own)):
+            return found
+    if chat_template is not None and chat_template not in NAMES:
         path = Path(chat_template).expanduser()
         if not path.is_file():
-            names = ", ".join(own) if isinstance(own, dict) else "none"
+            names = ", ".join(theirs) if isinstance(theirs, dict) else "none"
             raise DataError(
                 f"--chat-template {chat_template}: no such file, and no template of the tokenizer "
-                f"has this name (it has: {names})."
+                f"has this name (it has: {names}; others are {', '.join(NAMES)})."
             )
         return _read_template(path)
-    if isinstance(own, dict):
-        own = own.get("default")
     if not own:
         raise DataError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template. Pass --chat-template "

@@ -12,16 +12,19 @@ import torch
 import yaml
 
 from post_training.arguments.defaults import sft_defaults
-from post_training.arguments.other_names import hint_for
 from post_training.arguments.ranges import Number, Text
 from post_training.errors import SetupError
 from post_training.files import DERIVED
+from post_training.recipes.other_names import hint_for
+from post_training.recipes.recipe import Recipe, flag_name
 
+# Flags that name the file.
+_FILES = ("config", "config_path", "config_name")
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
 _NOT_WRITTEN = frozenset(
     {
+        *_FILES,
         *(
-            "config",
             "derived",
             "in_output_dir",
             "hf_config",
@@ -89,81 +92,12 @@ def _converted(where: str, action: argparse.Action, value: Any) -> Any:
     return [result] if several else result
 
 
-def flag_name(key: object) -> str:
-    """A key of a file as the destination name of a flag."""
-    return str(key).lstrip("-").replace("-", "_")
-
-
-class _AsWritten(yaml.SafeLoader):
-    """Reads plain values as they look: no key twice, of which YAML would take the last; decimal numbers."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            # As flags are compared: lr, --lr; seq-length, seq_length.
-            name = flag_name(key.value)
-            if seen.setdefault(name, line) != line:
-                raise yaml.YAMLError(
-                    f"{key.value} is given twice, in lines {seen[name]} and {line}"
-                )
-            seen[name] = line
-        return super().construct_mapping(node, deep)
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """A number that is the one of the command line: YAML reads 010 as 8 and 1:30 as 90."""
-        whole = node.tag.endswith(":int")
-        number: int | float = (
-            self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
-        )
-        text = node.value.lower().replace(".inf", "inf").replace(".nan", "nan")
-        try:
-            alike = repr(type(number)(text)) == repr(number)
-        except ValueError:
-            alike = False
-        if not alike:
-            raise yaml.YAMLError(
-                f"{node.value} in line {node.start_mark.line + 1} is read as {number}: write a decimal "
-                "number, or quote it"
-            )
-        return number
-
-
-for _kind in ("int", "float"):
-    _AsWritten.add_constructor(f"tag:yaml.org,2002:{_kind}", _AsWritten.construct_number)
-
-
-def read_config_file(path: str | Path) -> Mapping[str, Any]:
-    """The YAML mapping of flag names in a file; empty where it says nothing.
-
-    Raises:
-        SetupError: no such file, or not a mapping.
-    """
-    try:
-        content = yaml.load(Path(path).read_text(encoding="utf-8"), _AsWritten)
-    except OSError as error:
-        raise SetupError(f"--config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # no such date; too deep
-        reason = " ".join(str(error).split())
-        raise SetupError(f"--config {path}: not valid YAML ({reason})") from error
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise SetupError(
-            f"--config {path}: expects a mapping of flags, found {type(content).__name__}"
-        )
-    return content
-
-
-def apply_settings(
-    parser: argparse.ArgumentParser, content: Mapping[str, Any], source: str
-) -> dict[str, Any]:
-    """Set defaults of `parser` from a mapping of flag names (dashes or underscores).
+def apply_settings(parser: argparse.ArgumentParser, recipe: Recipe) -> dict[str, Any]:
+    """Set defaults of `parser` from a recipe of flag names (dashes or underscores).
 
     Args:
         parser: with all flags.
-        content: what a `--config` file says; what was derived there is left out.
-        source: where it comes from, for messages.
+        recipe: what a `--config` file says; what was derived there is left out.
 
     Returns:
         What was set, by destination name.
@@ -174,17 +108,18 @@ def apply_settings(
     by_dest, by_flag = _actions(parser)
     defaults: dict[str, Any] = {}
     # A run's own config.yaml: what was derived there is derived anew, on this machine.
+    content = recipe.settings
     derived = content.get(DERIVED) or []
     if not isinstance(derived, list) or not all(isinstance(name, str) for name in derived):
-        raise SetupError(f"{source}: {DERIVED}: expects a list of flags, found {derived!r}")
+        raise SetupError(f"{recipe.where(DERIVED)}: expects a list of flags, found {derived!r}")
     recomputed = set(derived)
     for key, value in content.items():
         if key == DERIVED or key in recomputed:
             continue
         name = flag_name(key)
-        where = f"{source}: {key}"
-        if flag_name(key) == "config":
-            raise SetupError(f"{where}: a file cannot name another; write its flags here")
+        where = recipe.where(key)
+        if name in _FILES:
+            raise SetupError(f"{where}: a file cannot name another so; `base: FILE` builds on one")
         if name in by_dest:
             defaults[name] = _converted(where, by_dest[name], value)
         elif name in by_flag:

@@ -20,7 +20,6 @@ from post_training.arguments.completion import complete_flags
 from post_training.arguments.config_file import apply_settings
 from post_training.arguments.defaults import fsdp2_defaults, platform_defaults, sft_defaults
 from post_training.arguments.distillation import add_distillation_arguments
-from post_training.arguments.other_names import hint_for
 from post_training.arguments.ranges import apply_ranges
 from post_training.arguments.refused import REFUSED, MegatronFlags
 from post_training.arguments.usage import shorten_help
@@ -32,13 +31,26 @@ from post_training.machine.kernels import (
     has_transformer_engine,
 )
 from post_training.quantisation.formats import add_quantisation_arguments
+from post_training.recipes.other_names import hint_for
 
 
 def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add this project's flags to Megatron's parser."""
     group = parser.add_argument_group("supervised finetuning")
     group.add_argument(
-        "--config", metavar="FILE.yaml", help="flags from a file; the command line wins"
+        "--config",
+        metavar="FILE.yaml",
+        help="flags from a recipe, or ROLL's or RLinf's file (docs/recipes.md); the command line wins",
+    )
+    group.add_argument(
+        "--config-path",
+        metavar="DIR",
+        help="the folder of --config-name (default: the current one)",
+    )
+    group.add_argument(
+        "--config-name",
+        metavar="NAME",
+        help="DIR/NAME.yaml in the place of --config; key=value may follow, dotted keys too",
     )
     group.add_argument(
         "--output-dir", metavar="DIR", help="where everything of this run is written"
@@ -214,7 +226,7 @@ def parse_arguments(
             if action.dest == "moe_paged_stash_buffer_size_factor_cuda" and action.help:
                 action.help = action.help.replace("%)", "%%)").replace("%%%)", "%%)")
         setattr(parser, "error", functools.partial(refuse, parser))  # noqa: B010
-        written = apply_settings(parser, command.settings, command.source)
+        written = apply_settings(parser, command.recipe)
         if command.value("yaml_cfg", written):
             # Megatron would read it in the place of all flags.
             raise SetupError(f"--yaml-cfg is not supported: {REFUSED['yaml_cfg']}")

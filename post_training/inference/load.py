@@ -13,7 +13,6 @@ import torch
 
 from post_training.adapters.settings import LoraSettings
 from post_training.arguments.completion import complete_inference, validate
-from post_training.arguments.config_file import read_config_file
 from post_training.checkpoint.store import Checkpoint, chosen_checkpoint, latest_checkpoint
 from post_training.checkpoint.torch_dcp import checkpoint_format, load_weights
 from post_training.errors import SetupError
@@ -22,6 +21,7 @@ from post_training.hf.tokenizer import load_tokenizer
 from post_training.inference.arguments import arguments_of_hf_model, arguments_of_run
 from post_training.job.output import MODEL_FOLDER
 from post_training.platform.checkpoints.loading import CheckpointUnreadable
+from post_training.recipes.recipe import read_yaml
 
 
 @dataclass
@@ -101,7 +101,7 @@ def checkpoint_of_run(
     config_file = folder / "config.yaml"
     if not config_file.is_file():
         raise SetupError(f"--output-dir {folder}: holds no run (no config.yaml)")
-    config = read_config_file(config_file)
+    config = read_yaml(config_file)
     own = folder / "checkpoints"
     # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
     usual = own if latest_checkpoint(own) is not None else config.get("save") or own

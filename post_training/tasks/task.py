@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +34,7 @@ class SFTTask:
     """A base for tasks, which says what they find on themselves; any class with the methods will do.
 
     Attributes:
-        cfg: the run's arguments.
+        cfg: the run's arguments, with the sections of an RLinf file that `--config` names.
         tokenizer: of --hf-model or --hf-tokenizer; None without either.
         device: where the model computes.
         model: the model, whole or sharded: called like the model itself, and `generate`; set before the
@@ -51,12 +52,15 @@ class SFTTask:
     amp_context: Any
 
 
-def load_task(args: argparse.Namespace, tokenizer: Any) -> Any:
+def load_task(
+    args: argparse.Namespace, tokenizer: Any, sections: Mapping[str, Any] | None = None
+) -> Any:
     """The task that `--task` names, made.
 
     Args:
         args: parsed arguments.
         tokenizer: the run's, or None.
+        sections: of a configuration of another system, which `cfg` has then too: `cfg.data.prompt_key`.
 
     Raises:
         SetupError: there is no such class, it cannot be made, or it lacks a method.
@@ -82,9 +86,15 @@ def load_task(args: argparse.Namespace, tokenizer: Any) -> Any:
     lacking = [method for method in METHODS if not callable(getattr(kind, method, None))]
     if lacking:
         raise SetupError(f"--task {args.task}: {name} has no {' and no '.join(lacking)}")
+    cfg = args
+    if sections:
+        from omegaconf import OmegaConf
+
+        groups = {key: OmegaConf.create(v) for key, v in sections.items() if isinstance(v, dict)}
+        cfg = argparse.Namespace(**{**vars(args), **groups})
     try:
         takes_none = not inspect.signature(kind).parameters
-        task = kind() if takes_none else kind(args)
+        task = kind() if takes_none else kind(cfg)
     except Exception as error:
         raise SetupError(f"--task {args.task}: {name} cannot be made: {_shown(error)}") from error
     if args.lora is not None and hasattr(task, "build_model"):
@@ -93,7 +103,7 @@ def load_task(args: argparse.Namespace, tokenizer: Any) -> Any:
             f"--hf-model; leave one of them out"
         )
     facts = {
-        "cfg": args,
+        "cfg": cfg,
         "tokenizer": tokenizer,
         "device": current_device(),
         "amp_context": contextlib.nullcontext(),

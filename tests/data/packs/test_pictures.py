@@ -148,6 +148,7 @@ def test_micro_batches_without_pictures_get_a_filler(base, tmp_path):
     packs = [dataset[number] for number in range(6)]
     empty = next(pack for pack in packs if not len(pack["image_grid_thw"]))
     full = next(pack for pack in packs if len(pack["image_grid_thw"]))
+    assert empty["image_grid_thw"].dtype == torch.int64 == full["image_grid_thw"].dtype
     joined = dataset.join([empty, empty])
     assert joined["filler"].tolist() == [dataset.processor.layout.image_id, dataset.pad_id]
     assert not joined["pixel_values"].any() and joined["image_grid_thw"].tolist() == [[1, 2, 2]]

@@ -2,8 +2,8 @@ import pytest
 
 from post_training.arguments import command_line
 from post_training.arguments.command_line import CommandLine
-from post_training.arguments.config_file import read_config_file
 from post_training.arguments.parser import parse_arguments
+from post_training.recipes.recipe import read_recipe
 
 CONFIGS = {
     "use_torch_fsdp2: true": True,
@@ -46,11 +46,11 @@ def test_file_is_read_once_and_words_win(hf_model, tmp_path, monkeypatch):
     file.write_text("hf-model: nowhere\ntrain-iters: 3\nlr: 0.5")
     reads = []
 
-    def read(path):
+    def read(path, *rest):
         reads.append(path)
-        return read_config_file(path)
+        return read_recipe(path, *rest)
 
-    monkeypatch.setattr(command_line, "read_config_file", read)
+    monkeypatch.setattr(command_line, "read_recipe", read)
     words = ["--config", str(file), "--hf-model", str(hf_model("qwen3"))]
     command = CommandLine([*words, "--output-dir", str(tmp_path / "out")])
     assert not command.asks_for_fsdp2()

@@ -5,13 +5,13 @@ import yaml
 
 from post_training.arguments.config_file import (
     apply_settings,
-    read_config_file,
     resolved_config,
     write_config,
 )
 from post_training.arguments.parser import parse_arguments
 from post_training.arguments.ranges import apply_ranges
 from post_training.errors import SetupError
+from post_training.recipes.recipe import read_recipe
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def parser():
 def parse(parser, tmp_path, text, *argv):
     file = tmp_path / "run.yaml"
     file.write_text(text)
-    apply_settings(parser, read_config_file(file), f"--config {file}")
+    apply_settings(parser, read_recipe(file))
     return parser.parse_args(argv)
 
 
@@ -100,7 +100,7 @@ def test_mistakes_are_named(parser, tmp_path, text, expected):
 
 def test_missing_file(parser, tmp_path):
     with pytest.raises(SetupError, match=r"--config .*nowhere\.yaml: No such file"):
-        read_config_file(tmp_path / "nowhere.yaml")
+        read_recipe(tmp_path / "nowhere.yaml")
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])

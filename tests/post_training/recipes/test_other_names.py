@@ -6,9 +6,9 @@ import re
 import pytest
 from megatron.training.arguments import add_megatron_arguments
 
-from post_training.arguments.other_names import OTHER_NAMES, hint_for
 from post_training.arguments.parser import add_finetune_arguments
 from post_training.arguments.refused import MegatronFlags
+from post_training.recipes.other_names import OTHER_NAMES, hint_for
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,48 @@
+"""Every recipe goes through a run's checks, and its stages hold the whole model; a command builds them all.
+
+python -m tests.recipes.stages      (minutes)
+"""
+
+import pytest
+
+from post_training.errors import SetupError
+from tests.helpers.launch import run_rank
+from tests.recipes import stages
+
+MODELS = sorted(
+    file.stem.replace("--", "/") for file in stages.FOLDER.glob("*.json")
+)  # with the source of their numbers
+BUILT = ("Qwen/Qwen2.5-0.5B.2x8", "meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-30B-A3B")
+
+
+def test_every_model_has_a_recipe_for_one_node_and_one_for_several():
+    names = {str(file.relative_to(stages.CONF)).removesuffix(".yaml") for file in stages.RECIPES}
+    assert names >= set(MODELS)
+    for model in MODELS:
+        several = [name for name in names if name.startswith(f"{model}.") and name.endswith("x8")]
+        assert len(several) == 1, model
+        assert stages.facts(model)["source"].startswith("https://")
+    assert len(names) == 2 * len(MODELS)
+    for file in stages.RECIPES:
+        assert "# Source" in file.read_text() or "base: " in file.read_text(), file
+
+
+def test_every_recipe_passes_the_checks_of_a_run(monkeypatch, tmp_path):
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    for file in stages.RECIPES:
+        monkeypatch.setenv("WORLD_SIZE", str(stages.processes(file)))
+        args = stages.parsed(file, tmp_path)
+        assert args.bf16 and args.lr and args.global_batch_size % 8 == 0, file
+    monkeypatch.setenv("WORLD_SIZE", "12")
+    with pytest.raises(SetupError, match="12 processes cannot be divided"):
+        stages.parsed(stages.CONF / "meta-llama/Llama-3.3-70B-Instruct.yaml", tmp_path)
+
+
+@pytest.mark.slow
+def test_stages_hold_the_whole_model():
+    for name, found in zip(BUILT, run_rank(stages.built, BUILT), strict=True):
+        whole, factors, count = found
+        model = name.removesuffix(".2x8")
+        assert whole == stages.facts(model)["parameters"], name
+        assert bool(factors) == ("70B" in name) and count == (2 if "30B" in name else 1)
