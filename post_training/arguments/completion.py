@@ -24,7 +24,6 @@ from post_training.arguments.backend import check_task, check_transformers
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
-from post_training.hf.config import sliding_window
 from post_training.layout import sizes
 from post_training.machine.device import device_type
 
@@ -90,12 +89,6 @@ def complete_flags(args: argparse.Namespace) -> None:
     if args.model_backend == "transformers":
         args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
     elif args.hf_config is not None:
-        window = sliding_window(args.hf_config)
-        if window is not None and args.seq_length > window:
-            raise SetupError(
-                f"--seq-length {args.seq_length}: the model attends to {window} tokens only (sliding "
-                f"window), which is not supported; use --seq-length {window} or less"
-            )
         # Rotary positions are computed, not learned: the model's limit is advice, not a table size.
         args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
         args.padded_vocab_size = sizes.padded_vocabulary(args.vocab_size, args)

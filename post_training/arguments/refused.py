@@ -23,6 +23,7 @@ ARCHITECTURE = tuple(
     """
     num_layers hidden_size ffn_hidden_size vocab_size untie_embeddings_and_output_weights
     num_attention_heads group_query_attention num_query_groups kv_channels add_qkv_bias qk_layernorm
+    window_size window_attn_skip_freq softmax_type
     attention_output_gate normalization layernorm_epsilon layernorm_zero_centered_gamma
     add_bias_linear swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
     position_embedding_type rotary_base rotary_percent rotary_interleaved

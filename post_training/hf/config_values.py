@@ -107,6 +107,9 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
         fits = isinstance(without, list) and len(without) >= int(layers or 0)
         if not fits or any(value not in (0, 1) for value in without):
             yield "no_rope_layers", without, f"0 or 1 for each of {layers} layers"
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and (not isinstance(kinds, list) or len(kinds) != layers):
+        yield "layer_types", kinds, f"one for each of {layers} layers"
     epsilon: Any = config.rms_norm_eps
     deviation: Any = config.initializer_range
     if not _is_number(epsilon) or not 0 < epsilon <= 1:

@@ -73,6 +73,8 @@ class Family:
     """Queries, keys and values have a bias; their output has none."""
     qk_norm: bool = False
     """Each head of the queries and keys is normed."""
+    windows: bool = False
+    """Layers may attend to a sliding window."""
     experts: Experts | None = None
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Values of config.json that the layers can express, where they are not those of `OPTIONS`."""
@@ -98,23 +100,26 @@ FAMILIES: Mapping[str, Family] = {
         options={"use_bias": (False,)}, flags=lambda config: {"rotary_interleaved": True}
     ),
     "LlamaForCausalLM": Family(),
-    "MistralForCausalLM": Family(),
+    "MistralForCausalLM": Family(windows=True),
     "MixtralForCausalLM": Family(
+        windows=True,
         experts=Experts(
             router="block_sparse_moe.gate.weight",
             folder="block_sparse_moe.experts",
             projections=("w1", "w3", "w2"),
             size="intermediate_size",
-        )
+        ),
     ),
     # transformers gives Qwen2 its biases whatever attention_bias says.
-    "Qwen2ForCausalLM": Family(qkv_bias=True, options={"attention_bias": (True, False)}),
-    "Qwen3ForCausalLM": Family(qk_norm=True),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, experts=Experts()),
+    "Qwen2ForCausalLM": Family(
+        qkv_bias=True, windows=True, options={"attention_bias": (True, False)}
+    ),
+    "Qwen3ForCausalLM": Family(qk_norm=True, windows=True),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, windows=True, experts=Experts()),
     "SeedOssForCausalLM": Family(
         qkv_bias=True, options={"attention_bias": (True,), "attention_out_bias": (False,)}
     ),
-    "SmolLM3ForCausalLM": Family(flags=_without_rope),
+    "SmolLM3ForCausalLM": Family(windows=True, flags=_without_rope),
 }
 
 
@@ -134,6 +139,9 @@ def why_not_megatron(config: Any) -> str | None:
             return (
                 f"{key} {value} is not supported for {found}; only {' and '.join(map(str, values))}"
             )
+    for kind in getattr(config, "layer_types", None) or ():
+        if kind not in ("full_attention", "sliding_attention"):
+            return f"layer_types {kind} is not supported for {found}"
     return None
 
 

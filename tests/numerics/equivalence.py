@@ -68,15 +68,19 @@ MBS4 = ("--micro-batch-size", "4")
 
 
 _GROWN = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-# Rows are shorter and longer than the original length.
-ROPES: dict[str, dict[str, object]] = {
-    "yarn": {"rope_type": "yarn", **_GROWN},
+# Rows are shorter and longer than the original length, and than the windows.
+VARIANTS: dict[str, dict[str, object]] = {
+    "yarn": {"rope_parameters": {"rope_type": "yarn", **_GROWN}},
     "longrope": {
-        "rope_type": "longrope",
-        **_GROWN,
-        "short_factor": [1.0 + 0.1 * i for i in range(16)],
-        "long_factor": [1.5 + i for i in range(16)],
+        "rope_parameters": {
+            "rope_type": "longrope",
+            **_GROWN,
+            "short_factor": [1.0 + 0.1 * i for i in range(16)],
+            "long_factor": [1.5 + i for i in range(16)],
+        }
     },
+    "window": {"sliding_window": 24},
+    "windows": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
 }
 
 
@@ -93,8 +97,8 @@ class Case:
     tied: bool = False
     dense: tuple[int, ...] = ()
     """Layers without experts, in a model that has some."""
-    rope: str = ""
-    """A scaled rotary embedding of `ROPES`."""
+    variant: str = ""
+    """What of `VARIANTS` its configuration says."""
     recipe: Recipe = ADAM
     slow: bool = True
 
@@ -102,7 +106,7 @@ class Case:
     def name(self) -> str:
         """What pytest and --only call it."""
         words = [self.family, *(["tied"] if self.tied else []), *(["mixed"] if self.dense else [])]
-        words += [self.rope] if self.rope else []
+        words += [self.variant] if self.variant else []
         words += [self.layout]
         words += [self.recipe.optimizer] if self.recipe.optimizer != "adam" else []
         words += ["unpacked"] if self.recipe.packing == "none" else []
@@ -200,8 +204,28 @@ CASES = (
     Case("pp2", PP2, 2, family="qwen3_moe"),
     Case("tp2-sp", TP2 + SP, 2, family="qwen3_moe"),
     Case("cp2", CP2, 2, family="qwen3_moe"),
-    Case("cp2", CP2, 2, rope="longrope"),
-    Case("tp2-sp", TP2 + SP, 2, rope="yarn"),
+    Case("cp2", CP2, 2, variant="longrope"),
+    Case("tp2-sp", TP2 + SP, 2, variant="yarn"),
+    # Sliding windows, in all layers and in some.
+    Case("one", family="mistral", variant="window", slow=False),
+    *(
+        Case(layout, flags, 2, family="mistral", variant="window")
+        for layout, flags in (
+            ("dp2", ()),
+            ("tp2", TP2),
+            ("tp2-sp", TP2 + SP),
+            ("pp2-mbs2", PP2 + MBS2),
+            ("cp2", CP2),
+            ("fsdp2x2", FSDP2),
+        )
+    ),
+    Case("one", family="mistral", variant="window", recipe=UNPACKED),
+    Case("tp2-sp", TP2 + SP, 2, family="mixtral", variant="window"),
+    *(
+        Case(layout, flags, 2, family="qwen3", variant="windows")
+        for layout, flags in (("tp2-sp", TP2 + SP), ("pp2", PP2), ("cp2-mbs2", CP2 + MBS2))
+    ),
+    Case("one", family="qwen3", variant="windows", recipe=UNPACKED),
     # Interleaved pipeline schedules: each rank holds several pieces of the model.
     Case("pp2-vpp2", PP2 + VPP2, 2, layers=4),
     Case("pp2-vpp2-mbs2", PP2 + VPP1LAYER + MBS2, 2, layers=4),
@@ -314,19 +338,19 @@ class Matrix:
         layers: int,
         tied: bool,
         dense: tuple[int, ...],
-        rope: str,
+        variant: str,
         recipe: Recipe,
     ) -> tuple[Path, Trajectory]:
-        folder = self.folder / f"{family}-{layers}-{tied}-{dense}-{rope}"
+        folder = self.folder / f"{family}-{layers}-{tied}-{dense}-{variant}"
         if not folder.exists():
             options: dict[str, object] = {"mlp_only_layers": list(dense)} if dense else {}
-            options |= {"rope_parameters": ROPES[rope]} if rope else {}
+            options |= VARIANTS.get(variant, {})
             save_model(folder, family, tied=tied, num_hidden_layers=layers, **options)
         return folder, reference.train(folder, self.rows, self.data_file, recipe)
 
     def compare(self, case: Case, output: Path) -> Comparison:
         """Train `case` through finetune.py and read its checkpoint, whatever wrote it, on one process."""
-        kind = (case.family, case.layers, case.tied, case.dense, case.rope)
+        kind = (case.family, case.layers, case.tied, case.dense, case.variant)
         model, truth = self.truth(*kind, case.recipe)
         run = finetune(
             output,

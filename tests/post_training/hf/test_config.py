@@ -168,6 +168,27 @@ def test_sliding_window():
     assert sliding_window(config_of("llama")) is None
 
 
+@pytest.mark.parametrize(
+    ("family", "options", "windowed"),
+    [
+        ("mistral", {"sliding_window": 24}, [1, 1]),
+        ("mistral", {"sliding_window": None}, None),
+        (
+            "qwen2",
+            {"sliding_window": 24, "max_window_layers": 1, "use_sliding_window": True},
+            [0, 1],
+        ),
+        ("qwen2", {"sliding_window": 24, "max_window_layers": 1}, None),
+        ("qwen2", {"sliding_window": 24, "max_window_layers": 2, "use_sliding_window": True}, None),
+        ("llama", {"sliding_window": 24}, None),  # transformers passes over it, too
+    ],
+)
+def test_windows_are_those_of_the_layers_of_transformers(family, options, windowed):
+    flags = megatron_flags(config_of(family, **options))
+    assert flags.get("window_attn_skip_freq") == windowed
+    assert flags.get("window_size") == (windowed and (23, 0))
+
+
 def test_folder_that_is_none(tmp_path, hf_model, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SetupError, match=r"nowhere: .*(is not a|no such) folder"):
