@@ -19,7 +19,14 @@ def count_parameters(args: argparse.Namespace) -> int:
     head_dim = args.kv_channels or hidden // heads
     groups = args.num_query_groups if args.group_query_attention else heads
     attention = hidden * head_dim * (2 * heads + 2 * groups)
-    matrices = 3 if args.swiglu else 2
+    if args.multi_latent_attention:
+        query = heads * (args.qk_head_dim + args.qk_pos_emb_head_dim)
+        low, latent = args.q_lora_rank, args.kv_lora_rank
+        attention = query * hidden if low is None else low * (hidden + query)
+        attention += hidden * (latent + args.qk_pos_emb_head_dim)
+        attention += latent * heads * (args.qk_head_dim + args.v_head_dim)
+        attention += heads * args.v_head_dim * hidden
+    matrices = 3 if args.swiglu or args.quick_geglu else 2
     dense = matrices * hidden * (args.ffn_hidden_size or 4 * hidden)
     layers = args.num_layers
     sparse_layers = 0
@@ -27,6 +34,7 @@ def count_parameters(args: argparse.Namespace) -> int:
         pattern = args.moe_layer_freq
         sparse_layers = sum(pattern) if isinstance(pattern, list) else layers // pattern
     experts = matrices * hidden * (args.moe_ffn_hidden_size or 0) * (args.num_experts or 0)
+    experts += matrices * hidden * (args.moe_shared_expert_intermediate_size or 0)
     embeddings = (args.padded_vocab_size or args.vocab_size or 0) * hidden
     embeddings *= 2 if args.untie_embeddings_and_output_weights else 1
     total = layers * attention + (layers - sparse_layers) * dense + sparse_layers * experts

@@ -56,8 +56,8 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
             continue
         parts.input_layernorm = LocalNorm
         parts.pre_mlp_layernorm = LocalNorm
-        for name in ("q_layernorm", "k_layernorm"):
-            if getattr(attention, name) is not IdentityOp:
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, name, IdentityOp) is not IdentityOp:
                 setattr(attention, name, LocalNorm)
     if not use_te:
         block.layer_norm = LocalNorm

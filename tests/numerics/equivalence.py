@@ -114,7 +114,7 @@ class Case:
         return "-".join(words)
 
 
-# Architectures that Megatron's layers do not have (`tests/helpers/architectures.py`).
+# Under their own class of transformers (`tests/helpers/architectures.py`), most have no other way here.
 OTHERS = (
     *(
         "gpt2",
@@ -206,6 +206,40 @@ CASES = (
     Case("cp2", CP2, 2, family="qwen3_moe"),
     Case("cp2", CP2, 2, variant="longrope"),
     Case("tp2-sp", TP2 + SP, 2, variant="yarn"),
+    # Latent attention, a router of groups, a shared expert, a first layer without experts.
+    Case("one", family="deepseek_v3", slow=False),
+    *(
+        Case(layout, flags, world, family="deepseek_v3")
+        for layout, flags, world in (
+            ("mbs4", MBS4, 1),
+            ("dp2", (), 2),
+            ("tp2-sp", TP2, 2),
+            ("pp2-mbs2", PP2 + MBS2, 2),
+            ("cp2", CP2, 2),
+            ("ep2", EP2, 2),
+            ("ep2-tp2", EP2 + TP2, 4),
+            ("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2),
+            ("fsdp2x2", FSDP2, 2),
+        )
+    ),
+    Case("one", family="deepseek_v3", recipe=UNPACKED_SGD),
+    # Sinks, a window in every other layer, clamped experts with biases.
+    Case("one", family="gpt_oss", slow=False),
+    *(
+        Case(layout, flags, world, family="gpt_oss")
+        for layout, flags, world in (
+            ("mbs4", MBS4, 1),
+            ("dp2", (), 2),
+            ("tp2-sp", TP2, 2),
+            ("pp2-mbs2", PP2 + MBS2, 2),
+            ("cp2", CP2, 2),
+            ("ep2", EP2, 2),
+            ("ep2-tp2", EP2 + TP2, 2),
+            ("ep2-tp2-pp2", EP2 + TP2 + PP2, 4),
+            ("fsdp2x2", FSDP2, 2),
+        )
+    ),
+    Case("one", family="gpt_oss", recipe=UNPACKED_SGD),
     # Sliding windows, in all layers and in some.
     Case("one", family="mistral", variant="window", slow=False),
     *(
@@ -283,7 +317,7 @@ CASES = (
     *(
         Case(
             f"hf-fsdp2x{world}",
-            (),
+            HF,
             world,
             family=family,
             # Its delta rule is so sensitive to weights that at 2e-3 the first step's rounding (4e-8 of a

@@ -122,7 +122,11 @@ def test_the_tables_name_flags_of_this_megatron(megatron):
     named |= {*ALREADY_SO, *PART_OF, *PART_OF.values()}
     assert named <= megatron.flags.defaults.keys()
     assert REFUSED_GROUPS.keys() <= {group.title for group in megatron.parser._action_groups}
-    from_config_json_only = {"window_size", "window_attn_skip_freq", "softmax_type"}
+    from_config_json_only = set(
+        "window_size window_attn_skip_freq softmax_type multi_latent_attention q_lora_rank "
+        "kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_scaling_factor "
+        "mscale_all_dim moe_router_enable_expert_bias moe_router_bias_update_rate".split()
+    )
     assert set(ARCHITECTURE) & megatron.flags.refused.keys() == from_config_json_only
 
 

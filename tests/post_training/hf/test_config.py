@@ -29,13 +29,16 @@ def test_flags_of_a_family(family):
     check_architecture(config, "x")
     flags = megatron_flags(config)
     assert flags["num_layers"] == 2 and flags["hidden_size"] == 64
-    assert flags["num_query_groups"] == 2 and flags["vocab_size"] == config.vocab_size
+    assert flags["vocab_size"] == config.vocab_size
+    assert flags["num_query_groups"] == (4 if family == "deepseek_v3" else 2)
     assert flags["untie_embeddings_and_output_weights"] is False
     assert flags["add_qkv_bias"] is (family in ("qwen2", "seed_oss"))
-    assert flags["qk_layernorm"] is (family in ("qwen3", "qwen3_moe"))
-    assert flags["kv_channels"] == {"mistral": 24, "qwen3": 32, "seed_oss": 32}.get(family, 16)
-    assert flags.get("num_experts") == (4 if family in ("mixtral", "qwen3_moe") else None)
-    assert flags.get("moe_ffn_hidden_size") == {"mixtral": 96, "qwen3_moe": 48}.get(family)
+    assert flags["qk_layernorm"] is (family in ("deepseek_v3", "qwen3", "qwen3_moe"))
+    head_dims = {"deepseek_v3": 8, "mistral": 24, "qwen3": 32, "seed_oss": 32}
+    assert flags["kv_channels"] == head_dims.get(family, 16)
+    experts = {"deepseek_v3": (8, 48), "gpt_oss": (4, 96), "mixtral": (4, 96), "qwen3_moe": (4, 48)}
+    found = (flags.get("num_experts"), flags.get("moe_ffn_hidden_size"))
+    assert found == experts.get(family, (None, None))
     assert flags.get("no_rope_freq") == ([0, 1] if family == "smollm3" else None)
 
 
