@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from post_training.adapters.peft_folder import CONFIG
 from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.errors import SetupError
 from post_training.files import config_of_run, json_object
@@ -184,7 +185,7 @@ class TransformersBackend:
 
     @classmethod
     def load(cls, folder: str, sampling: Sampling, batch_size: int) -> TransformersBackend:
-        """Load a HuggingFace folder or hub name, in the dtype that its configuration names.
+        """Load a HuggingFace folder or hub name, or an adapter of PEFT, in the dtype that it names.
 
         Raises:
             SetupError: it cannot be loaded.
@@ -194,8 +195,11 @@ class TransformersBackend:
         stops = Path(folder) / "generation_config.json"
         if stops.is_file():
             json_object(stops)  # a broken one is passed over by transformers
+        adapter = Path(folder) / CONFIG
         try:
-            auto = auto_class(AutoConfig.from_pretrained(folder))
+            # transformers puts an adapter of PEFT on the base that it names.
+            base = json_object(adapter)["base_model_name_or_path"] if adapter.is_file() else folder
+            auto = auto_class(AutoConfig.from_pretrained(base))
             model = auto.from_pretrained(folder, dtype="auto").eval()
         except Exception as error:  # whatever it makes of damaged files
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from post_training.errors import SetupError
+from post_training.export.hf import _cast
 from tests.helpers.launch import run_rank
 
 
@@ -33,7 +35,6 @@ def export(folder: str, target: str, theta: float) -> tuple[float | str, bool]:
         The difference, or why it is refused; and whether the Megatron model is still in memory.
     """
     from model_provider import model_config
-    from post_training.errors import SetupError
     from post_training.export.hf import export_hf
     from post_training.inference.load import load_model
 
@@ -69,3 +70,13 @@ def test_another_rotary_base_is_refused(bf16, tmp_path):
     assert "logits differ from the run's" in message and "(allowed 1e-05)" in message
     assert [path.name for path in tmp_path.iterdir()] == ["hf.partial"]
     assert (tmp_path / "hf.partial" / "config.json").is_file()
+
+
+def test_a_weight_too_large_for_the_dtype_is_named():
+    model = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        model.weight.fill_(7e4)
+    with pytest.raises(SetupError, match=r"--dtype: weight holds 7e\+04, more than torch.float16"):
+        _cast(model, torch.float16)
+    _cast(model, torch.bfloat16)
+    assert model.weight.dtype == torch.bfloat16
