@@ -219,7 +219,7 @@ def train(
     result = Trajectory(start=tensors())
     for name, tensor in named.items():
         # One tensor may hold the biases of all experts.
-        tensor.is_bias = name.endswith("bias")  # type: ignore[attr-defined]
+        setattr(tensor, "is_bias", name.endswith("bias"))  # noqa: B010
     optimizer = recipe.make_optimizer(named.values())
     for step, batch in enumerate(batches(rows, data_file, recipe)):
         tokens = sum(int(examples[row][1][1:].sum()) for row in batch)
