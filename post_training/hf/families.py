@@ -35,6 +35,9 @@ class Weight:
     and up in turn."""
 
 
+Weights = dict[str, Weight]
+
+
 @dataclass(frozen=True)
 class Experts:
     """What the experts of a family are called, below `model.layers.N.` and in config.json."""
@@ -129,8 +132,8 @@ def _gpt_oss(config: PretrainedConfig) -> dict[str, Any]:
 
 def _deepseek_v3(config: PretrainedConfig) -> dict[str, Any]:
     """Latent attention, and a router whose scores are sigmoids, limited to groups of experts."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    scaled = rope.get("rope_type", "default") != "default"
+    rope = config.rope_parameters
+    rope = {} if rope.get("rope_type", "default") == "default" else rope
     limited = config.n_group > config.topk_group
     return {
         "multi_latent_attention": True,
@@ -144,8 +147,8 @@ def _deepseek_v3(config: PretrainedConfig) -> dict[str, Any]:
         "qk_layernorm": True,
         # The frequencies are those of transformers; scores are scaled as it does.
         "rope_type": "rope",
-        "rotary_scaling_factor": float(rope["factor"]) if scaled else 1.0,
-        "mscale_all_dim": float(rope.get("mscale_all_dim") or 0.0) if scaled else 0.0,
+        "rotary_scaling_factor": float(rope.get("factor") or 1.0),
+        "mscale_all_dim": float(rope.get("mscale_all_dim") or 0.0),
         "moe_router_score_function": "sigmoid",
         "moe_router_enable_expert_bias": True,
         "moe_router_bias_update_rate": 0.0,
@@ -153,8 +156,8 @@ def _deepseek_v3(config: PretrainedConfig) -> dict[str, Any]:
         "moe_router_num_groups": config.n_group if limited else None,
         "moe_router_group_topk": config.topk_group if limited else None,
         "moe_router_dtype": "fp32",
-        "moe_shared_expert_intermediate_size": config.moe_intermediate_size
-        * config.n_shared_experts,
+        "moe_shared_expert_intermediate_size": config.n_shared_experts
+        * config.moe_intermediate_size,
     }
 
 
@@ -172,8 +175,7 @@ FAMILIES: Mapping[str, Family] = {
             "norm_topk_prob": (True,),
             "scoring_func": ("sigmoid",),
             "topk_method": ("noaux_tc",),
-            # transformers norms the latent vectors with this one, whatever config.json says.
-            "rms_norm_eps": (1e-6,),
+            "rms_norm_eps": (1e-6,),  # transformers norms latent vectors so, whatever is said
         },
         flags=_deepseek_v3,
     ),
@@ -246,6 +248,9 @@ def head_dim(config: PretrainedConfig) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
+_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+
+
 def model_weights(config: PretrainedConfig) -> dict[str, Weight]:
     """All that a model is made of.
 
@@ -269,6 +274,9 @@ def model_weights(config: PretrainedConfig) -> dict[str, Weight]:
     every = [0] * config.num_hidden_layers
     for layer, has_experts in enumerate(family.experts.layers(config) if family.experts else every):
         here, there = f"decoder.layers.{layer}.", f"model.layers.{layer}."
+        for name, norm in _NORMS.items():
+            norms = {f"{there}{norm}.weight": (config.hidden_size,)}
+            weights[f"{here}{name}.weight"] = Weight("replicated", norms)
         attention = _latent_attention if family.latent else _attention
         weights |= attention(config, family, here, there)
         if family.experts and has_experts:
@@ -279,10 +287,8 @@ def model_weights(config: PretrainedConfig) -> dict[str, Weight]:
     return weights
 
 
-def _attention(
-    config: PretrainedConfig, family: Family, here: str, there: str
-) -> dict[str, Weight]:
-    """Both norms of a layer, and its attention."""
+def _attention(config: PretrainedConfig, family: Family, here: str, there: str) -> Weights:
+    """Attention of a layer."""
     hidden, head, groups = config.hidden_size, head_dim(config), config.num_key_value_heads
     queries = config.num_attention_heads * head
     rows = {"q_proj": queries, "k_proj": groups * head, "v_proj": groups * head}
@@ -296,47 +302,35 @@ def _attention(
     def norm(name: str, size: int) -> Weight:
         return Weight("replicated", {f"{name}.weight": (size,)})
 
+    output = {outside + "o_proj.weight": (hidden, queries)}
     weights = {
-        here + "input_layernorm.weight": norm(there + "input_layernorm", hidden),
-        here + "pre_mlp_layernorm.weight": norm(there + "post_attention_layernorm", hidden),
         inside + "linear_qkv.weight": qkv("weight", hidden),
-        inside + "linear_proj.weight": Weight(
-            "columns", {outside + "o_proj.weight": (hidden, queries)}
-        ),
+        inside + "linear_proj.weight": Weight("columns", output),
     }
     if family.qkv_bias or family.biases:
         weights[inside + "linear_qkv.bias"] = qkv("bias")
     if family.biases:
-        weights[inside + "linear_proj.bias"] = Weight(
-            "replicated", {outside + "o_proj.bias": (hidden,)}
-        )
+        bias = {outside + "o_proj.bias": (hidden,)}
+        weights[inside + "linear_proj.bias"] = Weight("replicated", bias)
     if family.sinks:
-        weights[inside + "core_attention.softmax_offset"] = Weight(
-            "rows", {outside + "sinks": (config.num_attention_heads,)}
-        )
+        sinks = {outside + "sinks": (config.num_attention_heads,)}
+        weights[inside + "core_attention.softmax_offset"] = Weight("rows", sinks)
     if family.qk_norm:
         for part in ("q", "k"):
             weights[f"{inside}{part}_layernorm.weight"] = norm(f"{outside}{part}_norm", head)
     return weights
 
 
-def _latent_attention(
-    config: PretrainedConfig, family: Family, here: str, there: str
-) -> dict[str, Weight]:
-    """Both norms of a layer, and attention from latent vectors."""
+def _latent_attention(config: PretrainedConfig, family: Family, here: str, there: str) -> Weights:
+    """Attention of a layer from latent vectors."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     low, latent, rotary = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
-    query = heads * (config.qk_nope_head_dim + rotary)
-    value = heads * config.v_head_dim
+    query, value = heads * (config.qk_nope_head_dim + rotary), heads * config.v_head_dim
     inside, outside = here + "self_attention.", there + "self_attn."
     names: dict[str, tuple[Layout, str, tuple[int, ...]]] = {
         "linear_kv_down_proj": ("rows", "kv_a_proj_with_mqa", (latent + rotary, hidden)),
         "kv_layernorm": ("replicated", "kv_a_layernorm", (latent,)),
-        "linear_kv_up_proj": (
-            "rows",
-            "kv_b_proj",
-            (heads * config.qk_nope_head_dim + value, latent),
-        ),
+        "linear_kv_up_proj": ("rows", "kv_b_proj", (query - heads * rotary + value, latent)),
         "linear_proj": ("columns", "o_proj", (hidden, value)),
     }
     if low is None:
@@ -348,27 +342,19 @@ def _latent_attention(
             "linear_q_up_proj": ("rows", "q_b_proj", (query, low)),
         }
     return {
-        f"{here}{name}.weight": Weight("replicated", {f"{there}{tensor}.weight": (hidden,)})
-        for name, tensor in (
-            ("input_layernorm", "input_layernorm"),
-            ("pre_mlp_layernorm", "post_attention_layernorm"),
-        )
-    } | {
         f"{inside}{name}.weight": Weight(layout, {f"{outside}{tensor}.weight": shape})
         for name, (layout, tensor, shape) in names.items()
     }
 
 
-def _experts(
-    config: PretrainedConfig, experts: Experts, here: str, there: str
-) -> dict[str, Weight]:
+def _experts(config: PretrainedConfig, experts: Experts, here: str, there: str) -> Weights:
     """Router and experts of a layer."""
     count, size = getattr(config, experts.count), getattr(config, experts.size)
     router = {there + experts.router: (count, config.hidden_size)}
     weights = {here + "mlp.router.weight": Weight("replicated", router)}
     if experts.bias is not None:
-        bias = Weight("replicated", {there + experts.bias: (count,)})
-        weights[here + "mlp.router.expert_bias"] = bias
+        bias = {there + experts.bias: (count,)}
+        weights[here + "mlp.router.expert_bias"] = Weight("replicated", bias)
     if experts.shared is not None:
         names = tuple(f"{there}{experts.shared}.{part}" for part in experts.projections)
         width = size * config.n_shared_experts
@@ -382,25 +368,22 @@ def _experts(
     return weights
 
 
-def _stacked_experts(
-    config: PretrainedConfig, experts: Experts, here: str, there: str
-) -> dict[str, Weight]:
+def _stacked_experts(config: PretrainedConfig, experts: Experts, here: str, there: str) -> Weights:
     """Experts of a layer, and the biases of its router and of theirs."""
     hidden, size = config.hidden_size, getattr(config, experts.size)
     count = getattr(config, experts.count)
     router = experts.router.replace(".weight", ".bias")
     weights = {here + router: Weight("replicated", {there + router: (count,)})}
-    outside = f"{there}{experts.folder}."
+    tensors: dict[str, tuple[Layout, str, tuple[int, ...]]] = {
+        "linear_fc1.weight": ("gate_up", "gate_up_proj", (hidden, 2 * size)),
+        "linear_fc1.bias": ("gate_up", "gate_up_proj_bias", (2 * size,)),
+        "linear_fc2.weight": ("columns", "down_proj", (size, hidden)),
+        "linear_fc2.bias": ("replicated", "down_proj_bias", (hidden,)),
+    }
     for number in range(count):
         inside = f"{here}mlp.experts.local_experts.{number}."
-        tensors: dict[str, tuple[Layout, str, tuple[int, ...]]] = {
-            "linear_fc1.weight": ("gate_up", "gate_up_proj", (hidden, 2 * size)),
-            "linear_fc1.bias": ("gate_up", "gate_up_proj_bias", (2 * size,)),
-            "linear_fc2.weight": ("columns", "down_proj", (size, hidden)),
-            "linear_fc2.bias": ("replicated", "down_proj_bias", (hidden,)),
-        }
         for name, (layout, tensor, shape) in tensors.items():
-            stacked = {outside + tensor: (count, *shape)}
+            stacked = {f"{there}{experts.folder}.{tensor}": (count, *shape)}
             weights[inside + name] = Weight(layout, stacked, of_expert=True, expert=number)
     return weights
 
