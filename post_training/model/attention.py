@@ -33,7 +33,8 @@ class PackedAttention(MegatronModule):
     of squared document lengths:
 
     - on CUDA in bf16 and fp16, one variable-length flash kernel over all documents;
-    - elsewhere (CPU, fp32), scaled-dot-product attention document by document.
+    - elsewhere (CPU, fp32, attention sinks), scaled-dot-product attention document by document; with sinks
+      it holds the scores of one document at a time.
 
     Under context parallelism the keys and values of the whole row are gathered from the group, and each
     piece of this rank's tokens attends to its own document up to itself (`ContextParallelCut`).
