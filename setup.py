@@ -28,7 +28,6 @@ DEPENDENCIES = [
     "pyyaml",
     "tqdm",
     "tensorboard",
-    "matplotlib",
 ]
 
 EXTRAS = {
@@ -45,6 +44,7 @@ EXTRAS = {
     "bench": ["trl", "accelerate"],
     "lora": ["peft"],  # reads an exported adapter back
     "wandb": ["wandb"],
+    "mlflow": ["mlflow"],
 }
 
 setup(

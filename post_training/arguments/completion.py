@@ -72,6 +72,8 @@ def complete_flags(args: argparse.Namespace) -> None:
     _fill(args, "save", os.path.join(args.output_dir, "checkpoints"))
     if not args.eval_only:
         _fill(args, "tensorboard_dir", os.path.join(args.output_dir, "tensorboard"))
+    if args.mlflow_experiment and importlib.util.find_spec("mlflow") is None:
+        raise SetupError("--mlflow-experiment: mlflow is not installed (pip install '.[mlflow]')")
     if args.wandb_project:
         _check_wandb()
         _fill(args, "wandb_exp_name", os.path.basename(os.path.normpath(args.output_dir)))
@@ -244,6 +246,8 @@ def _prepare_evaluation(args: argparse.Namespace) -> None:
     Raises:
         SetupError: a flag asks for what only training can give.
     """
+    if args.eval_at_start:
+        raise SetupError("--eval-at-start: --eval-only evaluates, and there is no step after it")
     if args.save_hf:
         raise SetupError("--save-hf: --eval-only changes no model; use scripts/export_hf.py")
     args.train_iters = 0

@@ -94,6 +94,16 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="evaluate the validation and test data and leave: no training, no optimizer",
     )
     group.add_argument(
+        "--eval-at-start",
+        action="store_true",
+        help="evaluate the validation data before the first step too",
+    )
+    group.add_argument(
+        "--mlflow-experiment",
+        metavar="NAME",
+        help="log to MLflow too: to MLFLOW_TRACKING_URI, or into the output folder",
+    )
+    group.add_argument(
         "--isolation-check",
         action="store_true",
         default=True,

@@ -99,7 +99,7 @@ def report_end(
         return
     early = f" of {args.train_iters}, ended early" if hooks.end_wanted else ""
     print(
-        f"done: {iteration} steps{early}; metrics, loss.png and checkpoints in {folder}",
+        f"done: {iteration} steps{early}; metrics, report.html and checkpoints in {folder}",
         file=console,
     )
     if args.save_hf:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from post_training.errors import SetupError
 from post_training.files import config_of_run
 from post_training.layout import fsdp
+from post_training.layout.candidates import Candidate, candidates, describe_changes, nearest
 from post_training.layout.pipeline import (
     check_layers,
     check_virtual_stages,
     divisors,
     virtual_stages,
 )
-from post_training.layout.search import describe_changes, nearest_layout
 
 
 def padded_vocabulary(size: int, args: argparse.Namespace) -> int:
@@ -43,12 +44,16 @@ def check(args: argparse.Namespace) -> None:
         for rule in RULES:
             rule(args)
     except SetupError as error:
-        rules = (*FLAG_RULES, *RULES)
-        kept = _numbers_of_the_run(args)
-        changes = nearest_layout(args, rules, batch_multiple, sequence_multiple, kept)
+        changes = nearest(args, layouts(args), _numbers_of_the_run(args))
         if changes is None:
             raise
         raise SetupError(f"{error}; {describe_changes(args, changes)}") from None
+
+
+def layouts(args: argparse.Namespace) -> Iterator[Candidate]:
+    """The layouts of this number of processes that pass every rule, the nearest sizes first."""
+    rules, kept = (*FLAG_RULES, *RULES), _numbers_of_the_run(args)
+    return candidates(args, rules, batch_multiple, sequence_multiple, kept)
 
 
 def _numbers_of_the_run(args: argparse.Namespace) -> dict[str, int]:
