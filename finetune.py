@@ -82,8 +82,10 @@ from post_training.knowledge.distiller import Distiller, knowledge_parts
 from post_training.knowledge.settings import check_pairs, knowledge_settings
 from post_training.knowledge.teacher import Teacher, choose_teacher
 from post_training.knowledge.teaching import teaching
+from post_training.layout.sizes import describe_layout
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
+from post_training.machine.outcome import note_outcome
 from post_training.metrics.records import DATA_REPORT
 from post_training.metrics.run_log import RunLog
 from post_training.metrics.step_counters import counters
@@ -297,6 +299,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace | None = None
     try:
         args = parse_arguments(COMMAND if argv is None else argv)
+        if args.only == "check":
+            print(describe_layout(args), file=console)
+            return 0
         run_lock.hold(args)
         start = resume.choose_checkpoint(args)
         if args.hf_model is not None:
@@ -338,6 +343,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 file.write_text(report + "\n", encoding="utf-8")
             if (adapter := describe_adapter(args)) is not None:
                 print(adapter, file=console)
+        if args.only == "prepare":
+            newest = start.continued
+            step = 0 if newest is None else newest.iteration
+            note_outcome("prepared", progress=step, folder=args.output_dir)
+            return 0
         console = output.redirect_logs(args)
         if not args.eval_only:
             output.save_config(args)

@@ -42,7 +42,8 @@ EXTRAS = {
         "types-PyYAML",
     ],
     "bench": ["trl", "accelerate"],
-    "lora": ["peft"],  # reads an exported adapter back
+    "lora": ["peft"],  # trains models of transformers, reads an exported adapter back
+    "ray": ["ray>=2.40"],  # scripts/launch_ray.py
     "wandb": ["wandb"],
     "mlflow": ["mlflow"],
 }

@@ -27,10 +27,9 @@ from post_training import platform
 platform.apply()
 
 from model_provider import model_config
-from post_training.adapters.layers import merge_adapters
 from post_training.arguments.ranges import read_options
 from post_training.errors import SetupError
-from post_training.export.adapter import check_peft, export_adapter
+from post_training.export.adapter import check_peft, export_adapter, merge
 from post_training.export.card import make_repository, push, serve_line, write_card
 from post_training.export.draft import export_draft
 from post_training.export.hf import DTYPES, export_hf, shard_size
@@ -111,7 +110,7 @@ def main() -> int:
             )
         else:
             how = "reloaded with transformers, logits agree"
-            merge_adapters(chunks[0])
+            merge(chunks[0])
             difference = export_hf(
                 chunks,
                 args.hf_config,

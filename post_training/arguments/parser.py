@@ -149,6 +149,12 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         metavar="N",
         help="end after N evaluations that are no better than the best (default: never)",
     )
+    group.add_argument(
+        "--only",
+        choices=("check", "prepare"),
+        help="check the flags, or prepare the data too, and leave; WORLD_SIZE says for how many processes, "
+        "SFT_DEVICE=cuda that these will have GPUs",
+    )
     group.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU (default: bf16)")
     group.add_argument(
         "--no-progress", action="store_true", help="no progress bar, a line every --log-interval"

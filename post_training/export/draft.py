@@ -15,6 +15,7 @@ from post_training.distillation.draft_model import draft_tokens_of
 from post_training.distillation.served_draft import WEIGHTS, ServedDraft
 from post_training.errors import SetupError
 from post_training.export.hf import CHECK_TEXT, TOLERANCE
+from post_training.files import let_all_read
 from post_training.hf.draft import DraftShape, draft_config
 from post_training.hf.weights import split_parameter
 
@@ -63,8 +64,7 @@ def export_draft(
     settings = draft_config(config, shape, layers, kind)
     (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    # safetensors makes files for their owner only: all have the mode that the umask gives.
-    (partial / WEIGHTS).chmod((partial / "config.json").stat().st_mode)
+    let_all_read(partial)
     difference = _difference(model, partial, config, tokenizer, dtype)
     if not difference <= TOLERANCE:
         raise SetupError(

@@ -78,8 +78,9 @@ def model_flops(
     def times(target: Target, count: int) -> float:
         """How often `count` elements of a matrix meet a token."""
         if not target.is_of("all"):
-            return count * (trained_tokens if target.weight.layout == "vocabulary" else 0)
+            return count * (trained_tokens if target.kind in ("embedding", "output", "tied") else 0)
         chosen = args.moe_router_topk / args.num_experts if target.weight.of_expert else 1.0
+        chosen = chosen if target.module is None else target.module.share
         return count * chosen * real_tokens
 
     factors = chosen_targets(args.hf_config, args.lora).values()

@@ -74,6 +74,24 @@ def data_parallel_size(args: argparse.Namespace) -> int:
     return int(args.world_size // (tp * pp * args.context_parallel_size))
 
 
+def describe_layout(args: argparse.Namespace) -> str:
+    """One line: how the processes share the model, and what a step is."""
+    cuts = {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+        "FSDP2" if args.use_torch_fsdp2 else "data": data_parallel_size(args),
+    }
+    if (args.expert_model_parallel_size or 1) > 1:
+        cuts["experts (within these)"] = args.expert_model_parallel_size
+    shown = " x ".join(f"{name} {size}" for name, size in cuts.items() if size > 1) or "one"
+    micro = args.micro_batch_size * data_parallel_size(args)
+    return (
+        f"layout: {args.world_size} processes = {shown}; a step is {args.global_batch_size} packs of "
+        f"{args.seq_length} tokens in {args.global_batch_size // micro} micro batches"
+    )
+
+
 def batch_multiple(args: argparse.Namespace) -> int:
     """A number of packs whose every multiple is a global batch that works, evaluation included.
 
