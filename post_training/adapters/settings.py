@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.adapters.modules import Module, modules_of, parameters_of
 from post_training.errors import SetupError
+from post_training.hf.check import expected_tensors
 from post_training.hf.families import Weight, model_weights
 
 if TYPE_CHECKING:
@@ -254,8 +255,7 @@ def describe_adapter(args: argparse.Namespace) -> str | None:
     if args.lora.backend == "transformers":
         whole = parameters_of(args.hf_config)
     else:
-        weights = model_weights(args.hf_config).values()
-        whole = sum(math.prod(shape) for weight in weights for shape in weight.tensors.values())
+        whole = sum(math.prod(shape) for shape in expected_tensors(args.hf_config).values())
     share = trained / (whole + trained)
     return "\n".join(
         [f"LoRA: {trained:,} of {whole + trained:,} parameters are trained ({share:.2%})", *lines]

@@ -24,7 +24,6 @@ from post_training.arguments.backend import check_task, check_transformers
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
-from post_training.hf.config import sliding_window
 from post_training.layout import sizes
 from post_training.machine.device import device_type
 from post_training.quantisation.formats import quantisation_of
@@ -93,12 +92,6 @@ def complete_flags(args: argparse.Namespace) -> None:
     if args.model_backend == "transformers":
         args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
     elif args.hf_config is not None:
-        window = sliding_window(args.hf_config)
-        if window is not None and args.seq_length > window:
-            raise SetupError(
-                f"--seq-length {args.seq_length}: the model attends to {window} tokens only (sliding "
-                f"window), which is not supported; use --seq-length {window} or less"
-            )
         # Rotary positions are computed, not learned: the model's limit is advice, not a table size.
         args.max_position_embeddings = max(args.max_position_embeddings, args.seq_length)
         args.padded_vocab_size = sizes.padded_vocabulary(args.vocab_size, args)
@@ -358,6 +351,15 @@ def _complete_expert_flags(args: argparse.Namespace) -> None:
         raise SetupError(
             f"--moe-router-topk {args.moe_router_topk}: the model has only {args.num_experts} experts"
         )
+    if args.add_bias_linear and args.tensor_model_parallel_size > 1:
+        # Biases of experts whose matrices are split are Megatron's limit.
+        if args.expert_tensor_parallel_size not in (None, 1):
+            raise SetupError(
+                f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size}: experts with biases "
+                f"are whole on a rank; leave the flag out"
+            )
+        args.expert_tensor_parallel_size = 1
+        args.derived.append("expert_tensor_parallel_size")
     if args.moe_grouped_gemm and args.transformer_impl != "transformer_engine":
         raise SetupError("--moe-grouped-gemm needs --transformer-impl transformer_engine")
     kinds = args.moe_router_load_balancing_type

@@ -25,6 +25,7 @@ from post_training.arguments.refused import REFUSED, MegatronFlags
 from post_training.arguments.usage import shorten_help
 from post_training.errors import SetupError
 from post_training.hf.config import NO_MODEL, load_hf_config, megatron_flags, plain_flags
+from post_training.hf.families import family_of
 from post_training.machine.kernels import (
     has_grouped_gemm,
     has_packed_kernel,
@@ -263,6 +264,13 @@ def parse_arguments(
                     f"--hf-model {name}: config.json cannot be used ({error})"
                 ) from error
             derived.update(architecture)
+            if backend == "megatron" and family_of(hf_config).local:
+                if transformer_impl == "transformer_engine":
+                    raise SetupError(
+                        f"--transformer-impl transformer_engine: {hf_config.architectures[0]} is "
+                        f"computed by the local layers only; leave the flag out"
+                    )
+                derived.update(platform_defaults(False))
             if derived["transformer_impl"] == "transformer_engine" and "num_experts" in derived:
                 derived["moe_grouped_gemm"] = has_grouped_gemm()
         unknown = derived.keys() - {action.dest for action in parser._actions}

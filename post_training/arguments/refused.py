@@ -23,6 +23,9 @@ ARCHITECTURE = tuple(
     """
     num_layers hidden_size ffn_hidden_size vocab_size untie_embeddings_and_output_weights
     num_attention_heads group_query_attention num_query_groups kv_channels add_qkv_bias qk_layernorm
+    window_size window_attn_skip_freq softmax_type
+    multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim
+    rope_type rotary_scaling_factor mscale_all_dim
     attention_output_gate normalization layernorm_epsilon layernorm_zero_centered_gamma
     add_bias_linear swiglu squared_relu quick_geglu glu_linear_offset activation_func_clamp_value
     position_embedding_type rotary_base rotary_percent rotary_interleaved
@@ -30,6 +33,7 @@ ARCHITECTURE = tuple(
     use_mup mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim
     mup_attn_scale_power
     num_experts moe_ffn_hidden_size moe_layer_freq moe_router_topk moe_router_pre_softmax
+    moe_router_enable_expert_bias moe_router_bias_update_rate
     moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_apply_probs_on_input moe_latent_size
     moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size

@@ -132,6 +132,17 @@ def sliding_window(config: PretrainedConfig) -> int | None:
     return int(window) if window else None
 
 
+def window_flags(config: PretrainedConfig) -> dict[str, Any]:
+    """Megatron's arguments about sliding windows; none where every layer sees whole documents."""
+    window, layers = sliding_window(config), config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    windowed = [int(kind == "sliding_attention") for kind in kinds]
+    if window is None or not family_of(config).windows or not any(windowed):
+        return {}
+    # Megatron counts the tokens before a query, transformers that one too.
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": windowed}
+
+
 # Of a task that makes its own model: to Megatron its size is nothing.
 NO_MODEL: dict[str, Any] = {
     "num_layers": 1,
@@ -198,6 +209,7 @@ def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
         "init_method_std": config.initializer_range,
+        **window_flags(config),
         **experts,
         **family.flags(config),
     }

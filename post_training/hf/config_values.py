@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 _LARGEST = 2**31 - 1
 # Each layer and each expert has weights of its own, which are listed before they are read.
-_MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000}
+_MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "n_routed_experts": 100_000}
 _NEEDED = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 )
+_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 _ROPE_POSITIVE = (
     *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     *("attention_factor", "beta_fast", "beta_slow"),
@@ -86,8 +87,11 @@ def check_spellings(written: Mapping[str, Any], name: str) -> None:
 def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[str, Any, str]]:
     """Key, value, and what was expected there."""
     value: Any
-    experts = ("num_experts", "num_experts_per_tok", family.experts.size) if family.experts else ()
-    for key in (*_NEEDED, *experts):
+    needed: tuple[str, ...] = _NEEDED
+    if family.experts:
+        needed += (family.experts.count, "num_experts_per_tok", family.experts.size)
+        needed += ("n_shared_experts",) if family.experts.shared else ()
+    for key in (*needed, *(_LATENT if family.latent else ())):
         value, most = getattr(config, key, None), _MOST.get(key, _LARGEST)
         if not _is_size(value) or value > most:
             yield key, value, f"a whole number from 1 to {most}"
@@ -100,8 +104,10 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         yield "num_attention_heads", heads, f"a multiple of num_key_value_heads {groups}"
+    if family.latent:
+        yield from _wrong_latent(config)
     if family.experts:
-        yield from _wrong_experts(config)
+        yield from _wrong_experts(config, getattr(config, family.experts.count))
     layers, without = config.num_hidden_layers, getattr(config, "no_rope_layers", None)
     if without is not None:
         fits = isinstance(without, list) and len(without) >= int(layers or 0)
@@ -123,8 +129,42 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
             yield f"{key} of its rotary embedding", value, "a number above 0"
 
 
-def _wrong_experts(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
-    chosen, experts = config.num_experts_per_tok, config.num_experts
+def _wrong_latent(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
+    low, rotary, heads = config.q_lora_rank, config.qk_rope_head_dim, config.num_attention_heads
+    if low is not None and not _is_size(low):
+        yield "q_lora_rank", low, f"a whole number from 1 to {_LARGEST}, or null"
+    if rotary % 2:
+        yield "qk_rope_head_dim", rotary, "an even number"
+    if config.num_key_value_heads != heads:
+        yield "num_key_value_heads", config.num_key_value_heads, f"num_attention_heads {heads}"
+
+
+def _wrong_groups(config: PretrainedConfig, experts: int) -> Iterator[tuple[str, Any, str]]:
+    """Groups of experts, of which Megatron takes as many for a group's score as it then chooses in one."""
+    groups, chosen, of_groups = config.n_group, config.num_experts_per_tok, config.topk_group
+    scale, first = config.routed_scaling_factor, config.first_k_dense_replace
+    if not _is_size(groups) or experts % groups:
+        yield "n_group", groups, f"a divisor of the {experts} experts"
+    elif not _is_size(of_groups) or of_groups > groups:
+        yield "topk_group", of_groups, f"from 1 to the {groups} groups that there are"
+    elif of_groups < groups and chosen != 2 * of_groups:
+        yield (
+            "num_experts_per_tok",
+            chosen,
+            f"2 for each of topk_group {of_groups} (only this is known)",
+        )
+    if chosen == 1:
+        yield "num_experts_per_tok", chosen, "more than 1, whose weights add up to 1"
+    if not _is_number(scale) or scale <= 0:
+        yield "routed_scaling_factor", scale, "a number above 0"
+    if not _is_index(first):
+        yield "first_k_dense_replace", first, "a number of layers"
+
+
+def _wrong_experts(config: PretrainedConfig, experts: int) -> Iterator[tuple[str, Any, str]]:
+    chosen = config.num_experts_per_tok
+    if hasattr(config, "n_group"):
+        yield from _wrong_groups(config, experts)
     if chosen > experts:
         yield "num_experts_per_tok", chosen, f"at most the {experts} experts that there are"
     step = getattr(config, "decoder_sparse_step", 1)

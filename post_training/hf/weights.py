@@ -7,8 +7,9 @@ group. Loading reads only the rows and columns of this rank, export takes a whol
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,6 +59,17 @@ def _shard(size: int, rank: int, world: int) -> tuple[int, int]:
     return rank * step, (rank + 1) * step
 
 
+def _shape(part: Any) -> Sequence[int]:
+    """That of a tensor in memory or in a file."""
+    return part.shape if isinstance(part, torch.Tensor) else part.get_shape()
+
+
+def _of_expert(value: torch.Tensor, weight: Weight) -> list[torch.Tensor]:
+    """What a tensor that holds every expert says of one, with rows as Megatron has them."""
+    rows = value.T if value.dim() == 2 else value
+    return [rows[::2], rows[1::2]] if weight.layout == "gate_up" else [rows]
+
+
 def read_parameter(
     checkpoint: Sliced,
     weight: Weight,
@@ -78,22 +90,24 @@ def read_parameter(
         Values in the file's dtype. Rows of a padded vocabulary are zero.
     """
     parts = [checkpoint.slice(name) for name in weight.tensors]
+    if weight.expert is not None:
+        parts = _of_expert(parts[0][weight.expert], weight)
     if weight.layout == "replicated":
         return parts[0][:]
     if weight.layout == "vocabulary":
         start = tp_rank * shape[0]
-        rows = parts[0][start : min(start + shape[0], parts[0].get_shape()[0])]
+        rows = parts[0][start : min(start + shape[0], _shape(parts[0])[0])]
         return torch.nn.functional.pad(rows, (0, 0, 0, shape[0] - rows.shape[0]))
     if weight.layout == "columns":
-        start, end = _shard(parts[0].get_shape()[1], tp_rank, tp_size)
+        start, end = _shard(_shape(parts[0])[1], tp_rank, tp_size)
         return parts[0][:, start:end]
-    if weight.layout == "gate_up":
-        start, end = _shard(parts[0].get_shape()[0], tp_rank, tp_size)
+    if weight.layout in ("gate_up", "rows"):
+        start, end = _shard(_shape(parts[0])[0], tp_rank, tp_size)
         return torch.cat([part[start:end] for part in parts])
     first, last = _shard(weight.groups, tp_rank, tp_size)
     by_group = []
     for part in parts:
-        rows_per_group = part.get_shape()[0] // weight.groups
+        rows_per_group = _shape(part)[0] // weight.groups
         rows = part[first * rows_per_group : last * rows_per_group]
         by_group.append(rows.reshape(last - first, rows_per_group, *rows.shape[1:]))
     fused = torch.cat(by_group, dim=1)
@@ -104,9 +118,16 @@ def split_parameter(weight: Weight, value: torch.Tensor) -> Iterator[tuple[str, 
     """Undo `read_parameter` for a whole (not sharded) parameter.
 
     Yields:
-        HuggingFace name and tensor; rows of a padded vocabulary are left out.
+        HuggingFace name and tensor; rows of a padded vocabulary are left out. Where one tensor holds every
+        expert it is this expert's part.
     """
     names, rows = list(weight.tensors), [shape[0] for shape in weight.tensors.values()]
+    if weight.expert is not None:
+        if weight.layout == "gate_up":
+            value = torch.stack(value.chunk(2), dim=1).flatten(0, 1)
+        whole = value.T if value.dim() == 2 else value
+        yield names[0], whole.clone(memory_format=torch.contiguous_format)
+        return
     if weight.layout == "qkv":
         by_group = value.reshape(weight.groups, -1, *value.shape[1:])
         parts = by_group.split([n // weight.groups for n in rows], dim=1)
@@ -121,6 +142,12 @@ def split_parameter(weight: Weight, value: torch.Tensor) -> Iterator[tuple[str, 
 
 def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
     """Parameters of an unwrapped `GPTModel` chunk: name in the chunk, name in a whole model, parameter."""
+    whole = _whole_names(chunk)
+    yield from ((name, whole(name), parameter) for name, parameter in chunk.named_parameters())
+
+
+def _whole_names(chunk: torch.nn.Module) -> Callable[[str], str]:
+    """Turns a name in an unwrapped `GPTModel` chunk into that in a whole model."""
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
@@ -129,21 +156,21 @@ def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.n
     experts = megatron.num_moe_experts or 0
     per_rank = experts // parallel_state.get_expert_model_parallel_world_size()
     first_expert = per_rank * parallel_state.get_expert_model_parallel_rank()
-    for name, parameter in chunk.named_parameters():
-        whole = whole_name(name, first_layer=first_layer, first_expert=first_expert)
-        yield name, whole, parameter
+    return functools.partial(whole_name, first_layer=first_layer, first_expert=first_expert)
 
 
 def _weights(
     chunk: torch.nn.Module, config: PretrainedConfig
-) -> Iterator[tuple[torch.nn.Parameter, Weight]]:
-    """Each parameter of an unwrapped `GPTModel` chunk with what makes it up."""
+) -> Iterator[tuple[torch.Tensor, Weight]]:
+    """Each parameter of an unwrapped `GPTModel` chunk, and what routers add, with what makes it up."""
     every = model_weights(config)
     if config.tie_word_embeddings:
         # The last pipeline stage keeps a copy of the embedding.
         every["output_layer.weight"] = every["embedding.word_embeddings.weight"]
-    for _, name, parameter in named_parameters(chunk):
-        yield parameter, every[name]
+    whole = _whole_names(chunk)
+    for name, tensor in (*chunk.named_parameters(), *chunk.named_buffers()):
+        if isinstance(tensor, torch.nn.Parameter) or name.endswith(".expert_bias"):
+            yield tensor, every[whole(name)]
 
 
 @torch.no_grad()
@@ -194,5 +221,9 @@ def hf_state_dict(chunk: torch.nn.Module, config: PretrainedConfig) -> dict[str,
     state: dict[str, torch.Tensor] = {}
     for parameter, weight in _weights(chunk, config):
         for name, value in split_parameter(weight, parameter.detach()):
-            state.setdefault(name, value)
+            if weight.expert is None:
+                state.setdefault(name, value)
+            else:
+                every = state.setdefault(name, value.new_empty(weight.tensors[name]))
+                every[weight.expert] = value
     return state

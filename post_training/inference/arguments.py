@@ -19,7 +19,7 @@ from post_training.arguments.parser import parse_arguments
 from post_training.arguments.refused import ARCHITECTURE
 from post_training.errors import SetupError
 from post_training.files import DERIVED
-from post_training.hf.config import load_hf_config, sliding_window
+from post_training.hf.config import load_hf_config
 from post_training.job.output import MODEL_FOLDER
 from post_training.machine.kernels import has_transformer_engine
 
@@ -96,9 +96,6 @@ def arguments_of_hf_model(
     precision = _PRECISIONS.get(getattr(config, "dtype", None))
     if precision is not None:
         found[precision] = True
-    window = sliding_window(config)
-    if window is not None:
-        found["seq_length"] = window
     # Nothing is written there: the parser wants a run's folder.
     return _parsed(found | dict(settings or {}), tempfile.gettempdir())
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 import torch
 
 from post_training.adapters.settings import (
     Target,
     chosen_targets,
-    every_target,
     trained_parameters,
 )
 
@@ -60,17 +58,22 @@ def model_flops(
     """
     from megatron.training.training import num_floating_point_operations
 
-    of_all_tokens = num_floating_point_operations(
-        args,
-        batch_size=0,  # read only where the two counts are not given
-        seqlen_squared_sum_in_batch=squared_lengths,
-        total_real_tokens_in_batch=real_tokens,
-    )
-    without_logits = real_tokens - trained_tokens
     head = args.hidden_size * args.padded_vocab_size
-    trained = of_all_tokens - 6 * head * without_logits
+    # Megatron takes another gated activation for one without a gate.
+    shaped = argparse.Namespace(**vars(args) | {"swiglu": args.swiglu or args.quick_geglu})
+
+    def operations(squared: float) -> float:
+        of_all_tokens = num_floating_point_operations(
+            shaped,
+            batch_size=0,  # read only where the two counts are not given
+            seqlen_squared_sum_in_batch=squared,
+            total_real_tokens_in_batch=real_tokens,
+        )
+        return float(of_all_tokens - 6 * head * (real_tokens - trained_tokens))
+
+    trained = operations(squared_lengths)
     if args.lora is None:
-        return float(trained)
+        return trained
 
     def times(target: Target, count: int) -> float:
         """How often `count` elements of a matrix meet a token."""
@@ -80,8 +83,7 @@ def model_flops(
         chosen = chosen if target.module is None else target.module.share
         return count * chosen * real_tokens
 
-    every = every_target(args.hf_config, args.lora.backend).values()
-    frozen = sum(times(t, math.prod(t.shape) * max(1, t.fused)) for t in every if t.is_of("all"))
     factors = chosen_targets(args.hf_config, args.lora).values()
     added = sum(times(t, trained_parameters([t])) for t in factors)
-    return float(trained - 2 * (frozen + head * trained_tokens) + 6 * added)
+    # All products but those of attention.
+    return trained - operations(0.0) / 3 + 6 * added

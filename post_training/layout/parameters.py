@@ -68,7 +68,7 @@ class Sizes:
             ffn,
             args.moe_ffn_hidden_size or ffn,
             args.moe_shared_expert_intermediate_size or 0,
-            2 if args.swiglu else 1,
+            2 if args.swiglu or args.quick_geglu else 1,
         )
 
 
@@ -96,16 +96,18 @@ def layer_parameters(args: argparse.Namespace, *, sparse: bool) -> Parameters:
     whole = 2 * norm * hidden  # lies on every tensor parallel rank
     if args.multi_latent_attention:
         heads, rope = args.num_attention_heads, args.qk_pos_emb_head_dim
-        whole += hidden * (args.kv_lora_rank + rope) + args.kv_lora_rank
-        cut = args.kv_lora_rank * (heads * args.qk_head_dim + sizes.value) + sizes.value * hidden
+        whole += args.kv_lora_rank
+        cut = hidden * (args.kv_lora_rank + rope)
+        cut += args.kv_lora_rank * (heads * args.qk_head_dim + sizes.value) + sizes.value * hidden
         if args.q_lora_rank:
-            whole += hidden * args.q_lora_rank + args.q_lora_rank
-            cut += args.q_lora_rank * sizes.query
+            whole += args.q_lora_rank
+            cut += args.q_lora_rank * (hidden + sizes.query)
         else:
             cut += hidden * sizes.query
     else:
         columns = sizes.query + 2 * sizes.keys
         cut = hidden * (columns + sizes.value) + qkv_bias * columns
+        cut += args.num_attention_heads * (args.softmax_type == "learnable")
         whole += bias * hidden
         if args.qk_layernorm:
             whole += 2 * norm * (sizes.query // args.num_attention_heads)
@@ -113,7 +115,7 @@ def layer_parameters(args: argparse.Namespace, *, sparse: bool) -> Parameters:
         cut += (sizes.gate + 1) * hidden * sizes.feed_forward
         cut += bias * sizes.gate * sizes.feed_forward
         return Parameters(dense=whole + bias * hidden + cut / tp)
-    whole += hidden * args.num_experts
+    whole += (hidden + bias) * args.num_experts
     cut += (sizes.gate + 1) * hidden * sizes.shared
     if sizes.shared and args.moe_shared_expert_gate:
         whole += hidden

@@ -145,6 +145,14 @@ def _check_heads(args: argparse.Namespace) -> None:
                 f"--tensor-model-parallel-size {tp}: the model's {number} {what} cannot be divided by "
                 f"it; sizes that work: {divisors(math.gcd(heads, groups or heads), 64)}"
             )
+    if args.multi_latent_attention:
+        latent = args.kv_lora_rank + args.qk_pos_emb_head_dim
+        for what, number in (("queries", args.q_lora_rank or 0), ("keys and values", latent)):
+            if number % tp:
+                raise SetupError(
+                    f"--tensor-model-parallel-size {tp}: the latent vector of {what} has {number} "
+                    f"elements, which cannot be divided by it; sizes that work: {divisors(number, 64)}"
+                )
     pattern = args.moe_layer_freq
     all_experts = args.num_experts and (
         pattern == 1 or (isinstance(pattern, list) and all(pattern))

@@ -74,6 +74,9 @@ class RunLog:
         """Hear of each evaluation on the validation data, on all ranks."""
         if args.num_experts:
             counters.watch_experts(args.num_layers, args.num_experts)
+        if args.window_size:
+            share = sum(args.window_attn_skip_freq) / args.num_layers
+            counters.window = (1 + args.window_size[0], share)
         hooks.on_step.append(self.on_step)
         hooks.on_save_start.append(self.on_save_start)
         hooks.on_save_end.append(self.on_save_end)

@@ -20,7 +20,8 @@ class StepTotals:
     real_tokens: float
     """Tokens of documents, without padding."""
     squared_lengths: float
-    """Sum over documents of their squared length: what attention costs."""
+    """Sum over documents of their squared length, without what sliding windows leave out: what attention
+    costs, as a mean over layers."""
     data_seconds: float
     """Mean over the ranks that read data of the seconds they waited for it."""
     loss: float
@@ -65,6 +66,8 @@ class StepCounters:
         self.part_names: list[str] = []
         self.gathers_names = False
         """Whether ranks may count what the others have not heard of; every rank must say so alike."""
+        self.window = (0, 0.0)
+        """Tokens of the sliding window, and the share of the layers that have it."""
         self._expert_shape = (0, 0)
         self.reset()
 
@@ -102,7 +105,10 @@ class StepCounters:
         """Count the documents of one pack by their lengths in tokens."""
         self.readers = 1.0
         self.real_tokens += sum(lengths)
-        self.squared_lengths += sum(length * length for length in lengths)
+        window, share = self.window
+        self.squared_lengths += sum(
+            length * length - share * max(0, length - window) ** 2 for length in lengths
+        )
 
     def add_losses(self, losses: Tensor, weights: Tensor, sources: Tensor) -> None:
         """Count the losses of a micro batch, on the last pipeline stage; the device is not waited for.

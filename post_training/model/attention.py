@@ -16,6 +16,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from torch import Tensor
 
 from post_training.batch.packed_documents import PackedDocuments
@@ -29,14 +33,20 @@ class PackedAttention(MegatronModule):
     of squared document lengths:
 
     - on CUDA in bf16 and fp16, one variable-length flash kernel over all documents;
-    - elsewhere (CPU, fp32), scaled-dot-product attention document by document.
+    - elsewhere (CPU, fp32, attention sinks), scaled-dot-product attention document by document; with sinks
+      it holds the scores of one document at a time.
 
     Under context parallelism the keys and values of the whole row are gathered from the group, and each
     piece of this rank's tokens attends to its own document up to itself (`ContextParallelCut`).
 
     Without packed documents (generation with a key/value cache) it is plain attention, causal while the
     prompt is read.
+
+    In layers with a sliding window a query sees the last tokens of its document only. With attention sinks
+    (`--softmax-type learnable`) each head has a score of its own to which no value belongs.
     """
+
+    softmax_offset: torch.nn.Parameter | None
 
     def __init__(
         self,
@@ -48,18 +58,44 @@ class PackedAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
-        """Take the arguments Megatron gives every core attention.
-
-        Raises:
-            ValueError: sliding windows or attention sinks are asked for.
-        """
+        """Take the arguments Megatron gives every core attention."""
         super().__init__(config=config)
-        if config.window_size is not None or config.softmax_type != "vanilla":
-            raise ValueError("sliding windows and attention sinks need Transformer Engine")
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        # Tokens that a query sees, itself among them; Megatron counts those before it.
+        self.window = 1 + config.window_size[0] if windowed and config.window_size else None
+        self.register_parameter("softmax_offset", None)
+        if config.softmax_type == "learnable":
+            self.tp_group = pg_collection.tp
+            heads = config.num_attention_heads // self.tp_group.size()
+            self.softmax_offset = torch.nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
+            tensor_parallel.set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels or 1)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.context_parallel_group = getattr(pg_collection, "cp", None)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What a checkpoint holds: the sinks, split by heads."""
+        if self.softmax_offset is None:
+            return {}
+        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"softmax_offset": self.softmax_offset},
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )
+        return found
 
     def forward(
         self,
@@ -105,7 +141,8 @@ class PackedAttention(MegatronModule):
             return out.permute(2, 0, 1, 3).flatten(2)
         if packed_seq_params.key_indices is not None:
             key, value = self._gather(key, value, packed_seq_params.key_indices)
-        if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0:
+        by_kernel = query.is_cuda and query.dtype != torch.float32 and dropout == 0.0
+        if by_kernel and self._kernel_can():
             return self._varlen(query, key, value, packed_seq_params)
         queries, keys = packed_seq_params.query_lengths, packed_seq_params.key_lengths
         assert queries is not None and keys is not None
@@ -125,25 +162,38 @@ class PackedAttention(MegatronModule):
 
         The backward pass adds up what all ranks' queries say of a key, and gives each rank its own.
         """
-        # The batch dimension is 1: keys and values travel side by side, in one message.
+        # Keys and values travel side by side, in one message.
         both = tensor_parallel.gather_from_sequence_parallel_region(
-            torch.cat([key, value], dim=1), group=self.context_parallel_group
+            torch.cat([key, value], dim=-1), group=self.context_parallel_group
         )
         chosen = both.index_select(0, indices)
-        return chosen[:, :1], chosen[:, 1:]
+        return chosen[..., : key.shape[-1]], chosen[..., key.shape[-1] :]
 
     def _dense(
         self, query: Tensor, key: Tensor, value: Tensor, causal: bool, dropout: float
     ) -> Tensor:
         """Scaled-dot-product attention on [batch, heads, tokens, head_dim].
 
-        `causal` lets the last query see every key, and each one before it one key less.
+        `causal` lets the last query see every key of its window, and each one before it one key less.
         """
+        if self.window is not None and not causal:
+            key, value = key[:, :, -self.window :], value[:, :, -self.window :]
         queries, keys = query.shape[2], key.shape[2]
-        mask = None
-        if causal and queries != keys:
+        windowed = causal and self.window is not None and keys > self.window
+        mask: Tensor | None = None
+        if windowed or self.softmax_offset is not None or (causal and queries != keys):
             mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
-            mask = mask.tril(keys - queries)
+            if causal:
+                mask = mask.tril(keys - queries)
+            if windowed and self.window is not None:
+                mask = mask.triu(keys - queries - self.window + 1)
+        if self.softmax_offset is not None and mask is not None:
+            # One more key, whose score is the sink and whose value is 0.
+            scores = query.new_zeros(queries, keys).masked_fill(~mask, float("-inf"))
+            sinks = self.softmax_offset.to(query.dtype).view(1, -1, 1, 1)
+            both = (scores.expand(1, query.shape[1], -1, -1), sinks.expand(-1, -1, queries, 1))
+            mask = torch.cat(both, dim=-1)
+            key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
         groups = query.shape[1] // key.shape[1]
         if groups > 1 and query.is_cuda and (query.dtype == torch.float32 or mask is not None):
             # Only CUDA's flash kernel takes grouped heads, and it takes neither fp32 nor a mask: torch
@@ -165,6 +215,14 @@ class PackedAttention(MegatronModule):
                 enable_gqa=query.shape[1] != key.shape[1],
             )
 
+    def _kernel_can(self) -> bool:
+        """Whether torch's variable-length kernel knows what this layer asks for."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        if self.window is not None and "window_size" not in _keywords(varlen_attn):
+            return False
+        return self.softmax_offset is None
+
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedDocuments) -> Tensor:
         """The variable-length flash kernel of torch on [tokens, heads, head_dim]."""
         from torch.nn.attention.varlen import varlen_attn
@@ -174,9 +232,11 @@ class PackedAttention(MegatronModule):
         if groups > 1 and "enable_gqa" not in takes:
             key = key.repeat_interleave(groups, dim=2)
             value = value.repeat_interleave(groups, dim=2)
-        options: dict[str, Any] = (
-            {"window_size": (-1, 0)} if "window_size" in takes else {"is_causal": True}
-        )
+        width = value.shape[-1]
+        value = F.pad(value, (0, key.shape[-1] - width))
+        options: dict[str, Any] = {"is_causal": True}
+        if "window_size" in takes:
+            options = {"window_size": (-1 if self.window is None else self.window - 1, 0)}
         if groups > 1 and "enable_gqa" in takes:
             options["enable_gqa"] = True
         if "scale" in takes:
@@ -194,7 +254,7 @@ class PackedAttention(MegatronModule):
             **options,
         )
         assert isinstance(out, Tensor)
-        return out.flatten(1).unsqueeze(1)
+        return out[..., :width].flatten(1).unsqueeze(1)
 
 
 @functools.cache

@@ -18,7 +18,8 @@ from post_training.model.router import DocumentRouter
 
 def uses_packed_attention(settings: Any) -> bool:
     """Whether core attention is our own; `settings` are arguments or a transformer config."""
-    return settings.transformer_impl == "local" or settings.context_parallel_size > 1
+    special = settings.window_size is not None or settings.softmax_type != "vanilla"
+    return special or settings.transformer_impl == "local" or settings.context_parallel_size > 1
 
 
 def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -31,8 +32,9 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
     Returns:
         Megatron's block spec. For `--transformer-impl local` its core attention is `PackedAttention`
         and its norms are `LocalNorm`: Megatron's own refuse packed sequences and sequence parallelism.
-        With Transformer Engine the core attention is replaced under context parallelism only, where its
-        kernels want every document padded. Layers with experts get a `DocumentRouter`.
+        With Transformer Engine the core attention is replaced under context parallelism, where its
+        kernels want every document padded, and in models with sliding windows or sinks. Layers with experts
+        get a `DocumentRouter`.
     """
     transformer = config.transformer
     use_te = transformer.transformer_impl == "transformer_engine"
@@ -54,8 +56,8 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
             continue
         parts.input_layernorm = LocalNorm
         parts.pre_mlp_layernorm = LocalNorm
-        for name in ("q_layernorm", "k_layernorm"):
-            if getattr(attention, name) is not IdentityOp:
+        for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
+            if getattr(attention, name, IdentityOp) is not IdentityOp:
                 setattr(attention, name, LocalNorm)
     if not use_te:
         block.layer_norm = LocalNorm

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.attention import Attention
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
 from post_training.batch.packed_documents import PackedDocuments
 from post_training.hf.rotary import RotaryScaling
@@ -118,9 +119,14 @@ def install_rotary(chunk: torch.nn.Module, scaling: RotaryScaling | None) -> Non
         chunk: a part of the model; nothing happens to one without rotary embeddings.
         scaling: of the HuggingFace configuration, if there is one.
     """
-    if not hasattr(chunk, "rotary_pos_emb"):
+    # Latent attention has an embedding in each layer: one serves all.
+    layers: list[Any] = [m for m in chunk.modules() if isinstance(m, MultiLatentAttention)]
+    owners = [chunk] if hasattr(chunk, "rotary_pos_emb") else layers
+    if not owners:
         return
-    chunk.rotary_pos_emb = PackedRotaryEmbedding(chunk.rotary_pos_emb, scaling)
+    embedding = PackedRotaryEmbedding(owners[0].rotary_pos_emb, scaling)
+    for owner in owners:
+        owner.rotary_pos_emb = embedding
     if scaling is None or scaling.attention_factor == 1.0:
         return
     for module in chunk.modules():

@@ -33,8 +33,17 @@ class DocumentRouter(TopKRouter):
     and are multiplied by all its tokens, trained or not, under `--calculate-per-token-loss`.
     """
 
+    expert_bias: Tensor | None
     documents: RoutedDocuments | None = None
     """Set before each forward pass of the layer (`follow_documents`)."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move the bias that experts are chosen by with the model, but never round it."""
+        bias: Tensor | None = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None:
+            self.expert_bias = bias.to(next(self.parameters()).device)
+        return self
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts.

@@ -46,9 +46,11 @@ def apply() -> None:
 
     from post_training.platform import (
         dataset_helpers,
+        expert_biases,
         fsdp2,
         fused_adam,
         gradient_norm,
+        latent_attention,
         megatron_post_training,
         training_hooks,
     )
@@ -66,6 +68,8 @@ def apply() -> None:
             megatron_post_training,
             dataset_helpers,
             gradient_norm,
+            expert_biases,
+            latent_attention,
             optimizer_shards,
             optimizer_state,
         ),

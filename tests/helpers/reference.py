@@ -130,9 +130,10 @@ class Recipe:
     def make_optimizer(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
         """The same optimizer for the reference: matrices decay, vectors do not."""
         every = list(parameters)
+        decayed = [p for p in every if p.dim() > 1 and not getattr(p, "is_bias", False)]
         groups = [
-            {"params": [p for p in every if p.dim() > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in every if p.dim() <= 1], "weight_decay": 0.0},
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": [p for p in every if all(p is not d for d in decayed)], "weight_decay": 0.0},
         ]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
@@ -216,6 +217,9 @@ def train(
         return {name: value.detach().clone() for name, value in named.items()}
 
     result = Trajectory(start=tensors())
+    for name, tensor in named.items():
+        # One tensor may hold the biases of all experts.
+        setattr(tensor, "is_bias", name.endswith("bias"))  # noqa: B010
     optimizer = recipe.make_optimizer(named.values())
     for step, batch in enumerate(batches(rows, data_file, recipe)):
         tokens = sum(int(examples[row][1][1:].sum()) for row in batch)

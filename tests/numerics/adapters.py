@@ -122,6 +122,8 @@ CASES = (
     Case("ep2-tp2", EP2 + TP2, 4, family="qwen3_moe"),
     Case("etp2", ETP2, 2, family="qwen3_moe"),
     Case("ep2-cp2", EP2 + CP2, 4, family="qwen3_moe"),
+    Case("tp2-sp", TP2 + SP, 2, family="deepseek_v3", settings=ATTENTION),
+    Case("tp2-sp", TP2 + SP, 2, family="gpt_oss", settings=ATTENTION),
     Case("ep2-pp2", EP2 + PP2, 4, family="qwen3_moe"),
     *(
         hf(world, family, slow=(family, world) != ("llama", 2))

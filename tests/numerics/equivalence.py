@@ -70,15 +70,19 @@ MBS4 = ("--micro-batch-size", "4")
 
 
 _GROWN = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
-# Rows are shorter and longer than the original length.
-ROPES: dict[str, dict[str, object]] = {
-    "yarn": {"rope_type": "yarn", **_GROWN},
+# Rows are shorter and longer than the original length, and than the windows.
+VARIANTS: dict[str, dict[str, object]] = {
+    "yarn": {"rope_parameters": {"rope_type": "yarn", **_GROWN}},
     "longrope": {
-        "rope_type": "longrope",
-        **_GROWN,
-        "short_factor": [1.0 + 0.1 * i for i in range(16)],
-        "long_factor": [1.5 + i for i in range(16)],
+        "rope_parameters": {
+            "rope_type": "longrope",
+            **_GROWN,
+            "short_factor": [1.0 + 0.1 * i for i in range(16)],
+            "long_factor": [1.5 + i for i in range(16)],
+        }
     },
+    "window": {"sliding_window": 24},
+    "windows": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
 }
 
 
@@ -95,8 +99,8 @@ class Case:
     tied: bool = False
     dense: tuple[int, ...] = ()
     """Layers without experts, in a model that has some."""
-    rope: str = ""
-    """A scaled rotary embedding of `ROPES`."""
+    variant: str = ""
+    """What of `VARIANTS` its configuration says."""
     recipe: Recipe = ADAM
     slow: bool = True
 
@@ -104,7 +108,7 @@ class Case:
     def name(self) -> str:
         """What pytest and --only call it."""
         words = [self.family, *(["tied"] if self.tied else []), *(["mixed"] if self.dense else [])]
-        words += [self.rope] if self.rope else []
+        words += [self.variant] if self.variant else []
         words += [self.layout]
         words += [self.recipe.optimizer] if self.recipe.optimizer != "adam" else []
         words += ["unpacked"] if self.recipe.packing == "none" else []
@@ -114,10 +118,10 @@ class Case:
     @property
     def truth(self) -> tuple[object, ...]:
         """What the plain loop depends on; cases that share it have one truth."""
-        return self.family, self.layers, self.tied, self.dense, self.rope, self.recipe
+        return self.family, self.layers, self.tied, self.dense, self.variant, self.recipe
 
 
-# Architectures that Megatron's layers do not have (`tests/helpers/architectures.py`).
+# Under their own class of transformers (`tests/helpers/architectures.py`), most have no other way here.
 OTHERS = (
     *(
         "gpt2",
@@ -207,8 +211,62 @@ CASES = (
     Case("pp2", PP2, 2, family="qwen3_moe"),
     Case("tp2-sp", TP2 + SP, 2, family="qwen3_moe"),
     Case("cp2", CP2, 2, family="qwen3_moe"),
-    Case("cp2", CP2, 2, rope="longrope"),
-    Case("tp2-sp", TP2 + SP, 2, rope="yarn"),
+    Case("cp2", CP2, 2, variant="longrope"),
+    Case("tp2-sp", TP2 + SP, 2, variant="yarn"),
+    # Latent attention, a router of groups, a shared expert, a first layer without experts.
+    Case("one", family="deepseek_v3", slow=False),
+    *(
+        Case(layout, flags, world, family="deepseek_v3")
+        for layout, flags, world in (
+            ("mbs4", MBS4, 1),
+            ("dp2", (), 2),
+            ("tp2-sp", TP2, 2),
+            ("pp2-mbs2", PP2 + MBS2, 2),
+            ("cp2", CP2, 2),
+            ("ep2", EP2, 2),
+            ("ep2-tp2", EP2 + TP2, 4),
+            ("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2),
+            ("fsdp2x2", FSDP2, 2),
+        )
+    ),
+    Case("one", family="deepseek_v3", recipe=UNPACKED_SGD),
+    # Sinks, a window in every other layer, clamped experts with biases.
+    Case("one", family="gpt_oss", slow=False),
+    *(
+        Case(layout, flags, world, family="gpt_oss")
+        for layout, flags, world in (
+            ("mbs4", MBS4, 1),
+            ("dp2", (), 2),
+            ("tp2-sp", TP2, 2),
+            ("pp2-mbs2", PP2 + MBS2, 2),
+            ("cp2", CP2, 2),
+            ("ep2", EP2, 2),
+            ("ep2-tp2", EP2 + TP2, 2),
+            ("ep2-tp2-pp2", EP2 + TP2 + PP2, 4),
+            ("fsdp2x2", FSDP2, 2),
+        )
+    ),
+    Case("one", family="gpt_oss", recipe=UNPACKED_SGD),
+    # Sliding windows, in all layers and in some.
+    Case("one", family="mistral", variant="window", slow=False),
+    *(
+        Case(layout, flags, 2, family="mistral", variant="window")
+        for layout, flags in (
+            ("dp2", ()),
+            ("tp2", TP2),
+            ("tp2-sp", TP2 + SP),
+            ("pp2-mbs2", PP2 + MBS2),
+            ("cp2", CP2),
+            ("fsdp2x2", FSDP2),
+        )
+    ),
+    Case("one", family="mistral", variant="window", recipe=UNPACKED),
+    Case("tp2-sp", TP2 + SP, 2, family="mixtral", variant="window"),
+    *(
+        Case(layout, flags, 2, family="qwen3", variant="windows")
+        for layout, flags in (("tp2-sp", TP2 + SP), ("pp2", PP2), ("cp2-mbs2", CP2 + MBS2))
+    ),
+    Case("one", family="qwen3", variant="windows", recipe=UNPACKED),
     # Interleaved pipeline schedules: each rank holds several pieces of the model.
     Case("pp2-vpp2", PP2 + VPP2, 2, layers=4),
     Case("pp2-vpp2-mbs2", PP2 + VPP1LAYER + MBS2, 2, layers=4),
@@ -266,7 +324,7 @@ CASES = (
     *(
         Case(
             f"hf-fsdp2x{world}",
-            (),
+            HF,
             world,
             family=family,
             # Its delta rule is so sensitive to weights that at 2e-3 the first step's rounding (4e-8 of a
@@ -319,10 +377,12 @@ class Matrix:
 
     def model(self, case: Any) -> Path:
         """The folder of a case's model."""
-        folder = self.folder / f"{case.family}-{case.layers}-{case.tied}-{case.dense}-{case.rope}"
+        folder = (
+            self.folder / f"{case.family}-{case.layers}-{case.tied}-{case.dense}-{case.variant}"
+        )
         if not folder.exists():
             options: dict[str, object] = {"mlp_only_layers": list(case.dense)} if case.dense else {}
-            options |= {"rope_parameters": ROPES[case.rope]} if case.rope else {}
+            options |= VARIANTS.get(case.variant, {})
             self.save(folder, case, options)
         return folder
 

@@ -41,7 +41,7 @@ def test_a_coefficient_turns_it_on(words, more):
             ["--moe-expert-capacity-factor", "1.0"],
             "--moe-expert-capacity-factor 1.0 is not supported",
         ),
-        (["--moe-router-enable-expert-bias"], "no place for the biases"),
+        (["--moe-router-enable-expert-bias"], "says False; leave the flag out"),
         (["--moe-grouped-gemm"], "needs --transformer-impl transformer_engine"),
         (
             [

@@ -122,7 +122,12 @@ def test_the_tables_name_flags_of_this_megatron(megatron):
     named |= {*ALREADY_SO, *PART_OF, *PART_OF.values()}
     assert named <= megatron.flags.defaults.keys()
     assert REFUSED_GROUPS.keys() <= {group.title for group in megatron.parser._action_groups}
-    assert not set(ARCHITECTURE) & megatron.flags.refused.keys()
+    from_config_json_only = set(
+        "window_size window_attn_skip_freq softmax_type multi_latent_attention q_lora_rank "
+        "kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_scaling_factor "
+        "mscale_all_dim moe_router_enable_expert_bias moe_router_bias_update_rate".split()
+    )
+    assert set(ARCHITECTURE) & megatron.flags.refused.keys() == from_config_json_only
 
 
 def test_every_field_of_the_models_configuration_is_spoken_for(megatron):
@@ -205,7 +210,7 @@ def test_what_makes_a_model_is_not_changed(megatron, key):
     with pytest.raises(SetupError, match=rf"{key}|--.*--hf-model here says .*; leave the flag out"):
         megatron.flags.check(args, {}, {})
     megatron.flags.check(args, {key: 3.5}, {})  # the configuration says the same
-    if key not in NEEDS_TRANSFORMER_ENGINE:
+    if key not in NEEDS_TRANSFORMER_ENGINE and key not in megatron.flags.refused:
         args.hf_model = None  # described by flags
         megatron.flags.check(args, {}, {})
 
@@ -213,7 +218,7 @@ def test_what_makes_a_model_is_not_changed(megatron, key):
 def test_what_is_refused_is_refused_with_its_reason(megatron):
     assert len(megatron.flags.refused) > 250
     for key, reason in megatron.flags.refused.items():
-        args = changed(megatron.args, **{key: "given"})
+        args = changed(megatron.args, **{key: "given", "hf_model": None})
         with pytest.raises(SetupError) as caught:
             megatron.flags.check(args, {}, {})
         assert str(caught.value).endswith(f" is not supported: {reason}"), key
@@ -241,7 +246,7 @@ def test_what_needs_transformer_engine_is_refused_without(megatron, key):
         ("qwen3_moe", "--moe-router-score-function sigmoid", "sigmoid: --hf-model"),
         ("qwen3_moe", "--moe-router-topk-scaling-factor 2.5", "factor 2.5: --hf-model"),
         ("qwen3", "--qk-l2-norm", "--qk-l2-norm is not supported: attention"),
-        ("qwen3", "--window-size 16,0", "is not supported: attention is causal"),
+        ("qwen3", "--window-size 16,0", "--hf-model here says None; leave the flag out"),
         ("qwen3", "--apply-residual-connection-post-layernorm", "no code of Megatron reads it"),
         ("qwen3", "--use-flash-attn", "--use-flash-attn is not supported: no code of Megatron"),
         ("qwen3", "--no-pad-vocab-size", "--no-pad-vocab-size is not supported: the embedding is"),

@@ -29,13 +29,16 @@ def test_flags_of_a_family(family):
     check_architecture(config, "x")
     flags = megatron_flags(config)
     assert flags["num_layers"] == 2 and flags["hidden_size"] == 64
-    assert flags["num_query_groups"] == 2 and flags["vocab_size"] == config.vocab_size
+    assert flags["vocab_size"] == config.vocab_size
+    assert flags["num_query_groups"] == (4 if family == "deepseek_v3" else 2)
     assert flags["untie_embeddings_and_output_weights"] is False
     assert flags["add_qkv_bias"] is (family in ("qwen2", "seed_oss"))
-    assert flags["qk_layernorm"] is (family in ("qwen3", "qwen3_moe"))
-    assert flags["kv_channels"] == {"mistral": 24, "qwen3": 32, "seed_oss": 32}.get(family, 16)
-    assert flags.get("num_experts") == (4 if family in ("mixtral", "qwen3_moe") else None)
-    assert flags.get("moe_ffn_hidden_size") == {"mixtral": 96, "qwen3_moe": 48}.get(family)
+    assert flags["qk_layernorm"] is (family in ("deepseek_v3", "qwen3", "qwen3_moe"))
+    head_dims = {"deepseek_v3": 8, "mistral": 24, "qwen3": 32, "seed_oss": 32}
+    assert flags["kv_channels"] == head_dims.get(family, 16)
+    experts = {"deepseek_v3": (8, 48), "gpt_oss": (4, 96), "mixtral": (4, 96), "qwen3_moe": (4, 48)}
+    found = (flags.get("num_experts"), flags.get("moe_ffn_hidden_size"))
+    assert found == experts.get(family, (None, None))
     assert flags.get("no_rope_freq") == ([0, 1] if family == "smollm3" else None)
 
 
@@ -166,6 +169,27 @@ def test_sliding_window():
     assert sliding_window(config_of("qwen2", use_sliding_window=False, sliding_window=64)) is None
     assert sliding_window(config_of("qwen2", use_sliding_window=True, sliding_window=64)) == 64
     assert sliding_window(config_of("llama")) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "windowed"),
+    [
+        ("mistral", {"sliding_window": 24}, [1, 1]),
+        ("mistral", {"sliding_window": None}, None),
+        (
+            "qwen2",
+            {"sliding_window": 24, "max_window_layers": 1, "use_sliding_window": True},
+            [0, 1],
+        ),
+        ("qwen2", {"sliding_window": 24, "max_window_layers": 1}, None),
+        ("qwen2", {"sliding_window": 24, "max_window_layers": 2, "use_sliding_window": True}, None),
+        ("llama", {"sliding_window": 24}, None),  # transformers passes over it, too
+    ],
+)
+def test_windows_are_those_of_the_layers_of_transformers(family, options, windowed):
+    flags = megatron_flags(config_of(family, **options))
+    assert flags.get("window_attn_skip_freq") == windowed
+    assert flags.get("window_size") == (windowed and (23, 0))
 
 
 def test_folder_that_is_none(tmp_path, hf_model, monkeypatch):

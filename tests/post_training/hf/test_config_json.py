@@ -31,15 +31,18 @@ def test_an_older_reader_takes_the_same(hf_model, tmp_path, family):
     older = DEFAULTS | {k: v for k, v in written.items() if k not in ("rope_parameters", "dtype")}
     rope = rope_parameters(config)
     assert older["rope_theta"] == rope.pop("rope_theta")
-    assert older["rope_scaling"] == (rope if family == "llama" else None)
+    scaled = family in ("deepseek_v3", "gpt_oss", "llama")
+    assert older["rope_scaling"] == (rope if scaled else None)
     assert older["torch_dtype"] == written["dtype"] == "float32"
     if family in ("mixtral", "qwen3_moe"):
         key = {"mixtral": "num_local_experts", "qwen3_moe": "num_experts"}[family]
         assert older[key] == 4
-    assert config.max_position_embeddings == 512 and older["max_position_embeddings"] == 4000
+    # Frequencies of yarn follow from the limit of the base.
+    limit = 512 if rope.get("rope_type") == "yarn" else 4000
+    assert config.max_position_embeddings == 512 and older["max_position_embeddings"] == limit
     again = AutoConfig.from_pretrained(tmp_path).to_dict()
     assert again == config.to_dict() | {
-        "max_position_embeddings": 4000,
+        "max_position_embeddings": limit,
         "_name_or_path": again["_name_or_path"],
         **{key: again[key] for key in again.keys() - config.to_dict().keys()},
     }

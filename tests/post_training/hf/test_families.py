@@ -30,7 +30,8 @@ def test_names_and_shapes_are_those_of_transformers(hf_model, family, options):
     config = load_hf_config(str(folder))
     saved = load_file(folder / "model.safetensors")
     assert expected_tensors(config) == {n: tuple(tensor.shape) for n, tensor in saved.items()}
-    named = [name for weight in model_weights(config).values() for name in weight.tensors]
+    weights = model_weights(config).values()
+    named = [(name, weight.expert) for weight in weights for name in weight.tensors]
     assert len(named) == len(set(named))
 
 

@@ -23,6 +23,7 @@ LOGITS = 5 * 6 * 64 * 512
         ("smollm3", 64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 96, 64),
         ("mixtral", 64 * (64 + 32 + 32) + 64 * 64 + 2 * 3 * 64 * 96, 64),
         ("qwen3_moe", 64 * (64 + 32 + 32) + 64 * 64 + 2 * 3 * 64 * 48, 64),
+        ("gpt_oss", 64 * (64 + 32 + 32) + 64 * 64 + 2 * 3 * 64 * 96, 64),
     ],
 )
 def test_operations_of_a_step(hf_model, tmp_path, family, layer, heads_width):
@@ -36,6 +37,18 @@ def test_operations_of_a_step(hf_model, tmp_path, family, layer, heads_width):
     factors = 2 * 6 * 16 * 4 * (64 + heads_width)
     frozen = 2 * 4 * layer * 16 + LOGITS * 4 / 6
     assert model_flops(args, **TOTALS) == frozen + factors + attention
+
+
+def test_operations_of_latent_attention(hf_model, tmp_path):
+    """A layer without experts, and one with 4 experts a token and a shared one; and norms."""
+    folder = str(hf_model("deepseek_v3"))
+    words = ["--hf-model", folder, "--output-dir", str(tmp_path / "out"), "--train-iters", "1"]
+    queries = 64 * 24 + 24 * 4 * 24 + 24
+    keys = 64 * (16 + 8) + 16 * 4 * (16 + 12) + 16
+    layers = 2 * (queries + keys + 4 * 12 * 64) + 3 * 64 * 96 + (4 + 1) * 3 * 64 * 48
+    attention = 2 * 3 * 2 * 4 * (24 + 12) * 136 / 2
+    found = model_flops(parse_arguments(words), **TOTALS)
+    assert found == 6 * layers * 16 + LOGITS + attention
 
 
 def test_torch_counts_as_many_in_a_plain_model():

@@ -21,6 +21,14 @@ def test_parameters_are_counted(hf_model, tmp_path, monkeypatch):
     assert checkpoint_bytes(args) == 12 * (parameters + padding)
 
 
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe"])
+def test_latent_attention_and_experts_of_all_kinds_are_counted(hf_model, tmp_path, family):
+    folder, out = str(hf_model(family)), str(tmp_path / "out")
+    args = parse_arguments(["--hf-model", folder, "--output-dir", out, "--train-iters", "1"])
+    parameters = sum(p.numel() for p in load_model(hf_model(family)).parameters())
+    assert count_parameters(args) == parameters + 2 * (512 - 391) * 64
+
+
 @pytest.mark.parametrize(("count", "text"), [(3 * 2**29, "1.5 GiB"), (3 * 2**19, "1.5 MiB")])
 def test_sizes_in_words(count, text):
     assert shown_bytes(count) == text

@@ -21,6 +21,10 @@ def arguments(**changes):
         "world_size": 1,
         "num_attention_heads": 12,
         "group_query_attention": True,
+        "multi_latent_attention": False,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_pos_emb_head_dim": 6,
         "num_query_groups": 4,
         "ffn_hidden_size": 96,
         "num_layers": 6,
@@ -118,6 +122,11 @@ BAD: list[tuple[dict[str, object], list[str], dict[str, object]]] = [
         {"tensor_model_parallel_size": 3, "world_size": 3},
         ["--tensor-model-parallel-size 3", "4 key/value heads", "1, 2, 4"],
         {"tensor_model_parallel_size": 4, "world_size": 4},
+    ),
+    (
+        {"tensor_model_parallel_size": 4, "world_size": 4, "multi_latent_attention": True},
+        ["latent vector of keys and values has 22 elements", "1, 2, 11, 22"],
+        {"tensor_model_parallel_size": 2, "world_size": 4, "multi_latent_attention": True},
     ),
     (
         {"tensor_model_parallel_size": 8, "world_size": 8},

@@ -1,3 +1,7 @@
+import functools
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +25,13 @@ def make(groups, pg_collection=None, **options):
         num_query_groups=groups,
         **({"attention_dropout": 0.0} | options),
     )
-    return PackedAttention(config, 1, AttnMaskType.causal, "self", pg_collection=pg_collection)
+    alone = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
+    attention = PackedAttention(
+        config, 1, AttnMaskType.causal, "self", pg_collection=pg_collection or alone
+    )
+    if attention.softmax_offset is not None:
+        attention.softmax_offset.data = torch.linspace(-1, 2, HEADS, dtype=torch.float64)
+    return attention
 
 
 def inputs(groups):
@@ -36,24 +46,48 @@ def documents(lengths=LENGTHS):
     return PackedDocuments.from_lengths(lengths, qkv_format="sbhd")
 
 
-def dense_reference(query, key, value):
+def dense_reference(query, key, value, window=None, sinks=None):
     """Softmax attention with the whole score matrix and a causal mask, over one document."""
     repeat = HEADS // key.shape[2]
     q = query[:, 0].transpose(0, 1)
     k, v = (x[:, 0].repeat_interleave(repeat, dim=1).transpose(0, 1) for x in (key, value))
     scores = q @ k.transpose(1, 2) / DIM**0.5
     hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
-    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    if window is not None:
+        hidden |= torch.ones_like(hidden).tril(-window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(query), 1)], dim=2)
+    weights = scores.softmax(-1)[:, :, : len(query)]
     return (weights @ v).transpose(0, 1).reshape(len(query), 1, -1)
 
 
-@pytest.mark.parametrize("groups", [4, 2, 1])
-def test_each_document_attends_as_if_alone(groups):
+WINDOW: dict[str, Any] = {"window_size": (3, 0)}
+SINKS: dict[str, Any] = {"softmax_type": "learnable"}
+# By what the configuration says; a window shorter than some documents and longer than others.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": WINDOW,
+    "sinks": SINKS,
+    "window and sinks": WINDOW | SINKS,
+}
+
+
+def reference_of(attention):
+    sinks = attention.softmax_offset
+    return functools.partial(dense_reference, window=attention.window, sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("groups", "kind"), [(4, "plain"), (2, "plain"), (1, "plain"), *((2, k) for k in KINDS)]
+)
+def test_each_document_attends_as_if_alone(groups, kind):
     """Reference's fault: documents in a pack attend to each other."""
-    tensors = inputs(groups)
-    found = make(groups)(*tensors, None, packed_seq_params=documents())
+    attention, tensors = make(groups, **KINDS[kind]), inputs(groups)
+    found = attention(*tensors, None, packed_seq_params=documents())
     parts = zip(*(x.split(LENGTHS) for x in tensors), strict=True)
-    expected = torch.cat([dense_reference(*part) for part in parts])
+    expected = torch.cat([reference_of(attention)(*part) for part in parts])
+    tensors += attention.parameters()
     assert found.shape == (sum(LENGTHS), 1, HEADS * DIM)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     seed = torch.randn_like(found)
@@ -119,10 +153,12 @@ def test_on_cuda_heads_are_repeated_where_no_kernel_takes_groups(
     )
 
 
-def test_a_query_after_the_prompt_sees_every_key():
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_query_after_the_prompt_sees_every_key_of_its_window(kind):
     query, key, value = inputs(2)
-    whole = dense_reference(query, key, value)
-    step = make(2)(query[-1:], key, value, None, attn_mask_type=AttnMaskType.no_mask)
+    attention = make(2, **KINDS[kind])
+    whole = reference_of(attention)(query, key, value)
+    step = attention(query[-1:], key, value, None, attn_mask_type=AttnMaskType.no_mask)
     torch.testing.assert_close(step, whole[-1:], rtol=1e-12, atol=1e-12)
 
 
@@ -153,16 +189,17 @@ def test_dropout_only_while_training_and_apart_on_each_tensor_parallel_rank():
     assert still and also_still
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"window_size": (8, 0)}, {"softmax_type": "learnable"}],
-)
-def test_what_it_cannot_do_is_refused(options):
-    with pytest.raises(ValueError, match="ransformer"):
-        make(4, **options)
+def test_layers_without_a_window_see_whole_documents():
+    config: dict[str, Any] = {"window_size": (3, 0), "window_attn_skip_freq": [0]}
+    tensors = inputs(2)
+    found, expected = (
+        make(2, **options)(*tensors, None, packed_seq_params=documents())
+        for options in (config, {})
+    )
+    assert torch.equal(found, expected)
 
 
-def _attend_on_ranks(groups: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def _attend_on_ranks(groups: int, kind: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """This context parallel rank's part of the output, and of the gradients of query, key and value."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -172,7 +209,8 @@ def _attend_on_ranks(groups: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
     parallel_state.initialize_model_parallel(context_parallel_size=size)
     cut = cut_for(size, torch.distributed.get_rank())
     local = [x.detach()[cut.local_indices].requires_grad_() for x in inputs(groups)]
-    attention = make(groups, pg_collection=ProcessGroupCollection.use_mpu_process_groups())
+    groups_of_ranks = ProcessGroupCollection.use_mpu_process_groups()
+    attention = make(groups, pg_collection=groups_of_ranks, **KINDS[kind])
     out = attention(*local, None, packed_seq_params=PackedDocuments.from_cut(cut, LENGTHS))
     grads = torch.autograd.grad(out, local, seed(out.shape[2])[cut.local_indices])
     return out.detach(), list(grads)
@@ -188,12 +226,12 @@ def seed(width):
     return torch.randn(sum(LENGTHS), 1, width, dtype=torch.float64, generator=generator)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_context_parallel_ranks_together_do_what_one_does(size):
+@pytest.mark.parametrize(("size", "kind"), [(2, "plain"), (4, "plain"), (2, "window and sinks")])
+def test_context_parallel_ranks_together_do_what_one_does(size, kind):
     tensors = inputs(2)
-    whole = make(2)(*tensors, None, packed_seq_params=documents())
+    whole = make(2, **KINDS[kind])(*tensors, None, packed_seq_params=documents())
     expected = [whole, *torch.autograd.grad(whole, tensors, seed(whole.shape[2]))]
-    for rank, (out, grads) in enumerate(run_ranks(_attend_on_ranks, size, 2)):
+    for rank, (out, grads) in enumerate(run_ranks(_attend_on_ranks, size, 2, kind)):
         local = cut_for(size, rank).local_indices
         for found, right in zip([out, *grads], expected, strict=True):
             torch.testing.assert_close(found, right[local], rtol=1e-11, atol=1e-12)
