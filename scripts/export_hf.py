@@ -6,7 +6,7 @@ python scripts/export_hf.py --output-dir runs/lora --adapter
 Of a run with --lora-rank the whole model with its factors merged, or with --adapter these alone, as PEFT
 stores them.
 
-One process on the CPU; the result is reloaded with transformers and its logits are compared with the
+One process on the CPU. A draft's base is run, too, and so must be there with its weights. The result is reloaded with transformers and its logits are compared with the
 Megatron model's before it is moved into place.
 """
 
@@ -34,7 +34,9 @@ from post_training.export.adapter import check_peft, export_adapter
 from post_training.export.draft import export_draft
 from post_training.export.hf import DTYPES, export_hf, shard_size
 from post_training.files import config_of_run
-from post_training.hf.folder import check_export
+from post_training.hf.check import check_hf_weights
+from post_training.hf.config import load_hf_config
+from post_training.hf.folder import check_export, local_model_folder
 from post_training.inference.load import load_model
 from post_training.inference.quiet import hush, quiet_libraries
 
@@ -57,6 +59,9 @@ def main() -> int:
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of the weights (default: the run's precision)"
     )
+    parser.add_argument(
+        "--base", help="of a draft: where its base lies now (default: the run's --hf-model)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--adapter", action="store_true", help="the factors of --lora-rank, for PEFT")
     what.add_argument(
@@ -77,6 +82,11 @@ def main() -> int:
                 raise SetupError(f"--{flag}: {run} was trained without --lora-rank, as a whole")
         if options.adapter:
             check_peft()
+        if options.base and not config.get("draft"):
+            raise SetupError(f"--base: {run} trained no draft")
+        if config.get("draft"):
+            base = local_model_folder(options.base or config["hf_model"])
+            check_hf_weights(base, load_hf_config(str(base)))
         with quiet_libraries():
             loaded = load_model(
                 model_config,
@@ -88,14 +98,16 @@ def main() -> int:
         if args.draft is not None:
             difference = export_draft(
                 loaded.model,
-                args.hf_config,
+                args,
                 loaded.tokenizer,
                 target,
+                base=base,
+                model_config=model_config,
                 dtype=DTYPES.get(options.dtype),
             )
             print(
-                f"{loaded.source} -> {target}: read as a server reads it, logits of all steps agree "
-                f"within {difference:.1e} of the largest one"
+                f"{loaded.source} -> {target}: behind {base} as a server runs it, logits of all steps "
+                f"agree within {difference:.1e} of the largest one"
             )
             return 0
         chunks, loaded.model = [loaded.model], None
