@@ -41,6 +41,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 
 from data import DataError
+from data.features.dataset import OfflineDataset
 from model_provider import check_weights, model_config
 from post_training.adapters.settings import describe_adapter
 from post_training.arguments.completion import complete_run, keep_date, validate
@@ -62,6 +63,7 @@ from post_training.checkpoint.saver import CheckpointSaver
 from post_training.distillation.acceptance import report_acceptance
 from post_training.distillation.draft_forward import part_names
 from post_training.distillation.features import (
+    check_states,
     draft_tokens,
     stored_features,
     stored_names,
@@ -301,6 +303,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
             )
         stored_features(args)  # rather refused now than at the first step
+        for split in splits.values():
+            if isinstance(split.packs, OfflineDataset):
+                check_states(split.packs.features, args)
         keep_date(args, template_date(splits))
         taught = teaching(args, splits, settings, teacher)
         position = find_position(args, splits.get("train"), start.continued, taught)

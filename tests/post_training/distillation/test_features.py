@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
 from data.documents.documents import Documents
+from data.features.dataset import open_features
 from data.features.manifest import hidden_fields
 from data.features.writer import FeatureWriter
 from data.prepare.prepare import prepare_rows
@@ -15,13 +17,14 @@ from model_provider import check_weights
 from post_training.arguments.parser import parse_arguments
 from post_training.distillation import features
 from post_training.distillation.features import (
+    check_states,
     made_by,
     stored_features,
     stored_names,
     wanted_features,
 )
 from post_training.errors import SetupError
-from tests.helpers.models import edit_json, make_tokenizer
+from tests.helpers.models import edit_json, load_model, make_tokenizer
 from tests.helpers.rows import CHATML, make_rows
 
 
@@ -68,6 +71,45 @@ def test_features_are_of_weights_tokens_and_architecture(parse, hf_model, tmp_pa
 def test_a_new_draft_needs_a_trained_base_and_its_tokens(parse, flags, said):
     with pytest.raises(SetupError, match=said):
         check_weights(parse(*flags.split()), None)
+
+
+@pytest.fixture
+def sample(hf_model, tmp_path):
+    """Save what a base computes of a document as other dumpers do; returns the folder's features."""
+
+    def save(**changes):
+        ids = torch.arange(20) + 3
+        base = load_model(hf_model("qwen3"))
+        last: list[torch.Tensor] = []
+        base.model.layers[-1].register_forward_hook(lambda m, a, out: last.append(out))
+        with torch.no_grad():
+            states = base(ids[None], output_hidden_states=True).hidden_states
+        aux = torch.cat([*states[:2], last[0].view(1, 20, -1)], dim=-1)[0]
+        (tmp_path / "pt").mkdir()
+        found = {"input_ids": ids, "hidden_states": states[-1][0], "aux_hidden_states": aux}
+        torch.save(
+            {**found, **{k: f(found, last) for k, f in changes.items()}}, tmp_path / "pt/0.pt"
+        )
+        return open_features(tmp_path / "pt")
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"aux_hidden_states": lambda f, last: f["aux_hidden_states"].bfloat16(),
+          "hidden_states": lambda f, last: f["hidden_states"].bfloat16()}, None),
+        ({"hidden_states": lambda f, last: last[0].view(20, -1)}, "behind the final norm"),
+        ({"input_ids": lambda f, last: f["input_ids"] * 2}, "the embedding of its tokens"),
+        ({"aux_hidden_states": lambda f, last: f["aux_hidden_states"].roll(64, 1)}, "--aux-layers"),
+    ],
+)  # fmt: skip
+def test_states_of_unknown_origin_bear_the_marks_of_the_base(parse, sample, changes, said):
+    args = parse("--export-offline-model", "--offline-distillation-data", "F")
+    with pytest.raises(SetupError, match=said) if said else nullcontext():
+        check_states(sample(**changes), args)
 
 
 def write(folder, documents: Documents, dtype, kind):
