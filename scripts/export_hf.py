@@ -6,8 +6,8 @@ python scripts/export_hf.py --output-dir runs/lora --adapter
 Of a run with --lora-rank the whole model with its factors merged, or with --adapter these alone, as PEFT
 stores them.
 
-One process on the CPU. A draft's base is run, too, and so must be there with its weights. The result is reloaded with transformers and its logits are compared with the
-Megatron model's before it is moved into place.
+One process on the CPU; the result is reloaded with transformers and its logits are compared with the
+Megatron model's before it is moved into place. A draft's base is run for that, and must be there.
 """
 
 # ruff: noqa: E402 - the device must be chosen before torch is imported

@@ -46,7 +46,11 @@ from post_training.inference.quiet import hush, quiet_libraries
 REFUSED = (
     ("task", None, "features are made of conversations"),
     ("model_backend", "megatron", "Megatron's layers compute features; leave it out"),
-    ("lora", None, "merge the factors first, with scripts/export_hf.py, and extract from that folder"),
+    (
+        "lora",
+        None,
+        "merge the factors first, with scripts/export_hf.py, and extract from that folder",
+    ),
     ("context_parallel_size", 1, "a document's hidden states are stored by one rank"),
     ("num_layers_per_virtual_pipeline_stage", None, "stages are not interleaved here"),
     ("num_virtual_stages_per_pipeline_rank", None, "stages are not interleaved here"),

@@ -28,10 +28,6 @@ def propose(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         int64 [1, 1] and int64 [1, drafted].
     """
-    draft = getattr(model, "draft", None)
-    if draft is not None:  # one of this project's
-        found: tuple[Tensor, Tensor] = draft.propose(model, tokens)
-        return found
     method = model.pseudo_speculative_generate
     if "input_ids" in inspect.signature(method).parameters:
         base, drafts = method(tokens)

@@ -33,7 +33,7 @@ def export_draft(
     model_config: ModelConfig,
     dtype: torch.dtype | None = None,
 ) -> float:
-    """Write the draft of a model, run it behind its base as a server does and compare what both would draft.
+    """Write the draft of a model, run it behind its base as a server does, and compare.
 
     Args:
         model: the whole unwrapped model in evaluation mode, with its draft.

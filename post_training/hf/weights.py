@@ -32,7 +32,7 @@ _FUSED_NORMS = {
 
 
 class Sliced(Protocol):
-    """Whole tensors of which parts are read, each by `get_shape()` and indexing."""
+    """Whole tensors of which parts are read: of files, by `get_shape()` and indexing, or in memory."""
 
     def slice(self, name: str) -> Any:
         """The tensor of a name."""
@@ -78,22 +78,23 @@ def read_parameter(
         Values in the file's dtype. Rows of a padded vocabulary are zero.
     """
     parts = [checkpoint.slice(name) for name in weight.tensors]
+    sizes = [x.shape if isinstance(x, torch.Tensor) else x.get_shape() for x in parts]
     if weight.layout == "replicated":
         return parts[0][:]
     if weight.layout == "vocabulary":
         start = tp_rank * shape[0]
-        rows = parts[0][start : min(start + shape[0], parts[0].get_shape()[0])]
+        rows = parts[0][start : min(start + shape[0], sizes[0][0])]
         return torch.nn.functional.pad(rows, (0, 0, 0, shape[0] - rows.shape[0]))
     if weight.layout == "columns":
-        start, end = _shard(parts[0].get_shape()[1], tp_rank, tp_size)
+        start, end = _shard(sizes[0][1], tp_rank, tp_size)
         return parts[0][:, start:end]
     if weight.layout == "gate_up":
-        start, end = _shard(parts[0].get_shape()[0], tp_rank, tp_size)
+        start, end = _shard(sizes[0][0], tp_rank, tp_size)
         return torch.cat([part[start:end] for part in parts])
     first, last = _shard(weight.groups, tp_rank, tp_size)
     by_group = []
-    for part in parts:
-        rows_per_group = part.get_shape()[0] // weight.groups
+    for part, size in zip(parts, sizes, strict=True):
+        rows_per_group = size[0] // weight.groups
         rows = part[first * rows_per_group : last * rows_per_group]
         by_group.append(rows.reshape(last - first, rows_per_group, *rows.shape[1:]))
     fused = torch.cat(by_group, dim=1)

@@ -123,7 +123,9 @@ def _export_run(output_dir, fault=None):
     names = draft_export.__dict__
     save, config = names["save_file"], names["draft_config"]
 
-    def permuted(tensors, *args, **more):  # drafted tokens in another order, which `t2d` does not show
+    def permuted(
+        tensors, *args, **more
+    ):  # drafted tokens in another order, which `t2d` does not show
         rows = torch.arange(len(tensors["d2t"]))
         save({**tensors, "d2t": (tensors["d2t"] + rows).roll(1) - rows}, *args, **more)
 

@@ -5,6 +5,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -140,3 +141,14 @@ def test_splits_of_another_dtype_are_refused(parse, tmp_path):
     assert stored_features(args)["hidden_states"] == (64, torch.float32)
     with pytest.raises(SetupError, match="name them by --offline-distillation-data"):
         stored_names(parse("--export-offline-model", "--eval-only", "--valid-data-files", "v"))
+
+
+def test_trained_tokens_are_counted_and_equals_go_to_the_lower():
+    documents = [
+        (np.array([9, 9, 9, 5, 7], np.int32), np.array([0, 0, 0, 1, 1], np.uint8)),
+        (np.array([7, 3, 5, 7], np.int32), np.array([1, 1, 1, 0], np.uint8)),
+    ]
+    # 5 and 7 twice, 3 once, the others never; 9 only where it is not trained.
+    find = features.most_trained_tokens
+    assert torch.equal(find(documents, 2, 12), torch.tensor([5, 7]))
+    assert torch.equal(find(documents, 4, 12), torch.tensor([0, 3, 5, 7]))
