@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from post_training.distillation.draft_attention import rotated
 from post_training.errors import SetupError
 from post_training.hf.draft import AUX_LAYERS, DraftShape
 from post_training.hf.rotary import inverse_frequencies
@@ -42,9 +43,9 @@ class ServedDraft:
         Raises:
             SetupError: it is no draft, a tensor is missing or has another shape, or `d2t` leads outside.
         """
-        self.folder = Path(folder)
         from transformers import LlamaConfig
 
+        self.folder = Path(folder)
         try:
             config = self.config = _checked(json.loads((self.folder / "config.json").read_text()))
             drafted: int = config["draft_vocab_size"]
@@ -122,8 +123,8 @@ class ServedDraft:
         )
         places = torch.arange(position, position + len(tokens)).float()
         angles = torch.outer(places, self._frequencies).repeat(1, 2)[:, None]
-        query = _rotated(projected(read, "q", shape.heads), angles)
-        key = _rotated(projected(read, "k", shape.key_value_heads), angles)
+        query = rotated(projected(read, "q", shape.heads), angles)
+        key = rotated(projected(read, "k", shape.key_value_heads), angles)
         self._keys = torch.cat([self._keys, key])
         self._values = torch.cat([self._values, projected(read, "v", shape.key_value_heads)])
         seen = torch.ones(len(tokens), len(self._keys), dtype=torch.bool)
@@ -197,8 +198,3 @@ def _checked(config: Any) -> dict[str, Any]:
             f"config.json counts layers twice, as {inputs} and {outputs!r}: not the same"
         )
     return config
-
-
-def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()
