@@ -85,7 +85,12 @@ def main() -> int:
         if options.base and not config.get("draft"):
             raise SetupError(f"--base: {run} trained no draft")
         if config.get("draft"):
-            base = local_model_folder(options.base or config["hf_model"])
+            try:
+                base = local_model_folder(options.base or config["hf_model"])
+            except SetupError as error:
+                raise SetupError(
+                    f"{error}; --base FOLDER says where the draft's base lies"
+                ) from error
             check_hf_weights(base, load_hf_config(str(base)))
         with quiet_libraries():
             loaded = load_model(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -59,11 +59,8 @@ def layer_spec(config: Any) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer], layer_norm=LocalNorm)
 
 
-@contextmanager
-def own_layers() -> Iterator[None]:
-    """Around whatever makes ModelOpt build a draft: `add_draft`, and restoring its state."""
-    with built_from(LocalNorm, layer_spec):
-        yield
+# Around whatever makes ModelOpt build a draft: `add_draft`, and restoring its state.
+own_layers = functools.partial(built_from, LocalNorm, layer_spec)
 
 
 def modelopt_config(
