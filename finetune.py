@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import os
 import signal
 import sys
@@ -23,6 +24,9 @@ from post_training.arguments.usage import announce
 
 if __name__ == "__main__":
     announce(sys.argv[1:])
+
+# What imports make stays: looking for garbage among it takes a tenth of their time, and later of each look.
+gc.disable()
 
 from post_training import platform
 from post_training.arguments.command_line import CommandLine
@@ -40,7 +44,7 @@ from megatron.training import get_args, pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 
-from data import DataError
+from data import DataError, SFTDataset
 from data.features.dataset import OfflineDataset
 from model_provider import check_weights, model_config
 from post_training.adapters.settings import describe_adapter
@@ -51,6 +55,7 @@ from post_training.batch.data_report import describe
 from post_training.batch.iterators import split_iterators
 from post_training.batch.splits import (
     Split,
+    calibration_data,
     check_same_documents,
     evaluation_batches,
     first_prompts,
@@ -90,9 +95,13 @@ from post_training.tasks.model import task_model_config
 from post_training.tasks.rows import TaskRows, describe_rows, row_iterators, task_splits
 from post_training.tasks.step import TaskStep
 from post_training.tasks.task import load_task
+from post_training.training.calibration import Calibration
 from post_training.training.early_stopping import EarlyStopping
 from post_training.training.loss import loss_func, trained_token_loss
 from post_training.training.safeguards import install_safeguards
+
+gc.freeze()
+gc.enable()
 
 # Exports a run to HuggingFace, as a command.
 EXPORTER = Path(__file__).resolve().parent / "scripts" / "export_hf.py"
@@ -202,6 +211,7 @@ def finetune(
     teacher: Teacher | None,
     task: Any = None,
     rows: dict[str, TaskRows] | None = None,
+    calibration: SFTDataset | None = None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
     set_global_variables(args, build_tokenizer=False)
@@ -224,6 +234,13 @@ def finetune(
     if task is not None:
         step = TaskStep(task, args.task, run_log.progress.message)
         counters.gathers_names = True
+    quantised = None
+    if calibration is not None:
+        known = start.checkpoint is not None and start.checkpoint.has_modelopt
+        quantised = Calibration(
+            args, calibration, forward_step, run_log.progress.message, quantised=known
+        )
+        hooks.on_train_start.append(quantised.begin)
     install_safeguards(args, forward_step, splits.get("train"), run_log)
 
     def provider(num_samples: Sequence[int], vp_stage: int | None = None) -> Any:
@@ -265,6 +282,8 @@ def finetune(
                 non_loss_data_func, run_log=run_log, prompts=prompts
             ),
         )
+        if quantised is not None and run_log.last_iteration >= (args.train_iters or 0):
+            quantised.end()
     found = None if best is None else best.best_iteration
     report_end(args, console, graceful, run_log.last_iteration, EXPORTER, found)
 
@@ -302,6 +321,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             tokenizer, splits = prepare_data(
                 args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
             )
+        calibration = None
+        if args.quantisation is not None:
+            calibration = calibration_data(args, splits, tokenizer)
         stored_features(args)  # rather refused now than at the first step
         for split in splits.values():
             if isinstance(split.packs, OfflineDataset):
@@ -328,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         complete_run(args, **start.flags(), **place, evaluates=evaluates)
         validate(args)
         started = True
-        finetune(args, console, splits, start, position, teacher, task, rows)
+        finetune(args, console, splits, start, position, teacher, task, rows, calibration)
     except (SetupError, DataError, RunStopped) as error:
         watchdog.fail()
         return tell(error, console, started=started)

@@ -29,6 +29,7 @@ from post_training.machine.device import device_type
 from post_training.model.layer_spec import decoder_block_spec, uses_packed_attention
 from post_training.model.rotary import install_rotary
 from post_training.model.router import follow_documents
+from post_training.platform import modelopt_quantisation
 
 
 def model_config(
@@ -76,9 +77,7 @@ def model_config(
     if args.num_experts:
         hooks.append(functools.partial(follow_documents))
     if checkpoint is not None and checkpoint.has_modelopt:
-        hooks.append(
-            functools.partial(_convert_by_modelopt, folder=str(checkpoint.path), args=args)
-        )
+        hooks.append(functools.partial(_convert_by_modelopt, checkpoint=checkpoint, args=args))
     if from_hf:
         hooks.append(
             functools.partial(_fill_weights, folder=args.hf_model, hf_config=args.hf_config)
@@ -162,10 +161,14 @@ def _move_to_gpu(chunks: list[torch.nn.Module]) -> list[torch.nn.Module]:
 
 
 def _convert_by_modelopt(
-    chunks: list[torch.nn.Module], folder: str, args: argparse.Namespace
+    chunks: list[torch.nn.Module], checkpoint: Checkpoint, args: argparse.Namespace
 ) -> list[torch.nn.Module]:
     """Make of the fresh model what its checkpoint is of; the weights follow later."""
     from modelopt.torch.opt.plugins import restore_sharded_modelopt_state
+
+    folder = str(checkpoint.path)
+    if "quantisation" in (checkpoint.manifest or {}).get("origin", {}):
+        modelopt_quantisation.apply()  # as when it was saved
 
     if args.draft is None:
         restore_sharded_modelopt_state(chunks, folder)

@@ -17,6 +17,7 @@ DEPENDENCIES = [
     # data
     "datasets",
     "jinja2>=3.1",
+    "tiktoken",
     "numpy",
     "filelock>=4",  # leaves what is written in a lock file; forked processes do not hold it
     "pyarrow",

@@ -40,6 +40,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["machine", "hf", "platform/patches"],
         ["platform/cpu", "platform/checkpoints", "adapters"],
         ["platform", "layout"],
+        ["quantisation"],
         ["arguments", "metrics"],
         ["batch", "job"],
         ["model", "checkpoint"],

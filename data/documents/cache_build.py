@@ -46,12 +46,6 @@ class ShardSink(Protocol):
         """Take the next shard."""
 
 
-def add_counts(total: Counter[str], more: dict[str, int]) -> None:
-    """Add the counts of a shard."""
-    for name, value in more.items():
-        total[name] = max(total[name], value) if name in _MAXIMA else total[name] + value
-
-
 def report_of(counts: Counter[str], bad_rows: list[list[str]]) -> dict[str, Any]:
     """The report of a build, from its counts.
 
@@ -77,7 +71,7 @@ def report_of(counts: Counter[str], bad_rows: list[list[str]]) -> dict[str, Any]
     report["empty_answers"] = counts["empty answers"]
     report["unread"] = named(UNREAD)
     report["dropped"] = named("dropped: ")
-    report["bad_rows"] = bad_rows[:_BAD_ROWS_IN_REPORT]
+    report["bad_rows"] = bad_rows
     return report
 
 
@@ -92,15 +86,12 @@ class MemorySink:
 
     def __init__(self) -> None:
         self.shards: list[Shard] = []
-        self.counts: Counter[str] = Counter()
-        self.bad_rows: list[list[str]] = []
+        self.finished = Finished()
 
     def add(self, shard: Shard) -> None:
         """Take the next shard."""
         self.shards.append(shard)
-        add_counts(self.counts, shard.counts)
-        room = _BAD_ROWS_IN_REPORT - len(self.bad_rows)
-        self.bad_rows += [list(row) for row in shard.bad_rows[: max(0, room)]]
+        self.finished.add(shard.counts, [list(row) for row in shard.bad_rows])
 
     def documents(self, fingerprint: str) -> Documents:
         """All documents so far."""
@@ -115,7 +106,7 @@ class MemorySink:
             provenance=np.concatenate([shard.provenance for shard in shards]),
             hashes=np.concatenate([shard.hashes for shard in shards]),
             fingerprint=fingerprint,
-            report=report_of(self.counts, self.bad_rows),
+            report=self.finished.report(),
             pictures=PictureTable(lines, sizes) if len(lines) else None,
         )
 
@@ -184,7 +175,7 @@ class FolderSink:
             "fingerprint": fingerprint,
             "documents": documents,
             "tokens": total,
-            "report": report_of(self.finished.counts, self.finished.bad_rows) | extra,
+            "report": self.finished.report() | extra,
         }
         manifest["contents"] = map_documents(self.folder, manifest).contents
         manifest["crc32"] = {n: check_sum(self.folder / n) for n in (*ALL_FILES, "offsets.bin")}
@@ -243,9 +234,14 @@ class Finished:
     def add(self, counts: dict[str, int], bad_rows: list[list[str]]) -> None:
         """Count one more."""
         self.done += 1
-        add_counts(self.counts, counts)
-        room = _BAD_ROWS_IN_REPORT - len(self.bad_rows)
-        self.bad_rows += bad_rows[: max(0, room)]
+        for name, value in counts.items():
+            before = self.counts[name]
+            self.counts[name] = max(before, value) if name in _MAXIMA else before + value
+        self.bad_rows = [*self.bad_rows, *bad_rows][:_BAD_ROWS_IN_REPORT]
+
+    def report(self) -> dict[str, Any]:
+        """As ``report_of``."""
+        return report_of(self.counts, self.bad_rows)
 
 
 def read_journal(folder: Path) -> Finished:

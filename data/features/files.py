@@ -30,26 +30,18 @@ class FileSum:
         """Read a file."""
         return FileSum(file, (folder / file).stat().st_size, check_sum(folder / file, whole=True))
 
-    def require_size(self, folder: Path) -> None:
-        """Refuse a file that is not there or not whole.
+    def require(self, folder: Path, *, contents: bool) -> None:
+        """Refuse a file that is not whole; with ``contents`` one whose bytes are others than were written.
 
         Raises:
-            DataError: it is missing, or has another size.
+            DataError: it is missing, or its size or check sum is another.
         """
         path = folder / self.file
-        found = path.stat().st_size if path.is_file() else None
-        if found != self.bytes:
-            has = "is missing" if found is None else f"has {found:,} bytes"
+        size = path.stat().st_size if path.is_file() else None
+        if size != self.bytes:
+            has = "is missing" if size is None else f"has {size:,} bytes"
             raise DataError(f"{path}: {has}; {self.bytes:,} bytes were written. {_MEND}")
-
-    def require_sum(self, folder: Path) -> None:
-        """Refuse a file whose bytes are others than were written.
-
-        Raises:
-            DataError: the check sum is another.
-        """
-        path = folder / self.file
-        if (found := check_sum(path, whole=True)) != self.crc32:
+        if contents and (found := check_sum(path, whole=True)) != self.crc32:
             raise DataError(
                 f"{path}: changed or damaged: its check sum is {found:08x}, that of what was written "
                 f"{self.crc32:08x}. {_MEND}"

@@ -64,14 +64,11 @@ class FeatureReader:
         self.manifest = manifest = read_manifest(self.folder)
         self.fields = {field.name: field for field in manifest.fields}
         self.made_by: dict[str, Any] | None = manifest.made_by
-        for part in (*manifest.document_files, *manifest.shards):
-            part.require_size(self.folder)
-        for part in manifest.document_files:
-            part.require_sum(self.folder)
         self._checked = sum(shard.bytes for shard in manifest.shards) <= CHECKED_WHEN_OPENED
-        if self._checked:
-            for part in manifest.shards:
-                part.require_sum(self.folder)
+        for part in manifest.document_files:
+            part.require(self.folder, contents=True)
+        for part in manifest.shards:
+            part.require(self.folder, contents=self._checked)
         self.documents = open_documents(self.folder / DOCUMENTS)
         if self.documents.contents != manifest.contents:
             raise DataError(
@@ -112,7 +109,7 @@ class FeatureReader:
                 return self._files[shard]
             part = self.manifest.shards[shard]
             if not self._checked:
-                part.require_sum(self.folder)
+                part.require(self.folder, contents=True)
             path = self.folder / part.file
             last = part.first_document + part.documents
             wanted = {

@@ -247,8 +247,7 @@ class FeatureWriter:
         entry = None if shard in self._complete else self._entry(shard)
         if entry is not None:
             with suppress(DataError):  # what is not as it is noted is written anew
-                entry.require_size(self.folder)
-                entry.require_sum(self.folder)
+                entry.require(self.folder, contents=True)
                 self._complete.add(shard)
         return shard in self._complete
 
@@ -283,7 +282,7 @@ class FeatureWriter:
                 raise DataError(
                     f"{self.folder}: shard {shard} of {len(self)} is not written yet. Extract on."
                 )
-            entry.require_size(self.folder)
+            entry.require(self.folder, contents=False)
             tokens = int(self._rows["token"][documents.start : documents.stop].sum())
             shards.append(
                 ShardFile(

@@ -109,12 +109,6 @@ class PrepareOptions:
             return None
 
 
-def needs_format(tokenizer: PreTrainedTokenizerBase, settings: PrepareOptions) -> bool:
-    """Whether the format has to be known before anything else: without a template only some will do."""
-    given = settings.conversation_format, settings.chat_template, settings.dataset_template
-    return not tokenizer.chat_template and not any(given)
-
-
 def tokenize_options(
     tokenizer: PreTrainedTokenizerBase, settings: PrepareOptions
 ) -> tuple[TokenizeOptions, dict[str, Any]]:

@@ -19,7 +19,7 @@ from data.documents.cache_folder import build_once
 from data.documents.documents import Documents, open_documents
 from data.documents.shard import Shard
 from data.errors import DataError
-from data.prepare.options import PrepareOptions, needs_format, plain_facts, tokenize_options
+from data.prepare.options import PrepareOptions, plain_facts, tokenize_options
 from data.rows.columns import list_unread
 from data.rows.converters import FormatOptions
 from data.rows.plain import PLAIN_FORMATS
@@ -195,7 +195,8 @@ def settle_format(
     chunks: Callable[[], Iterable[Chunk]],
 ) -> PrepareOptions:
     """Settings with the format, where the rows may need no template and the tokenizer has none."""
-    if not needs_format(tokenizer, settings):
+    given = settings.conversation_format, settings.chat_template, settings.dataset_template
+    if tokenizer.chat_template or any(given):
         return settings
     name = first_format(chunks(), settings.format_options, settings.on_bad_row == "skip")
     return replace(settings, conversation_format=name if name in PLAIN_FORMATS else None)
@@ -257,7 +258,7 @@ class _Preparation:
     def _in_memory(self) -> Documents:
         sink = MemorySink()
         feed(sink, self._shards(self._chunks(), self._with_format()))
-        self._require_documents(sink.counts)
+        self._require_documents(sink.finished.counts)
         documents = sink.documents("")
         report = documents.report | self.facts
         return replace(documents, fingerprint=documents.contents, report=report)

@@ -31,12 +31,14 @@ import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 
 from data.templates.marks import Span
+from data.tokenise.fast_bpe import BYTE_OF, FastBPE
 from data.tokenise.token_mask import token_mask
-from data.tokenise.word_tokenizer import WordTokenizer
 
 # Bytes that occur in no valid UTF-8: a token with this spelling never joins to a text.
 _UNSPELLABLE = b"\xff"
 _NO_TOKENS = np.empty((0, 2), np.int32)
+# Texts whose tokenising takes as long as making ready for a faster way does.
+_FEW = 4096
 
 
 class TokenizedText(NamedTuple):
@@ -66,7 +68,7 @@ class MaskedTokenizer:
         self.backend = _backend(tokenizer)
         self._added_ids = frozenset(added)
         self._spelling = _Spelling(self.backend, added)
-        self._words = WordTokenizer.of(self.backend)
+        self._texts = 0
         self.spells = self._spells()
 
     @cached_property
@@ -203,8 +205,10 @@ class MaskedTokenizer:
         return results
 
     def _tokens(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32] | None]:
-        """For each text the tokens that spell it, as of ``WordTokenizer``; None where they do not."""
-        tokens = [self._words.tokens(text) if self._words else None for text in texts]
+        """For each text the tokens that spell it, as of ``FastBPE``; None where they do not."""
+        self._texts += len(texts)
+        fast = self._fast if self._texts > _FEW else None
+        tokens = [fast.tokens(text) if fast else None for text in texts]
         self._spot_check(texts, tokens)
         left = [number for number, own in enumerate(tokens) if own is None]
         for number, ids in zip(left, self._encode([texts[n] for n in left]), strict=True):
@@ -213,18 +217,22 @@ class MaskedTokenizer:
                 tokens[number] = np.array([ids, [*map(len, spelled)]], np.int32).T
         return tokens
 
+    @cached_property
+    def _fast(self) -> FastBPE | None:
+        return FastBPE.of(self.backend)
+
     def _spot_check(
         self, texts: Sequence[str], tokens: Sequence[npt.NDArray[np.int32] | None]
     ) -> None:
         """Compare one text of each batch with the library, whatever was checked at the start."""
-        by_words = [number for number, own in enumerate(tokens) if own is not None]
-        longest = max(by_words, key=lambda number: len(texts[number]), default=None)
+        fast = [number for number, own in enumerate(tokens) if own is not None]
+        longest = max(fast, key=lambda number: len(texts[number]), default=None)
         if longest is None:
             return
         found = tokens[longest]
         if found is not None and self._encode([texts[longest]])[0] != found[:, 0].tolist():
             raise RuntimeError(
-                f"data.tokenise.word_tokenizer gives other ids than the tokenizer for {texts[longest]!r}"
+                f"data.tokenise.fast_bpe gives other ids than the tokenizer for {texts[longest]!r}"
             )
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -268,26 +276,11 @@ class _Spelling(dict[int, bytes]):
     def __missing__(self, token_id: int) -> bytes:
         token = self._backend.id_to_token(token_id) or ""
         try:
-            spelled = bytes(map(_BYTE_OF.__getitem__, token)) or _UNSPELLABLE
+            spelled = bytes(map(BYTE_OF.__getitem__, token)) or _UNSPELLABLE
         except KeyError:
             spelled = _UNSPELLABLE
         self[token_id] = spelled
         return spelled
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The characters by which byte-level vocabularies write the 256 bytes.
-
-    Source: ``bytes_to_unicode`` of GPT-2's encoder.py: printable bytes of Latin-1 stand for
-    themselves, all others, in order, for the characters from U+0100 on.
-    """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(0x100 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTE_OF = _byte_alphabet()
 
 
 def _tokens_of(

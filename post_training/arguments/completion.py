@@ -27,6 +27,7 @@ from post_training.errors import SetupError, failed_condition
 from post_training.hf.config import sliding_window
 from post_training.layout import sizes
 from post_training.machine.device import device_type
+from post_training.quantisation.formats import quantisation_of
 
 # Set-up, the first step, an evaluation's first batch and saving may take this many times as long as an
 # ordinary step.
@@ -113,6 +114,7 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.derived.append("sequence_parallel")
     complete_distillation(args)
     args.lora = lora_of(args)
+    args.quantisation = quantisation_of(args)
     sizes.check(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)
@@ -157,7 +159,9 @@ def complete_run(
     args.load, args.ckpt_step, args.finetune = load, ckpt_step, finetune
     # Also of a model that is to be converted: its state is saved with every checkpoint.
     # And a teacher's states travel between stages as those of ModelOpt's do.
-    args.modelopt_enabled = bool(by_modelopt or args.draft or args.export_kd_teacher_load)
+    args.modelopt_enabled = bool(
+        by_modelopt or args.draft or args.quantisation or args.export_kd_teacher_load
+    )
     args.data_begins_at = begins_at
     if train_iters is not None:
         args.train_iters = train_iters

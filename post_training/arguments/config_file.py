@@ -20,7 +20,15 @@ from post_training.files import DERIVED
 # Not flags of a run: the process's place in the job, and what is recomputed from the rest.
 _NOT_WRITTEN = frozenset(
     {
-        *("config", "derived", "in_output_dir", "hf_config", "backend_reason", "lora"),
+        *(
+            "config",
+            "derived",
+            "in_output_dir",
+            "hf_config",
+            "backend_reason",
+            "lora",
+            "quantisation",
+        ),
         *("rank", "world_size", "local_rank"),
     }
 )

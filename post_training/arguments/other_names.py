@@ -146,7 +146,6 @@ OTHER_NAMES: dict[str, str] = {
     "export_qk_l2_norm": _FAMILY,
     "export_moe_apply_probs_on_input": _FAMILY,
     "enable_gpt_oss": _FAMILY,
-    "export_quant_cfg": _QUANTISED,
     "export_real_quant_cfg": _QUANTISED,
     "export_kv_cache_quant": _QUANTISED,
     "export_kd_finalize": "a student's checkpoint is the student's alone; scripts/export_hf.py exports it",

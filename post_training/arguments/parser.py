@@ -31,6 +31,7 @@ from post_training.machine.kernels import (
     has_packed_kernel,
     has_transformer_engine,
 )
+from post_training.quantisation.formats import add_quantisation_arguments
 
 
 def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -143,6 +144,7 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
     )
     add_distillation_arguments(parser)
     add_lora_arguments(parser)
+    add_quantisation_arguments(parser)
     add_data_arguments(parser)
     return parser
 

@@ -209,6 +209,25 @@ def prepare_data(
     return tokenizer, splits
 
 
+def calibration_data(
+    args: argparse.Namespace, splits: Mapping[str, Split], tokenizer: Any
+) -> SFTDataset:
+    """The plan over what a quantised model's inputs are measured on: `--calib-dataset`, or training data.
+
+    Raises:
+        DataError: the files are not there, or hold no documents.
+    """
+    if args.calib_dataset is None:
+        return splits["train"].packs
+    alone = argparse.Namespace(**vars(args))
+    alone.finetune_data_files, alone.finetune_hf_dataset = args.calib_dataset, None
+    alone.valid_data_files = alone.test_data_files = alone.split_ratio = None
+    documents = prepare_documents_from_args(alone, "train", tokenizer)
+    if documents is None:
+        raise SetupError("--calib-dataset: there are no documents")
+    return plan_split(alone, "valid", documents, tokenizer).packs
+
+
 def template_date(splits: Mapping[str, Split]) -> str | None:
     """The day that the clock of the chat template said; None for a template without one."""
     for split in splits.values():

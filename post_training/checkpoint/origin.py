@@ -65,6 +65,8 @@ def origin(args: argparse.Namespace) -> dict[str, Any]:
         "transformer_impl": args.transformer_impl,
         "model_backend": args.model_backend,
     }
+    if args.quantisation is not None:
+        found["quantisation"] = args.quantisation.facts()
     adapter = adapter_facts(args)
     if adapter is not None:
         found["lora"] = adapter
@@ -117,5 +119,26 @@ def check_origin(
                 f"is {here['architecture'][key]}; choose another --output-dir or --load"
             )
     check_adapter(args, checkpoint.path, written.get("lora"))
+    _check_quantisation(checkpoint, written, here, weights_only)
     if not weights_only:
         check_optimizer(args, checkpoint, written)
+
+
+def _check_quantisation(
+    checkpoint: Checkpoint, written: dict[str, Any], here: dict[str, Any], weights_only: bool
+) -> None:
+    """Refuse a model that is quantised otherwise; plain weights may be where a run begins."""
+    before, now = written.get("quantisation"), here.get("quantisation")
+    if before == now or (weights_only and before is None and not checkpoint.has_modelopt):
+        return
+    told = [
+        f"weights in {found['weights']}, inputs in {found['inputs'] or 'all'} bits, blocks of "
+        f"{found['block'] or 'none'}"
+        if found
+        else "not quantised"
+        for found in (before, now)
+    ]
+    raise SetupError(
+        f"{checkpoint.path} is of a model that is {told[0]}, this run's is {told[1]}: give the "
+        f"--export-quant-cfg that it was trained with, or another --output-dir"
+    )

@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def has_draft_head(model: Any) -> bool:
-    """Whether `model` (unwrapped) has heads that draft tokens, and the layers to judge them."""
-    decoder = getattr(model, "decoder", None)
-    return hasattr(model, "pseudo_speculative_generate") and (
-        decoder is None or len(decoder.layers) > 0
-    )
-
-
-def propose(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The model's own next token, and the draft head's guesses for the ones after it.
-
-    Args:
-        model: an unwrapped `GPTModel` with draft heads.
-        tokens: int64 [1, tokens].
-
-    Returns:
-        int64 [1, 1] and int64 [1, drafted].
-    """
-    method = model.pseudo_speculative_generate
-    if "input_ids" in inspect.signature(method).parameters:
-        base, drafts = method(tokens)
-    else:  # Medusa heads take what the model's forward takes
-        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
-        base, drafts = method(tokens, positions, None)
-    return base, drafts
+    """Whether `model` (unwrapped) has a draft, and the layers to judge it."""
+    return getattr(model, "draft", None) is not None and len(model.decoder.layers) > 0
 
 
 @torch.no_grad()
@@ -45,7 +21,7 @@ def acceptance_length(model: Any, prompt: Sequence[int], new_tokens: int) -> flo
     written itself, up to the first that it would not: 1.0 when every draft is wrong.
 
     Args:
-        model: an unwrapped `GPTModel` with draft heads, in one pipeline stage.
+        model: an unwrapped `GPTModel` with a draft, in one pipeline stage.
         prompt: token ids.
         new_tokens: length of the continuation.
     """
@@ -53,7 +29,7 @@ def acceptance_length(model: Any, prompt: Sequence[int], new_tokens: int) -> flo
     written: list[int] = []
     drafted: list[list[int]] = []
     for _ in range(new_tokens):
-        base, drafts = propose(model, tokens)
+        base, drafts = model.draft.propose(model, tokens)
         written.append(int(base[0, -1]))
         drafted.append(drafts[0].tolist())
         tokens = torch.cat([tokens, base[:, -1:]], dim=1)
@@ -75,7 +51,7 @@ def report_acceptance(
     """Mean acceptance length over prompts; every rank takes part, or none does.
 
     Returns:
-        None, with the reason printed once, where the model has no draft heads or is cut into stages.
+        None, with the reason printed once, where the model has no draft or is cut into stages.
     """
     from megatron.core import parallel_state
     from megatron.core.utils import unwrap_model

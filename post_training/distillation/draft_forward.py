@@ -365,6 +365,5 @@ def install_forward(model: GPTModel, settings: DraftSettings) -> None:
         for key, hook in list(layer._forward_hooks.items()):
             if getattr(hook, "__name__", "") == "_transformer_layer_forward_hook":
                 del layer._forward_hooks[key]
-    model.draft = draft = DraftForward(settings)
+    model.draft = DraftForward(settings)
     model.forward = types.MethodType(draft_forward, model)
-    model.pseudo_speculative_generate = lambda input_ids: draft.propose(model, input_ids)

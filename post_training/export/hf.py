@@ -13,6 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from post_training.errors import SetupError
+from post_training.export.quantised import (
+    fold_weights,
+    reload,
+    stored_state,
+    write_quantisation,
+)
 from post_training.export.readers import complaints
 from post_training.files import json_object
 from post_training.hf.causal_lm import auto_class
@@ -93,6 +99,7 @@ def export_hf(
 
     if dtype is not None:
         _cast(chunks[0], dtype)
+    in_8_bits = fold_weights(chunks[0])
     source = local_model_folder(hf_model)
     copy_files(source, partial, MODEL_FILES)
     copy_files(local_tokenizer_folder(hf_tokenizer or hf_model), partial, TOKENIZER_FILES)
@@ -102,7 +109,11 @@ def export_hf(
         _save_hf_model(chunks[0], partial, source, max_shard_size)
     else:
         write_model_config(config, partial, source)
-        state = {name: value.cpu() for name, value in hf_state_dict(chunks[0], config).items()}
+        if in_8_bits:
+            state, quantisation = stored_state(chunks[0], config)
+            write_quantisation(partial, quantisation)
+        else:
+            state = {name: value.cpu() for name, value in hf_state_dict(chunks[0], config).items()}
         save_torch_state_dict(
             state, str(partial), max_shard_size=max_shard_size, metadata={"format": "pt"}
         )
@@ -121,7 +132,9 @@ def export_hf(
     expected = logits_of(chunks[0].float(), tokens, config.vocab_size, seen)
     chunks.clear()
     reloaded = (
-        auto_class(config)
+        reload(partial, config)
+        if in_8_bits
+        else auto_class(config)
         .from_pretrained(partial, dtype=torch.float32, trust_remote_code=trust_remote_code)
         .eval()
     )

@@ -1,4 +1,4 @@
-"""Which rank hangs: who has come least far, and where the main thread of each stands."""
+"""Which rank hangs: who does not answer, and where the main thread of each other stands."""
 
 from __future__ import annotations
 
@@ -32,57 +32,28 @@ def _described(frame: FrameType) -> str:
 
 
 def hang_report(states: Mapping[int, Mapping[str, Any]]) -> str:
-    """The ranks that do not answer, else those that have come least far; and where all stand.
+    """The ranks that do not answer, and where the others stand, the fewest first.
 
     Args:
         states: what each rank has noted, by rank: `phase` (in words), and where it has answered `place`
-            (as `place_of`), `phases` and `beats` (counts since its start) and `stage` (of the pipeline).
+            (as `place_of`).
 
     Returns:
         Several lines.
     """
     silent = [rank for rank, state in states.items() if "place" not in state]
-    known = {rank: state for rank, state in states.items() if rank not in silent}
-    behind = silent or _behind(known)
-    one = len(behind) == 1
-    if silent:
-        verdict = f"{_ranks(silent)} {'does' if one else 'do'} not answer"
-    elif behind:
-        verdict = f"{_ranks(behind)} {'has' if one else 'have'} come least far"
-    else:
-        verdict = "all ranks have come equally far"
+    verdict = f"No answer of {_ranks(silent)}" if silent else "All ranks answer"
     lines = [
         f"  rank {rank} was {states[rank].get('phase', 'not seen')}: its process is stopped, or its "
         f"machine is gone"
         for rank in silent
     ]
-    places: dict[tuple[bool, str], list[int]] = {}
-    for rank, state in sorted(known.items(), key=lambda each: each[0] not in behind):
-        place = f"{state['phase']}: {state['place']}"
-        places.setdefault((rank in behind, place), []).append(rank)
-    lines += [f"  {_ranks(ranks)} {place}" for (_, place), ranks in places.items()]
-    return "\n".join([f"{verdict}:", *lines])
-
-
-def _behind(states: Mapping[int, Mapping[str, Any]]) -> list[int]:
-    """Ranks that have come less far than others.
-
-    All go through the same phases: steps, evaluations, saves. Within one, ranks of the same pipeline stage
-    beat equally often; a stage that waits for another may have beaten less.
-
-    Args:
-        states: what each rank that answers has noted, by rank.
-    """
-    first = min((state["phases"] for state in states.values()), default=0)
-    behind = [rank for rank, state in states.items() if state["phases"] == first]
-    if len(behind) < len(states):
-        return behind
-    most: dict[int, int] = {}
-    for state in states.values():
-        most[state["stage"]] = max(state["beats"], most.get(state["stage"], 0))
-    behind = [rank for rank, state in states.items() if state["beats"] < most[state["stage"]]]
-    fewest = min((states[rank]["beats"] for rank in behind), default=0)
-    return [rank for rank in behind if states[rank]["beats"] == fewest]
+    places: dict[str, list[int]] = {}
+    for rank, state in states.items():
+        if rank not in silent:
+            places.setdefault(f"{state['phase']}: {state['place']}", []).append(rank)
+    by_number = sorted(places.items(), key=lambda each: len(each[1]))
+    return "\n".join([f"{verdict}:", *lines, *(f"  {_ranks(r)} {place}" for place, r in by_number)])
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -54,7 +54,6 @@ class Watchdog:
         self._console: TextIO = sys.stderr
         self._hint = ""
         self._phase, self._patient_beats = "not started", math.inf
-        self._beats = self._phases = self._stage = 0
         self._last = time.monotonic()
         self._neighbours: dict[int, int] = {}
         """Process numbers of the other ranks of this machine, by rank."""
@@ -86,8 +85,6 @@ class Watchdog:
         """Get to know the other ranks, once there is a process group; every rank calls it."""
         if self._thread is None:
             return
-        from megatron.core import parallel_state
-
         here, token = this_host(), uuid.uuid4().hex[:12]
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, (here, os.getpid(), token))
@@ -99,7 +96,6 @@ class Watchdog:
         files = RankFiles(folder, self.rank, len(everyone))
         files.note(self._phase)
         torch.distributed.barrier()  # from here on a missing file means an ended rank
-        self._stage = parallel_state.get_pipeline_model_parallel_rank()
         self._neighbours = {
             rank: pid
             for rank, (host, pid, _) in enumerate(everyone)
@@ -118,10 +114,8 @@ class Watchdog:
             patient_beats: how many beats within the phase it takes until nothing may take long any more.
         """
         self._last = time.monotonic()
-        self._beats += 1
         self._patient_beats -= 1
         if phase is not None:
-            self._phases += 1
             self._phase, self._patient_beats = phase, patient_beats if patient else 0
             if self.files is not None:
                 self.files.note(phase)
@@ -225,8 +219,7 @@ class Watchdog:
             files.alarm.touch()
         except OSError:  # nothing to be heard of the others, nor to be told to them
             return print(alone, file=self._console, flush=True)
-        more = {"phases": self._phases, "beats": self._beats, "stage": self._stage}
-        files.note(self._phase, place=place, **more)
+        files.note(self._phase, place=place)
         deadline = time.monotonic() + ANSWER_SECONDS + 2 * self._look_at_files()
         while True:
             states = {rank: files.read(rank) for rank in range(files.world)}

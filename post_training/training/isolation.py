@@ -24,15 +24,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from data import SFTDataset
@@ -40,12 +37,9 @@ from data.packs.pictures import PICTURE_FIELDS, PictureDataset
 from post_training.batch.packed_documents import row_lengths
 from post_training.errors import RunStopped
 from post_training.machine.device import current_device
-from post_training.metrics.step_counters import counters
 from post_training.model.router import same_experts
-from post_training.platform.megatron_post_training import (
-    get_tensor_shapes_adjust_fn_for_distillation,
-)
 from post_training.platform.training_hooks import TrainStart
+from post_training.training.trial import ForwardStep, trial_losses, undisturbed
 
 OTHERS, EARLIER, LATER = range(3)
 GROUPS = 3
@@ -53,7 +47,6 @@ GROUPS = 3
 LOOKED_AT = 64
 
 Micro = dict[str, Tensor]
-ForwardStep = Callable[[Any, torch.nn.Module], tuple[Tensor, Callable[..., Any]]]
 
 
 def reason_not_to_check(args: argparse.Namespace) -> str | None:
@@ -129,7 +122,7 @@ def check_isolation(
         return
     began = time.perf_counter()
     micro_batches = _micro_batches(start.data_iterator, args)
-    with _undisturbed(start.model):
+    with undisturbed(start.model), same_experts(start.model):
         before, after = _losses(start.model, micro_batches, forward_step, args)
     verdict = _compare(before, after)
     complaint = verdict.complaint()
@@ -254,38 +247,6 @@ def perturbed(
     )
 
 
-@contextmanager
-def _undisturbed(model: list[torch.nn.Module]) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards everything is as it was."""
-    from megatron.training import training
-
-    args = training.get_args()
-    modes = [chunk.training for chunk in model]
-    on_cuda = current_device().type == "cuda"
-    host = torch.get_rng_state()
-    device = torch.cuda.get_rng_state() if on_cuda else None
-    tracked = get_cuda_rng_tracker().get_states()
-    # With overlapped gathers the first forward pass would wait for one that nobody has started.
-    hooked = training.should_disable_forward_pre_hook(args)
-    if hooked:
-        training.disable_forward_pre_hook(model, param_sync=False)
-    for chunk in model:
-        chunk.eval()
-    try:
-        with torch.no_grad(), same_experts(model):
-            yield
-    finally:
-        for chunk, mode in zip(model, modes, strict=True):
-            chunk.train(mode)
-        if hooked:
-            training.enable_forward_pre_hook(model)
-        torch.set_rng_state(host)
-        if device is not None:
-            torch.cuda.set_rng_state(device)
-        get_cuda_rng_tracker().set_states(tracked)
-        counters.reset()
-
-
 def _losses(
     model: list[torch.nn.Module],
     micro_batches: tuple[Micro, Micro] | None,
@@ -293,41 +254,11 @@ def _losses(
     args: argparse.Namespace,
 ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
     """Losses and groups of the watched tokens of both versions; empty but on the last stage."""
-    collected: list[tuple[Tensor, Tensor]] = []
-
-    def step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        output, loss = forward_step(iterator, chunk)
-        trained = loss.args[0]  # type: ignore[attr-defined]
-
-        def collect(losses: Tensor, non_loss_data: bool = False) -> Tensor:
-            flat = losses.flatten()
-            if flat.numel() != trained.indices.numel():
-                flat = flat.index_select(0, trained.indices)
-            real = trained.weights > 0  # not the stand-in of a part without watched tokens
-            collected.append((flat[real].float(), trained.groups[real]))
-            return losses
-
-        return output, collect
-
     # An interleaved pipeline wants a multiple of its stages.
     repeats = parallel_state.get_pipeline_model_parallel_world_size() if len(model) > 1 else 1
     data = [iter(micro_batches * repeats) if micro_batches else None for _ in model]
-    get_forward_backward_func()(
-        forward_step_func=step,
-        data_iterator=data if len(model) > 1 else data[0],
-        model=model,
-        num_microbatches=2 * repeats,
-        seq_length=args.seq_length,
-        micro_batch_size=args.eval_micro_batch_size,
-        decoder_seq_length=args.seq_length,
-        forward_only=True,
-        collect_non_loss_data=True,
-        adjust_tensor_shapes_fn=get_tensor_shapes_adjust_fn_for_distillation(
-            model,
-            seq_length=args.seq_length,
-            micro_batch_size=args.eval_micro_batch_size,
-            decoder_seq_length=args.seq_length,
-        ),
+    collected = trial_losses(
+        model, data if len(model) > 1 else data[0], 2 * repeats, forward_step, args
     )
     return collected[0:1], collected[1:2]
 

@@ -9,8 +9,9 @@ from post_training.batch.splits import Split
 from post_training.job.watchdog import watchdog
 from post_training.metrics.run_log import RunLog
 from post_training.platform.training_hooks import hooks
-from post_training.training.isolation import ForwardStep, check_isolation
+from post_training.training.isolation import check_isolation
 from post_training.training.nonfinite import NonFiniteGuard
+from post_training.training.trial import ForwardStep
 
 
 def install_safeguards(

@@ -1,5 +1,7 @@
 """How many drafted tokens are accepted, with draft heads whose guesses are known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -14,13 +16,16 @@ from tests.helpers.launch import run_ranks
 class Counter(torch.nn.Module):
     """Writes the next number, and drafts the ones after it; `wrong` names the draft that is off."""
 
+    decoder = SimpleNamespace(layers=[None])
+
     def __init__(self, heads, wrong=None):
         super().__init__()
         self.heads, self.wrong = heads, wrong
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.draft = SimpleNamespace(propose=self.propose)
 
-    def pseudo_speculative_generate(self, input_ids):
-        base = input_ids[:, -1:] + 1
+    def propose(self, model, tokens):
+        base = tokens[:, -1:] + 1
         drafts = [base + 1 + head + (head == self.wrong) for head in range(self.heads)]
         return base, torch.cat(drafts, dim=-1)
 

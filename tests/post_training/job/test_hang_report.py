@@ -1,57 +1,22 @@
 import sys
 
-import pytest
-
 from post_training.job.hang_report import hang_report, place_of
 from tests.helpers.launch import ROOT
 
 
-@pytest.mark.parametrize(
-    ("states", "lines"),
-    [
-        (  # within the step
-            [(5, 9, 0), (5, 8, 0)],
-            ["rank 1 has come least far:", "  rank 1 at step 5: f", "  rank 0 at step 5: f"],
-        ),
-        (  # the last to begin the step
-            [(5, 9, 0), (4, 9, 0)],
-            ["rank 1 has come least far:", "  rank 1 at step 4: f", "  rank 0 at step 5: f"],
-        ),
-        (  # in the middle, who waits for the last; both are behind the first
-            [(5, 9, 0), (5, 8, 0), (5, 7, 0)],
-            ["rank 2 has come least far:", "  rank 2 at step 5: f", "  ranks 0, 1 at step 5: f"],
-        ),
-        (  # two that have come equally far
-            [(5, 9, 0), (5, 7, 0), (5, 7, 0)],
-            [
-                "ranks 1, 2 have come least far:",
-                "  ranks 1, 2 at step 5: f",
-                "  rank 0 at step 5: f",
-            ],
-        ),
-        (  # a later stage has done less because it waits
-            [(5, 9, 0), (5, 8, 1)],
-            ["all ranks have come equally far:", "  ranks 0, 1 at step 5: f"],
-        ),
-        (  # it has not said where it stands
-            [(5, 9, 0), None],
-            [
-                "rank 1 does not answer:",
-                "  rank 1 was not seen: its process is stopped, or its machine is gone",
-                "  rank 0 at step 5: f",
-            ],
-        ),
-    ],
-)
-def test_the_rank_that_has_come_least_far_is_named(states, lines):
-    noted: dict[int, dict[str, object]] = {}
-    for rank, state in enumerate(states):
-        noted[rank] = {}
-        if state is not None:
-            phases, beats, stage = state
-            noted[rank] |= {"phase": f"at step {phases}", "place": "f"}
-            noted[rank] |= {"phases": phases, "beats": beats, "stage": stage}
-    assert hang_report(noted).splitlines() == lines
+def test_who_does_not_answer_is_named_and_where_the_others_stand():
+    noted: dict[int, dict[str, object]] = {
+        rank: {"phase": "at step 5", "place": "g" if rank == 2 else "f"} for rank in range(4)
+    }
+    places = ["  rank 2 at step 5: g", "  ranks 0, 1, 3 at step 5: f"]
+    assert hang_report(noted).splitlines() == ["All ranks answer:", *places]
+    noted |= {4: {}, 5: {"phase": "at step 4"}}
+    assert hang_report(noted).splitlines() == [
+        "No answer of ranks 4, 5:",
+        "  rank 4 was not seen: its process is stopped, or its machine is gone",
+        "  rank 5 was at step 4: its process is stopped, or its machine is gone",
+        *places,
+    ]
 
 
 def test_places():

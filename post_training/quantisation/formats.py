@@ -1,0 +1,241 @@
+"""ModelOpt's quantisation formats: which are trained here, and written so that a reader computes the same.
+
+A run can be quantised by what is equal on every layout and can be exported:
+
+    weights   scaled by their largest value, one scale a matrix, an output channel, or a block of inputs
+    inputs    as they are, or of a matrix one scale, its largest value in calibration
+
+Source of the keys: ModelOpt 0.47, `modelopt/torch/quantization/config.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from post_training.errors import SetupError
+from post_training.layout.pipeline import virtual_stages
+
+FLAG = "--export-quant-cfg"
+FP8 = (4, 3)
+# Megatron's layers that cut the inputs of a matrix over tensor parallel ranks, and the sizes of these.
+_CUT_INPUTS = {"attention": "linear_proj", "mlp": "linear_fc2"}
+_WITHOUT = (
+    ("model_backend", "megatron", "ModelOpt quantises Megatron's layers here"),
+    ("transformer_impl", "local", "only the local layers are quantised"),
+    ("use_torch_fsdp2", False, "scales would be cut like weights"),
+    ("context_parallel_size", 1, "scales are not compared over it"),
+    ("lora", None, "factors lie beside matrices that are not quantised"),
+    ("draft", None, "a draft is trained beside a base as it is served"),
+    ("fp8", None, "that is another way to compute in 8 bits"),
+    ("random_weights", False, "there is nothing to calibrate"),
+)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """What a run's model is quantised by."""
+
+    name: str
+    """As it was given: of ModelOpt's configuration, or of a file."""
+    config: Mapping[str, Any]
+    """ModelOpt's `quant_cfg` and `algorithm`."""
+    weight_bits: int | tuple[int, int]
+    """A number of bits, or exponent and mantissa."""
+    input_bits: int | tuple[int, int] | None
+    """None: inputs are as they are."""
+    block: int | None
+    """Inputs that share a scale of the weights."""
+
+    def facts(self) -> dict[str, Any]:
+        """What a manifest says of it, in the types of JSON."""
+        return {
+            "weights": self.weight_bits,
+            "inputs": self.input_bits,
+            "block": self.block,
+            "config": copy.deepcopy(dict(self.config)),
+        }
+
+
+def add_quantisation_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags to a parser."""
+    add = parser.add_argument_group("quantisation-aware training").add_argument
+    add(
+        FLAG,
+        metavar="NAME|FILE",
+        help="quantise the model before the first step and train it so: the name of a configuration of "
+        "ModelOpt, such as FP8_DEFAULT_CFG, or a YAML file with its keys quant_cfg and algorithm",
+    )
+    add(
+        "--calib-size",
+        type=int,
+        default=512,
+        metavar="N",
+        help="documents that inputs are measured on, in whole global batches (default: 512)",
+    )
+    add(
+        "--calib-dataset",
+        nargs="+",
+        metavar="FILE",
+        help="files of these documents (default: the training data)",
+    )
+
+
+def quantisation_of(args: argparse.Namespace) -> Quantisation | None:
+    """What the run's model is quantised by; None where it is not.
+
+    Raises:
+        SetupError: a missing or contradictory flag, or a format that is not equal on this layout or that
+            no export could hold.
+    """
+    name = args.export_quant_cfg
+    if name is None:
+        if args.calib_dataset is not None:
+            raise SetupError(f"--calib-dataset: nothing is quantised; add {FLAG}")
+        return None
+    for other, allowed, why in _WITHOUT:
+        value = getattr(args, other, allowed)
+        if value != allowed:
+            said = "--lora-rank" if other == "lora" else f"--{other.replace('_', '-')} {value}"
+            raise SetupError(f"{said}: not with {FLAG}: {why}")
+    if virtual_stages(args) > 1:
+        raise SetupError(
+            f"{FLAG}: ModelOpt converts one part of a model a rank; leave virtual pipeline stages out"
+        )
+    if args.eval_only:
+        raise SetupError(
+            f"{FLAG}: --eval-only changes no model; a quantised checkpoint says it itself"
+        )
+    config = _read(name)
+    found = Quantisation(name, config, *_checked(name, config))
+    if found.block is not None:
+        _check_blocks(args, found.block)
+    return found
+
+
+def _read(name: str) -> dict[str, Any]:
+    """The configuration of that name, or in that file."""
+    if name.endswith((".yaml", ".yml", ".json")):
+        try:
+            found = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+            raise SetupError(f"{FLAG} {name}: {reason}") from error
+        if not isinstance(found, dict) or not isinstance(found.get("quant_cfg"), list):
+            raise SetupError(f"{FLAG} {name}: expected keys quant_cfg, a list, and algorithm")
+        return found
+    import modelopt.torch.quantization as mtq
+
+    known = sorted(key for key in vars(mtq) if key.endswith("_CFG"))
+    if name not in known:
+        raise SetupError(
+            f"{FLAG} {name}: ModelOpt has no such configuration; those trained here are "
+            f"{', '.join(key for key in known if _is_trained(getattr(mtq, key)))}"
+        )
+    found = copy.deepcopy(getattr(mtq, name))
+    return dict(found)
+
+
+def _is_trained(config: Mapping[str, Any]) -> bool:
+    try:
+        _checked("", config)
+    except SetupError:
+        return False
+    return True
+
+
+def _checked(
+    name: str, config: Mapping[str, Any]
+) -> tuple[int | tuple[int, int], int | tuple[int, int] | None, int | None]:
+    """Bits of weights, of inputs, and the weights' block.
+
+    Raises:
+        SetupError: what ModelOpt does not know, or what could not be exported.
+    """
+    from modelopt.torch.quantization.config import QuantizeConfig
+
+    def refuse(why: str) -> SetupError:
+        return SetupError(
+            f"{FLAG} {name}: {why}; see docs/quantisation.md for what is trained here"
+        )
+
+    try:
+        QuantizeConfig(**dict(config))
+    except (TypeError, ValueError) as error:
+        raise refuse(" ".join(str(error).split())[:200]) from error
+    algorithm = config.get("algorithm") or "max"
+    method = algorithm.get("method") if isinstance(algorithm, Mapping) else algorithm
+    if method != "max":
+        raise refuse(
+            f"algorithm {method}: it moves weights by what each rank has seen, so that the result depends "
+            f"on the layout"
+        )
+    bits: dict[str, Any] = {}
+    block = None
+    for entry in config["quant_cfg"]:
+        kind = str(entry.get("quantizer_name", "")).rpartition("*")[2]
+        attributes = entry.get("cfg")
+        if entry.get("enable", True) is False or not attributes:
+            continue
+        if kind not in ("weight_quantizer", "input_quantizer"):
+            raise refuse(
+                f"{entry.get('quantizer_name')}: only weights and inputs of matrices are quantised"
+            )
+        if isinstance(attributes, list):
+            raise refuse(f"{kind}: several quantisers in a row")
+        value = attributes.get("num_bits", 8)
+        value = tuple(value) if isinstance(value, list | tuple) else value
+        if value != FP8 and not (isinstance(value, int) and 2 <= value <= 8):
+            raise refuse(f"{kind}: num_bits {value} cannot be computed or exported here")
+        if attributes.get("type", "static") != "static":
+            raise refuse(f"{kind}: scales that change with every input are not exported")
+        sizes = dict(attributes.get("block_sizes") or {})
+        if sizes and (kind == "input_quantizer" or {str(key) for key in sizes} - {"-1", "type"}):
+            raise refuse(
+                f"{kind}: block_sizes {sizes}: only blocks of a matrix's inputs are exported"
+            )
+        if sizes.get("type", "static") != "static":
+            raise refuse(f"{kind}: dynamic blocks are computed on CUDA only, and not exported here")
+        if kind == "input_quantizer" and attributes.get("axis") is not None:
+            raise refuse(f"{kind}: one scale a matrix is exported, not one an axis")
+        if bits.setdefault(kind, value) != value:
+            raise refuse(f"{kind}: {bits[kind]} and {value} bits in one model")
+        block = sizes.get(-1, sizes.get("-1", block)) if kind == "weight_quantizer" else block
+    if "weight_quantizer" not in bits:
+        raise refuse("no weights are quantised")
+    inputs = bits.get("input_quantizer")
+    if inputs is not None and (
+        inputs != bits["weight_quantizer"] or inputs not in (8, FP8) or block
+    ):
+        raise refuse(
+            "inputs are exported in 8 bits or FP8, beside weights of the same kind and without blocks"
+        )
+    return bits["weight_quantizer"], inputs, block
+
+
+def _check_blocks(args: argparse.Namespace, block: int) -> None:
+    """Refuse blocks that a rank's part of a matrix would cut.
+
+    Raises:
+        SetupError: naming the size.
+    """
+    tensor = args.tensor_model_parallel_size
+    expert = args.expert_tensor_parallel_size or tensor
+    head = args.kv_channels or args.hidden_size // args.num_attention_heads
+    sizes = {"attention": (args.num_attention_heads * head, tensor)}
+    if args.num_experts is None:
+        sizes["mlp"] = (args.ffn_hidden_size, tensor)
+    else:
+        sizes["mlp"] = (args.moe_ffn_hidden_size or args.ffn_hidden_size, expert)
+    for kind, (size, ranks) in sizes.items():
+        if ranks > 1 and (size // ranks) % block:
+            raise SetupError(
+                f"{FLAG}: blocks of {block} inputs do not divide the {size // ranks} that each of {ranks} "
+                f"ranks has of {_CUT_INPUTS[kind]}; use another block size or fewer tensor parallel ranks"
+            )
