@@ -84,10 +84,14 @@ from post_training.knowledge.distiller import Distiller, knowledge_parts
 from post_training.knowledge.settings import check_pairs, knowledge_settings
 from post_training.knowledge.teacher import Teacher, choose_teacher
 from post_training.knowledge.teaching import teaching
+from post_training.layout.sizes import describe_layout
 from post_training.machine.device import current_device
 from post_training.machine.disk import no_room, tell_no_room
+from post_training.machine.outcome import note_outcome
+from post_training.metrics.records import DATA_REPORT
 from post_training.metrics.run_log import RunLog
 from post_training.metrics.step_counters import counters
+from post_training.metrics.trackers import continue_wandb
 from post_training.model.layer_spec import uses_packed_attention
 from post_training.platform.checkpoints import writer_queue
 from post_training.platform.training_hooks import hooks
@@ -214,6 +218,7 @@ def finetune(
     calibration: SFTDataset | None = None,
 ) -> None:
     """Run `pretrain()` with everything wired together; needs validated arguments and prepared data."""
+    continue_wandb(args)
     set_global_variables(args, build_tokenizer=False)
     writer_queue.apply(args)
     watchdog.start(args, console)
@@ -296,6 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: argparse.Namespace | None = None
     try:
         args = parse_arguments(COMMAND if argv is None else argv)
+        if args.only == "check":
+            print(describe_layout(args), file=console)
+            return 0
         run_lock.hold(args)
         start = resume.choose_checkpoint(args)
         if args.hf_model is not None:
@@ -333,18 +341,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         position = find_position(args, splits.get("train"), start.continued, taught)
         raise_if_interrupted()
         if rank == 0:
-            print(
-                describe(splits, args) if task is None else describe_rows(splits, args),
-                file=console,
-            )
+            report = describe(splits, args) if task is None else describe_rows(splits, args)
+            print(report, file=console)
+            if not args.eval_only:
+                file = Path(args.output_dir) / DATA_REPORT
+                file.write_text(report + "\n", encoding="utf-8")
             if (adapter := describe_adapter(args)) is not None:
                 print(adapter, file=console)
+        if args.only == "prepare":
+            newest = start.continued
+            step = 0 if newest is None else newest.iteration
+            note_outcome("prepared", progress=step, folder=args.output_dir)
+            return 0
         console = output.redirect_logs(args)
         if not args.eval_only:
             output.save_config(args)
             if tokenizer is not None:
                 output.save_model_folder(args, tokenizer)
         hooks.evaluation_iterations = evaluation_batches(args, splits)
+        hooks.evaluates_at_start = args.eval_at_start
+        if args.eval_at_start and "valid" not in hooks.evaluation_iterations:
+            raise SetupError(
+                "--eval-at-start: there is no validation data; give some, or leave it out"
+            )
         place = {} if position is None else position.flags()
         evaluates = bool(hooks.evaluation_iterations)
         complete_run(args, **start.flags(), **place, evaluates=evaluates)

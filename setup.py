@@ -28,7 +28,6 @@ DEPENDENCIES = [
     "pyyaml",
     "tqdm",
     "tensorboard",
-    "matplotlib",
 ]
 
 EXTRAS = {
@@ -43,8 +42,10 @@ EXTRAS = {
         "types-PyYAML",
     ],
     "bench": ["trl", "accelerate"],
-    "lora": ["peft"],  # reads an exported adapter back
+    "lora": ["peft"],  # trains models of transformers, reads an exported adapter back
+    "ray": ["ray>=2.40"],  # scripts/launch_ray.py
     "wandb": ["wandb"],
+    "mlflow": ["mlflow"],
 }
 
 setup(

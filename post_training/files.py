@@ -32,6 +32,16 @@ def json_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def let_all_read(folder: Path) -> None:
+    """Give weight files the mode that the umask gives: safetensors makes them for their owner only."""
+    other = folder / ".mode"
+    other.touch()
+    mode = other.stat().st_mode
+    other.unlink()
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod(mode)
+
+
 def config_of_run(folder: Path) -> dict[str, Any]:
     """What `config.yaml` in an output folder says; empty where there is none, or it is no run's.
 

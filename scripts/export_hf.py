@@ -27,10 +27,10 @@ from post_training import platform
 platform.apply()
 
 from model_provider import model_config
-from post_training.adapters.layers import merge_adapters
 from post_training.arguments.ranges import read_options
 from post_training.errors import SetupError
-from post_training.export.adapter import check_peft, export_adapter
+from post_training.export.adapter import check_peft, export_adapter, merge
+from post_training.export.card import make_repository, push, serve_line, write_card
 from post_training.export.draft import export_draft
 from post_training.export.hf import DTYPES, export_hf, shard_size
 from post_training.files import config_of_run
@@ -67,6 +67,12 @@ def main() -> int:
     what.add_argument(
         "--merge", action="store_true", help="a whole model with the factors merged (default)"
     )
+    parser.add_argument(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="upload the export to this repository of the hub",
+    )
+    parser.add_argument("--public", action="store_true", help="make that repository for everybody")
     options = read_options(parser)
     hush()
     run = Path(options.output_dir)
@@ -92,6 +98,10 @@ def main() -> int:
                     f"{error}; --base FOLDER says where the draft's base lies"
                 ) from error
             check_hf_weights(base, load_hf_config(str(base)))
+        if options.public and not options.push_to_hub:
+            raise SetupError("--public does nothing without --push-to-hub; add it")
+        if options.push_to_hub:
+            make_repository(options.push_to_hub, private=not options.public)
         with quiet_libraries():
             loaded = load_model(
                 model_config,
@@ -100,55 +110,47 @@ def main() -> int:
                 checkpoints=options.checkpoints,
             )
         args = loaded.args
-        if args.draft is not None:
+        dtype = DTYPES.get(options.dtype)
+        chunks, loaded.model = [loaded.model], None
+        if name == "draft":
+            how = f"behind {base} as a server runs it, logits of all steps agree"
             difference = export_draft(
-                loaded.model,
-                args,
-                loaded.tokenizer,
-                target,
+                *(chunks.pop(), args, loaded.tokenizer, target),
                 base=base,
                 model_config=model_config,
-                dtype=DTYPES.get(options.dtype),
+                dtype=dtype,
             )
-            print(
-                f"{loaded.source} -> {target}: behind {base} as a server runs it, logits of all steps "
-                f"agree within {difference:.1e} of the largest one"
-            )
-            return 0
-        chunks, loaded.model = [loaded.model], None
-        if options.adapter:
+        elif name == "adapter":
+            how = f"put on {args.hf_model} by peft, logits agree"
+            dropout = config.get("lora_dropout") or 0.0
             difference = export_adapter(
+                chunks, args, loaded.tokenizer, target, dropout=dropout, dtype=dtype
+            )
+        else:
+            how = "reloaded with transformers, logits agree"
+            merge(chunks[0])
+            difference = export_hf(
                 chunks,
-                args,
+                args.hf_config,
                 loaded.tokenizer,
                 target,
-                dropout=config.get("lora_dropout") or 0.0,
-                dtype=DTYPES.get(options.dtype),
+                hf_model=args.hf_model,
+                hf_tokenizer=args.hf_tokenizer,
+                trust_remote_code=args.trust_remote_code,
+                dtype=dtype,
+                max_shard_size=options.max_shard_size,
             )
-            print(
-                f"{loaded.source} -> {target}: put on {args.hf_model} by peft, logits agree within "
-                f"{difference:.1e} of the largest one"
-            )
-            return 0
-        merge_adapters(chunks[0])
-        difference = export_hf(
-            chunks,
-            args.hf_config,
-            loaded.tokenizer,
-            target,
-            hf_model=args.hf_model,
-            hf_tokenizer=args.hf_tokenizer,
-            trust_remote_code=args.trust_remote_code,
-            dtype=DTYPES.get(options.dtype),
-            max_shard_size=options.max_shard_size,
+        step = int(Path(loaded.source).name.removeprefix("iter_"))
+        write_card(Path(target), run, step, name)
+        print(
+            f"{loaded.source} -> {target}: {how} within {difference:.1e} of the largest one\n"
+            f"{serve_line(target, name, config)}"
         )
+        if options.push_to_hub:
+            print(push(Path(target), options.push_to_hub))
     except (SetupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(
-        f"{loaded.source} -> {target}: reloaded with transformers, logits agree within "
-        f"{difference:.1e} of the largest one"
-    )
     return 0
 
 

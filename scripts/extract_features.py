@@ -42,6 +42,8 @@ from post_training.hf.draft import aux_layers
 from post_training.hf.tokenizer import load_tokenizer
 from post_training.inference.load import frozen_model
 from post_training.inference.quiet import hush, quiet_libraries
+from post_training.layout.sizes import describe_layout
+from post_training.machine.outcome import note_outcome
 
 REFUSED = (
     ("task", None, "features are made of conversations"),
@@ -106,6 +108,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _extract(options: argparse.Namespace, rest: list[str]) -> None:
     args = parse_arguments([*rest, "--eval-only"])
+    if args.only == "check":
+        print(describe_layout(args), file=sys.stderr)
+        return
     for name, allowed, why in REFUSED:
         if (given := getattr(args, name)) != allowed:
             flag = "--lora-rank" if name == "lora" else f"--{name.replace('_', '-')} {given}"
@@ -165,11 +170,16 @@ def _extract(options: argparse.Namespace, rest: list[str]) -> None:
         raise SetupError(
             "no data: give --finetune-data-files, --valid-data-files or --test-data-files"
         )
+    if args.only == "prepare":
+        shards = sum(1 for _ in folder.glob("*/*.safetensors"))
+        note_outcome("prepared", progress=shards, folder=args.output_dir)
+        return
     if all(writer.finished for _, writer in splits.values()):
         for _, writer in splits.values():
             writer.finish()
         if args.rank == 0:
             print(f"{args.output_dir}: all features are there", file=sys.stderr)
+            note_outcome("complete")
         return
     with quiet_libraries():
         chunks = _base(args)
@@ -187,6 +197,7 @@ def _extract(options: argparse.Namespace, rest: list[str]) -> None:
             extract(extractor, writer, documents, bar.update)
     if args.rank == 0:
         print(f"done: features in {args.output_dir}", file=sys.stderr)
+        note_outcome("complete")
 
 
 def _base(args: argparse.Namespace) -> list[torch.nn.Module]:

@@ -2,31 +2,42 @@
 
 python scripts/launch.py --nproc-per-node 2 finetune.py --hf-model ...
 
-Takes torchrun's arguments. torchrun itself kills its workers 30 seconds after a signal, in the middle of
-a longer save, and ends with a traceback of its own and status 1 whatever they did. This passes the signal
-on and waits. Its status: 0 when all workers ended so, also after a signal; 2 when they refused what was
-asked, 130 and 143 when SIGINT or SIGTERM ended them; 1 for everything else, with a line for each worker.
+Takes torchrun's arguments; without --nproc-per-node it starts a process for each GPU, or one. --dry-run
+checks the flags, and prints the layout and torchrun's command. torchrun itself kills its workers 30 seconds
+after a signal, in the middle of a longer save, and ends with a traceback of its own and status 1 whatever
+they did. This passes the signal on and waits. Its status: 0 when all workers ended so, also after a signal;
+2 when they refused what was asked, 130 and 143 when SIGINT or SIGTERM ended them; 1 for everything else,
+with a line for each worker.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import shlex
 import signal
 import socket
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 # Until there are workers, Ctrl-C ends the process by the signal, without a traceback.
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import psutil
+from torch.cuda import device_count
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from post_training.machine.outcome import note_outcome
+
+# Scripts that take `--only check`.
+_CHECKED = ("finetune.py", "extract_features.py")
 # What the workers say by their status, and have told themselves.
 _TOLD = {2, 128 + signal.SIGINT, 128 + signal.SIGTERM}
 
@@ -57,7 +68,11 @@ def status_of(failures: Iterable[ProcessFailure]) -> int:
 
 def main() -> int:
     """Start the workers as torchrun does, forward SIGINT and SIGTERM to them; returns the exit status."""
-    arguments = run.parse_args(sys.argv[1:])
+    parser = run.get_args_parser()
+    parser.add_argument("--dry-run", action="store_true")
+    if "PET_NPROC_PER_NODE" not in os.environ:
+        parser.set_defaults(nproc_per_node=str(device_count() or 1))
+    arguments = parser.parse_args(sys.argv[1:])
     script = arguments.training_script
     if not (arguments.module or arguments.no_python or Path(script).is_file()):
         print(f"error: {script}: no such file", file=sys.stderr)
@@ -69,6 +84,8 @@ def main() -> int:
     ) is not None:
         print(f"error: {refused}", file=sys.stderr)
         return 2
+    if arguments.dry_run:
+        return _show(arguments)
     alone = arguments.nnodes == "1:1" and arguments.rdzv_backend in ("static", "c10d")
     if arguments.rdzv_endpoint == "" and alone:
         arguments.rdzv_backend, arguments.rdzv_endpoint = "c10d", "127.0.0.1:0"
@@ -95,10 +112,38 @@ def _refused(processes: str, nodes: str, node_rank: int) -> str | None:
     with contextlib.suppress(ValueError):  # auto, cpu, gpu
         if int(processes) < 1:
             return f"--nproc-per-node {processes}: must be at least 1"
+        if 0 < device_count() < int(processes):
+            return (
+                f"--nproc-per-node {processes}: each needs a GPU, this machine has {device_count()}"
+            )
     most = nodes.rpartition(":")[2]
     if most.isdecimal() and node_rank >= int(most):
         return f"--node-rank {node_rank}: the ranks of {most} nodes begin at 0"
     return None
+
+
+def _show(arguments: Any) -> int:
+    """Let the script check its flags for as many processes, and print torchrun's command for them."""
+    script, words = arguments.training_script, arguments.training_script_args
+    try:
+        here = run.determine_local_world_size(arguments.nproc_per_node)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if Path(script).name in _CHECKED:
+        everywhere = here * int(arguments.nnodes.rpartition(":")[2])
+        ranks = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": everywhere, "LOCAL_WORLD_SIZE": here}
+        environment = os.environ | {name: str(value) for name, value in ranks.items()}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        check = [sys.executable, script, *words, "--only", "check"]
+        if status := subprocess.run(check, env=environment, check=False).returncode:
+            return status
+    given = sys.argv[1 : -1 - len(words)]
+    given.remove("--dry-run")
+    if not any(word.startswith(("--nproc-per-node", "--nproc_per_node")) for word in given):
+        given += ["--nproc-per-node", str(here)]
+    print(shlex.join(["torchrun", *given, script, *words]))
+    return 0
 
 
 def _tell(failures: dict[int, ProcessFailure]) -> None:
@@ -113,4 +158,7 @@ def _tell(failures: dict[int, ProcessFailure]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 2:
+        note_outcome("refused")
+    sys.exit(status)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 
 from post_training.adapters.identity import base_digest
+from post_training.adapters.modules import modules_of
 from post_training.adapters.peft_folder import base_of, read_settings
 from post_training.adapters.settings import KEYWORDS, LoraSettings, Target, chosen_targets
 from post_training.errors import SetupError
@@ -27,20 +30,39 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
         "--lora-adapter", metavar="DIR", help="begin with this adapter of PEFT, which says the rest"
     )
     what = f"{', '.join(KEYWORDS)} (default: all), last parts of HuggingFace names, or one pattern"
+    add(
+        "--base-precision",
+        choices=["nf4"],
+        help="keep the frozen matrices in 4 bits (QLoRA; a model of transformers, under FSDP2)",
+    )
     add("--lora-targets", nargs="+", metavar="NAME", help=f"matrices with factors: {what}")
 
 
 # What an adapter cannot be trained with, the value that it can, and why.
-_ALONE = (
-    ("model_backend", "megatron", "factors lie beside Megatron's layers only"),
-    ("use_torch_fsdp2", False, "factors are trained with Megatron's distributed optimizer"),
+_OF_MEGATRON = (
+    (
+        "use_torch_fsdp2",
+        False,
+        "beside Megatron's layers factors are trained with its distributed optimizer; add "
+        "--model-backend transformers, or leave it out",
+    ),
     ("transformer_impl", "local", "factors lie beside the local layers only"),
+    ("base_precision", None, "Megatron's layers keep theirs; add --model-backend transformers"),
+)
+_ALONE = (
     ("fp8", None, "factors are not computed in 8 bits"),
     ("draft", None, "a draft's base is frozen already"),
     ("export_kd_teacher_load", None, "a taught student is trained as a whole"),
     ("offline_distillation_data", None, "a taught student is trained as a whole"),
 )
-_OF_ADAPTER = ("lora_rank", "lora_alpha", "lora_targets", "rslora", "lora_dropout")
+_OF_ADAPTER = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+    "rslora",
+    "lora_dropout",
+    "base_precision",
+)
 
 
 def lora_of(args: argparse.Namespace) -> LoraSettings | None:
@@ -61,12 +83,19 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
         raise SetupError(
             f"{flag}: an adapter belongs to weights: give --hf-model, no --random-weights"
         )
-    for name, allowed, why in _ALONE:
+    theirs = args.model_backend == "transformers"
+    if theirs and importlib.util.find_spec("peft") is None:
+        raise SetupError(
+            f"{flag}: models of transformers are trained with peft, which is not installed (pip install "
+            f"'.[lora]')"
+        )
+    for name, allowed, why in _ALONE if theirs else _OF_MEGATRON + _ALONE:
         value = getattr(args, name, allowed)
         if value != allowed:
             said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             raise SetupError(f"{said}: not with {flag}: {why}")
-    if (args.bf16 or args.fp16) and not args.use_distributed_optimizer and not args.skip_train:
+    exact = args.use_distributed_optimizer or theirs or args.skip_train
+    if (args.bf16 or args.fp16) and not exact:
         raise SetupError(
             f"{flag}: beside a base in 16 bits only Megatron's distributed optimizer saves factors in "
             f"fp32; use --optimizer adam with it, or --fp32"
@@ -75,11 +104,17 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
         alpha = 2.0 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
         targets = _targets(args.lora_targets or ["all"])
         settings = LoraSettings(args.lora_rank, alpha, targets, args.rslora)
+        settings = replace(settings, backend=args.model_backend, nf4=args.base_precision == "nf4")
     else:
-        if given[:1] not in ([], ["lora_dropout"]):
-            raise SetupError(f"--{given[0].replace('_', '-')}: {flag} says it; leave it out")
+        others = [name for name in given if name not in ("lora_dropout", "base_precision")]
+        if others:
+            raise SetupError(f"--{others[0].replace('_', '-')}: {flag} says it; leave it out")
         settings = read_settings(
-            args.lora_adapter, args.hf_config, local_model_folder(args.hf_model)
+            args.lora_adapter,
+            args.hf_config,
+            local_model_folder(args.hf_model),
+            backend=args.model_backend,
+            nf4=args.base_precision == "nf4",
         )
         if base_of(args.lora_adapter) not in (None, base_digest(args)):
             raise SetupError(
@@ -87,6 +122,9 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
                 f"--hf-model {args.hf_model}"
             )
     chosen = chosen_targets(args.hf_config, settings)
+    if theirs:
+        _check_modules(args, chosen)
+        return settings
     _check_ranks(args, chosen)
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     if args.lora_dropout and etp > 1 and any(t.weight.of_expert for t in chosen.values()):
@@ -95,6 +133,31 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
             f"different parts of one expert's input; use --expert-tensor-parallel-size 1"
         )
     return settings
+
+
+def _check_modules(args: argparse.Namespace, chosen: Mapping[str, Target]) -> None:
+    """Refuse what `peft`, or 4 bits, cannot do with parts of a model of `transformers`.
+
+    Raises:
+        SetupError: naming the part.
+    """
+    seeing = next((name for name, target in chosen.items() if target.kind == "vision"), None)
+    if args.freeze and seeing:
+        raise SetupError(
+            f"--freeze {args.freeze}: --lora-targets names {seeing}; leave one of them out"
+        )
+    fused = next((name for name, target in chosen.items() if target.fused), None)
+    if fused and args.lora_dropout:
+        raise SetupError(
+            f"--lora-dropout {args.lora_dropout}: the experts of {fused} are one parameter, whose input is "
+            f"not dropped; leave it out, or name other matrices in --lora-targets"
+        )
+    for name, module in modules_of(args.hf_config).items() if args.base_precision else ():
+        if module.kind in ("attention", "mlp") and not module.linear:
+            raise SetupError(
+                f"--base-precision {args.base_precision}: {name} is no torch.nn.Linear, and only these "
+                f"are kept in 4 bits; leave it out"
+            )
 
 
 def _check_ranks(args: argparse.Namespace, chosen: Mapping[str, Target]) -> None:

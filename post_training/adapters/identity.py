@@ -53,6 +53,11 @@ def check_adapter(args: argparse.Namespace, path: object, written: dict[str, Any
             f"{path} holds another adapter: its rank is {before.rank}, alpha {before.alpha:g}, targets "
             f"{before.targets}; this run's are {args.lora.rank}, {args.lora.alpha:g}, {args.lora.targets}"
         )
+    if before.nf4 != args.lora.nf4:
+        raise SetupError(
+            f"{path} holds an adapter of a base that was {'' if before.nf4 else 'not '}in 4 bits: "
+            f"{'give' if before.nf4 else 'leave out'} --base-precision nf4"
+        )
     if written["base"] != base_digest(args):
         raise SetupError(
             f"{path} holds an adapter of other weights than those of --hf-model {args.hf_model}: give its "

@@ -11,16 +11,22 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
-from post_training.adapters.settings import LoraSettings, Target, every_target, short_names
+from post_training.adapters.settings import (
+    LoraSettings,
+    Target,
+    chosen_targets,
+    every_target,
+    short_names,
+)
 from post_training.errors import SetupError
-from post_training.files import json_object
+from post_training.files import json_object, let_all_read
 from post_training.hf.checkpoint import HFCheckpoint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 # In the header of the weights: which base they belong to (`hf/folder.py`).
 BASE = "base_weights"
 # What LoRA of PEFT can be besides W + scaling * B A: it computes something else, or trains more.
@@ -38,17 +44,28 @@ _OTHER = {
     "fan_in_fan_out": "transposed weights",
     "loftq_config": "LoftQ, whose base is another",
 }
+# There they are what `peft` trains.
+_OF_TRANSFORMERS = ("target_parameters", "fan_in_fan_out")
 # The others, as pissa, olora or loftq, take from the base what they put into the factors.
 _STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
-def read_settings(folder: str | Path, config: PretrainedConfig, base: Path) -> LoraSettings:
+def read_settings(
+    folder: str | Path,
+    config: PretrainedConfig,
+    base: Path,
+    *,
+    backend: str = "megatron",
+    nf4: bool = False,
+) -> LoraSettings:
     """What a stored adapter is; only headers of its tensors are read.
 
     Args:
         folder: PEFT's.
         config: of the base.
         base: its folder.
+        backend: what computes the base.
+        nf4: whether that is kept in 4 bits.
 
     Raises:
         SetupError: there is none, it is no plain LoRA, or it does not fit the model.
@@ -62,50 +79,68 @@ def read_settings(folder: str | Path, config: PretrainedConfig, base: Path) -> L
     if found.get("peft_type") != "LORA":
         raise SetupError(f"{where}: is {found.get('peft_type')}, only LORA can be trained on")
     for key, what in _OTHER.items():
-        if found.get(key):
+        if found.get(key) and not (backend == "transformers" and key in _OF_TRANSFORMERS):
             raise SetupError(f"{where}: {key} is set ({what}); only plain LoRA can be trained on")
     if found.get("bias", "none") != "none":
         raise SetupError(f"{where}: bias is {found['bias']}; only adapters without trained biases")
     start = found.get("init_lora_weights")
     if start not in _STARTS:
         raise SetupError(f"{where}: init_lora_weights is {start}: it belongs to a changed base")
-    every = every_target(config)
-    names: dict[str, dict[str, tuple[int, ...]]] = {}
-    for key, shape in _shapes(folder).items():
+    every = every_target(config, backend)
+    stored = _shapes(folder)
+    fused = tuple(f".{name}" for name in found.get("target_parameters") or ())
+    names: set[str] = set()
+    for key in list(stored):
         kept = every.get(re.sub(r"(\.base_layer)?\.weight$", "", key))
-        if kept is not None and kept.weight.layout == "vocabulary":
+        if kept is not None and kept.kind in ("embedding", "output", "tied"):
             # PEFT stores a copy of an embedding that has factors, or that was made larger.
             if not _same_rows(folder, key, base, f"{kept.name}.weight"):
                 raise SetupError(
                     f"{where}: its {key} is not that of --hf-model: it is another base's"
                 )
+            del stored[key]
             continue
         name = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", "", key)
-        if name not in every or name == key:
-            raise SetupError(f"{where}: --hf-model has no place for {key}: it is another base's")
-        names.setdefault(name, {})[key] = shape
+        above = f"{name.replace('.base_layer', '')}."
+        meant = [
+            n for n, t in every.items() if t.fused and n.startswith(above) and n.endswith(fused)
+        ]
+        if name in every:
+            meant = [name]
+        if not meant or name == key:
+            single = backend == "transformers" and re.search(r"\.experts\.\d+\.", key)
+            cure = (
+                "experts are fused here, use --model-backend megatron"
+                if single
+                else "another base's"
+            )
+            raise SetupError(f"{where}: --hf-model has no place for {key}: {cure}")
+        names.update(meant)
     if not names:
         raise SetupError(f"{where}: holds no factors")
     try:
         settings = LoraSettings(
             rank=int(found["r"]),
             alpha=float(found["lora_alpha"]),
-            targets=tuple(short_names(config, names)),
+            targets=tuple(short_names(every, names)),
             rslora=bool(found.get("use_rslora")),
             rank_pattern={str(k): int(v) for k, v in (found.get("rank_pattern") or {}).items()},
             alpha_pattern={str(k): float(v) for k, v in (found.get("alpha_pattern") or {}).items()},
+            backend=backend,
+            nf4=nf4,
         )
-        sized = {name: settings.sized(every[name]) for name in names}
+        targets = chosen_targets(config, settings)
     except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
         raise SetupError(f"{where}: {CONFIG} cannot be used ({error!r})") from error
-    for name, target in sized.items():
-        expected = dict(zip(target.keys, target.shapes, strict=True))
-        for key, shape in expected.items():
-            if names[name].get(key) != shape:
+    for target in targets.values():
+        for key, shape in zip(target.keys, target.shapes, strict=True):
+            if stored.pop(key, ()) != shape:
                 raise SetupError(
-                    f"{where}: {key} has shape {list(names[name].get(key, ()))}, this base and rank "
-                    f"{target.rank} need {list(shape)}: it is of another base or rank"
+                    f"{where}: {key} is not of shape {list(shape)}, as this base and rank {target.rank} "
+                    f"need it: it is of another base or rank"
                 )
+    for key in stored:
+        raise SetupError(f"{where}: {CONFIG} does not mean {key}: it is of another base or rank")
     return settings
 
 
@@ -123,7 +158,7 @@ def _shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(file, framework="pt") as opened:
             return {
-                key.removeprefix(_PREFIX): tuple(opened.get_slice(key).get_shape())
+                key.removeprefix(PREFIX): tuple(opened.get_slice(key).get_shape())
                 for key in opened.keys()
             }
     except SafetensorError as error:
@@ -133,7 +168,7 @@ def _shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
 def _same_rows(folder: str | Path, key: str, base: Path, name: str, rows: int = 64) -> bool:
     """Whether a stored matrix is the base's own, by rows spread over it."""
     with safe_open(Path(folder) / WEIGHTS, framework="pt") as file, HFCheckpoint(base) as weights:
-        one, other = file.get_slice(_PREFIX + key), weights.slice(name)
+        one, other = file.get_slice(PREFIX + key), weights.slice(name)
         size = one.get_shape()[0]
         return one.get_shape() == other.get_shape() and all(
             torch.equal(one[row : row + 1].float(), other[row : row + 1].float())
@@ -144,7 +179,7 @@ def _same_rows(folder: str | Path, key: str, base: Path, name: str, rows: int = 
 def read_factors(folder: str | Path, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
     """Both factors of one matrix in fp32."""
     with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-        a, b = (file.get_tensor(_PREFIX + key).float() for key in target.keys)
+        a, b = (file.get_tensor(PREFIX + key).float() for key in target.keys)
     return a, b
 
 
@@ -171,7 +206,7 @@ def write_adapter(
         base: name or folder of the base.
         digest: of its weights.
     """
-    alpha = settings.alpha
+    alpha, every = settings.alpha, every_target(config, settings.backend)
     told = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -182,7 +217,8 @@ def write_adapter(
         "use_rslora": settings.rslora,
         "rank_pattern": settings.rank_pattern,
         "alpha_pattern": settings.alpha_pattern,
-        "target_modules": short_names(config, targets),
+        "target_modules": short_names(every, (n for n, t in targets.items() if not t.fused)),
+        "target_parameters": short_names(every, (n for n, t in targets.items() if t.fused)) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -191,10 +227,9 @@ def write_adapter(
         "inference_mode": True,
     }
     (folder / CONFIG).write_text(json.dumps(told, indent=2) + "\n")
-    tensors = {_PREFIX + name: value.contiguous() for name, value in factors.items()}
+    tensors = {PREFIX + name: value.contiguous() for name, value in factors.items()}
     metadata = {"format": "pt"} | ({BASE: digest} if digest else {})
     from safetensors.torch import save_file
 
     save_file(tensors, folder / WEIGHTS, metadata=metadata)
-    # safetensors makes files for their owner only: all have the mode that the umask gives.
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
+    let_all_read(folder)

@@ -1,7 +1,8 @@
 """Which matrices of a model get low-rank factors: W + scaling * B A, with A [rank, in] and B [out, rank].
 
 Matrices are those of the HuggingFace model, also where Megatron fuses some: a query projection has factors
-of its own, and its name is PEFT's. Names and patterns mean what they mean there.
+of its own, and its name is PEFT's. Names and patterns mean what they mean there. What a model of
+`transformers` has is looked up in it (`modules.py`); fused experts have one pair of factors a parameter.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from post_training.adapters.modules import Module, modules_of, parameters_of
 from post_training.errors import SetupError
 from post_training.hf.families import Weight, model_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-KEYWORDS = ("attention", "mlp", "all")
+KEYWORDS = ("attention", "mlp", "all", "vision")
 FLAG = "--lora-targets"
 
 
@@ -36,6 +38,12 @@ class Target:
     """What makes up that parameter."""
     part: int
     """Which of its tensors this one is."""
+    kind: str
+    """`attention`, `mlp`, `vision`, `embedding`, `output`; `tied`, `router`, `norm`, `layer` have none."""
+    module: Module | None = None
+    """Of `transformers`, where Megatron has no part in it."""
+    holder: str = ""
+    """What PEFT calls the module that holds its factors, where that is not its name."""
     rank: int = 0
     scaling: float = 0.0
 
@@ -48,26 +56,30 @@ class Target:
     @property
     def is_embedding(self) -> bool:
         """Whether its input is tokens."""
-        return self.parameter.startswith("embedding.")
+        return self.kind == "embedding"
+
+    @property
+    def fused(self) -> int:
+        """Experts whose matrices lie in this parameter; 0: it is one matrix."""
+        return 0 if self.module is None else self.module.experts
 
     @property
     def keys(self) -> tuple[str, str]:
         """What PEFT calls the two factors."""
         kind = "lora_embedding_{}" if self.is_embedding else "lora_{}.weight"
-        return f"{self.name}.{kind.format('A')}", f"{self.name}.{kind.format('B')}"
+        holder = self.holder or self.name
+        return f"{holder}.{kind.format('A')}", f"{holder}.{kind.format('B')}"
 
     @property
     def shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Those of A and B; A of an embedding is [rank, vocabulary], B [hidden, rank]."""
         rows, columns = self.shape[::-1] if self.is_embedding else self.shape
-        return (self.rank, columns), (rows, self.rank)
+        rank = self.rank * max(1, self.fused)
+        return (rank, columns), (rows, rank)
 
     def is_of(self, keyword: str) -> bool:
         """Whether one of `KEYWORDS` means it."""
-        attention = ".self_attention." in self.parameter
-        mlp = not attention and self.weight.layout in ("gate_up", "columns")
-        attention = attention and self.weight.layout != "replicated"
-        return {"attention": attention, "mlp": mlp, "all": attention or mlp}[keyword]
+        return self.kind in (("attention", "mlp") if keyword == "all" else (keyword,))
 
 
 @dataclass(frozen=True)
@@ -82,12 +94,16 @@ class LoraSettings:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks, by patterns for the end of names."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    backend: str = "megatron"
+    """Whose matrices it is beside: `megatron` or `transformers`."""
+    nf4: bool = False
+    """Whether these are kept in 4 bits."""
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> LoraSettings:
         """From what `facts` made."""
         names = facts["targets"]
-        known = {key: facts[key] for key in cls.__dataclass_fields__}
+        known = {key: facts[key] for key in cls.__dataclass_fields__ if key in facts}
         return cls(**known | {"targets": names if isinstance(names, str) else tuple(names)})
 
     def facts(self) -> dict[str, Any]:
@@ -108,15 +124,36 @@ class LoraSettings:
         return replace(target, rank=rank, scaling=scaling)
 
 
-def every_target(config: PretrainedConfig) -> dict[str, Target]:
+def every_target(config: PretrainedConfig, backend: str = "megatron") -> dict[str, Target]:
     """All modules of a model that hold a weight, by name; those that can have no factors among them."""
+    if backend == "transformers":
+        found: Iterable[Target] = (
+            Target(
+                *(name, "", Weight("columns", {f"{name}.weight": module.shape}), 0),
+                *(module.kind, module),
+            )
+            for name, module in modules_of(config).items()
+        )
+        return {target.name: target for target in found}
     found = (
-        Target(name.removesuffix(".weight"), parameter, weight, part)
+        Target(
+            name.removesuffix(".weight"), parameter, weight, part, _kind(config, parameter, weight)
+        )
         for parameter, weight in model_weights(config).items()
         for part, name in enumerate(weight.tensors)
         if name.endswith(".weight")
     )
     return {target.name: target for target in found}
+
+
+def _kind(config: PretrainedConfig, parameter: str, weight: Weight) -> str:
+    """Of a parameter of Megatron's."""
+    if weight.layout == "vocabulary":
+        kind = "embedding" if parameter.startswith("embedding.") else "output"
+        return "tied" if config.tie_word_embeddings else kind
+    if weight.layout == "replicated":
+        return "router" if len(next(iter(weight.tensors.values()))) == 2 else "norm"
+    return "attention" if ".self_attention." in parameter else "mlp"
 
 
 def chosen_targets(config: PretrainedConfig, settings: LoraSettings) -> dict[str, Target]:
@@ -126,17 +163,16 @@ def chosen_targets(config: PretrainedConfig, settings: LoraSettings) -> dict[str
         SetupError: a name or the pattern matches nothing, or what can have no factors; or a rank is larger
             than its matrix.
     """
-    every = every_target(config)
+    every = every_target(config, settings.backend)
     names = dict.fromkeys(_matching(every, settings.targets))
     chosen = {name: settings.sized(every[name]) for name in every if name in names}
     for name, target in chosen.items():
-        if target.weight.layout == "replicated":
-            what = "the router" if len(target.weight.tensors[f"{name}.weight"]) == 2 else "the norm"
+        if target.kind in ("router", "norm", "layer"):
             raise SetupError(
-                f"{FLAG}: {_shown(settings.targets)} matches {what} {name}, which gets no factors; name "
-                f"matrices more exactly"
+                f"{FLAG}: {_shown(settings.targets)} matches the {target.kind} {name}, which gets no "
+                f"factors; name matrices more exactly"
             )
-        if target.weight.layout == "vocabulary" and config.tie_word_embeddings:
+        if target.kind == "tied":
             raise SetupError(
                 f"{FLAG}: {name} is embedding and output layer in one (tie_word_embeddings): factors of "
                 f"one use could not be merged; leave it out"
@@ -146,6 +182,13 @@ def chosen_targets(config: PretrainedConfig, settings: LoraSettings) -> dict[str
                 f"--lora-rank {target.rank}: {name} has shape {list(target.shape)}; the rank must be at "
                 f"most {min(target.shape)}"
             )
+    # Several parameters of one module are wrapped one after the other.
+    around: Counter[str] = Counter()
+    for name, target in reversed(chosen.items()):
+        if target.fused:
+            module = name.rpartition(".")[0]
+            chosen[name] = replace(target, holder=module + ".base_layer" * around[module])
+            around[module] += 1
     return chosen
 
 
@@ -163,25 +206,31 @@ def _matching(every: Mapping[str, Target], targets: tuple[str, ...] | str) -> It
         else:
             found = [name for name in every if f".{name}".endswith(f".{word}")]
         if not found:
-            known = dict.fromkeys(n.rpartition(".")[2] for n, t in every.items() if t.is_of("all"))
+            named = [
+                n for n, t in every.items() if t.kind in ("attention", "mlp", "embedding", "output")
+            ]
+            known = dict.fromkeys(name.rpartition(".")[2] for name in named)
             raise SetupError(
-                f"{FLAG} {word}: matches no matrix; there are {', '.join(known)}, embed_tokens and "
-                f"lm_head, the words {', '.join(KEYWORDS)}, and patterns for whole names such as "
-                f"{next(name for name, t in every.items() if t.is_of('all'))}"
+                f"{FLAG} {word}: matches no matrix; there are {', '.join(known)}, the words "
+                f"{', '.join(KEYWORDS)}, and patterns for whole names such as {named[-1]}"
             )
-        yield from found
+        # A tower that sees is meant where its name is written, or where nothing else is.
+        towers = {name: t.module.tower for name, t in every.items() if t.module and t.module.tower}
+        yield from [n for n in found if n not in towers or towers[n] in word] or found
 
 
 def _shown(targets: tuple[str, ...] | str) -> str:
     return targets if isinstance(targets, str) else " ".join(targets)
 
 
-def short_names(config: PretrainedConfig, chosen: Iterable[str]) -> list[str]:
+def short_names(every: Iterable[str], chosen: Iterable[str]) -> list[str]:
     """The fewest names that mean just these modules: last parts, where that is all of that name."""
     chosen = set(chosen)
     last = {name.rpartition(".")[2] for name in chosen}
-    meant = {name for name in every_target(config) if name.rpartition(".")[2] in last}
-    return sorted(last if meant == chosen else chosen)
+    meant = {name for name in every if name.rpartition(".")[2] in last}
+    # A number is what blocks are called, too.
+    exact = meant == chosen and not any(name.isdigit() for name in last)
+    return sorted(last if exact else chosen)
 
 
 def trained_parameters(targets: Iterable[Target]) -> int:
@@ -194,14 +243,19 @@ def describe_adapter(args: argparse.Namespace) -> str | None:
     if args.lora is None:
         return None
     targets = chosen_targets(args.hf_config, args.lora).values()
-    kinds = Counter((t.name.rpartition(".")[2], t.shape, t.rank, t.scaling) for t in targets)
+    kinds: Counter[Any] = Counter()
+    for t in targets:
+        kinds[t.name.rpartition(".")[2], t.shape, t.rank, t.scaling] += max(1, t.fused)
     lines = [
         f"  {name} {list(shape)} x {count}: rank {rank}, scaling {scaling:g}"
         for (name, shape, rank, scaling), count in kinds.items()
     ]
     trained = trained_parameters(targets)
-    weights = model_weights(args.hf_config).values()
-    whole = sum(math.prod(shape) for weight in weights for shape in weight.tensors.values())
+    if args.lora.backend == "transformers":
+        whole = parameters_of(args.hf_config)
+    else:
+        weights = model_weights(args.hf_config).values()
+        whole = sum(math.prod(shape) for weight in weights for shape in weight.tensors.values())
     share = trained / (whole + trained)
     return "\n".join(
         [f"LoRA: {trained:,} of {whole + trained:,} parameters are trained ({share:.2%})", *lines]

@@ -73,6 +73,8 @@ def complete_flags(args: argparse.Namespace) -> None:
     _fill(args, "save", os.path.join(args.output_dir, "checkpoints"))
     if not args.eval_only:
         _fill(args, "tensorboard_dir", os.path.join(args.output_dir, "tensorboard"))
+    if args.mlflow_experiment and importlib.util.find_spec("mlflow") is None:
+        raise SetupError("--mlflow-experiment: mlflow is not installed (pip install '.[mlflow]')")
     if args.wandb_project:
         _check_wandb()
         _fill(args, "wandb_exp_name", os.path.basename(os.path.normpath(args.output_dir)))
@@ -116,10 +118,26 @@ def complete_flags(args: argparse.Namespace) -> None:
     args.lora = lora_of(args)
     args.quantisation = quantisation_of(args)
     sizes.check(args)
+    _complete_overlap(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)
     if args.tensor_model_parallel_size == 1:
         args.sequence_parallel = False  # after the check, whose proposal may turn to a larger size
+
+
+def _complete_overlap(args: argparse.Namespace) -> None:
+    """Leave derived overlap out where there is no data parallelism, and where no test compares it.
+
+    `--overlap-param-gather` needs the other flag and the distributed optimizer; a file may turn either off.
+    """
+    others = (args.num_experts, args.draft, args.export_kd_teacher_load, args.export_quant_cfg)
+    on = not any(others) and sizes.data_parallel_size(args) > 1 and not args.eval_only
+    if "overlap_grad_reduce" in args.derived:
+        args.overlap_grad_reduce &= on
+    if "overlap_param_gather" in args.derived:
+        args.overlap_param_gather &= (
+            args.overlap_grad_reduce and args.use_distributed_optimizer and on
+        )
 
 
 def keep_date(args: argparse.Namespace, day: str | None) -> None:
@@ -251,6 +269,8 @@ def _prepare_evaluation(args: argparse.Namespace) -> None:
     Raises:
         SetupError: a flag asks for what only training can give.
     """
+    if args.eval_at_start:
+        raise SetupError("--eval-at-start: --eval-only evaluates, and there is no step after it")
     if args.save_hf:
         raise SetupError("--save-hf: --eval-only changes no model; use scripts/export_hf.py")
     args.train_iters = 0

@@ -28,6 +28,7 @@ _NOT_WRITTEN = frozenset(
             "backend_reason",
             "lora",
             "quantisation",
+            "only",
         ),
         *("rank", "world_size", "local_rank"),
     }

@@ -67,7 +67,10 @@ def platform_defaults(transformer_engine: bool) -> dict[str, Any]:
             "masked_softmax_fusion": False,
             "no_persist_layer_norm": True,
         }
-    if not on_cuda:
+    if on_cuda:
+        # Where there is data parallelism: completion.py.
+        flags |= {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    else:
         # Fused by torch.compile, which a CPU run does without.
         flags |= {
             "bias_swiglu_fusion": False,
@@ -85,6 +88,9 @@ def fsdp2_defaults() -> dict[str, Any]:
         "dist_ckpt_optim_fully_reshardable": False,
         "gradient_accumulation_fusion": False,
         "ckpt_format": "torch_dcp",
+        # And gathers and reduces ahead by itself.
+        "overlap_grad_reduce": False,
+        "overlap_param_gather": False,
     }
     if device_type() == "cuda":
         # Built on the host and sharded from there: no device ever holds the whole model.

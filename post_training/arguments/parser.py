@@ -93,6 +93,16 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         help="evaluate the validation and test data and leave: no training, no optimizer",
     )
     group.add_argument(
+        "--eval-at-start",
+        action="store_true",
+        help="evaluate the validation data before the first step too",
+    )
+    group.add_argument(
+        "--mlflow-experiment",
+        metavar="NAME",
+        help="log to MLflow too: to MLFLOW_TRACKING_URI, or into the output folder",
+    )
+    group.add_argument(
         "--isolation-check",
         action="store_true",
         default=True,
@@ -137,6 +147,12 @@ def add_finetune_arguments(parser: argparse.ArgumentParser) -> argparse.Argument
         type=int,
         metavar="N",
         help="end after N evaluations that are no better than the best (default: never)",
+    )
+    group.add_argument(
+        "--only",
+        choices=("check", "prepare"),
+        help="check the flags, or prepare the data too, and leave; WORLD_SIZE says for how many processes, "
+        "SFT_DEVICE=cuda that these will have GPUs",
     )
     group.add_argument("--fp32", action="store_true", help="train in fp32 on a GPU (default: bf16)")
     group.add_argument(

@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from post_training.adapters.layers import adapters, factors_of
+from post_training.adapters import injected
+from post_training.adapters.layers import adapters, factors_of, merge_adapters
 from post_training.adapters.peft_folder import write_adapter
 from post_training.adapters.settings import chosen_targets
 from post_training.errors import SetupError
-from post_training.export.hf import CHECK_TEXT, TOLERANCE, largest_difference, logits_of
+from post_training.export.hf import TOLERANCE, check_input, largest_difference, logits_of
+from post_training.hf.causal_lm import auto_class
 from post_training.hf.folder import (
     TOKENIZER_FILES,
     copy_files,
@@ -22,6 +24,7 @@ from post_training.hf.folder import (
     local_tokenizer_folder,
     weights_digest,
 )
+from post_training.hf_models.model import HFModel
 
 
 def check_peft() -> None:
@@ -34,6 +37,14 @@ def check_peft() -> None:
         raise SetupError(
             "--adapter: peft, which reads it back, is not installed (pip install '.[lora]')"
         )
+
+
+def merge(model: Any) -> None:
+    """Turn the whole model of a run, with factors or without, into one without that computes the same."""
+    if isinstance(model, HFModel):
+        injected.merge_factors(model.model)
+    else:
+        merge_adapters(model)
 
 
 def export_adapter(
@@ -62,37 +73,43 @@ def export_adapter(
         SetupError: the two do not agree.
     """
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
     target = Path(folder).absolute()
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model, source = chunks[0], local_model_folder(args.hf_model)
+    theirs = isinstance(model, HFModel)
     if dtype is not None:
-        for _, adapter in adapters(model):
-            for parameter in adapter.parameters():
-                parameter.data = parameter.data.to(dtype).float()
+        of_megatron = (parameter for _, a in adapters(model) for parameter in a.parameters())
+        for parameter in injected.factors_of(model).values() if theirs else of_megatron:
+            parameter.data = parameter.data.to(dtype).float()
+    factors = injected.factors_of(model.model) if theirs else factors_of(model)
     precision = next(model.parameters()).dtype
     local = Path(args.hf_model).is_dir()
     write_adapter(
         partial,
         args.hf_config,
         args.lora,
-        {key: value.to(dtype or value.dtype).cpu() for key, value in factors_of(model).items()},
+        {key: f.detach().to(dtype or f.dtype).cpu() for key, f in factors.items()},
         chosen_targets(args.hf_config, args.lora),
         dropout=dropout,
         base=str(source.absolute()) if local else args.hf_model,
         digest=weights_digest(source),
     )
     copy_files(local_tokenizer_folder(args.hf_tokenizer or args.hf_model), partial, TOKENIZER_FILES)
-    tokens = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
-    expected = logits_of(model.float(), tokens, args.hf_config.vocab_size)
+    tokens, seen = check_input(model, args.hf_config, tokenizer)
+    vocabulary = args.hf_config.get_text_config().vocab_size
+    expected = logits_of(model.float(), tokens, vocabulary, seen)
     chunks.clear()
     # Rounded as the run rounded it.
-    base = AutoModelForCausalLM.from_pretrained(source, dtype=precision).float()
-    reloaded: Any = PeftModel.from_pretrained(base, str(partial))
-    difference = largest_difference(reloaded.eval(), tokens, expected)
+    base = auto_class(args.hf_config).from_pretrained(
+        source, dtype=precision, trust_remote_code=args.trust_remote_code
+    )
+    if args.lora.nf4:
+        injected.round_to_nf4(base, args.hf_config)
+    reloaded: Any = PeftModel.from_pretrained(base.float(), str(partial))
+    difference = largest_difference(reloaded.eval(), tokens, expected, seen)
     if not difference <= TOLERANCE:
         raise SetupError(
             f"the base with the folder's adapter gives other logits than the trained model, by "

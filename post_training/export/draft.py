@@ -18,6 +18,7 @@ from post_training.distillation.served_draft import WEIGHTS, ServedDraft
 from post_training.distillation.speculation import Verifier
 from post_training.errors import SetupError
 from post_training.export.hf import CHECK_TEXT, TOLERANCE
+from post_training.files import let_all_read
 from post_training.hf.draft import DraftShape, draft_config
 from post_training.hf.weights import split_parameter
 from post_training.inference.load import ModelConfig, frozen_model
@@ -72,8 +73,7 @@ def export_draft(
     settings = draft_config(config, shape, layers, kind)
     (partial / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
     save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-    # safetensors makes files for their owner only: all have the mode that the umask gives.
-    (partial / WEIGHTS).chmod((partial / "config.json").stat().st_mode)
+    let_all_read(partial)
     if dtype is not None:
         for parameter in module.parameters():
             parameter.data = parameter.data.to(dtype)

@@ -20,7 +20,7 @@ from post_training.export.quantised import (
     write_quantisation,
 )
 from post_training.export.readers import complaints
-from post_training.files import json_object
+from post_training.files import json_object, let_all_read
 from post_training.hf.causal_lm import auto_class
 from post_training.hf.config_json import older_spelling, write_model_config
 from post_training.hf.folder import (
@@ -120,15 +120,9 @@ def export_hf(
         del state
     if not (partial / GENERATION).is_file():
         GenerationConfig.from_model_config(config).save_pretrained(partial)
-    # safetensors makes files for their owner only: all have the mode that the umask gives.
-    mode = (partial / "config.json").stat().st_mode
-    for weights in partial.glob("*.safetensors"):
-        weights.chmod(mode)
+    let_all_read(partial)
 
-    tokens = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
-    seen = sample_picture(config) if isinstance(chunks[0], HFModel) else {}
-    if seen:
-        tokens.insert(len(tokens) // 2, config.image_token_id)
+    tokens, seen = check_input(chunks[0], config, tokenizer)
     expected = logits_of(chunks[0].float(), tokens, config.vocab_size, seen)
     chunks.clear()
     reloaded = (
@@ -173,6 +167,17 @@ def _save_hf_model(model: HFModel, folder: Path, source: Path, max_shard_size: s
             written[key] = dtype
     text = json.dumps(written, indent=2, sort_keys=True, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def check_input(
+    model: Any, config: Any, tokenizer: Any
+) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """Tokens by which two models are compared, and the picture among them where they see."""
+    tokens = tokenizer(CHECK_TEXT, add_special_tokens=False)["input_ids"][:128]
+    seen = sample_picture(config) if isinstance(model, HFModel) else {}
+    if seen:
+        tokens.insert(len(tokens) // 2, config.image_token_id)
+    return tokens, seen
 
 
 def shard_size(given: str) -> str:

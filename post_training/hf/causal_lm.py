@@ -66,8 +66,16 @@ def auto_class(config: PretrainedConfig) -> Any:
 
 
 def state_names(model: torch.nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name; a tied one under each of its names."""
-    return dict(model.state_dict(keep_vars=True))
+    """Parameters and persistent buffers by name; a tied one under each of its names.
+
+    Of a model with factors (`adapters/injected.py`) those of its base, by the names that they have without.
+    """
+    state = model.state_dict(keep_vars=True)
+    return {_plain(name): value for name, value in state.items() if ".lora_" not in name}
+
+
+def _plain(name: str) -> str:
+    return name.replace(".base_layer", "").replace(".weight_nf4", ".weight")
 
 
 def _rules(model: Any) -> tuple[list[Any], list[Any]]:
@@ -197,27 +205,29 @@ def fill_from_folder(model: Any, folder: Path) -> None:
     """
     with HFCheckpoint(folder) as checkpoint:
         plan = ReadingPlan(model, checkpoint)
+        packed = {_plain(f"{n}.weight"): m for n, m in model.named_modules() if hasattr(m, "pack")}
         for name, value in plan.tensors():
             if name in plan.wanted:
-                fill(plan.wanted[name], value, f"--hf-model {folder}: {name}")
+                what = f"--hf-model {folder}: {name}"
+                fill(plan.wanted[name], value, what, packed.get(name))
 
 
-def fill(tensor: Tensor, value: Any, what: str) -> None:
+def fill(tensor: Tensor, value: Any, what: str, layer: Any = None) -> None:
     """Copy a whole tensor, or a lazy slice of a file, into one that may be cut by rows over ranks.
 
     Args:
         tensor: of the model.
         value: all of it; only the rows that this rank holds are read.
         what: it is, for the message.
+        layer: which keeps it in another form, if one does: its `pack` makes that of rows.
 
     Raises:
         SetupError: the shapes differ.
     """
     found = tuple(value.shape if isinstance(value, Tensor) else value.get_shape())
-    if found != tuple(tensor.shape):
-        raise SetupError(
-            f"{what} has shape {list(found)} in the files, {list(tensor.shape)} in the model"
-        )
+    shape = tuple(tensor.shape) if layer is None else (layer.out_features, layer.in_features)
+    if found != shape:
+        raise SetupError(f"{what} has shape {list(found)} in the files, {list(shape)} in the model")
     if isinstance(tensor, DTensor):
         local, mesh = tensor.to_local(), tensor.device_mesh
         # As `torch.chunk` cuts: the last ranks may hold fewer rows, or none.
@@ -226,7 +236,7 @@ def fill(tensor: Tensor, value: Any, what: str) -> None:
         tensor, value = local, value[begin : begin + local.shape[0]]
     else:
         value = value[...]
-    tensor.copy_(value)
+    tensor.copy_(value if layer is None else layer.pack(value))
 
 
 def complete(model: Any, config: PretrainedConfig, *, trust_remote_code: bool) -> None:
@@ -249,7 +259,7 @@ def complete(model: Any, config: PretrainedConfig, *, trust_remote_code: bool) -
         if buffer.is_floating_point():
             buffer.fill_(float("nan"))
     for module in model.modules():
-        module._is_hf_initialized = False
+        module._is_hf_initialized = hasattr(module, "pack")
     for tensor in state_names(model).values():
         setattr(tensor, "_is_hf_initialized", True)  # noqa: B010
     with torch.no_grad():

@@ -22,6 +22,8 @@ from megatron.training.models.dist_utils import unimodal_build_distributed_model
 from megatron.training.models.gpt import GPTModelConfig
 from torch.distributed.checkpoint import FileSystemReader
 
+from post_training.adapters.injected import fill_factors, inject, save_factors_only
+from post_training.adapters.settings import LoraSettings
 from post_training.checkpoint.store import Checkpoint
 from post_training.checkpoint.torch_dcp import MODEL_PREFIX
 from post_training.errors import SetupError
@@ -51,6 +53,12 @@ class HFModelConfig(GPTModelConfig):
     """Of random weights."""
     frozen: str | None = None
     """A part that is not trained, as `--freeze` names it."""
+    lora: LoraSettings | None = None
+    """The factors that alone are trained."""
+    lora_dropout: float = 0.0
+    lora_seed: int = 0
+    lora_adapter: str | None = None
+    """An adapter of PEFT that they begin with."""
     say: Callable[[str], None] | None = None
     """Tells the user what was found, on rank 0."""
 
@@ -73,13 +81,18 @@ def hf_model_config(
         plain.transformer.autocast_dtype = args.fsdp_compute_dtype
     plain.transformer.fsdp_sharding = args.fsdp_sharding
     anew = checkpoint is None and args.hf_config is not None
+    of_folder = anew and not args.random_weights
     return HFModelConfig(
         **known,
         hf_config=args.hf_config,
         trust_remote_code=args.trust_remote_code,
-        weights=local_model_folder(args.hf_model) if anew and not args.random_weights else None,
+        weights=local_model_folder(args.hf_model) if of_folder or args.lora is not None else None,
         seed=args.seed if anew and args.random_weights else None,
         frozen=args.freeze,
+        lora=args.lora,
+        lora_dropout=args.lora_dropout or 0.0,
+        lora_seed=args.seed,
+        lora_adapter=args.lora_adapter if checkpoint is None else None,
         say=say,
     )
 
@@ -98,18 +111,25 @@ class HFModelBuilder(ModelBuilder[HFModel, HFModelConfig]):
     ) -> HFModel:
         """The whole model, without memory unless its weights are random."""
         config = self._model_config
+        transformer: Any = config.transformer
         if config.seed is not None:
             torch.manual_seed(config.seed)
         model = build_model(
             config.hf_config,
-            dtype=config.transformer.params_dtype,
+            # A frozen base is kept as it is computed; factors are of fp32 whatever it is.
+            dtype=transformer.params_dtype if config.lora is None else transformer.autocast_dtype,
             device="meta" if config.seed is None else "cpu",
             trust_remote_code=config.trust_remote_code,
         )
-        if config.transformer.recompute_granularity == "full":
+        if transformer.recompute_granularity == "full":
             model.gradient_checkpointing_enable({"use_reentrant": False})
         freeze(model, config.frozen)
-        return self.wrapped(model, pg_collection)
+        if config.lora is None:
+            return self.wrapped(model, pg_collection)
+        inject(model, config.hf_config, config.lora, config.lora_dropout)
+        wrapper = self.wrapped(model, pg_collection)
+        save_factors_only(wrapper)
+        return wrapper
 
     def wrapped(self, model: Any, pg_collection: Any) -> Any:
         """The model as Megatron's schedule takes it."""
@@ -147,6 +167,9 @@ class HFModelBuilder(ModelBuilder[HFModel, HFModelConfig]):
         complete(wrapped.model, config.hf_config, trust_remote_code=config.trust_remote_code)
         if config.weights is not None:
             fill_from_folder(wrapped.model, config.weights)
+        if config.lora is not None:
+            begin = config.lora, config.lora_seed, config.lora_adapter
+            fill_factors(wrapped.model, config.hf_config, *begin)
         return chunks
 
 
@@ -164,9 +187,11 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
         )
     if args.task is None:  # whose rows are of any length
         _check_length(model, args.seq_length)
+    if (checkpoint is None and not args.random_weights) or args.lora is not None:
+        check_weights(local_model_folder(args.hf_model), args.hf_config, model)
+    if args.lora is not None:
+        inject(model, args.hf_config, args.lora, args.lora_dropout or 0.0)
     if checkpoint is None:
-        if not args.random_weights:
-            check_weights(local_model_folder(args.hf_model), args.hf_config, model)
         return
     inside = f"{MODEL_PREFIX}model."
     metadata = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
@@ -175,7 +200,10 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
         for key, value in metadata.items()
         if key.startswith(inside)
     }
-    here = {name: tuple(tensor.shape) for name, tensor in state_names(model).items()}
+    held = state_names(model)
+    if args.lora is not None:
+        held = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    here = {name: tuple(tensor.shape) for name, tensor in held.items()}
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             raise SetupError(

@@ -18,6 +18,7 @@ import torch
 from post_training.errors import RunStopped, SetupError
 from post_training.job.signals import GracefulExit
 from post_training.job.watchdog import watchdog
+from post_training.machine.outcome import note_outcome
 from post_training.metrics.run_log import RunLog
 from post_training.platform.training_hooks import hooks
 
@@ -76,8 +77,10 @@ def report_end(
         exporter: the script that exports the run in `--output-dir`; its folder lies in the project's.
         best: the step of the best evaluation, whose checkpoint is exported in the place of the last one.
     """
-    if args.rank != 0 or args.eval_only:
+    if args.rank != 0:
         return
+    if args.eval_only:
+        return note_outcome("complete")
     folder = args.output_dir
     if best is not None:
         print(f"the best {args.early_stop_metric} was at step {best}", file=console)
@@ -90,6 +93,7 @@ def report_end(
             f"to continue, give the same command again",
             file=console,
         )
+        note_outcome("stopped", step=iteration, reason=reason)
         if args.save_hf:
             print(
                 f"--save-hf exports at the end of training; to export this checkpoint now:\n"
@@ -99,11 +103,12 @@ def report_end(
         return
     early = f" of {args.train_iters}, ended early" if hooks.end_wanted else ""
     print(
-        f"done: {iteration} steps{early}; metrics, loss.png and checkpoints in {folder}",
+        f"done: {iteration} steps{early}; metrics, report.html and checkpoints in {folder}",
         file=console,
     )
     if args.save_hf:
         _export_in_new_process(exporter, args, best or iteration, console)
+    note_outcome("complete", step=iteration)
 
 
 def _export_in_new_process(

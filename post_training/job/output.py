@@ -28,11 +28,16 @@ from post_training.hf.folder import (
 from post_training.job import run_lock
 from post_training.layout.model_size import checkpoint_bytes, shown_bytes
 from post_training.machine.disk import log_stream
+from post_training.metrics.records import DATA_REPORT, STARTS
+from post_training.metrics.trackers import IDS
 
 # In the output folder: configuration, tokenizer and chat template of the model, kept with its weights.
 MODEL_FOLDER = "model"
 # Files that a run writes there, and reads back.
-_FILES = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "train.log", "eval.log", "loss.png")
+_FILES = (
+    *("config.yaml", "metrics.jsonl", "evaluations.jsonl", "train.log", "eval.log"),
+    *("report.html", STARTS, DATA_REPORT, IDS),
+)
 
 
 def prepare_output(args: argparse.Namespace) -> None:

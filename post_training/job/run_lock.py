@@ -18,25 +18,28 @@ from filelock import FileLock, Timeout
 
 from post_training.errors import SetupError
 from post_training.job.rank_files import read_facts
+from post_training.machine.outcome import supervised
 from post_training.machine.processes import is_running, this_host
 
 FILE = ".lock"
 # Seconds that a run may take to end after a supervisor has started its successor.
 WAIT = 10.0
+# The same where a scheduler has given a node up whose processes have not heard of it yet.
+SUPERVISED_WAIT = 300.0
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 _held: dict[Path, FileLock] = {}
 
 
-def hold(args: argparse.Namespace, wait: float = WAIT) -> None:
+def hold(args: argparse.Namespace, wait: float | None = None) -> None:
     """Hold the output folder on rank 0 until this process ends; `--eval-only` needs none.
 
     Does nothing where the folder does not exist yet, or is held already.
 
     Args:
         args: parsed arguments.
-        wait: seconds given to a run that holds it to end.
+        wait: seconds given to a run that holds it to end; by default `WAIT`, or `SUPERVISED_WAIT`.
 
     Raises:
         SetupError: another run trains in the folder.
@@ -45,6 +48,8 @@ def hold(args: argparse.Namespace, wait: float = WAIT) -> None:
     if args.rank != 0 or args.eval_only or folder in _held or not folder.is_dir():
         return
     file = folder / FILE
+    if wait is None:
+        wait = SUPERVISED_WAIT if supervised() else WAIT
     lock = FileLock(file, timeout=wait, fallback_to_soft=False)  # a soft one outlives who is killed
     try:
         lock.acquire()

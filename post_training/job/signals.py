@@ -7,10 +7,14 @@ import contextlib
 import io
 import os
 import signal
+import time
 from types import FrameType
 from typing import TextIO
 
 from post_training.job.watchdog import watchdog
+
+# Seconds within which several signals are one: a scheduler and a launcher may both send it.
+ONE_SIGNAL = 5.0
 
 _interrupted = False
 
@@ -35,7 +39,9 @@ class GracefulExit:
     """Turns the first SIGINT or SIGTERM into Megatron's request to save and exit.
 
     Megatron's own handler (`--exit-signal-handler`) hears one signal only; after each step all ranks
-    agree on whether one of them has heard it. A second signal ends the process at once.
+    agree on whether one of them has heard it. SIGINT ends the process at once when it comes again after
+    `ONE_SIGNAL` seconds: somebody is impatient. SIGTERM never does: it is a scheduler's, which sends it to
+    every process, once more at its time limit, and SIGKILL when it waits no longer.
     """
 
     def __init__(self, args: argparse.Namespace, console: TextIO) -> None:
@@ -51,6 +57,7 @@ class GracefulExit:
         from megatron.training.global_vars import get_signal_handler
 
         self.received: int | None = None
+        self._heard = 0.0
         self.console = console if args.rank == 0 else None
         self.megatron = get_signal_handler()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -61,18 +68,18 @@ class GracefulExit:
         if watchdog.job_ends():
             return  # a launcher ends the ranks that are left; there is nobody to save with
         if self.received is not None:
+            if number == signal.SIGTERM or time.monotonic() - self._heard < ONE_SIGNAL:
+                return
             watchdog.stop()  # the others are told the same; nobody died
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
             return
-        self.received = number
+        self.received, self._heard = number, time.monotonic()
         self.megatron._signal_received = True
         if self.console is not None:
+            once_more = f"Ctrl-C after {ONE_SIGNAL:.0f} s leaves without saving"
             name = signal.Signals(number).name
-            _say(
-                f"\n{name}: saving after this step; once more to leave without saving\n",
-                self.console,
-            )
+            _say(f"\n{name}: saving after this step; {once_more}\n", self.console)
 
 
 def _say(text: str, stream: TextIO) -> None:

@@ -15,6 +15,7 @@ import faulthandler
 import math
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -57,6 +58,8 @@ class Watchdog:
         self._last = time.monotonic()
         self._neighbours: dict[int, int] = {}
         """Process numbers of the other ranks of this machine, by rank."""
+        self._launcher = 0
+        """The process that started this rank, under torchrun: it would pass signals on."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -76,6 +79,7 @@ class Watchdog:
         self._hint = (
             f"to continue from the newest checkpoint in {args.save}, give the same command again"
         )
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
         self.beat("in set-up", patient=True)
         faulthandler.enable(all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -177,6 +181,9 @@ class Watchdog:
         while not self._stop.wait(min(1.0, self.limit / 20)):
             # Should a call hold the interpreter so that this thread never runs again, a C thread tells.
             faulthandler.dump_traceback_later(PATIENCE * self.limit, exit=True)
+            if self._launcher not in (0, os.getppid()):
+                self._launcher = 0
+                os.kill(os.getpid(), signal.SIGTERM)  # nobody is left to say it: save and end
             now = time.monotonic()
             files = self.files
             if self._stale(now):

@@ -75,12 +75,13 @@ def model_flops(
     def times(target: Target, count: int) -> float:
         """How often `count` elements of a matrix meet a token."""
         if not target.is_of("all"):
-            return count * (trained_tokens if target.weight.layout == "vocabulary" else 0)
+            return count * (trained_tokens if target.kind in ("embedding", "output", "tied") else 0)
         chosen = args.moe_router_topk / args.num_experts if target.weight.of_expert else 1.0
+        chosen = chosen if target.module is None else target.module.share
         return count * chosen * real_tokens
 
-    every = every_target(args.hf_config).values()
-    frozen = sum(times(t, math.prod(t.shape)) for t in every if t.is_of("all"))
+    every = every_target(args.hf_config, args.lora.backend).values()
+    frozen = sum(times(t, math.prod(t.shape) * max(1, t.fused)) for t in every if t.is_of("all"))
     factors = chosen_targets(args.hf_config, args.lora).values()
     added = sum(times(t, trained_parameters([t])) for t in factors)
     return float(trained - 2 * (frozen + head * trained_tokens) + 6 * added)

@@ -6,6 +6,19 @@ import argparse
 
 from post_training.adapters.settings import chosen_targets, trained_parameters
 from post_training.hf.causal_lm import build_model
+from post_training.layout.parameters import stage_parameters
+
+_ONE_PROCESS = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "num_virtual_stages_per_pipeline_rank": None,
+    "num_layers_per_virtual_pipeline_stage": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+}
 
 
 def count_parameters(args: argparse.Namespace) -> int:
@@ -15,22 +28,8 @@ def count_parameters(args: argparse.Namespace) -> int:
             return 0  # a task's own model, which nobody has seen yet
         model = build_model(args.hf_config, trust_remote_code=args.trust_remote_code)
         return sum(parameter.numel() for parameter in model.parameters())
-    hidden, heads = args.hidden_size, args.num_attention_heads
-    head_dim = args.kv_channels or hidden // heads
-    groups = args.num_query_groups if args.group_query_attention else heads
-    attention = hidden * head_dim * (2 * heads + 2 * groups)
-    matrices = 3 if args.swiglu else 2
-    dense = matrices * hidden * (args.ffn_hidden_size or 4 * hidden)
-    layers = args.num_layers
-    sparse_layers = 0
-    if args.num_experts:
-        pattern = args.moe_layer_freq
-        sparse_layers = sum(pattern) if isinstance(pattern, list) else layers // pattern
-    experts = matrices * hidden * (args.moe_ffn_hidden_size or 0) * (args.num_experts or 0)
-    embeddings = (args.padded_vocab_size or args.vocab_size or 0) * hidden
-    embeddings *= 2 if args.untie_embeddings_and_output_weights else 1
-    total = layers * attention + (layers - sparse_layers) * dense + sparse_layers * experts
-    return int(total + embeddings)
+    whole = argparse.Namespace(**(vars(args) | _ONE_PROCESS))
+    return int(sum(stage.total for stage in stage_parameters(whole)))
 
 
 def checkpoint_bytes(args: argparse.Namespace) -> int:

@@ -29,6 +29,37 @@ def _stages_of(layout: str) -> int:
         raise SetupError(f"--pipeline-model-parallel-layout {layout}: {error}") from error
 
 
+def divide_layers(args: argparse.Namespace) -> list[list[int]]:
+    """The layers of each pipeline stage, counted from 0, where `check_layers` has nothing against it."""
+    pp, chunks = args.pipeline_model_parallel_size, virtual_stages(args)
+    stages: list[list[int]] = [[] for _ in range(pp)]
+    if args.pipeline_model_parallel_layout is not None:
+        from megatron.core.transformer.enums import LayerType
+        from megatron.core.transformer.pipeline_parallel_layer_layout import (
+            PipelineParallelLayerLayout,
+        )
+
+        layout = PipelineParallelLayerLayout(args.pipeline_model_parallel_layout, pp).layout
+        counts = [[part.count(LayerType.decoder) for part in stage] for stage in layout]
+    else:
+        first, last = args.decoder_first_pipeline_num_layers, args.decoder_last_pipeline_num_layers
+        ends = [count for count in (first, last) if count is not None]
+        middle = (args.num_layers - sum(ends)) // max(1, pp - len(ends))
+        of_stage = [middle] * pp
+        if first is not None:
+            of_stage[0] = first
+        if last is not None:
+            of_stage[-1] = last
+        counts = [[count // chunks] * chunks for count in of_stage]
+    begin = 0
+    for chunk in range(chunks):
+        for stage in range(pp):
+            count = counts[stage][chunk]
+            stages[stage] += range(begin, begin + count)
+            begin += count
+    return stages
+
+
 def check_layers(args: argparse.Namespace) -> None:
     """Refuse layers that the pipeline stages cannot share out.
 

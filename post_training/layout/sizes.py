@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 from post_training.errors import SetupError
 from post_training.files import config_of_run
 from post_training.layout import fsdp
+from post_training.layout.candidates import Candidate, candidates, describe_changes, nearest
 from post_training.layout.pipeline import (
     check_layers,
     check_virtual_stages,
     divisors,
     virtual_stages,
 )
-from post_training.layout.search import describe_changes, nearest_layout
 
 
 def padded_vocabulary(size: int, args: argparse.Namespace) -> int:
@@ -43,12 +44,16 @@ def check(args: argparse.Namespace) -> None:
         for rule in RULES:
             rule(args)
     except SetupError as error:
-        rules = (*FLAG_RULES, *RULES)
-        kept = _numbers_of_the_run(args)
-        changes = nearest_layout(args, rules, batch_multiple, sequence_multiple, kept)
+        changes = nearest(args, layouts(args), _numbers_of_the_run(args))
         if changes is None:
             raise
         raise SetupError(f"{error}; {describe_changes(args, changes)}") from None
+
+
+def layouts(args: argparse.Namespace) -> Iterator[Candidate]:
+    """The layouts of this number of processes that pass every rule, the nearest sizes first."""
+    rules, kept = (*FLAG_RULES, *RULES), _numbers_of_the_run(args)
+    return candidates(args, rules, batch_multiple, sequence_multiple, kept)
 
 
 def _numbers_of_the_run(args: argparse.Namespace) -> dict[str, int]:
@@ -67,6 +72,24 @@ def data_parallel_size(args: argparse.Namespace) -> int:
     """Processes that read different data; the sizes must divide the number of processes."""
     tp, pp = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
     return int(args.world_size // (tp * pp * args.context_parallel_size))
+
+
+def describe_layout(args: argparse.Namespace) -> str:
+    """One line: how the processes share the model, and what a step is."""
+    cuts = {
+        "tensor": args.tensor_model_parallel_size,
+        "pipeline": args.pipeline_model_parallel_size,
+        "context": args.context_parallel_size,
+        "FSDP2" if args.use_torch_fsdp2 else "data": data_parallel_size(args),
+    }
+    if (args.expert_model_parallel_size or 1) > 1:
+        cuts["experts (within these)"] = args.expert_model_parallel_size
+    shown = " x ".join(f"{name} {size}" for name, size in cuts.items() if size > 1) or "one"
+    micro = args.micro_batch_size * data_parallel_size(args)
+    return (
+        f"layout: {args.world_size} processes = {shown}; a step is {args.global_batch_size} packs of "
+        f"{args.seq_length} tokens in {args.global_batch_size // micro} micro batches"
+    )
 
 
 def batch_multiple(args: argparse.Namespace) -> int:

@@ -9,8 +9,11 @@ import torch
 
 
 def device_type() -> str:
-    """The type of device this process trains on: `"cuda"` where torch sees one, else `"cpu"`."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """The type of device this run trains on: `"cuda"` where torch sees one, else `"cpu"`.
+
+    `SFT_DEVICE` says it where a run is checked and its data prepared on a machine without GPUs.
+    """
+    return os.environ.get("SFT_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def current_device() -> torch.device:

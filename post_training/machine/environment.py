@@ -14,12 +14,20 @@ import sys
 from typing import NoReturn
 
 NAME = "CUDA_DEVICE_MAX_CONNECTIONS"
+# Of torch's memory on CUDA, by its new and its old name.
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
 
 def choose(fsdp2: bool) -> None:
     """Set one connection unless FSDP2 is asked for; what the user has set stays."""
     if not fsdp2:
         os.environ.setdefault(NAME, "1")
+
+
+def let_memory_grow() -> None:
+    """Let segments of CUDA's memory grow, so that packs of many shapes leave no holes; unless set."""
+    if not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[1]] = "expandable_segments:True"
 
 
 def stand_alone() -> None:
@@ -30,6 +38,8 @@ def stand_alone() -> None:
     Raises:
         SystemExit: with status 2, told; the variables cannot be those of one process of a job.
     """
+    if os.environ.get("SFT_DEVICE") not in (None, "", "cpu", "cuda"):
+        _refuse(f"SFT_DEVICE is {os.environ['SFT_DEVICE']!r}: cpu or cuda")
     if "RANK" in os.environ:
         _check_launcher()
         return

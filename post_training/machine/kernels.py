@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -26,9 +27,16 @@ def has_packed_kernel(*, fp32: bool) -> bool:
     """
     if fp32:
         return False
-    return torch.cuda.get_device_capability()[0] >= 9 or find_spec("flash_attn") is not None
+    return _capability() >= 9 or find_spec("flash_attn") is not None
 
 
 def has_grouped_gemm() -> bool:
     """Whether this GPU computes all experts of a layer in one kernel (Megatron wants Ampere or later)."""
-    return torch.cuda.get_device_capability()[0] >= 8
+    return _capability() >= 8
+
+
+def _capability() -> int:
+    """Of the GPU here; of one that this machine checks for and does not have, a recent one's."""
+    if os.environ.get("SFT_DEVICE") == "cuda" and not torch.cuda.is_available():
+        return 9
+    return torch.cuda.get_device_capability()[0]

@@ -1,10 +1,22 @@
-"""Reads `metrics.jsonl` back, whatever a killed run or an editor has left in it."""
+"""Reads back what runs write line by line, whatever a killed run or an editor has left in it."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import shlex
+import socket
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+# A line for each start of a run: restarts, versions and layouts, which `metrics.jsonl` does not tell.
+STARTS = "starts.jsonl"
+# What the run said of its data.
+DATA_REPORT = "data.txt"
+PACKAGES = ("megatron-sft", "torch", "megatron-core", "transformers", "transformer-engine", "peft")
 
 
 def read_records(file: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -18,3 +30,39 @@ def read_records(file: Path) -> list[tuple[str, dict[str, Any]]]:
         if isinstance(record, dict) and isinstance(record.get("iteration"), int):
             found.append((line, record))
     return found
+
+
+def records_of(folder: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The records of a file of an output folder; none where there is no file."""
+    file = folder / name
+    return [record for _, record in read_records(file)] if file.is_file() else []
+
+
+def installed_versions() -> dict[str, str]:
+    """Of the packages that make up a result."""
+    found = {"python": sys.version.partition(" ")[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def write_start(args: argparse.Namespace, iteration: int) -> None:
+    """Note that a run begins, or goes on, after `iteration`."""
+    record = {
+        "iteration": iteration,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "host": socket.gethostname(),
+        "processes": args.world_size,
+        **{
+            name: getattr(args, f"{name}_model_parallel_size")
+            for name in ("tensor", "pipeline", "expert")
+        },
+        "context": args.context_parallel_size,
+        "command": shlex.join(sys.argv),
+        "versions": installed_versions(),
+    }
+    with (Path(args.output_dir) / STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")

@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its checkpoints: `metrics.jsonl`, `loss.png` and the progress bar."""
+"""What a run leaves behind beside its checkpoints: `metrics.jsonl`, `report.html` and the progress bar."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from typing import Any, TextIO
 from post_training.layout.flops import model_flops, peak_flops
 from post_training.machine.device import current_device
 from post_training.metrics.progress import Progress
-from post_training.metrics.records import read_records
+from post_training.metrics.records import read_records, write_start
 from post_training.metrics.step_counters import ExpertTotals, StepTotals, counters
+from post_training.metrics.trackers import MlflowRun
 from post_training.platform.checkpoints.saving import save_hooks
 from post_training.platform.training_hooks import Evaluation, Step, TrainStart, hooks
 
@@ -67,6 +68,7 @@ class RunLog:
         """Whether the model and its checkpoint are loaded."""
         self._unrecorded: Step | None = None
         self.draft_acceptance_length: float | None = None
+        self.mlflow: MlflowRun | None = None
         self.on_validation: list[Callable[[dict[str, Any]], None]] = []
         """Hear of each evaluation on the validation data, on all ranks."""
         if args.num_experts:
@@ -100,8 +102,12 @@ class RunLog:
         """Take over at `iteration`, which a checkpoint holds (0 at the start of a run)."""
         self.begun = True
         self.continue_from(iteration)
-        if iteration and self.is_writer and not self.args.eval_only:
-            self.progress.message(f"continuing after step {iteration}")
+        if self.is_writer and not self.args.eval_only:
+            if iteration:
+                self.progress.message(f"continuing after step {iteration}")
+            write_start(self.args, iteration)
+            if self.args.mlflow_experiment:
+                self.mlflow = MlflowRun(self.args, self.progress.message)
         self.progress.start(iteration)
         self.last_step_end = time.perf_counter()
         self._tell_apart("train")
@@ -274,6 +280,10 @@ class RunLog:
             # One write a line, so that a reader never sees half of one.
             with self.metrics_file.open("a") as file:
                 file.write(json.dumps(clean) + "\n")
+            if self.mlflow is not None:
+                split = f" {clean['split']}" if "split" in clean else ""
+                values = {f"{name}{split}": value for name, value in clean.items()}
+                self.mlflow.log(values, record["iteration"])
 
     def _to_tensorboard(self, record: dict[str, Any]) -> None:
         """Add a record's numbers to Megatron's own writers, which are open on its last rank only."""
@@ -292,15 +302,17 @@ class RunLog:
             wandb.log(values, record["iteration"])
 
     def finish(self) -> None:
-        """Close the progress bar and draw `loss.png`."""
+        """Close the progress bar and the trackers, and write `report.html`."""
         ending = sys.exception()
         self.progress.close()
+        if self.mlflow is not None:
+            self.mlflow.finish(failed=isinstance(ending, Exception))
         if self.is_writer and self.metrics_file.is_file() and not self.args.eval_only:
-            from post_training.metrics.plots import plot_loss
+            from post_training.metrics.report import write_report
 
             try:
-                plot_loss(self.metrics_file, self.folder / "loss.png")
+                write_report(self.folder, self.folder / "report.html")
             except OSError as error:
                 # An error that ends the run, such as a full disk, is told by itself.
                 if ending is None:
-                    self.progress.message(f"loss.png is not drawn: {error.strerror}")
+                    self.progress.message(f"report.html is not written: {error.strerror}")

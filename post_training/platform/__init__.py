@@ -30,6 +30,7 @@ def apply() -> None:
     warnings.filterwarnings("ignore", message="Only transformer-engine>=1.7.0 supports MoE")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     environment.stand_alone()
+    environment.let_memory_grow()
     on_cpu = device_type() == "cpu"
     # torch first: Megatron reads these names while it is being imported.
     _compile_or_not(device_type())

@@ -67,6 +67,8 @@ class TrainingHooks:
     on_evaluation_end: list[Callable[[Evaluation], None]] = field(default_factory=list)
     evaluation_iterations: dict[str, int] = field(default_factory=dict)
     """Global batches of each split there is; a split that is not named is not evaluated."""
+    evaluates_at_start: bool = False
+    """Whether the validation split is evaluated before the first step of all."""
     save_wanted: bool = False
     """Whether a checkpoint is to be saved after this step, whatever the interval; alike on all ranks."""
     end_wanted: bool = False
@@ -111,6 +113,19 @@ def apply() -> None:
 
         # Behind the optimizer: its schedule and the training data.
         _tell(hooks.on_train_start, TrainStart(model, _unwrapped(rest[1])))
+        if hooks.evaluates_at_start and training.get_args().iteration == 0:
+            # In the original's order: the validation data, what is done with other data, the model's
+            # configuration, a checkpointing context, a function of other data.
+            _, _, data, other_data, config, _, other, *_ = rest
+            # As before its own evaluations; there is nothing to gather yet.
+            if overlapped := training.should_disable_forward_pre_hook(training.get_args()):
+                training.disable_forward_pre_hook(model, param_sync=False)
+            training.evaluate_and_print_results(
+                "iteration 0", forward, data, model, 0, other_data, config,
+                non_loss_data_func=other, **more,
+            )  # fmt: skip
+            if overlapped:
+                training.enable_forward_pre_hook(model)
         return train(forward, model, optimizer, *rest, **more)
 
     @in_place_of((training, "train_step"))

@@ -87,6 +87,11 @@ def load_task(args: argparse.Namespace, tokenizer: Any) -> Any:
         task = kind() if takes_none else kind(args)
     except Exception as error:
         raise SetupError(f"--task {args.task}: {name} cannot be made: {_shown(error)}") from error
+    if args.lora is not None and hasattr(task, "build_model"):
+        raise SetupError(
+            f"--lora-rank: {name} makes its own model (build_model), and factors belong to the weights of "
+            f"--hf-model; leave one of them out"
+        )
     facts = {
         "cfg": args,
         "tokenizer": tokenizer,

@@ -70,6 +70,8 @@ class EarlyStopping:
             RunStopped: on all ranks, when evaluations have no such number.
         """
         metric, iteration = self.args.early_stop_metric, record["iteration"]
+        if iteration == 0:
+            return  # --eval-at-start: there is no checkpoint of it
         value = record.get(metric)
         if not isinstance(value, int | float):
             there = ", ".join(

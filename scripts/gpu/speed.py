@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
-from scripts.gpu.models import SIZES, SPEED_SEQ_LENGTH, Row, Size, long_rows
+from post_training.layout.planner import Machines, plan_of
+from post_training.machine.kernels import has_transformer_engine
+from scripts.gpu.models import SIZES, SPEED_SEQ_LENGTH, Row, long_rows
 from scripts.gpu.runs import CheckError, Run, run_flags
+from scripts.plan import resolve
 from scripts.quickstart.rows import write_jsonl
 
 
@@ -24,17 +27,6 @@ class Attempt:
     micro_batch: int
     recompute: bool = False
     bf16_gradients: bool = False
-
-    def bytes_needed(self, size: Size, gpus: int) -> float:
-        """An estimate, in bytes a device: it only spares starts that are bound to fail."""
-        # bf16 weights and gradients whole; fp32 weights and two Adam moments in shards.
-        static = size.parameters * (2 + (2 if self.bf16_gradients else 4) + 12 / gpus)
-        tokens = self.micro_batch * SPEED_SEQ_LENGTH
-        if self.recompute:
-            activations = 2 * tokens * size.layers * size.hidden
-        else:
-            activations = 2 * tokens * size.layers * (8 * size.hidden + 4 * size.feed_forward)
-        return static + activations + 6 * tokens * size.vocabulary
 
     def flags(self) -> list[str]:
         """Megatron's flags for it."""
@@ -89,12 +81,15 @@ def measure_size(
     memory = math.inf
     if options.device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
+    machines, least = Machines(options.gpus, memory, None), math.inf
     for number, attempt in enumerate(ATTEMPTS):
-        if attempt.bytes_needed(size, options.gpus) > memory:
-            continue
         flags = [*run_flags(model, data, folder), "--random-weights", *attempt.flags()]
         flags += ["--seq-length", str(SPEED_SEQ_LENGTH), "--log-memory-interval", "1"]
         batch = options.gpus * options.micro_batches * attempt.micro_batch
+        needed = plan_of(resolve(flags.copy(), machines, has_transformer_engine()), machines).needed
+        least = min(least, needed)
+        if needed > memory:
+            continue  # spares a start that is bound to fail
         # Never reached: the run is ended after the steps that are measured.
         flags += ["--global-batch-size", str(batch), "--train-iters", str(10 * options.steps)]
         run = Run(folder / "runs" / f"{name}-{number}", flags, options.device, options.gpus)
@@ -118,7 +113,6 @@ def measure_size(
             statistics.median(mfu) if mfu else None,
             run.peak_memory(),
         )
-    least = min(attempt.bytes_needed(size, options.gpus) for attempt in ATTEMPTS)
     print(
         f"{name}: skipped, it does not fit into {memory / 2**30:.0f} GiB a device; about "
         f"{least / 2**30:.0f} GiB are needed with {options.gpus} (more: --gpus N)",

@@ -63,7 +63,7 @@ def report(folder: Path) -> bool:
     print(f"\n{run}/checkpoints    Megatron checkpoints, resumable at any parallel layout")
     print(f"{run}/hf             the finetuned model as a HuggingFace folder")
     print(
-        f"{run}/metrics.jsonl  every step; {run}/loss.png its picture; {run}/train.log all output"
+        f"{run}/metrics.jsonl  every step; {run}/report.html its curves; {run}/train.log all output"
     )
     print(f"{run}/config.yaml    everything the run resolved to")
     return before["accuracy"] < 0.05 and after["accuracy"] > REQUIRED and same == after["rows"]

@@ -370,6 +370,28 @@ def hold_for_a_kill() -> None:
     setattr(CheckpointSaver, "finish", finishes)  # noqa: B010
 
 
+def hold_where_told() -> None:
+    """Every rank stays at the step that a file names, alive, until the file names another."""
+    from megatron.training import get_args
+
+    finetune = _finetune()
+    right, file = finetune.forward_step, Path(os.environ[HOLD])
+
+    def held(iterator: Any, model: Any) -> Any:
+        while model.training and file.read_text() == str(get_args().curr_iteration + 1):
+            finetune.watchdog.beat()
+            time.sleep(0.05)
+        return right(iterator, model)
+
+    finetune.forward_step = held
+
+
+def kill_at_step_1() -> None:
+    """The last rank is killed."""
+    last = int(os.environ["WORLD_SIZE"]) - 1
+    _at_step(1, last, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
 def limit_files_at_step_4() -> None:
     """No file may grow beyond 200 kB any more, as with a quota: the disk itself has room."""
     for rank in range(int(os.environ["WORLD_SIZE"])):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -32,6 +33,10 @@ class Hub(ThreadingHTTPServer):
             }
             for name, folder in repositories.items()
         }
+        self.made: dict[str, Any] = {}
+        """What was asked for of each repository that a client made."""
+        self.pushed: dict[str, dict[str, bytes]] = {}
+        """Files that were uploaded to each repository."""
         self.served: list[str] = []
         """`repository/file` of every file that was sent."""
 
@@ -56,6 +61,21 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        path = urlsplit(self.path).path
+        if path == "/api/repos/create":
+            return self._make(json.loads(body))
+        if path == "/api/validate-yaml":
+            return self._send_json({"errors": [], "warnings": []})
+        if path.endswith("/preupload/main"):
+            files = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
+                for f in json.loads(body)["files"]
+            ]
+            return self._send_json({"files": files})
+        if path.endswith("/commit/main"):
+            return self._commit(
+                path.removeprefix("/api/models/").removesuffix("/commit/main"), body
+            )
         if "json" in self.headers.get("Content-Type", ""):
             self._answer(json.loads(body))
         else:
@@ -72,6 +92,23 @@ class _Handler(BaseHTTPRequestHandler):
                     path.removeprefix(place).partition("/")[2], repository, files
                 )
         return self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
+
+    def _make(self, asked: Mapping[str, Any]) -> None:
+        name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+        if not self.headers.get("Authorization"):
+            return self._send(401, b"", {"X-Error-Message": "Invalid username or password."})
+        self.server.made[name] = dict(asked)
+        self.server.pushed.setdefault(name, {})
+        return self._send_json({"url": f"http://127.0.0.1/{name}", "name": name, "id": name})
+
+    def _commit(self, name: str, body: bytes) -> None:
+        for line in body.splitlines():
+            part = json.loads(line)
+            if part["key"] == "file":
+                content = base64.b64decode(part["value"]["content"])
+                self.server.pushed[name][part["value"]["path"]] = content
+        address = f"http://127.0.0.1/{name}/commit/{COMMIT}"
+        return self._send_json({"commitUrl": address, "commitOid": COMMIT, "hookOutput": ""})
 
     def _tell(
         self, what: str, repository: str, files: Mapping[str, bytes], form: Mapping[str, Any]

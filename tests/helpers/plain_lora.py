@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from post_training.adapters.injected import round_to_nf4
 from post_training.adapters.layers import new_factors
 from post_training.adapters.settings import LoraSettings, Target, chosen_targets
 from tests.helpers.checkpoint import tensors
@@ -38,7 +39,12 @@ class _Sum(torch.nn.Module):
 
 
 def adapt(model: Any, settings: LoraSettings, peft: bool = HAS_PEFT) -> dict[str, Tensor]:
-    """Freeze a model, add factors that begin as ours do, and return them under PEFT's names."""
+    """Freeze a model, add factors that begin as ours do, and return them under PEFT's names.
+
+    Of a base in 4 bits, beside the weights that these stand for.
+    """
+    if settings.nf4:
+        round_to_nf4(model, model.config)
     targets = chosen_targets(model.config, settings)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -51,7 +57,8 @@ def adapt(model: Any, settings: LoraSettings, peft: bool = HAS_PEFT) -> dict[str
             r=settings.rank,
             lora_alpha=int(settings.alpha),
             use_rslora=settings.rslora,
-            target_modules=[t.name for t in by_peft],
+            target_modules=[t.name for t in by_peft if not t.fused],
+            target_parameters=[t.name for t in by_peft if t.fused],
         )
         inject_adapter_in_model(config, model)
         for name, parameter in model.named_parameters():
@@ -85,4 +92,8 @@ def adapt(model: Any, settings: LoraSettings, peft: bool = HAS_PEFT) -> dict[str
 def factors_in(run: Path) -> dict[str, Tensor]:
     """The factors of the newest checkpoint of a run, by PEFT's names, whatever layout wrote it."""
     every = tensors(max((run / "checkpoints").glob("iter_*[0-9]")))
-    return {k.removeprefix("adapter."): v for k, v in every.items() if k.startswith("adapter.")}
+    return {
+        key.removeprefix("model.model.").removeprefix("adapter.").replace(".default", ""): value
+        for key, value in every.items()
+        if key.startswith(("adapter.", "model.model."))
+    }

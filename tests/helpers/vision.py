@@ -6,7 +6,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from data import prepare_documents
 from data.images.processor import ImageProcessor, open_processor
 from data.packs.pictures import PictureDataset
 from scripts.quickstart import vision as quickstart
-from tests.helpers.reference import Recipe, Trajectory, saved_tensors
+from tests.helpers.reference import Recipe, Right, Trajectory, saved_tensors
 from tests.helpers.rows import TEXT
 
 KINDS = ("qwen2_5_vl", "qwen3_vl")
@@ -124,8 +124,8 @@ def example(row: dict[str, Any], folder: Path, tokenizer: Any, theirs: Any) -> d
     return {"ids": ids, "mask": mask, **seen}
 
 
-def losses(model: Any, each: dict[str, Tensor]) -> Tensor:
-    """Of the trained tokens of one document, alone: float32 [trained tokens]."""
+def losses(model: Any, each: dict[str, Tensor], right: Right | None = None) -> Tensor:
+    """Of the trained tokens of one document, alone: float32 [trained tokens]; `right` counts them."""
     ids = each["ids"]
     seen = {name: each[name] for name in ("pixel_values", "image_grid_thw") if name in each}
     kinds = (ids == model.config.image_token_id).int().unsqueeze(0)
@@ -133,6 +133,8 @@ def losses(model: Any, each: dict[str, Tensor]) -> Tensor:
         input_ids=ids.unsqueeze(0), mm_token_type_ids=kinds, use_cache=False, **seen
     ).logits
     chosen = each["mask"][1:].nonzero().flatten()
+    if right is not None:
+        right.count(logits.detach()[0, :-1][chosen], ids[1:][chosen])
     return F.cross_entropy(logits[0, :-1][chosen], ids[1:][chosen], reduction="none")
 
 
@@ -165,9 +167,17 @@ def prepared(folder: Path, model: Path, recipe: Recipe, **options: Any) -> Pictu
 
 
 def train(
-    model_folder: Path, folder: Path, rows: Sequence[dict[str, Any]], recipe: Recipe, frozen: bool
+    model_folder: Path,
+    folder: Path,
+    rows: Sequence[dict[str, Any]],
+    recipe: Recipe,
+    frozen: bool = False,
+    adapt: Callable[[Any], dict[str, Tensor]] | None = None,
 ) -> Trajectory:
-    """Train the model of a folder in a plain loop, a document at a time."""
+    """Train the model of a folder in a plain loop, a document at a time.
+
+    `adapt` is as of `reference.train`.
+    """
     from transformers import AutoModelForImageTextToText
 
     dataset = prepared(folder, model_folder, recipe)
@@ -179,16 +189,23 @@ def train(
     model.get_input_embeddings().padding_idx = None
     if frozen:
         model.model.visual.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    result = Trajectory(start=saved_tensors(model))
+    named = {} if adapt is None else adapt(model)
+    trained = [p for p in named.values() or model.parameters() if p.requires_grad]
+
+    def tensors() -> dict[str, Tensor]:
+        if adapt is None:
+            return saved_tensors(model)
+        return {name: value.detach().clone() for name, value in named.items()}
+
+    result = Trajectory(start=tensors())
     optimizer = recipe.make_optimizer(trained)
     for step in range(recipe.steps):
         packs = range(step * recipe.global_batch, (step + 1) * recipe.global_batch)
         batch = [examples[int(row)] for pack in packs for row in dataset.document_indices(pack)]
         tokens = sum(int(each["mask"][1:].sum()) for each in batch)
-        total = 0.0
+        total, right = 0.0, Right()
         for each in batch:
-            own = losses(model, each)
+            own = losses(model, each, right)
             (own.sum() / tokens).backward()
             total += own.detach().double().sum().item()
         gradients = [p.grad for p in trained if p.grad is not None]
@@ -205,5 +222,6 @@ def train(
         optimizer.zero_grad()
         result.losses.append(total / tokens)
         result.grad_norms.append(norm)
-    result.end = saved_tensors(model)
+        result.right.append(right)
+    result.end = tensors()
     return result

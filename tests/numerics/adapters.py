@@ -3,29 +3,27 @@
     python tests/numerics/adapters.py --table              all cases; exit status 1 if one differs
     python tests/numerics/adapters.py --table --only cp2   the cases with "cp2" in their name
 
-Of experts, which transformers fuses, the plain loop adds the products of the factors to the weights.
+"hf-" are models of transformers under FSDP2. Beside Megatron's layers each expert has factors of its own:
+there the plain loop adds their products to the weights, which transformers fuses.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
-import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import transformers
+from torch import Tensor
 
 from post_training.adapters.settings import LoraSettings
-from tests.helpers import plain_lora, reference
-from tests.helpers.launch import Finished, finetune
-from tests.helpers.models import save_model
+from tests.helpers import plain_lora, reference, vision
+from tests.helpers.launch import Finished
 from tests.helpers.reference import Recipe, Trajectory
-from tests.helpers.rows import make_rows, write_rows
+from tests.numerics import equivalence
 from tests.numerics.equivalence import (
     ALLGATHER,
     CP2,
@@ -33,14 +31,13 @@ from tests.numerics.equivalence import (
     ETP1,
     ETP2,
     FIRST1,
+    HF,
     MBS2,
     OVERLAP,
     PP2,
     RECOMPUTE,
     SP,
-    STEP_BOUND,
     TP2,
-    UPDATE_BOUNDS,
     VPP2,
 )
 
@@ -50,26 +47,48 @@ PLAIN = LoraSettings(4, 8.0, ("all",))
 ATTENTION = LoraSettings(4, 8.0, ("attention",))
 SOME = LoraSettings(3, 8.0, ("q_proj", "v_proj", "up_proj", "lm_head", "embed_tokens"), rslora=True)
 LAST = LoraSettings(4, 8.0, r"model\.layers\.1\.mlp\..*_proj")
+VISION = LoraSettings(4, 8.0, ("attention", "visual.blocks.0.attn.qkv", "vision"))
+WIDE = LoraSettings(4, 8.0, ("all", "embed_tokens", "lm_head"))
+SETTINGS = {
+    "all": PLAIN,
+    "attention": ATTENTION,
+    "some": SOME,
+    "last": LAST,
+    "vision": VISION,
+    "wide": WIDE,
+}
 
 
 @dataclass(frozen=True)
-class Case:
+class Case(equivalence.Case):
     """An adapter of one model on one parallel layout."""
 
-    layout: str
-    flags: tuple[str, ...] = ()
-    world: int = 1
-    family: str = "qwen3"
+    recipe: Recipe = RECIPE
     settings: LoraSettings = PLAIN
-    layers: int = 2
-    slow: bool = True
+    nf4: bool = False
 
     @property
     def name(self) -> str:
         """What pytest and --only call it."""
-        kinds = (("all", PLAIN), ("attention", ATTENTION), ("some", SOME), ("last", LAST))
-        kind = next(name for name, settings in kinds if settings == self.settings)
-        return f"{self.family}-{self.layout}-{kind}"
+        kind = next(name for name, settings in SETTINGS.items() if settings == self.settings)
+        return f"{self.family}-{self.layout}-{kind}" + "-nf4" * self.nf4
+
+    @property
+    def adapter(self) -> LoraSettings:
+        """With what follows from the layout."""
+        backend = "transformers" if "--model-backend" in self.flags else "megatron"
+        return replace(self.settings, backend=backend, nf4=self.nf4)
+
+    @property
+    def truth(self) -> tuple[object, ...]:
+        """What the plain loop depends on."""
+        return self.family, self.layers, repr(self.adapter)
+
+
+def hf(world: int, family: str, *flags: str, **more: object) -> Case:
+    """A case of a model of transformers."""
+    layout = "-".join((f"hf-fsdp2x{world}", *(flag.strip("-") for flag in flags[:1])))
+    return Case(layout, HF + flags, world, family, **more)  # type: ignore[arg-type]
 
 
 CASES = (
@@ -104,111 +123,75 @@ CASES = (
     Case("etp2", ETP2, 2, family="qwen3_moe"),
     Case("ep2-cp2", EP2 + CP2, 4, family="qwen3_moe"),
     Case("ep2-pp2", EP2 + PP2, 4, family="qwen3_moe"),
+    *(
+        hf(world, family, slow=(family, world) != ("llama", 2))
+        for family in ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen2_5_vl")
+        for world in (1, 2, 4)
+    ),
+    hf(2, "llama", *MBS2, settings=WIDE),
+    hf(2, "qwen2", "--fsdp-sharding", "none"),
+    hf(2, "qwen3_moe", *RECOMPUTE, slow=False),
+    hf(1, "qwen3", settings=SOME),
+    hf(2, "qwen3", settings=LAST),
+    hf(2, "gpt2", settings=ATTENTION),
+    hf(2, "gpt_oss"),
+    hf(2, "falcon_h1"),
+    hf(2, "qwen2_5_vl", settings=VISION, slow=False),
+    hf(1, "llama", nf4=True),
+    hf(2, "qwen3", nf4=True, slow=False),
+    hf(4, "qwen2", nf4=True),
+    hf(2, "qwen2_5_vl", nf4=True, settings=VISION),
 )
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far a run is from the truth."""
-
-    run: Finished
-    truth: Trajectory
-    loss: float
-    grad_norm: float
-    update: float
-    """Relative L2 difference of the factors' whole change."""
-
-    def holds(self) -> bool:
-        """Whether all differences are within their bounds."""
-        return max(self.loss, self.grad_norm) < STEP_BOUND and self.update < UPDATE_BOUNDS["adam"]
 
 
 def lora_flags(settings: LoraSettings) -> tuple[str, ...]:
     """The same for `finetune.py`."""
     targets = (settings.targets,) if isinstance(settings.targets, str) else settings.targets
-    rslora = ("--rslora",) if settings.rslora else ()
+    more = ("--rslora",) * settings.rslora + ("--base-precision", "nf4") * settings.nf4
     sizes = ("--lora-rank", str(settings.rank), "--lora-alpha", str(settings.alpha))
-    return (*sizes, "--lora-targets", *targets, *rslora)
+    return (*sizes, "--lora-targets", *targets, *more)
 
 
-class Matrix:
+class Matrix(equivalence.Matrix):
     """Runs cases; models and truths are made once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.rows = make_rows(60)
-        self.data_file = write_rows(folder / "train.jsonl", self.rows)
-        self.truth = functools.cache(self._truth)
+    flags = ()
 
-    def model(self, family: str, layers: int = 2) -> Path:
-        """The folder of a model."""
-        folder = self.folder / f"{family}-{layers}"
-        if not folder.exists():
-            save_model(folder, family, num_hidden_layers=layers)
-        return folder
+    def save(self, folder: Path, case: Case, options: dict[str, object]) -> None:
+        """Write a model, perhaps one that sees."""
+        if case.family in vision.KINDS:
+            vision.save_model(folder, case.family)
+        else:
+            super().save(folder, case, options)
 
-    def _truth(self, family: str, layers: int, targets: str) -> Trajectory:
-        settings = next(c.settings for c in CASES if str(c.settings.targets) == targets)
-        adapt = functools.partial(plain_lora.adapt, settings=settings)
-        return reference.train(self.model(family, layers), self.rows, self.data_file, RECIPE, adapt)
+    def data(self, case: Case) -> Path:
+        """Of a model that sees, rows with pictures."""
+        if case.family not in vision.KINDS:
+            return self.data_file
+        self.pictures = vision.make_rows(self.folder / "pictures", 60, 0.25)
+        return self.folder / "pictures" / "rows.jsonl"
 
-    def train(self, case: Case, output: Path, *flags: str, recipe: Recipe = RECIPE) -> Finished:
-        """Train `case` through finetune.py."""
-        return finetune(
-            output,
-            *("--hf-model", str(self.model(case.family, case.layers))),
-            *("--finetune-data-files", str(self.data_file), *recipe.flags()),
-            *(*lora_flags(case.settings), *case.flags, *flags),
-            world=case.world,
-        ).ok()
+    def make_truth(self, case: Case) -> Trajectory:
+        """The plain loop with peft."""
+        adapt = functools.partial(plain_lora.adapt, settings=case.adapter)
+        folder, file = self.model(case), self.data(case)
+        if case.family in vision.KINDS:
+            return vision.train(folder, file.parent, self.pictures, case.recipe, adapt=adapt)
+        return reference.train(folder, self.rows, file, case.recipe, adapt)
 
-    def compare(self, case: Case, output: Path) -> Comparison:
-        """Train `case` and read its checkpoint, whatever wrote it."""
-        truth = self.truth(case.family, case.layers, str(case.settings.targets))
-        run = self.train(case, output)
-        norms = [step["grad_norm"] for step in run.steps]
+    def train(
+        self, case: Case, output: Path, *flags: str, recipe: Recipe | None = None
+    ) -> Finished:
+        """Train a case through finetune.py."""
+        return super().train(case, output, *lora_flags(case.adapter), *flags, recipe=recipe)
+
+    def weights(self, case: Case, run: Finished) -> dict[str, Tensor]:
+        """Its factors, without padding."""
         found = plain_lora.factors_in(run.folder)
-        assert found.keys() >= truth.end.keys(), truth.end.keys() - found.keys()
-        cut = {k: found[k][: v.shape[0], : v.shape[1]] for k, v in truth.end.items()}
-        return Comparison(
-            run,
-            truth,
-            reference.relative(run.losses, truth.losses),
-            reference.relative(norms, truth.grad_norms),
-            reference.update_error(cut, truth),
-        )
-
-
-def print_table(cases: list[Case]) -> bool:
-    """Run cases and print a line for each; returns whether all hold."""
-    print(f"{'case':32} {'ranks':>5}  {'loss':>8}  {'grad norm':>9}  {'update':>8}", flush=True)
-    good = 0
-    with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(Path(folder))
-        for number, case in enumerate(cases):
-            found = matrix.compare(case, Path(folder, f"run{number}"))
-            good += found.holds()
-            print(
-                f"{case.name:32} {case.world:5}  {found.loss:8.1e}  {found.grad_norm:9.1e}  "
-                f"{found.update:8.1e}  {'equal' if found.holds() else 'DIFFERS'}",
-                flush=True,
-            )
-    print(f"{good} of {len(cases)} cases equal peft in a plain loop over {RECIPE.steps} steps")
-    return good == len(cases)
-
-
-def main() -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--table", action="store_true", required=True, help="run and print all")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
-    options = parser.parse_args()
-    transformers.utils.logging.disable_progress_bar()
-    cases = [case for case in CASES if options.only in case.name]
-    if not cases:
-        parser.error(f"--only {options.only}: no such case")
-    return 0 if print_table(cases) else 1
+        ends = self._truths[case.truth].end
+        assert found.keys() >= ends.keys(), ends.keys() - found.keys()
+        return {key: found[key][: v.shape[0], : v.shape[1]] for key, v in ends.items()}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(equivalence.main(__doc__, CASES, Matrix, "peft"))

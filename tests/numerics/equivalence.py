@@ -10,17 +10,19 @@ The truth is a HuggingFace model in a plain PyTorch loop: fp32, one process, eac
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     # In place of this folder, where tests/data would hide the package data.
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import transformers
+from torch import Tensor
 
 from tests.helpers import megatron_model, reference
 from tests.helpers.launch import Finished, finetune, run_rank
@@ -108,6 +110,11 @@ class Case:
         words += ["unpacked"] if self.recipe.packing == "none" else []
         words += ["balanced"] if self.recipe.balance else []
         return "-".join(words)
+
+    @property
+    def truth(self) -> tuple[object, ...]:
+        """What the plain loop depends on; cases that share it have one truth."""
+        return self.family, self.layers, self.tied, self.dense, self.rope, self.recipe
 
 
 # Architectures that Megatron's layers do not have (`tests/helpers/architectures.py`).
@@ -302,46 +309,61 @@ class Comparison:
 class Matrix:
     """Runs cases; models and truths are made once."""
 
+    flags: tuple[str, ...] = ("--no-save-optim",)
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.rows = make_rows(60)
         self.data_file = write_rows(folder / "train.jsonl", self.rows)
-        self.truth = functools.cache(self._truth)
+        self._truths: dict[tuple[object, ...], Trajectory] = {}
 
-    def _truth(
-        self,
-        family: str,
-        layers: int,
-        tied: bool,
-        dense: tuple[int, ...],
-        rope: str,
-        recipe: Recipe,
-    ) -> tuple[Path, Trajectory]:
-        folder = self.folder / f"{family}-{layers}-{tied}-{dense}-{rope}"
+    def model(self, case: Any) -> Path:
+        """The folder of a case's model."""
+        folder = self.folder / f"{case.family}-{case.layers}-{case.tied}-{case.dense}-{case.rope}"
         if not folder.exists():
-            options: dict[str, object] = {"mlp_only_layers": list(dense)} if dense else {}
-            options |= {"rope_parameters": ROPES[rope]} if rope else {}
-            save_model(folder, family, tied=tied, num_hidden_layers=layers, **options)
-        return folder, reference.train(folder, self.rows, self.data_file, recipe)
+            options: dict[str, object] = {"mlp_only_layers": list(case.dense)} if case.dense else {}
+            options |= {"rope_parameters": ROPES[case.rope]} if case.rope else {}
+            self.save(folder, case, options)
+        return folder
 
-    def compare(self, case: Case, output: Path) -> Comparison:
-        """Train `case` through finetune.py and read its checkpoint, whatever wrote it, on one process."""
-        kind = (case.family, case.layers, case.tied, case.dense, case.rope)
-        model, truth = self.truth(*kind, case.recipe)
-        run = finetune(
+    def save(self, folder: Path, case: Any, options: dict[str, object]) -> None:
+        """Write it."""
+        save_model(folder, case.family, tied=case.tied, num_hidden_layers=case.layers, **options)
+
+    def data(self, case: Any) -> Path:
+        """The rows that a case is trained on."""
+        return self.data_file
+
+    def make_truth(self, case: Any) -> Trajectory:
+        """The plain loop of a case."""
+        return reference.train(self.model(case), self.rows, self.data_file, case.recipe)
+
+    def weights(self, case: Any, run: Finished) -> dict[str, Tensor]:
+        """What a run has trained, read from its checkpoint, whatever wrote it, on one process."""
+        return run_rank(megatron_model.exported_from_run, str(run.folder))
+
+    def train(self, case: Any, output: Path, *flags: str, recipe: Recipe | None = None) -> Finished:
+        """Train a case through finetune.py."""
+        return finetune(
             output,
-            *("--hf-model", str(model), "--finetune-data-files", str(self.data_file)),
-            *(*case.recipe.flags(), "--no-save-optim", *case.flags),
+            *("--hf-model", str(self.model(case)), "--finetune-data-files", str(self.data(case))),
+            *(*(recipe or case.recipe).flags(), *case.flags, *flags),
             world=case.world,
         ).ok()
-        weights = run_rank(megatron_model.exported_from_run, str(run.folder))
+
+    def compare(self, case: Any, output: Path) -> Comparison:
+        """Train a case and compare it."""
+        if case.truth not in self._truths:
+            self._truths[case.truth] = self.make_truth(case)
+        truth = self._truths[case.truth]
+        run = self.train(case, output, *self.flags)
         norms = [step["grad_norm"] for step in run.steps]
         return Comparison(
             run,
             truth,
             reference.relative(run.losses, truth.losses),
             reference.relative(norms, truth.grad_norms),
-            reference.update_error(weights, truth),
+            reference.update_error(self.weights(case, run), truth),
             max(
                 abs(step["token_accuracy"] * step["trained_tokens"] - right.tokens) - right.close
                 for step, right in zip(run.steps, truth.right, strict=True)
@@ -349,7 +371,7 @@ class Matrix:
         )
 
 
-def print_table(cases: list[Case]) -> bool:
+def print_table(cases: Sequence[Any], kind: type[Matrix], against: str) -> bool:
     """Run cases and print a line for each; returns whether all hold."""
     print(
         f"{'case':38} {'ranks':>5}  {'loss':>8}  {'grad norm':>9}  {'update':>8}  {'right':>5}",
@@ -357,7 +379,7 @@ def print_table(cases: list[Case]) -> bool:
     )
     good = 0
     with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(Path(folder))
+        matrix = kind(Path(folder))
         for number, case in enumerate(cases):
             found = matrix.compare(case, Path(folder, f"run{number}"))
             holds = found.holds(case.recipe)
@@ -368,26 +390,31 @@ def print_table(cases: list[Case]) -> bool:
                 flush=True,
             )
     print(
-        f"{good} of {len(cases)} cases equal HuggingFace in a plain loop over {ADAM.steps} steps: loss and "
+        f"{good} of {len(cases)} cases equal {against} in a plain loop over {ADAM.steps} steps: loss and "
         f"grad norm within {STEP_BOUND:g} relative at each step, the same tokens right, the whole update "
         f"within {UPDATE_BOUNDS['adam']:g} (Adam) and {UPDATE_BOUNDS['sgd']:g} (SGD)"
     )
     return good == len(cases)
 
 
-def main() -> int:
+def main(
+    about: str | None = __doc__,
+    every: Sequence[Any] = CASES,
+    kind: type[Matrix] = Matrix,
+    against: str = "HuggingFace",
+) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(about).partition("\n")[0])
     parser.add_argument(
         "--table", action="store_true", required=True, help="run and print all cases"
     )
     parser.add_argument("--only", default="", metavar="TEXT", help="cases with TEXT in their name")
     options = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    cases = [case for case in CASES if options.only in case.name]
+    cases = [case for case in every if options.only in case.name]
     if not cases:
         parser.error(f"--only {options.only}: no such case")
-    return 0 if print_table(cases) else 1
+    return 0 if print_table(cases, kind, against) else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ parameters that are used before they are gathered; a checkpoint that holds the b
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from tests.helpers.checkpoint import tensors
 from tests.helpers.launch import finetune, run_script
 from tests.helpers.models import load_model
 from tests.helpers.reference import Recipe
-from tests.numerics.adapters import CASES, LAST, PLAIN, Case, Matrix
-from tests.numerics.equivalence import EP2, PP2, SP, STEP_BOUND, TP2, UPDATE_BOUNDS
+from tests.numerics.adapters import CASES, LAST, Case, Matrix, hf
+from tests.numerics.equivalence import EP2, HF, PP2, SP, STEP_BOUND, TP2, UPDATE_BOUNDS
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +44,33 @@ def test_equals_peft_in_a_plain_loop(case, matrix, tmp_path):
     if case.settings is not LAST:  # whose few gradients are small
         assert found.run.steps[0]["grad_norm"] > 0.2, "clipping is part of what is compared"
     held = tensors(max((found.run.folder / "checkpoints").glob("iter_*[0-9]")))
-    assert held and all("adapter.model." in key or "adapter.lm_head." in key for key in held)
+    kinds = ("adapter.", ".lora_", "optimizer.state.", "rng_state.")
+    assert held and all(any(kind in key for kind in kinds) for key in held)
+    assert sum("exp_avg." in f"{key}." for key in held) == len(found.truth.end)
 
 
-LAYOUTS = [(EP2 + TP2, 4), (PP2, 2), ((), 1), (TP2 + SP, 2)]
+LAYOUTS: dict[str, list[tuple[tuple[str, ...], int]]] = {
+    "megatron": [(EP2 + TP2, 4), (PP2, 2), ((), 1), (TP2 + SP, 2)],
+    "transformers": [(HF, 4), (HF, 1), (HF, 2), (HF, 1)],
+}
 
 
-@pytest.fixture(scope="module")
-def trained(matrix, tmp_path_factory):
+@pytest.fixture(scope="module", params=LAYOUTS)
+def trained(request, matrix, tmp_path_factory):
     """Twenty steps, five in each of four layouts; exported as a whole model and as an adapter."""
     folder, recipe = tmp_path_factory.mktemp("trained") / "out", Recipe(lr=2e-2, steps=20)
-    for flags, world in LAYOUTS:
+    for flags, world in LAYOUTS[request.param]:
         case = Case("", flags, world, family="qwen3_moe")
         run = matrix.train(case, folder, "--exit-interval", "5", recipe=recipe)
     for words in ([], ["--adapter"])[: 1 + plain_lora.HAS_PEFT]:
         done = run_script("scripts/export_hf.py", "--output-dir", str(folder), *words)
         assert done.returncode == 0, done.stderr
-    return run
+    return run, replace(case, flags=HF if request.param == "transformers" else (), world=1)
 
 
 @pytest.mark.slow
 def test_goes_on_in_another_layout(matrix, trained, tmp_path):
-    case = Case("", family="qwen3_moe")
+    trained, case = trained
     straight = matrix.train(case, tmp_path / "out", recipe=Recipe(lr=2e-2, steps=20))
     assert reference.relative(trained.losses, straight.losses) < STEP_BOUND
     found, expected = (plain_lora.factors_in(run.folder) for run in (trained, straight))
@@ -80,9 +86,10 @@ def logits(model):
 
 @pytest.mark.slow
 def test_merged_and_stored_it_is_the_trained_model(matrix, trained):
-    base = load_model(matrix.model("qwen3_moe"))
+    trained, case = trained
+    base = load_model(matrix.model(case))
     untouched = logits(base)
-    held = plain_lora.adapt(base, PLAIN, peft=False)
+    held = plain_lora.adapt(base, case.adapter, peft=case.adapter.backend == "transformers")
     with torch.no_grad():
         for key, value in plain_lora.factors_in(trained.folder).items():
             held[key].copy_(value)
@@ -96,9 +103,7 @@ def test_merged_and_stored_it_is_the_trained_model(matrix, trained):
     assert stored.keys() == {f"base_model.model.{key}" for key in held}
     from peft import PeftModel
 
-    again = PeftModel.from_pretrained(
-        load_model(matrix.model("qwen3_moe")), trained.folder / "adapter"
-    )
+    again = PeftModel.from_pretrained(load_model(matrix.model(case)), trained.folder / "adapter")
     answering = TransformersBackend.load(str(trained.folder / "adapter"), Sampling(), 1).model
     for model in (again, answering):
         assert (logits(model) - expected).abs().max() / expected.abs().max() < 1e-5
@@ -119,7 +124,7 @@ def test_an_adapter_of_peft_goes_on(matrix, tmp_path):
         alpha_pattern={"v_proj": 12},
         init_lora_weights=False,
     )
-    folder = matrix.model("llama")
+    folder = matrix.model(Case("", family="llama"))
     get_peft_model(load_model(folder), config).save_pretrained(tmp_path / "adapter")
     stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
 
@@ -166,3 +171,18 @@ def test_ranks_that_read_the_same_drop_the_same(matrix, tmp_path):
     assert reference.relative(runs[1].losses, runs[0].losses) < STEP_BOUND
     plain = matrix.train(Case("", settings=settings), tmp_path / "plain", recipe=recipe)
     assert reference.relative(plain.losses, runs[0].losses) > STEP_BOUND, "something is dropped"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not plain_lora.HAS_PEFT, reason="peft is not installed")
+def test_a_start_has_the_same_bits_on_any_number_of_processes(matrix, tmp_path):
+    still = Recipe(lr=0.0, steps=1)
+    one, two = (
+        plain_lora.factors_in(
+            matrix.train(hf(n, "qwen3_moe"), tmp_path / f"{n}", recipe=still).folder
+        )
+        for n in (1, 2)
+    )
+    assert one.keys() == two.keys() and len(one) == 2 * 6 * 2
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert all((one[key] == 0).all() == ("lora_B" in key) for key in one)

@@ -130,6 +130,19 @@ def test_a_refused_layout_is_one_line(hf_model, chat_data, tmp_path):
         assert "cannot be divided by tensor 3" in line
 
 
+def test_a_dry_run_prints_layout_and_command(hf_model, chat_data, tmp_path):
+    script = ["finetune.py", "--hf-model", str(hf_model("qwen3")), "--train-iters", "1"]
+    script += ["--finetune-data-files", str(chat_data.file), "--output-dir", str(tmp_path / "out")]
+    nodes = ["--nnodes", "2", "--nproc-per-node", "2"]
+    layout = ["--tensor-model-parallel-size", "2"]
+    done = run_script("scripts/launch.py", *nodes, "--dry-run", *script, *layout)
+    assert done.stdout.split() == ["torchrun", *nodes, *script, *layout], done.stderr
+    assert "layout: 4 processes = tensor 2 x data 2; a step is 2 packs" in done.stderr
+    done = run_script("scripts/launch.py", *nodes, "--dry-run", *script, layout[0], "3")
+    assert (done.returncode, done.stdout) == (2, "") and "cannot be divided" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("exits", "status"),
     [

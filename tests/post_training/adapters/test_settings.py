@@ -7,6 +7,8 @@ from post_training.adapters.settings import chosen_targets, describe_adapter
 from post_training.errors import SetupError
 from post_training.layout.model_size import checkpoint_bytes
 
+HF = "--model-backend transformers"
+
 
 @pytest.fixture
 def parse_for(hf_model, tmp_path, monkeypatch):
@@ -57,14 +59,47 @@ def test_what_is_trained_is_told_and_counted(parse_for):
         ("qwen3", "--lora-rank 0", "at least 1"),
         ("qwen3", "--lora-rank 4 --lora-dropout 1", "below 1"),
         ("qwen3", "--lora-rank 65", "at most 64"),
-        ("qwen3", "--lora-rank 4 --lora-targets wq", "wq: matches no matrix; there are q_proj"),
+        (
+            "qwen3",
+            "--lora-rank 4 --lora-targets wq",
+            "wq: matches no matrix; there are embed_tokens",
+        ),
         ("qwen3", "--lora-rank 4 --lora-targets q_proj x_proj", "x_proj: matches no matrix"),
         ("qwen3", "--lora-rank 4 --lora-targets .*q.*", "the norm model.layers.0.self_attn.q_norm"),
         ("qwen3", "--lora-rank 4 --lora-targets (", "is no pattern"),
         ("qwen3", "--lora-rank 4 --lora-targets q_proj .*", "one pattern alone"),
         ("qwen3_moe", "--lora-rank 4 --lora-targets gate", "the router model.layers.0.mlp.gate"),
         ("qwen3_moe", "--lora-rank 4 --lora-targets .*gate.*", "the router"),
-        ("qwen3", "--lora-rank 4 --use-torch-fsdp2", "not with --lora-rank"),
+        ("qwen3", "--lora-rank 4 --use-torch-fsdp2", "add --model-backend transformers"),
+        ("qwen3", "--lora-rank 4 --base-precision nf4", "add --model-backend transformers"),
+        ("qwen3", f"--base-precision nf4 {HF}", "there is no adapter"),
+        ("qwen3", f"--lora-rank 65 {HF}", "at most 64"),
+        (
+            "qwen3",
+            f"--lora-rank 4 {HF} --lora-targets wq",
+            "matches no matrix; there are embed_tokens",
+        ),
+        ("qwen3", f"--lora-rank 4 {HF} --lora-targets .*q.*", "matches the norm"),
+        ("qwen3", f"--lora-rank 4 {HF} --freeze vision", "no part that sees"),
+        (
+            "qwen3_moe",
+            f"--lora-rank 4 {HF} --lora-targets gate",
+            "the router model.layers.0.mlp.gate",
+        ),
+        ("qwen3_moe", f"--lora-rank 4 {HF} --lora-targets .*mlp.*", "the router"),
+        ("qwen3_moe", f"--lora-rank 4 {HF} --lora-targets up_proj", "up_proj: matches no matrix"),
+        ("qwen3_moe", f"--lora-rank 4 {HF} --lora-dropout 0.1", "whose input is not dropped"),
+        (
+            "qwen3_moe",
+            f"--lora-rank 4 {HF} --base-precision nf4",
+            "experts.gate_up_proj is no torch",
+        ),
+        ("gpt2", "--lora-rank 4 --lora-targets wte", "embedding and output layer in one"),
+        (
+            "mamba2",
+            "--lora-rank 4 --lora-targets out_proj",
+            "the layer backbone.layers.0.mixer.out_proj",
+        ),
         ("qwen3", "--lora-rank 4 --draft eagle3", "not with --lora-rank"),
         ("qwen3", "--lora-rank 4 --random-weights", "no --random-weights"),
         ("qwen3", "--lora-rank 4 --bf16 --optimizer sgd", "beside a base in 16 bits"),
@@ -122,6 +157,7 @@ def test_a_checkpoint_holds_this_adapter_of_this_base(parse_for):
         (parse_for("qwen3", "--lora-rank", "5"), facts, "its rank is 4.* are 5"),
         (parse_for("qwen3", "--lora-rank", "4", "--lora-alpha", "4"), facts, "alpha 8"),
         (mine, facts | {"base": "another"}, "other weights than those of --hf-model"),
+        (mine, facts | {"nf4": True}, "of a base that was in 4 bits: give --base-precision nf4"),
     ):
         with pytest.raises(SetupError, match=message):
             check_adapter(other, "C", written)

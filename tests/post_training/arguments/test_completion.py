@@ -171,3 +171,32 @@ def test_args_change_in_one_room_only():
 def test_every_way_to_change_args_is_seen(source):
     assert len(list(changes_of_args(source))) == 1
     assert not list(changes_of_args("args = parse()\nargs.load\nx.load = args.load\nargs.f(1)"))
+
+
+@pytest.mark.parametrize(
+    ("world", "flags", "file", "expected"),
+    [
+        (2, "", "", [True, True]),
+        (1, "", "", [False, False]),
+        (2, "--optimizer sgd", "", [True, False]),  # without the distributed optimizer
+        (2, "--tensor-model-parallel-size 2", "", [False, False]),
+        (2, "--use-torch-fsdp2", "", [False, False]),
+        (2, "--eval-only", "", [False, False]),
+        (2, "", "overlap_grad_reduce: false", [False, False]),
+        (2, "", "overlap_param_gather: false", [True, False]),
+    ],
+)
+def test_messages_overlap_on_gpus_with_data_parallelism(
+    parse, tmp_path, monkeypatch, world, flags, file, expected
+):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    (tmp_path / "run.yaml").write_text(f"seed: 1\n{file}\n")
+    words = [*flags.split(), "--config", str(tmp_path / "run.yaml")]
+
+    def overlap():
+        args = parse(*words)
+        return [args.overlap_grad_reduce, args.overlap_param_gather]
+
+    assert overlap() == [False, False]
+    monkeypatch.setenv("SFT_DEVICE", "cuda")
+    assert overlap() == expected

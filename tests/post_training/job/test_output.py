@@ -35,7 +35,7 @@ def test_folder_that_cannot_be_made_is_refused(args, tmp_path):
         output.prepare_output(args)
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log", "loss.png"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "train.log", "report.html"])
 def test_a_folder_in_the_place_of_a_file_is_refused(args, tmp_path, name):
     (tmp_path / "out" / name).mkdir(parents=True)
     with pytest.raises(SetupError, match=rf"--output-dir .*: {name} is no file"):

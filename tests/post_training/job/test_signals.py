@@ -9,6 +9,7 @@ from megatron.training import global_vars
 
 from post_training.job import signals
 from post_training.job.signals import GracefulExit
+from post_training.job.watchdog import watchdog
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_a_signal_in_the_middle_of_a_write_to_the_console(megatron, tmp_path):
     print("bar", file=console)
     assert megatron._signal_received and graceful.received == signal.SIGTERM
     assert (tmp_path / "console").read_text().split("\n")[1:] == [
-        "SIGTERM: saving after this step; once more to leave without saving",
+        "SIGTERM: saving after this step; Ctrl-C after 5 s leaves without saving",
         "bar",
         "",
     ]
@@ -60,6 +61,21 @@ def test_a_console_that_cannot_be_written_to_is_no_reason_to_fail(megatron):
     GracefulExit(Namespace(rank=0), open(writer, "w"))
     signal.raise_signal(signal.SIGTERM)
     assert megatron._signal_received
+
+
+def test_repeats_are_one_signal_and_only_an_impatient_ctrl_c_leaves(megatron, monkeypatch):
+    ended = []
+    monkeypatch.setattr(watchdog, "stop", lambda: ended.append("stop"))
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    GracefulExit(Namespace(rank=1), io.StringIO())
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):  # as of srun and of a launcher
+        os.kill(os.getpid(), number)
+    assert megatron._signal_received and ended == []
+    monkeypatch.setattr(signals, "ONE_SIGNAL", 0.0)
+    os.kill(os.getpid(), signal.SIGTERM)  # a scheduler's, at its time limit
+    assert ended == []
+    os.kill(os.getpid(), signal.SIGINT)
+    assert ended == ["stop", signal.SIGINT]
 
 
 class _Finaliser:

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from argparse import Namespace
 
 import pytest
 
@@ -193,6 +195,20 @@ def test_under_a_launcher(words, tmp_path, launcher, fault, text):
     assert done.stderr.count(text) == 1, done.stderr
     assert done.stderr.count("to continue from the newest checkpoint") == 1
     assert "SIGTERM: saving" not in done.stderr
+
+
+def test_a_rank_whose_launcher_is_gone_is_told_to_save(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    heard = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *args: heard.set())
+    dog = Watchdog()
+    try:
+        dog.start(Namespace(hang_timeout=LIMIT, rank=0, output_dir=tmp_path, save=""), sys.stderr)
+        monkeypatch.setattr(os, "getppid", lambda: 1)
+        assert heard.wait(LIMIT)
+    finally:
+        dog.stop()
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- its parts -----------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ def test_parameters_are_counted(hf_model, tmp_path, monkeypatch):
     folder, out = str(hf_model("qwen3")), str(tmp_path / "out")
     args = parse_arguments(["--hf-model", folder, "--output-dir", out, "--train-iters", "1"])
     model = load_model(hf_model("qwen3"))
-    matrices = sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    parameters = sum(p.numel() for p in model.parameters())
     padding = 2 * (512 - 391) * 64
-    assert count_parameters(args) == matrices + padding
-    assert checkpoint_bytes(args) == 16 * (matrices + padding)
+    assert count_parameters(args) == parameters + padding
+    assert checkpoint_bytes(args) == 16 * (parameters + padding)
     args.bf16 = True
-    assert checkpoint_bytes(args) == 14 * (matrices + padding)
+    assert checkpoint_bytes(args) == 14 * (parameters + padding)
     args.use_torch_fsdp2 = True  # the weights are the master weights
-    assert checkpoint_bytes(args) == 12 * (matrices + padding)
+    assert checkpoint_bytes(args) == 12 * (parameters + padding)
 
 
 @pytest.mark.parametrize(("count", "text"), [(3 * 2**29, "1.5 GiB"), (3 * 2**19, "1.5 MiB")])

@@ -1,10 +1,11 @@
-"""The nearest parallel layout that works, for the message that refuses one."""
+"""The parallel layouts that work on a number of processes: the planner ranks them, a refusal names one."""
 
 from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -30,51 +31,68 @@ Rule = Callable[[argparse.Namespace], None]
 Multiple = Callable[[argparse.Namespace], int]
 
 
-def nearest_layout(
+@dataclass(frozen=True)
+class Candidate:
+    """A layout of this number of processes that breaks no rule."""
+
+    changes: dict[str, int | None]
+    """What it changes, by destination name (None: leave the flag out)."""
+    numbers: dict[str, int]
+    """Batch sizes and sequence length that must change with it."""
+    distance: float
+    """Sum of |log2(new / asked)| over the four parallel sizes, more for what is left out or changed."""
+
+
+def candidates(
     args: argparse.Namespace,
     rules: Sequence[Rule],
     batch_multiple: Multiple,
     sequence_multiple: Multiple,
     kept: dict[str, int],
-) -> dict[str, int | None] | None:
-    """Search the layouts of this number of processes for the nearest one that breaks no rule.
-
-    The distance is the sum of |log2(new / asked)| over the four parallel sizes; flags left out, and a
-    batch or sequence length that must change, add to it.
+) -> Iterator[Candidate]:
+    """The layouts that work, those of the nearest parallel sizes first.
 
     Args:
-        args: arguments that break a rule; not changed.
+        args: arguments; not changed.
         rules: raise `SetupError` where arguments break them.
         batch_multiple: a unit of global batch sizes that work.
         sequence_multiple: what must divide the sequence length.
         kept: numbers that a run that has begun goes on with, by destination name.
-
-    Returns:
-        What to change, by destination name (None: leave the flag out); None where nothing was found.
     """
-    best: dict[str, int | None] | None = None
-    best_distance = math.inf
-    for distance, changes in sorted(_candidates(args), key=_order(args)):
-        if distance >= best_distance:
-            break
+    for distance, changes in sorted(_cuts(args), key=_order(args)):
         # As the arguments are completed before they are checked.
         spread = bool(args.num_experts) and changes[SIZES[0]] != 1
         sequence_parallel = {"sequence_parallel": args.sequence_parallel or spread}
         trial = argparse.Namespace(**(vars(args) | kept | changes | sequence_parallel))
         added: dict[str, int] = {}
-        if not _passes(trial, rules):
+        if not passes(trial, rules):
             added = _fitting_numbers(trial, batch_multiple, sequence_multiple)
             fitted = argparse.Namespace(**(vars(trial) | added))
-            if not added or added.keys() & kept.keys() or not _passes(fitted, rules):
+            if not added or added.keys() & kept.keys() or not passes(fitted, rules):
                 continue
-        distance += _distance_of_numbers(args, added)
-        if distance < best_distance:
-            given = {name: number for name, number in kept.items() if getattr(args, name) != number}
-            best, best_distance = {**changes, **added, **given}, distance
-    return best
+        yield Candidate(changes, added, distance + _distance_of_numbers(args, added))
 
 
-def _passes(args: argparse.Namespace, rules: Sequence[Rule]) -> bool:
+def nearest(
+    args: argparse.Namespace, found: Iterable[Candidate], kept: dict[str, int]
+) -> dict[str, int | None] | None:
+    """What the nearest of `candidates` changes; None where there is none."""
+    best: Candidate | None = None
+    for candidate in found:
+        if best is not None and candidate.distance - _distance_of_numbers(
+            args, candidate.numbers
+        ) >= (best.distance):
+            break  # those that follow are farther away before any number changes
+        if best is None or candidate.distance < best.distance:
+            best = candidate
+    if best is None:
+        return None
+    given = {name: number for name, number in kept.items() if getattr(args, name) != number}
+    return {**best.changes, **best.numbers, **given}
+
+
+def passes(args: argparse.Namespace, rules: Sequence[Rule]) -> bool:
+    """Whether no rule is broken."""
     try:
         for rule in rules:
             rule(args)
@@ -83,7 +101,7 @@ def _passes(args: argparse.Namespace, rules: Sequence[Rule]) -> bool:
     return True
 
 
-def _candidates(args: argparse.Namespace) -> Iterator[tuple[float, dict[str, int | None]]]:
+def _cuts(args: argparse.Namespace) -> Iterator[tuple[float, dict[str, int | None]]]:
     """Every cut of the processes, with and without the flags that may be left out."""
     divisors = [d for d in range(1, args.world_size + 1) if args.world_size % d == 0]
     asked = [max(1, getattr(args, name)) for name in SIZES]

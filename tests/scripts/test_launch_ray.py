@@ -1,0 +1,119 @@
+"""`scripts/launch_ray.py` on a Ray of two nodes, which is this machine's loopback."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers import faults
+from tests.helpers.held_tree import FAULT, held_tree
+from tests.helpers.launch import ENVIRONMENT, LIMIT, ROOT, finetune
+from tests.helpers.reference import Recipe
+from tests.helpers.scheduler import wait_for
+from tests.runs.resume import DROPOUT, numbers
+
+pytest.importorskip("ray")
+
+from scripts.launch_ray import devices_of, parse
+
+STEPS = 9
+
+
+@pytest.mark.parametrize(
+    ("mapping", "devices"), [("list(range(0,16))", 16), ("list(range(4))", 4), ("[0, 2, 3]", 3)]
+)
+def test_devices_of_roll(mapping, devices):
+    assert devices_of(mapping) == devices
+    if devices % 4 == 0:
+        words = ["--device-mapping", mapping, "--processes-per-node", "4", "--", "--lr", "1"]
+        assert parse(words).nodes == devices // 4
+
+
+@pytest.mark.parametrize("mapping", ["__import__('os')", "[0, 0]", "[]", "range(4)"])
+def test_other_mappings_are_refused(mapping):
+    with pytest.raises(ValueError, match="--device-mapping"):
+        devices_of(mapping)
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    """Its address, and the environment of who uses it: with a home folder of its own."""
+    home = tmp_path / "home"
+    home.mkdir()
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp"
+    ) as folder:  # short: it holds sockets
+        environment = os.environ | ENVIRONMENT
+        environment |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "RAY_TMPDIR": folder}
+        environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}
+        environment |= {faults.HOLD: str(tmp_path / "hold"), FAULT: "hold_where_told"}
+        running: Any
+        with subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.ray_cluster"],
+            env=environment,
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as running:
+            address = next(line for line in running.stdout if line.startswith("127."))
+            yield address.strip(), environment
+            running.stdin.close()
+            running.wait(LIMIT)
+    assert not (home / ".ray").exists()
+
+
+@pytest.mark.slow
+def test_a_typo_ctrl_c_and_a_killed_actor(cluster, hf_model, chat_data, tmp_path):
+    address, environment = cluster
+    output, hold, log = tmp_path / "out", tmp_path / "hold", tmp_path / "driver.log"
+    model = ["--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)]
+    words = [*model, *Recipe(steps=STEPS).flags(), *DROPOUT, "--no-progress"]
+    driver = [sys.executable, "scripts/launch_ray.py", "--nodes", "2", "--processes-per-node", "1"]
+    driver += ["--address", address, "--script", str(held_tree(tmp_path / "tree") / "finetune.py")]
+
+    def start(*flags):
+        line = [*driver, "--", *words, "--output-dir", str(output), *flags]
+        return subprocess.Popen(
+            line, env=environment, cwd=ROOT, stdout=log.open("wb"), stderr=subprocess.STDOUT
+        )
+
+    def reached(running, step):
+        def there():
+            assert running.poll() is None, log.read_text()
+            file = output / "metrics.jsonl"
+            return file.is_file() and f'"iteration": {step}' in file.read_text()
+
+        wait_for(f"step {step}", there)
+
+    assert start("--lrr", "1").wait(LIMIT) == 2, log.read_text()
+    assert "--lrr: no such flag; did you mean --lr" in log.read_text()
+    assert "starting again" not in log.read_text()
+
+    hold.write_text("3")
+    running = start()
+    reached(running, 2)
+    running.send_signal(signal.SIGINT)
+    wait_for("the ranks hear of it", lambda: "SIGTERM: saving" in log.read_text())
+    hold.write_text("6")
+    assert running.wait(LIMIT) == 0, log.read_text()
+    tracker = output / "checkpoints/latest_checkpointed_iteration.txt"
+    assert tracker.read_text() == "3"
+
+    running = start()
+    reached(running, 5)
+    os.kill(int(re.findall(r"\(RayNode pid=(\d+)", log.read_text())[0]), signal.SIGKILL)
+    wait_for("its loss", lambda: "a node is lost" in log.read_text())
+    hold.write_text("0")
+    assert running.wait(LIMIT) == 0, log.read_text()
+    assert "starting again" in log.read_text() and "restart 1: complete" in log.read_text()
+    straight = finetune(tmp_path / "straight", *words, world=2).ok()
+    run = replace(straight, folder=Path(output))
+    assert len(run.steps) == STEPS and numbers(run) == numbers(straight)
