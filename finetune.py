@@ -45,6 +45,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 
 from data import DataError, SFTDataset
+from data.features.dataset import OfflineDataset
 from model_provider import check_weights, model_config
 from post_training.adapters.settings import describe_adapter
 from post_training.arguments.completion import complete_run, keep_date, validate
@@ -67,6 +68,7 @@ from post_training.checkpoint.saver import CheckpointSaver
 from post_training.distillation.acceptance import report_acceptance
 from post_training.distillation.draft_forward import part_names
 from post_training.distillation.features import (
+    check_states,
     draft_tokens,
     stored_features,
     stored_names,
@@ -340,6 +342,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.quantisation is not None:
             calibration = calibration_data(args, splits, tokenizer)
         stored_features(args)  # rather refused now than at the first step
+        for split in splits.values():
+            if isinstance(split.packs, OfflineDataset):
+                check_states(split.packs.features, args)
         keep_date(args, template_date(splits))
         taught = teaching(args, splits, settings, teacher)
         position = find_position(args, splits.get("train"), start.continued, taught)

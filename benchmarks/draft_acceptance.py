@@ -39,6 +39,7 @@ torch.Tensor.roll = lambda x, shifts, dims=None: roll(x, shifts + 1 if dims == 1
 """,
 }
 FLAGS = {
+    "before training": "--train-iters 1 --lr 0 --min-lr 0 --lr-warmup-iters 0".split(),
     "detached steps": ["--draft-detach-steps"],
     "one test-time step": ["--draft-ttt-steps", "1"],
 }

@@ -7,7 +7,7 @@ Of a run with --lora-rank the whole model with its factors merged, or with --ada
 stores them.
 
 One process on the CPU; the result is reloaded with transformers and its logits are compared with the
-Megatron model's before it is moved into place.
+Megatron model's before it is moved into place. A draft's base is run for that, and must be there.
 """
 
 # ruff: noqa: E402 - the device must be chosen before torch is imported
@@ -34,7 +34,9 @@ from post_training.export.card import make_repository, push, serve_line, write_c
 from post_training.export.draft import export_draft
 from post_training.export.hf import DTYPES, export_hf, shard_size
 from post_training.files import config_of_run
-from post_training.hf.folder import check_export
+from post_training.hf.check import check_hf_weights
+from post_training.hf.config import load_hf_config
+from post_training.hf.folder import check_export, local_model_folder
 from post_training.inference.load import load_model
 from post_training.inference.quiet import hush, quiet_libraries
 
@@ -56,6 +58,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--dtype", choices=list(DTYPES), help="of the weights (default: the run's precision)"
+    )
+    parser.add_argument(
+        "--base", help="of a draft: where its base lies now (default: the run's --hf-model)"
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--adapter", action="store_true", help="the factors of --lora-rank, for PEFT")
@@ -83,6 +88,16 @@ def main() -> int:
                 raise SetupError(f"--{flag}: {run} was trained without --lora-rank, as a whole")
         if options.adapter:
             check_peft()
+        if options.base and not config.get("draft"):
+            raise SetupError(f"--base: {run} trained no draft")
+        if config.get("draft"):
+            try:
+                base = local_model_folder(options.base or config["hf_model"])
+            except SetupError as error:
+                raise SetupError(
+                    f"{error}; --base FOLDER says where the draft's base lies"
+                ) from error
+            check_hf_weights(base, load_hf_config(str(base)))
         if options.public and not options.push_to_hub:
             raise SetupError("--public does nothing without --push-to-hub; add it")
         if options.push_to_hub:
@@ -98,9 +113,12 @@ def main() -> int:
         dtype = DTYPES.get(options.dtype)
         chunks, loaded.model = [loaded.model], None
         if name == "draft":
-            how = "read as a server reads it, logits of all steps agree"
+            how = f"behind {base} as a server runs it, logits of all steps agree"
             difference = export_draft(
-                chunks.pop(), args.hf_config, loaded.tokenizer, target, dtype=dtype
+                *(chunks.pop(), args, loaded.tokenizer, target),
+                base=base,
+                model_config=model_config,
+                dtype=dtype,
             )
         elif name == "adapter":
             how = f"put on {args.hf_model} by peft, logits agree"

@@ -46,6 +46,13 @@ from post_training.layout.sizes import describe_layout
 from post_training.machine.outcome import note_outcome
 
 REFUSED = (
+    ("task", None, "features are made of conversations"),
+    ("model_backend", "megatron", "Megatron's layers compute features; leave it out"),
+    (
+        "lora",
+        None,
+        "merge the factors first, with scripts/export_hf.py, and extract from that folder",
+    ),
     ("context_parallel_size", 1, "a document's hidden states are stored by one rank"),
     ("num_layers_per_virtual_pipeline_stage", None, "stages are not interleaved here"),
     ("num_virtual_stages_per_pipeline_rank", None, "stages are not interleaved here"),
@@ -105,8 +112,9 @@ def _extract(options: argparse.Namespace, rest: list[str]) -> None:
         print(describe_layout(args), file=sys.stderr)
         return
     for name, allowed, why in REFUSED:
-        if getattr(args, name) != allowed:
-            raise SetupError(f"--{name.replace('_', '-')} {getattr(args, name)}: {why}")
+        if (given := getattr(args, name)) != allowed:
+            flag = "--lora-rank" if name == "lora" else f"--{name.replace('_', '-')} {given}"
+            raise SetupError(f"{flag}: {why}")
     if args.hf_config is None:
         raise SetupError("--hf-model is missing: features are those of a HuggingFace base")
     if options.no_hidden_states and not options.top_k:

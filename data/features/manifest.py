@@ -11,6 +11,7 @@ the mask of the next token of the document is 1.
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,8 +162,13 @@ class Manifest:
     document_files: tuple[FileSum, ...]
 
     def text(self) -> str:
-        """As it is written."""
-        return json.dumps({"format": FEATURES_FORMAT, **asdict(self)}, indent=1)
+        """As it is written, with a check sum of all else."""
+        found = {"format": FEATURES_FORMAT, **asdict(self)}
+        return json.dumps({**found, "crc32": _sum(found)}, indent=1)
+
+
+def _sum(found: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(found, sort_keys=True).encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -182,6 +188,9 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path}: features of format {version}; this version reads {FEATURES_FORMAT}. Extract "
                 "them again into another folder."
             )
+        written = found.pop("crc32", None)  # None: by a version before
+        if written not in (None, _sum({"format": version, **found})):
+            raise ValueError("changed or damaged, by its own check sum")
         found["fields"] = tuple(Field(**field) for field in found["fields"])
         found["shards"] = tuple(ShardFile(**shard) for shard in found["shards"])
         found["document_files"] = tuple(FileSum(**each) for each in found["document_files"])

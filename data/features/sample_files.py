@@ -54,6 +54,8 @@ class SampleFiles:
             ids.append(_input_ids(path, sample))
             masks.append(_loss_mask(path, sample, ids[-1]))
             self._check_fields(path, sample, len(ids[-1]))
+        if not any(mask[1:].any() for mask in masks):
+            raise DataError(f"{self.folder}: loss_mask of no file has a token that is trained.")
         hashes = b"".join(blake2b(document, digest_size=8).digest() for document in ids)
         tokens, trained = np.concatenate(ids), np.concatenate(masks)
         counts = {"read": len(ids), "kept": len(ids), "tokens": len(tokens)}

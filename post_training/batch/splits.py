@@ -182,7 +182,12 @@ def prepare_data(
         if args.vocab_size is not None and documents.max_token_id >= args.vocab_size:
             raise SetupError(
                 f"the {split} data holds token id {documents.max_token_id}, the model's vocabulary has "
-                f"{args.vocab_size} entries: --hf-tokenizer and --hf-model do not fit together"
+                f"{args.vocab_size} entries: "
+                + (
+                    "--hf-tokenizer and --hf-model do not fit together"
+                    if features is None
+                    else "what --offline-distillation-data stores is of another tokenizer"
+                )
             )
         if features is not None:
             require_made_by(features, wanted(tokenizer))

@@ -93,3 +93,10 @@ def _some_queries(query: Tensor, key: Tensor, value: Tensor, begin: int, *own: T
     for weight, v in zip(drafted, own[steps:], strict=True):
         out = out + weight * v
     return out
+
+
+def rotated(x: Tensor, angles: Tensor) -> Tensor:
+    """Turn halves against each other, as Llama does: [..., heads, head_dim] by [..., 1, head_dim]."""
+    first, second = x.float().chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x.float() * angles.cos() + turned * angles.sin()).to(x.dtype)

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from post_training.batch.host_tensors import to_device
 from post_training.batch.packed_documents import PackedDocuments
 from post_training.batch.trained_tokens import TrainedTokens
-from post_training.distillation.draft_attention import step_attention
+from post_training.distillation.draft_attention import rotated, step_attention
 from post_training.distillation.draft_model import DraftSettings, base_logits, teacher_rows
 from post_training.distillation.losses import divergence, keep_output
 from post_training.metrics.step_counters import counters
@@ -228,7 +228,7 @@ class DraftForward:
         read = torch.cat([module.enorm(embedded), layer.input_layernorm(hidden)], dim=-1)
         query, key, value = attention.get_query_key_value_tensors(read)
         angles = self._angles(model, packed, step)
-        query, key = _rotated(query, angles), _rotated(key, angles)
+        query, key = rotated(query, angles), rotated(key, angles)
         keys.append(key)
         values.append(value)
         if step == 0:
@@ -303,13 +303,6 @@ class DraftForward:
         """The draft's first choice, a token of the base's vocabulary: int64 [tokens]."""
         choice = largest_tokens(logits, module.eagle_output_layer.tp_group)
         return choice + module.d2t[choice] if hasattr(module, "d2t") else choice
-
-
-def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    """Rotate halves against each other (as in Llama): [tokens, 1, heads, head_dim]."""
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x.float() * angles.cos() + turned * angles.sin()).to(x.dtype)
 
 
 def draft_forward(

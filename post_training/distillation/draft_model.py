@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,11 +59,8 @@ def layer_spec(config: Any) -> TransformerBlockSubmodules:
     return TransformerBlockSubmodules(layer_specs=[layer], layer_norm=LocalNorm)
 
 
-@contextmanager
-def own_layers() -> Iterator[None]:
-    """Around whatever makes ModelOpt build a draft: `add_draft`, and restoring its state."""
-    with built_from(LocalNorm, layer_spec):
-        yield
+# Around whatever makes ModelOpt build a draft: `add_draft`, and restoring its state.
+own_layers = functools.partial(built_from, LocalNorm, layer_spec)
 
 
 def modelopt_config(
@@ -138,30 +136,10 @@ def add_draft(
                 else torch.empty(size).normal_(0.0, std, generator=generator)
                 for served, size in weight.tensors.items()
             }
+            source: Any = SimpleNamespace(slice=whole.__getitem__)
             parameter.copy_(
-                read_parameter(_Whole(whole), weight, parameter.shape, group.rank(), group.size())
+                read_parameter(source, weight, parameter.shape, group.rank(), group.size())
             )
-
-
-class _Whole:
-    """Tensors in memory, read as those of a HuggingFace folder are."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    def slice(self, name: str) -> Any:
-        return _Slice(self.tensors[name])
-
-
-class _Slice:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        return self.tensor[index]
 
 
 def output_rows(model: GPTModel) -> Tensor:

@@ -28,9 +28,9 @@ from post_training.batch.assemble import (
     assemble_batch,
     join_stage_input,
 )
-from post_training.batch.host_tensors import to_device
+from post_training.batch.host_tensors import host_group, to_device
 from post_training.distillation.draft_model import base_logits
-from post_training.distillation.losses import top_tokens
+from post_training.distillation.losses import keep_output, top_tokens
 from post_training.machine.device import current_device
 from post_training.model.layer_spec import uses_packed_attention
 
@@ -102,7 +102,7 @@ class Extractor:
             aux_layers: whose outputs are kept, ascending; -1 is the embedding's.
             dtype: of what is kept.
             top_k: most probable tokens kept at each predicting token; None for none.
-            hidden_states: keep hidden states too.
+            hidden_states: keep them, too.
         """
         self.hidden_states = hidden_states
         self.args, self.chunks, self.dtype, self.top_k = args, chunks, dtype, top_k
@@ -110,18 +110,12 @@ class Extractor:
         self.kept = Kept()
         (model,) = unwrap_model(chunks)
         self.model: Any = model.eval()
+        self._seen: dict[int, Tensor] = {}
         if self.model.pre_process and -1 in self.aux_layers:
-            self._watch(self.model.embedding, -1)
+            keep_output(self.model.embedding, self._seen, -1)
         for layer in self.model.decoder.layers:
             if layer.layer_number - 1 in self.aux_layers:
-                self._watch(layer, layer.layer_number - 1)
-
-    def _watch(self, module: torch.nn.Module, number: int) -> None:
-        def keep(module: Any, arguments: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            self.kept.aux.setdefault(number, []).append(self._whole(states))
-
-        module.register_forward_hook(keep)
+                keep_output(layer, self._seen, layer.layer_number - 1)
 
     def _whole(self, states: Tensor) -> Tensor:
         """Hidden states of all tokens of a row on the host: [seq_length, hidden]."""
@@ -157,22 +151,16 @@ class Extractor:
                 forward_only=True,
                 collect_non_loss_data=True,
             )
-            self._bring_to_last_stage(len(batches))
+            self._bring_to_last_stage()
         return self.kept if parallel_state.is_pipeline_last_stage() else None
 
     def _step(self, rows: Any, chunk: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
         row: Row = next(rows)
         lengths = torch.zeros_like(row.ids)
         lengths[: len(row.lengths)] = torch.tensor(row.lengths, dtype=torch.int64)
-        packs = dict(
-            zip(
-                TOKEN_FIELDS + DOCUMENT_FIELDS,
-                (row.ids, row.mask.long(), torch.zeros_like(row.ids), lengths),
-                strict=True,
-            )
-        )
+        parts = row.ids[None], row.mask.long()[None], torch.zeros_like(row.ids)[None], lengths[None]
         batch = assemble_batch(
-            {name: value.unsqueeze(0) for name, value in packs.items()},
+            dict(zip(TOKEN_FIELDS + DOCUMENT_FIELDS, parts, strict=True)),
             qkv_format="sbhd" if uses_packed_attention(self.args) else "thd",
         )
         predicts = torch.nonzero(batch.label_mask).flatten()
@@ -185,6 +173,8 @@ class Extractor:
             packed_seq_params=batch.packed,
             output_processor=lambda *, hidden_states, **_: hidden_states,
         )
+        for number, states in self._seen.items():
+            self.kept.aux.setdefault(number, []).append(self._whole(states))
         if model.post_process:
             self._keep_final(final, predicts)
         return final, lambda output, non_loss_data=False: output
@@ -203,27 +193,18 @@ class Extractor:
         ids, values, rest = (torch.cat(part).cpu() for part in parts)
         self.kept.top.append((ids.int(), values, rest))
 
-    def _bring_to_last_stage(self, count: int) -> None:
-        """Give the last stage what the others have kept."""
-        group = parallel_state.get_pipeline_model_parallel_group()
-        if group.size() == 1:
+    def _bring_to_last_stage(self) -> None:
+        """Give the last stage what the others have kept, on the host."""
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
             return
-        hidden, device = self.args.hidden_size, current_device()
-        owners = [number in self.kept.aux for number in self.aux_layers]
+        group = host_group(parallel_state.get_pipeline_model_parallel_group())
+        last = parallel_state.is_pipeline_last_stage()
         every: list[Any] = [None] * group.size()
-        torch.distributed.all_gather_object(every, owners, group=group)
-        for index, number in enumerate(self.aux_layers):
-            stage = next(stage for stage, owned in enumerate(every) if owned[index])
-            if stage == group.size() - 1:
-                continue
-            if number in self.kept.aux:
-                states = torch.stack(self.kept.aux[number]).to(device)
-            else:
-                shape = count, self.args.seq_length, hidden
-                states = torch.empty(shape, dtype=self.dtype, device=device)
-            source = torch.distributed.get_global_rank(group, stage)
-            torch.distributed.broadcast(states, source, group=group)
-            self.kept.aux[number] = list(states.cpu())
+        torch.distributed.gather_object(
+            self.kept.aux, every if last else None, group=group, group_dst=group.size() - 1
+        )
+        for own in every if last else ():
+            self.kept.aux |= own
 
 
 def fields_of(
@@ -266,9 +247,10 @@ def extract(
         parallel_state.is_pipeline_last_stage()
         and parallel_state.get_tensor_model_parallel_rank() == 0
     )
-    found = [writer.pending(own) if writes else None]
     every: list[Any] = [None] * of_model.size()
-    torch.distributed.all_gather_object(every, found[0], group=of_model)
+    torch.distributed.all_gather_object(
+        every, writer.pending(own) if writes else None, group=of_model
+    )
     pending: list[int] = next(answer for answer in every if answer is not None)
     advance(sum(tokens_of(writer, shard) for shard in own if shard not in pending))
     rounds = _most(len(pending))

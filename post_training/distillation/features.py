@@ -10,17 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data.documents.check_sum import check_sum
 from data.features.dataset import open_features
 from data.features.manifest import DTYPES
+from data.features.reader import Features
 from data.templates.tokenizer_facts import template_source
 from post_training.batch.splits import SPLITS, Split
 from post_training.checkpoint.origin import origin
-from post_training.distillation.draft_vocabulary import most_trained_tokens
 from post_training.errors import SetupError
+from post_training.hf.checkpoint import HFCheckpoint
 from post_training.hf.folder import local_model_folder, local_tokenizer_folder
 from post_training.hf.tokenizer import FILE
 
@@ -70,6 +72,43 @@ def wanted_features(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
         "hidden_size": args.hidden_size,
         "aux_hidden_size": len(args.aux_layers) * args.hidden_size,
     }
+
+
+def check_states(features: Features, args: argparse.Namespace) -> None:
+    """Look at stored states whose folder does not say what made them: the base leaves marks.
+
+    Behind an RMS norm states over its weights have a mean square of 1, and where the embedding is one of
+    the auxiliary layers, its rows stand at the ids. Eight documents are looked at.
+
+    Raises:
+        SetupError: they are those of another base, tokenizer or place.
+    """
+    if features.made_by is not None or not args.export_offline_model:
+        return
+    flag = f"--offline-distillation-data {features.folder}: document"
+    count = len(features.documents)
+    with HFCheckpoint(local_model_folder(args.hf_model)) as base:
+        scale = base.slice("model.norm.weight")[:].float()
+        kept = scale.abs() > 1e-3 * scale.abs().max()
+        for number in sorted({count * part // 8 for part in range(8)}):
+            rows = {name: states[:64].float() for name, states in features.read(number).items()}
+            square = float((rows["hidden_states"] / scale)[:, kept].square().mean())
+            if not 0.9 < square < 1.1:
+                raise SetupError(
+                    f"{flag} {number}: hidden_states are not those behind the final norm of "
+                    f"{args.hf_model} (mean square over its weights {square:.3g}, not 1)"
+                )
+            if args.aux_layers[0] >= 0:
+                continue
+            table = base.slice("model.embed_tokens.weight")
+            ids = features.documents[number][0][:64].tolist()
+            wanted = torch.cat([table[token : token + 1] for token in ids]).float()
+            found = rows["aux_hidden_states"][:, : args.hidden_size]
+            if not (found - wanted).norm() <= 0.02 * wanted.norm():
+                raise SetupError(
+                    f"{flag} {number}: aux_hidden_states do not begin with the embedding of its tokens by "
+                    f"{args.hf_model}: another base, tokenizer or --aux-layers"
+                )
 
 
 def stored_names(args: argparse.Namespace) -> tuple[str, ...]:
@@ -126,3 +165,13 @@ def draft_tokens(args: argparse.Namespace, splits: Mapping[str, Split]) -> Tenso
         return None
     documents = splits["train"].documents
     return most_trained_tokens(documents, args.draft_vocab_size, args.vocab_size)
+
+
+def most_trained_tokens(documents: Any, count: int, vocabulary: int) -> Tensor:
+    """Those trained most often, of equally frequent ones the lower: int64 [count], ascending."""
+    totals = np.zeros(vocabulary, np.int64)
+    for index in range(len(documents)):
+        ids, mask = documents[index]
+        np.add.at(totals, ids[mask > 0], 1)
+    order = np.argsort(-totals, kind="stable")[:count]
+    return torch.from_numpy(np.sort(order))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -44,23 +45,27 @@ def log_softmax_over_ranks(logits: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class _Divergence(torch.autograd.Function):
+    """KL(teacher || student); `teacher` makes log-probabilities, of the student's where it needs them."""
+
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, group: ProcessGroup, temperature: float
+        ctx: Any,
+        student: Tensor,
+        teacher: Callable[[Tensor], Tensor],
+        group: ProcessGroup,
+        temperature: float,
     ) -> Tensor:
-        wanted = log_softmax_over_ranks(_cooled(teacher, temperature), group)
         found = log_softmax_over_ranks(_cooled(student, temperature), group)
+        wanted = teacher(found)
         probability = wanted.exp()
         # 0 where the teacher excludes a token (0 * inf else); what is no number stays none.
         terms = torch.where(probability == 0, 0.0, probability * (wanted - found))
-        difference = found.exp_().sub_(probability)
-        if temperature != 1.0:
-            difference.mul_(temperature)
+        difference = found.exp_().sub_(probability).mul_(temperature)
         ctx.save_for_backward(difference.to(student.dtype))
         return _over(terms.sum(dim=-1), group) * temperature**2
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (difference,) = ctx.saved_tensors
         return (difference * grads[0].unsqueeze(-1)).to(difference.dtype), None, None, None
 
@@ -88,7 +93,12 @@ def divergence(
     Returns:
         float32 [tokens], the same on all ranks.
     """
-    result: Tensor = _Divergence.apply(student, teacher.detach(), group, temperature)
+    kept = teacher.detach()
+    result: Tensor = _Divergence.apply(
+        student,
+        lambda found: log_softmax_over_ranks(_cooled(kept, temperature), group),
+        *(group, temperature),
+    )
     return result
 
 
@@ -130,59 +140,14 @@ def top_tokens(logits: Tensor, k: int, group: ProcessGroup, temperature: float =
     return TopTokens(ids, values, _log_sum_exp(_without(found, ids, group), group))
 
 
-def _local(ids: Tensor, rows: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Of ids of the whole vocabulary: which rows of this rank they are, and whether they are its."""
-    local = ids - group.rank() * rows
-    held = (local >= 0) & (local < rows)
-    return local.clamp(0, rows - 1), held
-
-
-def _without(values: Tensor, ids: Tensor, group: ProcessGroup) -> Tensor:
-    """A copy of [tokens, rows of this rank] with -inf at some ids of the whole vocabulary, [tokens, k]."""
+def _without(values: Tensor, ids: Tensor, group: ProcessGroup, other: Any = None) -> Tensor:
+    """A copy of [tokens, rows of this rank] with `other`, [tokens, k] or -inf, at ids of all ranks."""
     rows = values.shape[-1]
-    local, held = _local(ids, rows, group)
+    local = ids - group.rank() * rows
     # Others' ids go to a row behind the last.
+    local = torch.where((local >= 0) & (local < rows), local, rows)
     wider = torch.nn.functional.pad(values, (0, 1))
-    return wider.scatter(-1, torch.where(held, local, rows), float("-inf"))[..., :rows]
-
-
-class _SparseDivergence(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        ids: Tensor,
-        log_probs: Tensor,
-        rest: Tensor,
-        group: ProcessGroup,
-        temperature: float,
-    ) -> Tensor:
-        found = log_softmax_over_ranks(_cooled(student, temperature), group)
-        others = _without(found, ids, group)
-        found_rest = _log_sum_exp(others, group)
-        # With all tokens named there is no rest, however its rounding was stored.
-        rest = rest.masked_fill(found_rest <= torch.finfo(found.dtype).min / 2, float("-inf"))
-        # Stored in half precision they do not add up to 1.
-        wanted = torch.cat([log_probs, rest], dim=-1).log_softmax(dim=-1)
-        wanted, rest = wanted[..., :-1], wanted[..., -1:]
-        local, held = _local(ids, found.shape[-1], group)
-        named = _over(torch.where(held, found.gather(-1, local), 0.0), group)
-        probability = wanted.exp()
-        terms = torch.where(probability == 0, 0.0, probability * (wanted - named)).sum(dim=-1)
-        nothing = rest == float("-inf")
-        ghost = torch.where(nothing, 0.0, rest.exp() * (rest - found_rest))
-        # What the student is drawn to: the teacher's probability of named tokens, and of the others its
-        # rest as the student itself spreads it.
-        shift = torch.where(nothing, float("-inf"), rest - found_rest)
-        target = torch.where(others == float("-inf"), 0.0, (others + shift).exp())
-        target.scatter_add_(-1, local, torch.where(held, probability, 0.0))
-        ctx.save_for_backward(found.exp().sub_(target).mul_(temperature).to(student.dtype))
-        return (terms + ghost.squeeze(-1)) * temperature**2
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (difference,) = ctx.saved_tensors
-        return (difference * grads[0].unsqueeze(-1)).to(difference.dtype), *[None] * 5
+    return wider.scatter(-1, local, float("-inf") if other is None else other)[..., :rows]
 
 
 def sparse_divergence(
@@ -202,8 +167,19 @@ def sparse_divergence(
     Returns:
         float32 [tokens], the same on all ranks.
     """
-    ids, log_probs, rest = teacher
-    result: Tensor = _SparseDivergence.apply(
-        student, ids.long(), log_probs.float(), rest.float(), group, temperature
-    )
+    ids, log_probs, rest = teacher.ids.long(), teacher.log_probs.float(), teacher.rest.float()
+
+    def spread(found: Tensor) -> Tensor:
+        """The teacher's named tokens, and the rest over the others as the student itself spreads it."""
+        others = _without(found, ids, group)
+        found_rest = _log_sum_exp(others, group)
+        # With all tokens named there is no rest, however its rounding was stored.
+        left = rest.masked_fill(found_rest <= torch.finfo(found.dtype).min / 2, float("-inf"))
+        # Stored in half precision they do not add up to 1.
+        wanted = torch.cat([log_probs, left], dim=-1).log_softmax(dim=-1)
+        named, left = wanted[..., :-1], wanted[..., -1:]
+        shift = torch.where(left == float("-inf"), left, left - found_rest)
+        return _without(others + shift, ids, group, named)
+
+    result: Tensor = _Divergence.apply(student, spread, group, temperature)
     return result

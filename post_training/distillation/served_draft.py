@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from post_training.distillation.draft_attention import rotated
 from post_training.errors import SetupError
-from post_training.hf.draft import AUX_LAYERS, ROPE_TYPES, DraftShape
+from post_training.hf.draft import AUX_LAYERS, DraftShape
+from post_training.hf.rotary import inverse_frequencies
 
 WEIGHTS = "model.safetensors"
 _INPUTS = "eagle_aux_hidden_state_layer_ids"
@@ -42,23 +43,20 @@ class ServedDraft:
         Raises:
             SetupError: it is no draft, a tensor is missing or has another shape, or `d2t` leads outside.
         """
+        from transformers import LlamaConfig
+
         self.folder = Path(folder)
         try:
             config = self.config = _checked(json.loads((self.folder / "config.json").read_text()))
+            drafted: int = config["draft_vocab_size"]
+            llama = LlamaConfig(**config)
+            self.shape = DraftShape.of(llama, drafted)
+            self._frequencies = inverse_frequencies(llama)
             tensors = load_file(self.folder / WEIGHTS)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise SetupError(f"{folder}: holds no draft ({error})") from error
+        except Exception as error:  # of many classes, from three libraries
+            reason = " ".join(str(error).split())
+            raise SetupError(f"{folder}: holds no draft ({reason})") from error
         self.vocabulary: int = config["vocab_size"]
-        drafted: int = config["draft_vocab_size"]
-        self.shape = DraftShape(
-            config["hidden_size"],
-            config["intermediate_size"],
-            config["num_attention_heads"],
-            config["num_key_value_heads"],
-            config["head_dim"],
-            float(config["rope_theta"]),
-            drafted,
-        )
         wanted = {n: s for w in self.shape.weights().values() for n, s in w.tensors.items()}
         if drafted != self.vocabulary:
             wanted |= {"d2t": (drafted,), "t2d": (self.vocabulary,)}
@@ -81,7 +79,6 @@ class ServedDraft:
                 raise SetupError(f"{folder}: d2t and t2d do not name the same tokens")
         self.embedding = embedding.float()
         self._tensors = {n: t.float() for n, t in tensors.items() if n not in ("d2t", "t2d")}
-        self._frequencies = _frequencies(config, self.shape)
         self.restart()
 
     @property
@@ -126,8 +123,8 @@ class ServedDraft:
         )
         places = torch.arange(position, position + len(tokens)).float()
         angles = torch.outer(places, self._frequencies).repeat(1, 2)[:, None]
-        query = _rotated(projected(read, "q", shape.heads), angles)
-        key = _rotated(projected(read, "k", shape.key_value_heads), angles)
+        query = rotated(projected(read, "q", shape.heads), angles)
+        key = rotated(projected(read, "k", shape.key_value_heads), angles)
         self._keys = torch.cat([self._keys, key])
         self._values = torch.cat([self._values, projected(read, "v", shape.key_value_heads)])
         seen = torch.ones(len(tokens), len(self._keys), dtype=torch.bool)
@@ -200,34 +197,4 @@ def _checked(config: Any) -> dict[str, Any]:
         raise ValueError(
             f"config.json counts layers twice, as {inputs} and {outputs!r}: not the same"
         )
-    scaling = config.get("rope_scaling") or {}
-    kind_of_rope = scaling.get("rope_type", "default") if isinstance(scaling, dict) else scaling
-    if kind_of_rope not in ROPE_TYPES:
-        raise ValueError(
-            f"config.json has rope type {kind_of_rope!r}: servers read {', '.join(ROPE_TYPES)}"
-        )
     return config
-
-
-def _frequencies(config: dict[str, Any], shape: DraftShape) -> Tensor:
-    """Inverse frequencies as the servers' Llama code computes them: float32 [head_dim / 2]."""
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaling = config.get("rope_scaling") or {}
-    if scaling.get("rope_type", "default") == "default":
-        exponents = torch.arange(0, shape.head_dim, 2).float() / shape.head_dim
-        return 1.0 / shape.rope_theta**exponents
-    llama = LlamaConfig(
-        head_dim=shape.head_dim,
-        hidden_size=shape.hidden_size,
-        max_position_embeddings=config["max_position_embeddings"],
-        rope_parameters={**scaling, "rope_theta": shape.rope_theta},
-    )
-    frequencies: Tensor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](llama, torch.device("cpu"))[0]
-    return frequencies.float()
-
-
-def _rotated(x: Tensor, angles: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * angles.cos() + torch.cat((-second, first), dim=-1) * angles.sin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,8 @@ class Verifier:
         self.model = model
         self._seen: dict[int, Tensor] = {}
         self._order = sorted(input_layers)
+        known = inspect.signature(model.forward).parameters  # the old name warns from 5.24 on
+        self._keyword = "cache" if "cache" in known else "past_key_values"
         decoder = model.get_decoder()
         if self._order[-1] > len(decoder.layers):
             raise SetupError(
@@ -89,7 +92,7 @@ class Verifier:
         Returns:
             The most probable next token of each, int64 [new], and its hidden states, [new, 3 * hidden].
         """
-        out = self.model(tokens.unsqueeze(0), past_key_values=self.cache, use_cache=True)
+        out = self.model(tokens.unsqueeze(0), use_cache=True, **{self._keyword: self.cache})
         states = [self._seen[number].view(len(tokens), -1) for number in self._order]
         return out.logits[0].argmax(-1), torch.cat(states, dim=-1)
 

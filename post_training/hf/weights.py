@@ -33,7 +33,7 @@ _FUSED_NORMS = {
 
 
 class Sliced(Protocol):
-    """Whole tensors of which parts are read, each by `get_shape()` and indexing."""
+    """Whole tensors of which parts are read: of files, by `get_shape()` and indexing, or in memory."""
 
     def slice(self, name: str) -> Any:
         """The tensor of a name."""

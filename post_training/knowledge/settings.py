@@ -109,20 +109,20 @@ def _settings(found: Any) -> KnowledgeSettings:
     return KnowledgeSettings(
         skip,
         _positive(found, "kd_loss_scale"),
-        _positive(found, "logit_kl_temperature"),
+        _positive(found, "logit_kl_temperature", most=100.0),
         top,
         pairs,
         _positive(found, "intermediate_loss_scale"),
     )
 
 
-def _positive(found: dict[str, Any], key: str) -> float:
+def _positive(found: dict[str, Any], key: str, most: float = 1e6) -> float:
     value = found.get(key, 1.0)
     if isinstance(value, str):  # YAML takes 1e-3 for text
         with suppress(ValueError):
             value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-        raise ValueError(f"{key} {value}: must be a number above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+        raise ValueError(f"{key} {value}: must be a number above 0 and at most {most:g}")
     return float(value)
 
 

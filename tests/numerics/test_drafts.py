@@ -31,7 +31,7 @@ def compare(found, expected, bound=STEP_BOUND):
 
 @pytest.fixture(scope="module")
 def base(hf_model):
-    return hf_model("qwen3", tied=True)
+    return hf_model("qwen3", tied=True, num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,8 @@ def test_stored_features_teach_what_the_base_does(alone, base, chat_data, tmp_pa
         compare(
             run(base, tmp_path / name, *offline, *data, *layout, world=world).ok(), alone, bound
         )
+    for fault, status in (("miscounted", 2), (None, 0)):  # the base comes from its folder
+        assert run_ranks(_export_run, 1, str(tmp_path / "fp32-1-0"), fault) == [status]
     # The same documents without their features: the base is run.
     data = ("--offline-distillation-data", str(tmp_path / "bf16"))
     compare(run(base, tmp_path / "online", *ONLINE, *CUT, *data).ok(), alone, 0)
@@ -113,19 +115,27 @@ def _evaluated(output_dir, base, file, *flags):
     return json.loads(Path(out).read_text())["answers"]
 
 
-def _export_permuted(output_dir):
-    """Export with the drafted tokens in another order, which `t2d` does not show."""
+def _export_run(output_dir, fault=None):
+    """Export a run's draft; with a fault that only its answers tell of: the exit status."""
     from post_training.export import draft as draft_export
     from scripts import export_hf
 
     names = draft_export.__dict__
-    save = names["save_file"]
+    save, config = names["save_file"], names["draft_config"]
 
-    def permuted(tensors, *args, **more):
+    def permuted(
+        tensors, *args, **more
+    ):  # drafted tokens in another order, which `t2d` does not show
         rows = torch.arange(len(tensors["d2t"]))
         save({**tensors, "d2t": (tensors["d2t"] + rows).roll(1) - rows}, *args, **more)
 
-    names["save_file"] = permuted
+    def miscounted(base, shape, layers, dtype):  # a layer that the base has, too
+        return config(base, shape, (layers[0], layers[1] - 1, layers[2]), dtype)
+
+    if fault == "permuted":
+        names["save_file"] = permuted
+    if fault == "miscounted":
+        names["draft_config"] = miscounted
     sys.argv = ["export_hf.py", "--output-dir", output_dir]
     return export_hf.main()
 
@@ -162,13 +172,14 @@ def test_an_exported_draft_drafts_for_its_base(alone, base, chat_data):
     """Greedy answers stay what they are; and servers' names and keys are there."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(3, 391, (n,), generator=generator).tolist() for n in (7, 12, 30)]
-    assert run_ranks(_export_permuted, 1, str(alone.folder)) == [2]
+    for fault in ("permuted", "miscounted"):
+        assert run_ranks(_export_run, 1, str(alone.folder), fault) == [2], fault
     assert (alone.folder / "draft.partial").exists() and not (alone.folder / "draft").exists()
     ((drafts, accepted, length),) = run_ranks(
         _export, 1, str(alone.folder), str(base), rows, str(chat_data.file)
     )
     assert drafts > 0 and accepted == sorted(accepted, reverse=True) and length >= 1
     config = json.loads((alone.folder / "draft/config.json").read_text())
-    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 1, 2]
-    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [-1, 0, 1]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]
+    assert config["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [-1, 1, 2]
     assert config["draft_vocab_size"] == 128 and config["vocab_size"] == 391

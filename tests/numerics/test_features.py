@@ -86,6 +86,8 @@ def test_all_splits_have_to_fit_together(hf_model, chat_data, tmp_path):
     argv = ["--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path / "F")]
     argv += ["--finetune-data-files", str(chat_data.file), "--split-ratio", "0.5,0.5,0"]
     assert run_ranks(_crowded, 1, [*argv, "--seq-length", "192"]) == [(2, 2)]
+    # Factors make another base of it, which the folder would not name.
+    assert run_ranks(_extract, 1, [*argv, "--seq-length", "192", "--lora-rank", "4"]) == [2]
     assert not (tmp_path / "F").exists()
 
 

@@ -113,8 +113,16 @@ def shard_file(folder):
 
 
 def edit(folder, **values):
+    """As a version without a check sum of the manifest might have written it."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    found = {**json.loads(path.read_text()), **values}
+    del found["crc32"]
+    path.write_text(json.dumps(found))
+
+
+def change_manifest(folder):
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"first_document": 0', '"first_document": 1'))
 
 
 BAD: dict[str, Any] = {
@@ -130,6 +138,7 @@ BAD: dict[str, Any] = {
     "no documents": (lambda f: shutil.rmtree(f / "documents"), "documents/bad_rows.*: is missing"),
     "other documents": (lambda f: edit(f, contents="x"), "documents are others than the features"),
     "another format": (lambda f: edit(f, format=99), "format 99; this version reads 1"),
+    "changed manifest": (change_manifest, "manifest.json: not the .* by its own check sum"),
     "manifest cut": (
         lambda f: (f / "manifest.json").write_text("{"),
         r"manifest.json: not the manifest of a folder of features \(JSONDecodeError",
@@ -177,10 +186,8 @@ def test_a_folder_that_is_being_written_says_how_far_it_is(documents, tmp_path):
 
 def test_files_that_do_not_hold_what_the_manifest_says_are_refused(copied):
     """Such as those of another run, with check sums and all."""
-    path = copied / "manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["fields"] = [f for f in manifest["fields"] if f["name"] != "topk_ids"]
-    path.write_text(json.dumps(manifest))
+    fields = json.loads((copied / "manifest.json").read_text())["fields"]
+    edit(copied, fields=[field for field in fields if field["name"] != "topk_ids"])
     with pytest.raises(DataError, match="safetensors: holds .*; by the manifest it is"):
         open_features(copied).read(0)
 

@@ -133,6 +133,14 @@ def test_a_file_that_holds_no_sample_is_one_message(documents, folder, case):
     assert "\n" not in str(caught.value)
 
 
+def test_files_of_which_no_token_is_trained_are_refused(documents, tmp_path):
+    written = sample(documents, 5)
+    written["loss_mask"] = torch.arange(len(written["input_ids"])) == 0  # which none predicts
+    torch.save(written, tmp_path / "a.pt")
+    with pytest.raises(DataError, match="no file has a token that is trained"):
+        open_features(tmp_path)
+
+
 def test_of_samples_only_the_sizes_can_be_compared(folder):
     samples = open_features(folder)
     require_made_by(samples, {"base": "b", "hidden_size": HIDDEN, "aux_hidden_size": 3 * HIDDEN})

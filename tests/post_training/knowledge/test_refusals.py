@@ -58,6 +58,7 @@ def test_every_key_is_heeded(settings_of, parse):
         ("kd_loss_scale: 2.0", (), "set skip_lm_loss: false"),
         ("{skip_lm_loss: false, kd_loss_scale: 0}", (), "kd_loss_scale 0: must be"),
         ("logit_kl_temperature: .nan", (), "logit_kl_temperature nan: must be"),
+        ("logit_kl_temperature: 1.0e+20", (), "logit_kl_temperature 1e+20: must be"),
         ("logit_kl_topk: 392", (), "the vocabulary has 391 tokens"),
         ("logit_kl_topk: 0", (), "at least 1"),
         ("intermediate_loss_scale: 2", (), "there are no intermediate_layer_pairs"),
