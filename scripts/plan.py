@@ -17,6 +17,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 # Planned is on the host that submits, whatever it has.
@@ -52,12 +53,13 @@ def resolve(words: list[str], machines: Machines, transformer_engine: bool) -> a
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(machines.number)}
     with mock.patch.dict(os.environ, place):
         args = parse_arguments(words)
-    args.bf16 = not (args.fp16 or args.fp32 or args.use_torch_fsdp2)
+    # What the same flags resolve to where there are GPUs.
+    there: dict[str, Any] = {"bf16": not (args.fp16 or args.fp32 or args.use_torch_fsdp2)}
     if transformer_engine:
-        args.transformer_impl, args.gradient_accumulation_fusion = "transformer_engine", True
+        there |= {"transformer_impl": "transformer_engine", "gradient_accumulation_fusion": True}
     if args.use_torch_fsdp2 and not args.fp32:
-        args.fsdp_compute_dtype = "bf16"
-    return args
+        there["fsdp_compute_dtype"] = "bf16"
+    return argparse.Namespace(**{**vars(args), **there})
 
 
 def command(plan: Plan, words: list[str], machines: Machines) -> str:
