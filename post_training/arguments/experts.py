@@ -30,14 +30,8 @@ def complete_expert_flags(args: argparse.Namespace) -> None:
             f"--moe-router-topk {args.moe_router_topk}: the model has only {args.num_experts} experts"
         )
     if args.add_bias_linear and args.tensor_model_parallel_size > 1:
-        # Biases of experts whose matrices are split are Megatron's limit.
-        if args.expert_tensor_parallel_size not in (None, 1):
-            raise SetupError(
-                f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size}: experts with biases "
-                f"are whole on a rank; leave the flag out"
-            )
-        args.expert_tensor_parallel_size = 1
-        args.derived.append("expert_tensor_parallel_size")
+        # Megatron adds no biases to experts whose matrices are split.
+        args.expert_tensor_parallel_size = args.expert_tensor_parallel_size or 1
     if args.moe_grouped_gemm and args.transformer_impl != "transformer_engine":
         raise SetupError("--moe-grouped-gemm needs --transformer-impl transformer_engine")
     kinds = args.moe_router_load_balancing_type

@@ -187,6 +187,11 @@ def _check_experts(args: argparse.Namespace) -> None:
             f"{pp} = {expert_tp * ep * pp} parallel: start a multiple of {expert_tp * ep * pp} processes "
             f"or lower a parallel size"
         )
+    if args.add_bias_linear and expert_tp > 1:
+        raise SetupError(
+            f"--expert-tensor-parallel-size {expert_tp} (by default the tensor parallel size): experts "
+            f"with biases are whole on a rank; use 1"
+        )
     if args.moe_ffn_hidden_size and args.moe_ffn_hidden_size % expert_tp:
         raise SetupError(
             f"--expert-tensor-parallel-size {expert_tp} (by default the tensor parallel size): the "
