@@ -29,7 +29,7 @@ from post_training.machine.device import device_type
 from post_training.model.layer_spec import decoder_block_spec, uses_packed_attention
 from post_training.model.rotary import install_rotary
 from post_training.model.router import follow_documents
-from post_training.platform import modelopt_quantisation
+from post_training.platform.modelopt_quantisation import cut_scales_by_halves
 
 
 def model_config(
@@ -168,7 +168,7 @@ def _convert_by_modelopt(
 
     folder = str(checkpoint.path)
     if "quantisation" in (checkpoint.manifest or {}).get("origin", {}):
-        modelopt_quantisation.apply()  # as when it was saved
+        cut_scales_by_halves()  # as when it was saved
 
     if args.draft is None:
         restore_sharded_modelopt_state(chunks, folder)

@@ -165,7 +165,7 @@ _TABLE: tuple[tuple[Number, str], ...] = (
     (_integer(1, SIZE), "draft_vocab_size"),
     (_integer(-1, SIZE), "aux_layers"),
     (_integer(1, 64), "draft_ttt_steps"),
-    (_integer(1, SIZE), "lora_rank"),
+    (_integer(1, SIZE), "lora_rank calib_size"),
     (_real(0, SIZE, above=True), "lora_alpha"),
     (_real(0, 1), "draft_loss_decay"),
     (_integer(1, off={-1: 0, 0: 0}), "manual_gc_interval"),

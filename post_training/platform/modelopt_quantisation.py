@@ -13,7 +13,7 @@ from typing import Any
 from post_training.platform.patches import in_place_of
 
 
-def apply() -> None:
+def cut_scales_by_halves() -> None:
     """Cut them by halves; once ModelOpt is needed, before a quantised model is saved or loaded."""
     from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
     from modelopt.torch.quantization.plugins.megatron import _QuantMegatronMLP

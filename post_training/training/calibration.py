@@ -22,7 +22,7 @@ from data import SFTDataset
 from post_training.batch.iterators import MicroBatchIterator
 from post_training.errors import SetupError
 from post_training.machine.device import current_device
-from post_training.platform import modelopt_quantisation
+from post_training.platform.modelopt_quantisation import cut_scales_by_halves
 from post_training.platform.training_hooks import TrainStart
 from post_training.training.trial import ForwardStep, trial_losses, undisturbed
 
@@ -94,7 +94,7 @@ class Calibration:
             return
         import modelopt.torch.quantization as mtq
 
-        modelopt_quantisation.apply()
+        cut_scales_by_halves()
         settings, began = self.args.quantisation, time.perf_counter()
         (chunk,) = unwrap_model(self.model)
         before = self.loss()
