@@ -1,5 +1,7 @@
 """Templates by name: the tokenizer's own where it is of the family, else the family's plain form."""
 
+import copy
+
 import jinja2
 import pytest
 
@@ -18,6 +20,7 @@ def test_names():
         template_source(tokenizer, "llama3")
     with pytest.raises(DataError, match="no such file.*others are native, chatml"):
         template_source(tokenizer, "llama9")
+    tokenizer = copy.deepcopy(tokenizer)  # which other tests share
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat template"):
         template_source(tokenizer, "native")
