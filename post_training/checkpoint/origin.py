@@ -119,7 +119,8 @@ def check_origin(
                 f"is {here['architecture'][key]}; choose another --output-dir or --load"
             )
     check_adapter(args, checkpoint.path, written.get("lora"))
-    _check_quantisation(checkpoint, written, here, weights_only)
+    if not args.skip_train:  # an evaluation takes the model as it is
+        _check_quantisation(checkpoint, written, here, weights_only)
     if not weights_only:
         check_optimizer(args, checkpoint, written)
 
