@@ -16,6 +16,8 @@ from typing import Any
 STARTS = "starts.jsonl"
 # What the run said of its data.
 DATA_REPORT = "data.txt"
+# Losses before and after quantisation and after training.
+QUANTISATION = "quantisation.json"
 PACKAGES = ("megatron-sft", "torch", "megatron-core", "transformers", "transformer-engine", "peft")
 
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from post_training.files import DERIVED, config_of_run
-from post_training.metrics.records import DATA_REPORT, STARTS, records_of
+from post_training.files import DERIVED, config_of_run, json_object
+from post_training.metrics.records import DATA_REPORT, QUANTISATION, STARTS, records_of
 
 PAGE = "report.html.j2"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 240, 58, 24, 10, 12
@@ -190,7 +190,7 @@ def write_report(folder: Path, page: Path, answers: Sequence[Path] | None = None
     records, starts = records_of(folder), records_of(folder, STARTS)
     config.pop(DERIVED, None)
     steps = [record for record in records if "lm_loss" in record]
-    data = folder / DATA_REPORT
+    data, quantised = folder / DATA_REPORT, folder / QUANTISATION
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     ).get_template(PAGE)
@@ -205,6 +205,7 @@ def write_report(folder: Path, page: Path, answers: Sequence[Path] | None = None
         starts=starts,
         data=data.read_text(encoding="utf-8", errors="replace") if data.is_file() else "",
         answers=answers_of(sorted(folder.glob("*.json")) if answers is None else answers),
+        quantised=json_object(quantised) if quantised.is_file() else {},
         width=WIDTH,
         height=HEIGHT,
         left=LEFT,

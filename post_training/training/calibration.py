@@ -22,12 +22,10 @@ from data import SFTDataset
 from post_training.batch.iterators import MicroBatchIterator
 from post_training.errors import SetupError
 from post_training.machine.device import current_device
+from post_training.metrics.records import QUANTISATION
 from post_training.platform.modelopt_quantisation import cut_scales_by_halves
 from post_training.platform.training_hooks import TrainStart
 from post_training.training.trial import ForwardStep, trial_losses, undisturbed
-
-# In the output folder: the losses before and after quantisation and after training.
-REPORT = "quantisation.json"
 
 
 def calibration_packs(packs: SFTDataset, documents: int, batch: int) -> tuple[int, int]:
@@ -147,6 +145,6 @@ class Calibration:
     def _report(self, more: dict[str, Any]) -> None:
         if self.args.rank != 0:
             return
-        file = Path(self.args.output_dir) / REPORT
+        file = Path(self.args.output_dir) / QUANTISATION
         known = json.loads(file.read_text()) if file.is_file() and "before" not in more else {}
         file.write_text(json.dumps(known | more, indent=1) + "\n")

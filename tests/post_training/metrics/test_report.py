@@ -61,6 +61,7 @@ def run(tmp_path):
         json.dumps({"model": "m", "correct": 1, "rows": 1, "answers": answers})
     )
     (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "quantisation.json").write_text('{"quantised": 1.625}')
     return tmp_path
 
 
@@ -68,6 +69,7 @@ def test_a_page_holds_everything_and_loads_nothing(run):
     write_report(run, run / "report.html")
     text = (run / "report.html").read_text()
     page = Page(text)
+    assert "1.625" in text
     assert page.loads == [] and "script" not in page.tags and page.open == []
     assert "url(" not in text and "@import" not in text
     assert text.count("&lt;script&gt;") == 4, "the model's name three times, the question once"
