@@ -59,7 +59,9 @@ def fold_weights(model: torch.nn.Module) -> bool:
             )
     with torch.no_grad():
         for module, weights, _ in found:
-            module.weight.copy_(weights(module.weight))
+            # Whole numbers times their scale, which half precision would round once more.
+            given = module.weight.float() if inputs else module.weight
+            module.weight.data = weights(given)
             weights.disable()
             # Asked for by `stored_state`, which needs them still.
             weights.folded = True

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,22 @@ FLAG = "--export-quant-cfg"
 FP8 = (4, 3)
 # Megatron's layers that cut the inputs of a matrix over tensor parallel ranks, and the sizes of these.
 _CUT_INPUTS = {"attention": "linear_proj", "mlp": "linear_fc2"}
+# Megatron's local layers hold these matrices, of which each family has some.
+_MATRICES = (
+    *(
+        "self_attention.linear_qkv",
+        "self_attention.linear_proj",
+        "mlp.linear_fc1",
+        "mlp.linear_fc2",
+    ),
+    *("self_attention.linear_q_proj", "self_attention.linear_q_down_proj"),
+    *("self_attention.linear_q_up_proj", "self_attention.linear_kv_down_proj"),
+    *("self_attention.linear_kv_up_proj", "mlp.shared_experts.linear_fc1"),
+    *("mlp.shared_experts.linear_fc2", "mlp.experts.local_experts.0.linear_fc1"),
+    "mlp.experts.local_experts.0.linear_fc2",
+)
+# Of a quantiser, what an export holds; all else is as ModelOpt has it.
+_ATTRIBUTES = ("num_bits", "axis", "type", "block_sizes")
 _WITHOUT = (
     ("model_backend", "megatron", "ModelOpt quantises Megatron's layers here"),
     ("transformer_impl", "local", "only the local layers are quantised"),
@@ -114,6 +132,11 @@ def quantisation_of(args: argparse.Namespace) -> Quantisation | None:
         )
     config = _read(name)
     found = Quantisation(name, config, *_checked(name, config))
+    if found.input_bits is not None and args.num_experts is not None:
+        raise SetupError(
+            f"{FLAG} {name}: transformers holds all experts of a layer in one tensor, so that an export "
+            f"with rounded inputs cannot be compared; quantise weights only, as INT8_WEIGHT_ONLY_CFG does"
+        )
     if found.block is not None:
         _check_blocks(args, found.block)
     return found
@@ -158,7 +181,7 @@ def _checked(
     Raises:
         SetupError: what ModelOpt does not know, or what could not be exported.
     """
-    from modelopt.torch.quantization.config import QuantizeConfig
+    from modelopt.torch.quantization.config import QuantizeConfig, QuantizerAttributeConfig
 
     def refuse(why: str) -> SetupError:
         return SetupError(
@@ -176,19 +199,32 @@ def _checked(
             f"algorithm {method}: it moves weights by what each rank has seen, so that the result depends "
             f"on the layout"
         )
+    if isinstance(algorithm, Mapping) and (more := set(algorithm) - {"method"}):
+        raise refuse(f"algorithm: {', '.join(sorted(more))}: only its method can be chosen")
+    usual = QuantizerAttributeConfig()
     bits: dict[str, Any] = {}
-    block = None
-    for entry in config["quant_cfg"]:
-        kind = str(entry.get("quantizer_name", "")).rpartition("*")[2]
+    blocks = set()
+    entries = config["quant_cfg"]
+    for entry in entries:
+        pattern, on = str(entry.get("quantizer_name", "")), entry.get("enable", True)
+        if re.search(r"\.\d|\[[^a-z]|\?", pattern):
+            raise refuse(f"{pattern}: numbers of layers and experts begin anew on every rank")
+        if not isinstance(on, bool):
+            raise refuse(f"{pattern}: enable {on!r}: expected true or false")
+        if not str(entry.get("parent_class") or "nn.").startswith("nn."):
+            raise refuse(
+                f"{pattern}: parent_class {entry['parent_class']}: name its matrices instead"
+            )
+        kind = pattern.rpartition("*")[2]
         attributes = entry.get("cfg")
-        if entry.get("enable", True) is False or not attributes:
+        if not on:
             continue
         if kind not in ("weight_quantizer", "input_quantizer"):
-            raise refuse(
-                f"{entry.get('quantizer_name')}: only weights and inputs of matrices are quantised"
-            )
+            raise refuse(f"{pattern}: only weights and inputs of matrices are quantised")
         if isinstance(attributes, list):
             raise refuse(f"{kind}: several quantisers in a row")
+        if attributes is None or entry.get("parent_class") is not None:
+            raise refuse(f"{kind}: give cfg, and no parent_class, with what is quantised")
         value = attributes.get("num_bits", 8)
         value = tuple(value) if isinstance(value, list | tuple) else value
         if value != FP8 and not (isinstance(value, int) and 2 <= value <= 8):
@@ -202,13 +238,43 @@ def _checked(
             )
         if sizes.get("type", "static") != "static":
             raise refuse(f"{kind}: dynamic blocks are computed on CUDA only, and not exported here")
-        if kind == "input_quantizer" and attributes.get("axis") is not None:
-            raise refuse(f"{kind}: one scale a matrix is exported, not one an axis")
+        axis = attributes.get("axis")
+        if axis is not None and (kind == "input_quantizer" or axis != 0):
+            raise refuse(
+                f"{kind}: axis {axis}: exported are one scale a matrix or an output channel"
+            )
+        size = sizes.get(-1, sizes.get("-1"))
+        if sizes and not (isinstance(size, int) and size > 0):
+            raise refuse(f"{kind}: block_sizes {sizes}: expected a number of inputs for -1")
+        for key, given in attributes.items():
+            if key not in _ATTRIBUTES and given != getattr(usual, key):
+                raise refuse(f"{kind}: {key} {given} is not exported")
         if bits.setdefault(kind, value) != value:
             raise refuse(f"{kind}: {bits[kind]} and {value} bits in one model")
-        block = sizes.get(-1, sizes.get("-1", block)) if kind == "weight_quantizer" else block
-    if "weight_quantizer" not in bits:
+        if kind == "weight_quantizer":
+            blocks.add(size)
+    if not entries or dict(entries[0]) != {"quantizer_name": "*", "enable": False}:
+        raise refuse(
+            'quant_cfg must begin with {quantizer_name: "*", enable: false}: else all is quantised'
+        )
+    weights, those_inputs = (
+        [name for name in _MATRICES if _is_on(entries, f"decoder.layers.0.{name}.{kind}_quantizer")]
+        for kind in ("weight", "input")
+    )
+    if not weights:
         raise refuse("no weights are quantised")
+    if len(blocks) > 1:
+        raise refuse("weights have blocks of one size, all of them or none")
+    (block,) = blocks
+    if _is_on(entries, "output_layer.weight_quantizer") or _is_on(
+        entries, "output_layer.input_quantizer"
+    ):
+        raise refuse(
+            'the output layer stays as it is: add {quantizer_name: "*output_layer*", enable: false}'
+        )
+    alone = [name for name in _MATRICES if (name in weights) != (name in those_inputs)]
+    if those_inputs and alone:
+        raise refuse(f"{alone[0]}: weights and inputs of a matrix are exported in 8 bits together")
     inputs = bits.get("input_quantizer")
     if inputs is not None and (
         inputs != bits["weight_quantizer"] or inputs not in (8, FP8) or block
@@ -217,6 +283,16 @@ def _checked(
             "inputs are exported in 8 bits or FP8, beside weights of the same kind and without blocks"
         )
     return bits["weight_quantizer"], inputs, block
+
+
+def _is_on(entries: list[Any], name: str) -> bool:
+    """Whether the last entry that names a quantiser of Megatron's layers enables it."""
+    said = [
+        entry.get("enable", True)
+        for entry in entries
+        if fnmatch(name, entry["quantizer_name"]) and entry.get("parent_class") is None
+    ]
+    return bool(said and said[-1])
 
 
 def _check_blocks(args: argparse.Namespace, block: int) -> None:

@@ -11,6 +11,17 @@ from post_training.quantisation.formats import FP8
 
 WEIGHTS = {"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 4, "block_sizes": {-1: 16}}}
 INPUTS = {"quantizer_name": "*input_quantizer", "cfg": {"num_bits": 8}}
+OFF = {"quantizer_name": "*", "enable": False}
+HEAD = {"quantizer_name": "*output_layer*", "enable": False}
+
+
+def weights(kind="*weight_quantizer", /, *, enable=True, **cfg):
+    """An entry that turns weights to 8 bits by row, or to what is given."""
+    return {
+        "quantizer_name": kind,
+        "cfg": {"num_bits": 8, "axis": 0} | cfg,
+        "enable": enable,
+    }
 
 
 @pytest.fixture
@@ -47,7 +58,7 @@ def test_of_modelopt(parsed, name, weights, inputs, block):
 
 
 def test_of_a_file(parsed):
-    found = parsed({"quant_cfg": [copy.deepcopy(WEIGHTS)], "algorithm": "max"})
+    found = parsed({"quant_cfg": [OFF, copy.deepcopy(WEIGHTS), HEAD], "algorithm": "max"})
     assert (found.weight_bits, found.input_bits, found.block) == (4, None, 16)
 
 
@@ -64,8 +75,11 @@ def test_of_a_file(parsed):
         ("W4A8_AWQ_BETA_CFG", "algorithm awq_lite"),
         ("nowhere.yaml", "No such file"),
         ({"quant": []}, "expected keys quant_cfg"),
-        ({"quant_cfg": [INPUTS]}, "no weights are quantised"),
-        ({"quant_cfg": [WEIGHTS, INPUTS]}, "inputs are exported in 8 bits or FP8, beside weights"),
+        ({"quant_cfg": [OFF, INPUTS]}, "no weights are quantised"),
+        (
+            {"quant_cfg": [OFF, WEIGHTS, INPUTS, HEAD]},
+            "inputs are exported in 8 bits or FP8, beside weights",
+        ),
         ({"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": {"bits": 3}}]}, "bits"),
     ],
 )
@@ -73,6 +87,48 @@ def test_refused(parsed, given, message):
     with pytest.raises(SetupError, match="--export-quant-cfg") as caught:
         parsed(given)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([weights(axis=1)], "axis 1: exported are one scale a matrix or an output channel"),
+        ([weights(unsigned=True)], "unsigned True is not exported"),
+        ([weights(fake_quant=False)], "fake_quant False is not exported"),
+        ([weights(axis=None, block_sizes={-1: 0})], "expected a number of inputs for -1"),
+        (
+            [weights(), weights("*mlp*weight_quantizer", axis=None, block_sizes={-1: 16})],
+            "one size",
+        ),
+        ([weights(), {"quantizer_name": "*", "enable": True}], "*: only weights and inputs"),
+        ([weights(enable="no")], "enable 'no': expected true or false"),
+        ([weights("*layers.0.*weight_quantizer")], "begin anew on every rank"),
+        ([weights("*foo*weight_quantizer")], "no weights are quantised"),
+        (
+            [weights(), INPUTS | {"quantizer_name": "*mlp*input_quantizer"}],
+            "linear_qkv: weights and",
+        ),
+        ([weights("*mlp*weight_quantizer"), INPUTS], "linear_qkv: weights and inputs"),
+        ([{"*weight_quantizer": {"num_bits": 8}}], ": only weights and inputs"),
+    ],
+)
+def test_what_would_be_trained_but_not_exported(parsed, entries, message):
+    with pytest.raises(SetupError, match="--export-quant-cfg") as caught:
+        parsed({"quant_cfg": [OFF, *entries, HEAD]})
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([WEIGHTS, HEAD], "must begin with"),
+        ([OFF, WEIGHTS], "the output layer stays as it is"),
+    ],
+)
+def test_all_else_is_off(parsed, entries, message):
+    """ModelOpt quantises what no entry names: inputs in 8 bits too."""
+    with pytest.raises(SetupError, match=message):
+        parsed({"quant_cfg": entries})
 
 
 @pytest.mark.parametrize(
@@ -91,10 +147,16 @@ def test_other_flags_that_contradict(parsed, flags, message):
     assert message in str(caught.value)
 
 
+def test_inputs_of_experts_are_left(parsed):
+    with pytest.raises(SetupError, match="quantise weights only, as INT8_WEIGHT_ONLY_CFG"):
+        parsed("FP8_DEFAULT_CFG", family="qwen3_moe")
+    assert parsed("INT8_WEIGHT_ONLY_CFG", family="qwen3_moe").input_bits is None
+
+
 def test_blocks_are_whole_on_every_rank(parsed, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     tensor = ("--tensor-model-parallel-size", "2")
-    assert parsed({"quant_cfg": [WEIGHTS]}, *tensor).block == 16
+    assert parsed({"quant_cfg": [OFF, WEIGHTS, HEAD]}, *tensor).block == 16
     with pytest.raises(
         SetupError, match="blocks of 128 inputs do not divide the 64 that each of 2"
     ):
