@@ -222,7 +222,10 @@ def calibration_data(
     alone = argparse.Namespace(**vars(args))
     alone.finetune_data_files, alone.finetune_hf_dataset = args.calib_dataset, None
     alone.valid_data_files = alone.test_data_files = alone.split_ratio = None
-    documents = prepare_documents_from_args(alone, "train", tokenizer)
+    try:
+        documents = prepare_documents_from_args(alone, "train", tokenizer)
+    except DataError as error:
+        raise DataError(str(error).replace("--finetune-data-files", "--calib-dataset")) from error
     if documents is None:
         raise SetupError("--calib-dataset: there are no documents")
     return plan_split(alone, "valid", documents, tokenizer).packs

@@ -5,7 +5,9 @@ import copy
 import pytest
 import yaml
 
+from data.errors import DataError
 from post_training.arguments.parser import parse_arguments
+from post_training.batch.splits import calibration_data
 from post_training.errors import SetupError
 from post_training.quantisation.formats import FP8
 
@@ -172,3 +174,15 @@ def test_calibration_data_of_nothing(parsed, hf_model, chat_data, tmp_path):
                 *("--calib-dataset", "x.jsonl"),
             ]
         )
+
+
+def test_calibration_data_that_is_not_there(hf_model, chat_data, tmp_path):
+    args = parse_arguments(
+        [
+            *("--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path)),
+            *("--finetune-data-files", str(chat_data.file), "--train-iters", "2"),
+            *("--export-quant-cfg", "INT8_DEFAULT_CFG", "--calib-dataset", "nowhere.jsonl"),
+        ]
+    )
+    with pytest.raises(DataError, match="--calib-dataset nowhere.jsonl: no such file"):
+        calibration_data(args, {}, None)
