@@ -41,6 +41,6 @@ answers --output-dir "$folder/run" --json "$folder/after.json"
 
 step "the adapter as PEFT stores it"
 python scripts/export_hf.py --output-dir "$folder/run" --adapter
-answers --hf-model "$folder/run/adapter" --backend transformers --json "$folder/peft.json"
+answers --hf-model "$folder/run/adapter" --model-backend transformers --json "$folder/peft.json"
 
 python scripts/quickstart/lora_report.py "$folder" "$((SECONDS - began))"

@@ -18,12 +18,11 @@ from post_training.inference.backends import TransformersBackend, generation_con
 from post_training.inference.exact_match import Question, Scores, evaluate, read_questions
 from post_training.inference.generate import Sampling
 from post_training.inference.prompts import open_prompts
+from post_training.metrics.records import ANSWERS
 from post_training.metrics.run_log import RunLog
 from post_training.platform.fsdp2 import gathered
 from post_training.platform.training_hooks import hooks
 
-ANSWERS = "answers"
-"""In the output folder: what was answered, a file for each evaluation."""
 BATCH = 32
 """Prompts of one length that are answered at once."""
 

@@ -118,7 +118,7 @@ def _implementation(config: Mapping[str, Any], by_modelopt: bool) -> str:
     """
     if config.get("layernorm_zero_centered_gamma") and not has_transformer_engine():
         raise SetupError(
-            "the model was trained with --layernorm-zero-centered-gamma: only Transformer Engine computes "
+            "the model was trained with --apply-layernorm-1p: only Transformer Engine computes "
             "its norms, which needs a CUDA device and its package (pip install '.[te]')"
         )
     theirs = by_modelopt and config.get("transformer_impl") == "transformer_engine"

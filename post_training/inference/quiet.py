@@ -16,6 +16,8 @@ def hush() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    # What peft still calls by an old name is no business of who runs a tool.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     for name in ("huggingface_hub", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger().setLevel(logging.WARNING)

@@ -18,6 +18,8 @@ STARTS = "starts.jsonl"
 DATA_REPORT = "data.txt"
 # Losses before and after quantisation and after training.
 QUANTISATION = "quantisation.json"
+# A file SPLIT-STEP.json for each evaluation with `--answer-tokens`.
+ANSWERS = "answers"
 PACKAGES = ("megatron-sft", "torch", "megatron-core", "transformers", "transformer-engine", "peft")
 
 

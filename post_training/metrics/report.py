@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from post_training.files import DERIVED, config_of_run, json_object
-from post_training.metrics.records import DATA_REPORT, QUANTISATION, STARTS, records_of
+from post_training.metrics.records import ANSWERS, DATA_REPORT, QUANTISATION, STARTS, records_of
 
 PAGE = "report.html.j2"
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 640, 240, 58, 24, 10, 12
@@ -173,13 +173,22 @@ def answers_of(files: Iterable[Path]) -> list[dict[str, Any]]:
     return found
 
 
+def own_answers(folder: Path) -> list[Path]:
+    """Files with answers in an output folder: of `--answer-tokens` the newest step's of each split."""
+    steps = sorted(
+        (folder / ANSWERS).glob("*-*.json"), key=lambda file: (len(file.name), file.name)
+    )
+    newest = {file.name.rpartition("-")[0]: file for file in steps}
+    return [*newest.values(), *sorted(folder.glob("*.json"))]
+
+
 def write_report(folder: Path, page: Path, answers: Sequence[Path] | None = None) -> None:
     """Write the page of a run.
 
     Args:
         folder: the output folder.
         page: the file to write.
-        answers: files of `scripts/evaluate.py --json`; those in the folder by default.
+        answers: files of `scripts/evaluate.py --json`; those of `own_answers` by default.
 
     Raises:
         OSError: the page cannot be written.
@@ -204,7 +213,7 @@ def write_report(folder: Path, page: Path, answers: Sequence[Path] | None = None
         drawings=drawings(records, [start["iteration"] for start in starts[1:]]),
         starts=starts,
         data=data.read_text(encoding="utf-8", errors="replace") if data.is_file() else "",
-        answers=answers_of(sorted(folder.glob("*.json")) if answers is None else answers),
+        answers=answers_of(own_answers(folder) if answers is None else answers),
         quantised=json_object(quantised) if quantised.is_file() else {},
         width=WIDTH,
         height=HEIGHT,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -48,6 +50,16 @@ def make_tokenizer(rows: Sequence[dict[str, object]]) -> PreTrainedTokenizerFast
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Writes it under the names that transformers 4.x knows too: exports copy its files as they are."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    said = json.loads(file.read_text(encoding="utf-8"))
+    said["tokenizer_class"] = "PreTrainedTokenizerFast"
+    said["additional_special_tokens"] = said.pop("extra_special_tokens")
+    file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:

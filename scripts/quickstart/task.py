@@ -19,7 +19,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.quickstart.base_model import make_model, make_tokenizer
+from post_training.inference.quiet import hush
+from scripts.quickstart.base_model import make_model, make_tokenizer, save_tokenizer
 from scripts.quickstart.rows import make_rows, write_jsonl
 
 
@@ -35,7 +36,7 @@ def make_task(out: Path, seed: int) -> None:
     write_jsonl(out / "train.jsonl", train)
     write_jsonl(out / "test.jsonl", test)
     tokenizer = make_tokenizer(train)
-    tokenizer.save_pretrained(out / "base")
+    save_tokenizer(tokenizer, out / "base")
     make_model(tokenizer, seed).save_pretrained(out / "base")
 
 
@@ -57,4 +58,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    hush()
     main()

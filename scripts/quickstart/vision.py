@@ -27,7 +27,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from scripts.quickstart.base_model import END_OF_TEXT, TURN_END, make_tokenizer
+from post_training.inference.quiet import hush
+from scripts.quickstart.base_model import END_OF_TEXT, TURN_END, make_tokenizer, save_tokenizer
 
 COLOURS = {
     "red": (220, 40, 40),
@@ -244,7 +245,7 @@ def make_task(out: Path, seed: int) -> None:
     texts = sorted({row["question"] for row in train} | {*SHAPES, *COLOURS, *COUNTS})
     letters = "".join(f"{letter}. " for letter in "ABCD")
     tokenizer = make_vision_tokenizer([*texts, letters])
-    tokenizer.save_pretrained(out / "base")
+    save_tokenizer(tokenizer, out / "base")
     save_processor(out / "base")
     make_model(tokenizer, seed).save_pretrained(out / "base")
 
@@ -259,4 +260,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    hush()
     main()

@@ -138,5 +138,5 @@ def test_a_huggingface_folder_is_read_in_the_precision_that_it_names(hf_model, t
 
 def test_norms_that_only_transformer_engine_computes_need_it(trained):
     _, folder, config = trained(family="qwen3")
-    with pytest.raises(SetupError, match="trained with --layernorm-zero-centered-gamma: only Tr"):
+    with pytest.raises(SetupError, match="trained with --apply-layernorm-1p: only Tr"):
         arguments_of_run(folder, config | {"layernorm_zero_centered_gamma": True})

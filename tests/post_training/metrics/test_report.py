@@ -61,6 +61,10 @@ def run(tmp_path):
         json.dumps({"model": "m", "correct": 1, "rows": 1, "answers": answers})
     )
     (tmp_path / "other.json").write_text("[1]")
+    (tmp_path / "answers").mkdir()
+    for name in ("valid-9", "valid-20", "test-30"):
+        own = {"correct": 0, "rows": 1, "answers": [{"answer": f"of {name}"}]}
+        (tmp_path / "answers" / f"{name}.json").write_text(json.dumps(own))
     (tmp_path / "quantisation.json").write_text('{"quantised": 1.625}')
     return tmp_path
 
@@ -84,10 +88,14 @@ def test_a_page_holds_everything_and_loads_nothing(run):
         "node3",
         "torch 2.14.1",
         "Answers: after.json",
-        "1 of 1 right",
+        "<p>m: 1 of 1 right",
+        "<p>0 of 1 right",
+        "of valid-20",
+        "of test-30",
         "all 4 values",
     ):
         assert told in text, told
+    assert "valid-9" not in text
     assert page.tags.count("svg") == 5 and text.count('class="restart"') == 5
 
 

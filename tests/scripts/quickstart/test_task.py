@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from post_training.export.readers import complaints
 from scripts.quickstart import kinds as quickstart_kinds
 from scripts.quickstart import task as quickstart_task
 from scripts.quickstart.base_model import END_OF_TEXT, TURN_END, TURN_START
@@ -105,6 +106,10 @@ def test_conversations_fit_a_pack_and_special_tokens_stay_out(task: Path) -> Non
             plain = tokenizer(message["content"])["input_ids"]
             assert not special & set(plain)
             assert tokenizer.decode(plain) == message["content"]
+
+
+def test_other_readers_have_nothing_to_complain_of(task: Path) -> None:
+    assert complaints(task / "base") == []
 
 
 def test_generation_prompt_is_a_prefix_of_the_whole(task: Path) -> None:
