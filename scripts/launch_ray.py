@@ -181,7 +181,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     nodes, here, flags = options.nodes or 0, options.processes_per_node, words[at + 1 :]
     if options.device_mapping is not None:
         devices = devices_of(options.device_mapping)
-        if devices is None:
+        if not devices:
             parser.error(
                 f"--device-mapping {options.device_mapping}: expects list(range(A,B)) or [0, 1], "
                 f"with each device once"
