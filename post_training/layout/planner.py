@@ -87,7 +87,8 @@ class Plan:
     def flags(self, given: argparse.Namespace) -> list[str]:
         """Words for a command line, behind those that make `given`."""
         words = []
-        for name, value in (self.changes | {CHUNKS: self.changes.get(CHUNKS) or 1}).items():
+        changes: dict[str, Any] = {**self.changes, CHUNKS: self.changes.get(CHUNKS) or 1}
+        for name, value in changes.items():
             flag = f"--{FLAGS.get(name, name).replace('_', '-')}"
             was = virtual_stages(given) if name == CHUNKS else getattr(given, name)
             if value is True:
