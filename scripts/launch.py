@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -69,6 +70,7 @@ def status_of(failures: Iterable[ProcessFailure]) -> int:
 def main() -> int:
     """Start the workers as torchrun does, forward SIGINT and SIGTERM to them; returns the exit status."""
     parser = run.get_args_parser()
+    parser.allow_abbrev = False
     parser.add_argument("--dry-run", action="store_true")
     if "PET_NPROC_PER_NODE" not in os.environ:
         parser.set_defaults(nproc_per_node=str(device_count() or 1))
@@ -116,8 +118,10 @@ def _refused(processes: str, nodes: str, node_rank: int) -> str | None:
             return (
                 f"--nproc-per-node {processes}: each needs a GPU, this machine has {device_count()}"
             )
+    if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nodes, re.ASCII):
+        return f"--nnodes {nodes}: expects how many machines, or LEAST:MOST"
     most = nodes.rpartition(":")[2]
-    if most.isdecimal() and node_rank >= int(most):
+    if node_rank >= int(most):
         return f"--node-rank {node_rank}: the ranks of {most} nodes begin at 0"
     return None
 
@@ -138,8 +142,7 @@ def _show(arguments: Any) -> int:
         check = [sys.executable, script, *words, "--only", "check"]
         if status := subprocess.run(check, env=environment, check=False).returncode:
             return status
-    given = sys.argv[1 : -1 - len(words)]
-    given.remove("--dry-run")
+    given = [word for word in sys.argv[1 : sys.argv.index(script)] if word != "--dry-run"]
     if not any(word.startswith(("--nproc-per-node", "--nproc_per_node")) for word in given):
         given += ["--nproc-per-node", str(here)]
     print(shlex.join(["torchrun", *given, script, *words]))

@@ -11,14 +11,12 @@ See docs/clusters.md.
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import os
 import re
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from post_training.recipes.roll import devices_of
 from scripts.launchers.attempt import STATUS, Ending, attempt, judge
 from scripts.launchers.ray_node import RayNode
 
@@ -156,26 +155,6 @@ def start_once(options: argparse.Namespace, seen: list[int]) -> Ending:
             group.remove()
 
 
-def devices_of(mapping: str) -> int:
-    """How many devices ROLL's `device_mapping` names, such as `list(range(0,16))` or `[0, 1]`.
-
-    Raises:
-        ValueError: it is another expression.
-    """
-    bounds = re.fullmatch(r"\s*list\(range\(\s*(\d+)\s*(?:,\s*(\d+)\s*)?\)\)\s*", mapping)
-    if bounds:
-        return len(range(*(int(each) for each in bounds.groups() if each)))
-    try:
-        listed = ast.literal_eval(mapping)
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"--device-mapping {mapping}: expects list(range(A,B)) or [0, 1]"
-        ) from error
-    if not isinstance(listed, list) or max(Counter(listed).values(), default=0) != 1:
-        raise ValueError(f"--device-mapping {mapping}: expects each device once")
-    return len(listed)
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The driver's own flags; `flags` are the script's."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -201,16 +180,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(words[:at])
     nodes, here, flags = options.nodes or 0, options.processes_per_node, words[at + 1 :]
     if options.device_mapping is not None:
-        try:
-            devices = devices_of(options.device_mapping)
-        except ValueError as error:
-            parser.error(str(error))
+        devices = devices_of(options.device_mapping)
+        if not devices:
+            parser.error(
+                f"--device-mapping {options.device_mapping}: expects list(range(A,B)) or [0, 1], "
+                f"with each device once"
+            )
         if nodes or here < 1 or devices % here:
             parser.error(
                 f"--device-mapping names {devices} devices: leave --nodes out, and give a "
                 f"--processes-per-node that divides them"
             )
         nodes = devices // here
+    if not (ROOT / options.script).is_file():
+        parser.error(f"--script {options.script}: no such file in {ROOT}")
     if nodes < 1 or here < 1 or not flags:
         parser.error(
             "expects --nodes, --processes-per-node and, behind --, the flags of finetune.py"

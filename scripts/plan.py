@@ -62,7 +62,7 @@ def resolve(words: list[str], machines: Machines, transformer_engine: bool) -> a
     return argparse.Namespace(**{**vars(args), **there})
 
 
-def command(plan: Plan, words: list[str], machines: Machines) -> str:
+def command(plan: Plan, words: list[str], args: argparse.Namespace, machines: Machines) -> str:
     """What to type on each node."""
     sizes = {"--nproc-per-node": min(machines.number, machines.per_node)}
     nodes = -(-machines.number // machines.per_node)
@@ -79,7 +79,7 @@ def command(plan: Plan, words: list[str], machines: Machines) -> str:
     batch = ["--global-batch-size", str(plan.args.global_batch_size)]
     if "--global-batch-size" in words:
         batch = []
-    return shlex.join([*start, "finetune.py", *words, *plan.flags(), *batch])
+    return shlex.join([*start, "finetune.py", *words, *plan.flags(args), *batch])
 
 
 def main() -> int:
@@ -88,6 +88,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--gpus", required=True, metavar="16xh100", help="how many of which kind")
+    parser.add_argument("--hf-model", help="folder, name, or path of a config.json")
     parser.add_argument("--gpus-per-node", type=Number(int, 1, 4096), default=8, help="(default 8)")
     parser.add_argument(
         "--top", type=Number(int, 1, 4096), default=8, help="layouts to show (default 8)"
@@ -102,10 +103,9 @@ def main() -> int:
     setattr(parser, "error", lambda message: parser.exit(2, f"error: {message}\n"))  # noqa: B010
     options, words = parser.parse_known_args()
     hush()
-    for place, word in enumerate(words[:-1]):
-        path = Path(words[place + 1])
-        if word == "--hf-model" and path.name == "config.json":
-            words[place + 1] = str(path.parent)
+    if options.hf_model is not None:
+        model = Path(options.hf_model)
+        words += ["--hf-model", str(model.parent if model.name == "config.json" else model)]
     try:
         machines = Machines.of(options.gpus, options.gpus_per_node)
         args = resolve(words, machines, options.with_te)
@@ -134,7 +134,7 @@ def main() -> int:
         print(stages_table(best))
         return 2
     print(f"\nthe first, by pipeline stage in GiB:\n{stages_table(best)}")
-    print(f"\n{command(best, words, machines)}")
+    print(f"\n{command(best, words, args, machines)}")
     return 0
 
 

@@ -20,7 +20,7 @@ from post_training.errors import SetupError
 
 def main(words: list[str]) -> int:
     """Print the recipe; returns the exit status."""
-    if words and not words[0].startswith("--"):
+    if words and not words[0].startswith("-"):
         words = ["--config", *words]
     command = CommandLine(words)
     try:

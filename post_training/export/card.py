@@ -61,26 +61,29 @@ def write_card(folder: Path, run: Path, iteration: int, kind: str) -> None:
         "base": f"`{base}`",
         "steps": f"{iteration} of {config.get('train_iters')}",
         "tokens a pack, packs a step": f"{config.get('seq_length')}, {config.get('global_batch_size')}",
-        "trained tokens": f"{steps[-1].get('total_trained_tokens') or 0:,}" if steps else "unknown",
         "learning rate": f"{config.get('lr')} ({config.get('lr_decay_style')})",
         "masks": _masks(config),
     }
     if steps:
+        trained = steps[-1].get("total_trained_tokens")
+        facts["trained tokens"] = f"{trained:,}" if isinstance(trained, int) else "unknown"
         facts["training loss"] = f"{steps[0]['lm_loss']:.4f} at step {steps[0]['iteration']}, " + (
             f"{steps[-1]['lm_loss']:.4f} at step {steps[-1]['iteration']}"
         )
     for split in ("valid", "test"):
-        found = [r for r in records if r.get("split") == split and r.get("loss") is not None]
+        found = [
+            r for r in records if r.get("split") == split and isinstance(r.get("loss"), int | float)
+        ]
         if found:
             facts[f"{split} loss"] = f"{found[-1]['loss']:.4f} at step {found[-1]['iteration']}"
-    if starts:
+    if starts and isinstance(starts[-1].get("versions"), dict):
         facts["versions"] = ", ".join(f"{k} {v}" for k, v in starts[-1]["versions"].items())
     lines += ["", "| | |", "|---|---|", *(f"| {k} | {_cell(v)} |" for k, v in facts.items()), ""]
     data = run / DATA_REPORT
     if data.is_file():
         lines += ["## Data", "", *_fenced(data.read_text(encoding="utf-8", errors="replace")), ""]
     if starts:
-        lines += ["## Command", "", *_fenced(starts[-1]["command"]), ""]
+        lines += ["## Command", "", *_fenced(str(starts[-1].get("command"))), ""]
     lines += ["## Use", "", *_fenced(serve_line(folder, kind, config)), ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 

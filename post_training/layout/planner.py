@@ -42,10 +42,14 @@ class Machines:
         """From `16xh100`, or `16x80gib` where the kind is not known.
 
         Raises:
-            SetupError: it says no such thing.
+            SetupError: it says no such thing, or they fill no whole nodes.
         """
         found = re.fullmatch(r"([1-9]\d*)x(\w+)", text.lower())
         size = found and re.fullmatch(r"([1-9]\d*)gi?b", found[2])
+        if found and int(found[1]) > per_node and int(found[1]) % per_node:
+            raise SetupError(
+                f"--gpus {text}: these fill no whole nodes of --gpus-per-node {per_node}"
+            )
         if found and size:
             return cls(int(found[1]), int(size[1]) * 2.0**30, None, per_node)
         if found and found[2] in DEVICES:
@@ -80,14 +84,18 @@ class Plan:
         tokens = self.args.global_batch_size * self.args.seq_length
         return tokens / self.seconds / self.args.world_size if self.seconds else 0.0
 
-    def flags(self) -> list[str]:
-        """Words for a command line."""
+    def flags(self, given: argparse.Namespace) -> list[str]:
+        """Words for a command line, behind those that make `given`."""
         words = []
-        for name, value in self.changes.items():
+        changes: dict[str, Any] = {**self.changes, CHUNKS: self.changes.get(CHUNKS) or 1}
+        for name, value in changes.items():
             flag = f"--{FLAGS.get(name, name).replace('_', '-')}"
+            was = virtual_stages(given) if name == CHUNKS else getattr(given, name)
             if value is True:
                 words.append(flag)
-            elif value not in (None, False) and not (name in SIZES and value == 1):
+            elif value not in (None, False) and not (
+                value == was == 1 and name in (*SIZES, CHUNKS)
+            ):
                 words += [flag, str(value)]
         return words
 
@@ -174,7 +182,7 @@ def check_fits(args: argparse.Namespace, machines: Machines) -> Plan:
         return plan
     stage = max(range(len(plan.memory)), key=lambda number: plan.memory[number].needed)
     fitting = [each for each in ranked(args, machines) if each.needed <= machines.memory]
-    others = "; ".join(" ".join(each.flags()) or "no parallel flags" for each in fitting[:3])
+    others = "; ".join(" ".join(each.flags(args)) or "no parallel flags" for each in fitting[:3])
     raise SetupError(
         f"the layout does not fit: pipeline stage {stage} needs about {shown_bytes(int(plan.needed))} on a "
         f"device of {shown_bytes(int(machines.memory))}; "

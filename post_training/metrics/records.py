@@ -23,12 +23,25 @@ ANSWERS = "answers"
 PACKAGES = ("megatron-sft", "torch", "megatron-core", "transformers", "transformer-engine", "peft")
 
 
+def _number(text: str) -> float | None:
+    """A number that can be drawn; whole ones stay whole."""
+    value = float(text)
+    if not abs(value) < 1e300:
+        return None
+    return int(text) if text.lstrip("-").isdecimal() else value
+
+
 def read_records(file: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Lines of a run's `metrics.jsonl` and what each says; those that are no record are left out."""
+    """Lines of a run's `metrics.jsonl` and what each says; those that are no record are left out.
+
+    Infinities and NaN, which JSON does not have, become None.
+    """
     found = []
     for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = json.loads(
+                line, parse_int=_number, parse_float=_number, parse_constant=_number
+            )
         except (ValueError, RecursionError):
             continue  # cut off when the run was killed
         if isinstance(record, dict) and isinstance(record.get("iteration"), int):

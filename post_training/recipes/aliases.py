@@ -59,7 +59,7 @@ class Values(dict[str, Any]):
         try:
             if isinstance(value, bool) or int(value) != float(value):
                 raise ValueError
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise SetupError(f"{key}: expects an integer, found {value!r}") from error
         return int(value)
 
@@ -125,10 +125,12 @@ def translate(
         else:
             by_default = "" if key in written else f" (default of {system.name})"
             for name, setting in meaning.items():
-                if found.settings.setdefault(name, setting) != setting:
+                if name not in found.settings:
+                    found.settings[name] = setting
+                    found.origin[name] = f"{source}: {key}{by_default}"
+                elif found.settings[name] != setting:
                     other = found.origin[name].removeprefix(f"{source}: ")
                     wrong.append(f"{key} {value}: {other} says otherwise")
-                found.origin.setdefault(name, f"{source}: {key}{by_default}")
     if wrong:
         wrong.sort(key=lambda line: _UNKNOWN in line)  # what is known to be refused says more
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
@@ -146,7 +148,10 @@ def _meaning(system: System, key: str, value: Any, values: Values) -> tuple[str,
         if isinstance(rule, (Unused, Refused)):
             return at, rule
         if callable(rule):
-            return key, rule(value, values)
+            try:
+                return key, rule(value, values)
+            except (AttributeError, TypeError) as error:  # a list for a name, and the like
+                return key, Refused(f"is of another type than expected ({error})")
         if value is None or value == {}:
             return key, {}
         if isinstance(rule, str):
@@ -216,7 +221,7 @@ def evaluation_batch(key: str, batch: Any, micro_batch: int, values: Values) -> 
         values: of the file.
     """
     size = values.whole(key)
-    if not isinstance(batch, int) or batch % micro_batch:
+    if not isinstance(batch, int) or micro_batch < 1 or batch % micro_batch:
         return {"eval_micro_batch_size": size}
     return {
         "eval_micro_batch_size": size,

@@ -30,7 +30,7 @@ def with_overrides(
     """A file's content with dotted keys set (`a.b=1`) or taken out (`~a.b`); values are YAML.
 
     Raises:
-        SetupError: a key leads through something that holds no keys.
+        SetupError: a key leads through something that holds no keys, or one to take out is not there.
     """
     result = copy.deepcopy(dict(content))
     for word in overrides:
@@ -45,11 +45,13 @@ def with_overrides(
             if not isinstance(place, dict):
                 raise SetupError(f"{source}: {word}: {parent} is {place!r} there, no group of keys")
         if match[3]:
-            place.pop(last, None)
+            if last not in place:
+                raise SetupError(f"{source}: {word}: there is no such key in this file")
+            del place[last]
             continue
         try:
             place[last] = yaml.load(match[2], loader) if match[2] else ""
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # no such date; too deep
             place[last] = match[2]
     return result
 

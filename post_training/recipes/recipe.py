@@ -80,7 +80,7 @@ class _AsWritten(yaml.SafeLoader):
             line = key.start_mark.line + 1
             # As flags are compared: lr, --lr; seq-length, seq_length.
             name = flag_name(key.value)
-            if seen.setdefault(name, line) != line:
+            if name in seen:
                 raise yaml.YAMLError(
                     f"{key.value} is given twice, in lines {seen[name]} and {line}"
                 )
@@ -154,8 +154,8 @@ def read_recipe(
         chain = " -> ".join(file.name for file in (*above, path))
         raise SetupError(f"--config {path}: base: builds on itself ({chain})")
     source = f"--config {path}"
-    content = hydra.with_overrides(read_yaml(path), overrides, _AsWritten, source)
-    content = hydra.composed(content, path, read_yaml)
+    content = hydra.composed(read_yaml(path), path, read_yaml)
+    content = hydra.with_overrides(content, overrides, _AsWritten, source)
     for system in (ROLL, RLINF):
         if isinstance(content.get(system.mark), Mapping):
             content = hydra.interpolated(content, source)

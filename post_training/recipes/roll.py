@@ -26,37 +26,40 @@ _MODEL, _TRAINING = "sft_train.model_args", "sft_train.training_args"
 _DATA, _STRATEGY = "sft_train.data_args", "sft_train.strategy_args.strategy_config"
 
 
-def _devices(value: Any) -> int | None:
+def devices_of(value: Any) -> int | None:
     """How many devices `list(range(0,8))`, a list or a sum of both names; None for anything else."""
 
-    def count(node: ast.expr) -> int:
+    def listed(node: ast.expr) -> list[Any]:
         match node:
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
-                return len(elements)
+                return [ast.literal_eval(element) for element in elements]
             case ast.BinOp(left=left, op=ast.Add(), right=right):
-                return count(left) + count(right)
+                return listed(left) + listed(right)
             case ast.Call(func=ast.Name(id="list"), args=[inner]):
-                return count(inner)
+                return listed(inner)
             case ast.Call(func=ast.Name(id="range"), args=bounds):
-                return len(range(*(int(ast.literal_eval(bound)) for bound in bounds)))
+                numbers = range(*(ast.literal_eval(bound) for bound in bounds))
+                if len(numbers) < 2**20:
+                    return list(numbers)
         raise ValueError
 
     try:
-        return count(ast.parse(str(value), mode="eval").body)
-    except (ValueError, SyntaxError, TypeError):
+        found = listed(ast.parse(str(value).strip(), mode="eval").body)
+        return len(found) if len(set(found)) == len(found) else None
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
         return None
 
 
 def _batch(value: Any, values: Values) -> Meaning:
     """The packs of a step, on as many processes as the file names, however many there are now."""
     mapping = values.get("sft_train.device_mapping")
-    devices = processes() if mapping is None else _devices(mapping)
+    devices = processes() if mapping is None else devices_of(mapping)
     if devices is None:
         return Refused("is no list of devices, such as list(range(0,8))")
     parts = values.whole(f"{_MODEL}.ulysses_size")
     for axis in ("tensor_model", "pipeline_model", "context"):
         parts *= values.whole(f"{_STRATEGY}.{axis}_parallel_size")
-    if devices % parts or not devices:
+    if parts < 1 or devices % parts or not devices:
         return Refused(f"{devices} devices cannot be shared out to parallel groups of {parts}")
     micro = values.whole(f"{_TRAINING}.per_device_train_batch_size")
     steps = values.whole(f"{_TRAINING}.gradient_accumulation_steps")
@@ -90,7 +93,7 @@ def _warm_up(value: Any, values: Values) -> Meaning:
 
 def _shards(value: Any, values: Values) -> Meaning:
     mapping = values.get("sft_train.device_mapping")
-    if value in (None, -1, processes() if mapping is None else _devices(mapping)):
+    if value in (None, -1, processes() if mapping is None else devices_of(mapping)):
         return {}
     return Refused("shards are spread over all processes; leave it out")
 

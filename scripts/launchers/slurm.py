@@ -251,6 +251,7 @@ def submit(argv: list[str]) -> int:
     if options.gpu_type and name == "finetune.py":
         gpus = f"{options.nodes * options.gpus_per_node}x{options.gpu_type}"
         planner = [sys.executable, str(ROOT / "scripts" / "plan.py"), "--check", "--gpus", gpus]
+        planner += ["--gpus-per-node", str(options.gpus_per_node)]
         if status := subprocess.run([*planner, *flags], check=False).returncode:
             return status
     data = (

@@ -102,7 +102,7 @@ def test_a_script_that_is_not_there():
         ["--nproc-per-node", "x"],
         ["--nproc-per-node", "0"],
         ["--nnodes", "2", "--node-rank", "2"],
-        ["--nnodes", "x"],
+        ["--nnodes", "x", "--dry-run"],
         ["--no-python", "/no"],
     ],
     ids=" ".join,

@@ -95,6 +95,22 @@ def test_devices_that_nobody_knows(text):
         Machines.of(text, 8)
 
 
+def test_devices_that_fill_no_node(run):
+    status, _, error = run("--gpus", "12xh100")
+    assert status == 2 and "no whole nodes of --gpus-per-node 8" in error
+
+
+def test_the_command_takes_back_what_the_layout_has_no_more(run):
+    """Also flags of a recipe, which stay in the command."""
+    words = "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2".split()
+    status, out, _ = run("--gpus", "8x400gib", *words)
+    flags = shlex.split(out.strip().splitlines()[-1])
+    for name in words[::2]:
+        last = max(place for place, word in enumerate(flags) if word == name)
+        assert flags[last + 1] == "1"
+    assert status == 0 and rows(out)[0][:2] == ["1", "1"]
+
+
 def test_where_times_are_not_known_the_model_is_cut_into_few_parts(run):
     status, out, _ = run("--gpus", "8x80gib", "--seq-length", "2048", "--use-torch-fsdp2")
     assert status == 0 and rows(out)[0][:7] == ["1", "1", "1", "1", "8", "1", "none"]

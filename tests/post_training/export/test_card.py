@@ -54,6 +54,15 @@ def test_a_card_says_what_the_checkpoint_is(run):
     assert "9.0" not in card and "3,000" not in card
 
 
+def test_a_card_of_values_of_other_types(run):
+    other = {"iteration": 20, "lm_loss": 1.0, "total_trained_tokens": "x"}
+    lines = [json.dumps(each) for each in (other, other | {"split": "valid", "loss": []})]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    (run / "starts.jsonl").write_text('{"iteration": 0}\n')
+    write_card(run / "hf", run, 20, "hf")
+    assert "| trained tokens | unknown |" in (run / "hf" / "README.md").read_text()
+
+
 def test_lines_that_serve(run):
     (run / "adapter").mkdir()
     (run / "adapter" / "adapter_config.json").write_text('{"r": 24}')

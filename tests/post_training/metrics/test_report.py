@@ -105,6 +105,16 @@ def test_a_page_of_a_run_that_has_done_nothing(tmp_path):
     assert "svg" not in page.tags and "h1" in page.tags
 
 
+def test_a_page_of_values_of_other_types(run):
+    other = {"total_trained_tokens": HOSTILE, "tokens_per_s": [1], "lm_loss": {}, "iteration": 31}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f"\n{json.dumps(other)}\n")
+    with (run / "starts.jsonl").open("a") as file:
+        file.write('{"iteration": 9, "versions": "x"}\n')
+    write_report(run, run / "page.html")
+    assert "script" not in Page((run / "page.html").read_text()).tags
+
+
 def test_places_of_points():
     drawing: Any = draw("x", {"a": [(0, 1.0), (10, 3.0)]}, [5])
     assert drawing.lines[0].path == "M58.0,216.0 L628.0,10.0" and drawing.restarts == [343.0]

@@ -202,6 +202,8 @@ REFUSED = [
     (ROLL, f"{TRAINING}.num_train_epochs=0.5", "whole passes"),
     (ROLL, f"{TRAINING}.gradient_accumulation_steps=many", "expects an integer, found 'many'"),
     (ROLL, f"{TRAINING}.learning_rat=1", r"did you mean sft_train.training_args.learning_rate\?"),
+    (ROLL, "sft_train.model_args.ulysses_size=0", "cannot be shared out to parallel groups of 0"),
+    (ROLL, "sft_train.model_args.lora_target=[q]", "lora_target: is of another type"),
     (ROLL, "zzz=1", "zzz 1: has no meaning here; leave it out"),
     (ROLL, "track_with=swanlab", "TensorBoard, metrics.jsonl and wandb"),
     (ROLL, "track_with=wandb", "name tracker_kwargs.project"),
@@ -210,6 +212,8 @@ REFUSED = [
     (ROLL, f"{STRATEGY}.fsdp_size=4", "spread over all"),
     (RLINF, "", "max_epochs 4: .* give --num-epochs 4 or --train-iters 4"),
     (RLINF, "runner.max_steps=9", "and max_steps 9: give --num-epochs 4 or --train-iters 9"),
+    (RLINF, "runner.max_epochs=.inf", "max_epochs: expects an integer, found inf"),
+    (RLINF, "runner.logger.logger_backends=3", "logger_backends 3: is of another type"),
     (RLINF, "runner.task_type=embodied", "task_type embodied: is not one of sft"),
     (RLINF, "actor.training_backend=megatron", "use fsdp"),
     (RLINF, f"{FSDP}.sharding_strategy=hybrid_shard", "use full_shard or no_shard"),
@@ -235,11 +239,10 @@ def test_what_cannot_be_is_refused_with_the_reason(system, change, told):
 
 
 def test_a_mistake_in_a_value_names_the_foreign_key(parser):
-    recipe = read_recipe(FILES[ROLL], [f"{TRAINING}.learning_rate=high"])
-    with pytest.raises(
-        SetupError, match=r"training_args\.learning_rate: expects a number, found 'h"
-    ):
-        apply_settings(parser, recipe)
+    for value, told in (("high", "expects a number, found 'h"), (".nan", "nan is out of range")):
+        recipe = read_recipe(FILES[ROLL], [f"{TRAINING}.learning_rate={value}"])
+        with pytest.raises(SetupError, match=rf"training_args\.learning_rate: {told}"):
+            apply_settings(parser, recipe)
 
 
 def test_a_global_batch_does_not_depend_on_the_processes_of_the_job(monkeypatch):

@@ -56,6 +56,7 @@ def test_a_recipe_builds_on_another_systems_file_and_on_a_runs_own(write):
         ({"run": "base: [a.yaml]"}, "base: expects the name of one file"),
         ({"run": "base: a.yaml", "a": "lr: 1\nlr: 2"}, "a.yaml: .*lr is given twice"),
         ({"run": "base: a.yaml\nbase: a.yaml"}, "base is given twice"),
+        ({"run": "{lr: 1, lr: 2}"}, "lr is given twice"),
     ],
 )
 def test_bases_that_cannot_be(write, files, told):
@@ -83,15 +84,21 @@ def test_a_flag_takes_the_place_of_what_a_file_says_otherwise(write, words, left
         "--config DIR/run.yaml lr=2 seq_length=8 --bf16",
         "lr=2 ++seq_length=8 --config=DIR/run.yaml --bf16",
         "--config_path DIR --config_name run lr=2 +seq_length=8 --bf16",
-        "--config-path=DIR --config-name=run.yaml lr=2 seq_length=8 ~wandb_project --bf16",
+        "--config-path=DIR --config-name=run.yaml lr=2 seq_length=8 min_lr=0 ~min_lr --bf16",
         "--bf16 --config-name run --config-path DIR lr=2 seq_length=8",
     ],
 )
 def test_ways_to_name_a_recipe(write, words):
-    folder = write(run="lr: 1\nweight_decay: 0").parent
+    folder = write(run="defaults: [_self_, low]\nweight_decay: 0", low="lr: 1").parent
     command = CommandLine(words.replace("DIR", str(folder)).split())
     assert command.argv == ["--bf16"]
     assert dict(command.recipe.settings) == {"lr": 2, "weight_decay": 0, "seq_length": 8}
+
+
+def test_an_override_that_yaml_cannot_read_is_text(write):
+    for text in ("2024-13-45", "[" * 3000, "[1"):
+        words = ["--config", str(write(run="lr: 1")), f"chat_template={text}"]
+        assert CommandLine(words).recipe.settings == {"lr": 1, "chat_template": text}
 
 
 def test_a_value_of_another_flag_is_no_override():
@@ -109,6 +116,7 @@ def test_a_value_of_another_flag_is_no_override():
         ("--config a.yaml --config-name b", "give one"),
         ("--config-name nowhere", "nowhere.yaml: No such file"),
         ("--config DIR/run.yaml lr.a=3", "lr.a=3: lr is 1 there, no group"),
+        ("--config DIR/run.yaml ~lrr", "~lrr: there is no such key"),
     ],
 )
 def test_recipes_that_are_not_named_right(write, words, told):
