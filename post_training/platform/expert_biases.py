@@ -5,6 +5,9 @@ of sequence parallelism, with experts too. So `_allreduce_non_tensor_model_paral
 over the tensor parallel group, whose ranks hold different experts under expert parallelism: they are wrong
 by up to ten times their norm; and the gradient norm counts those of rank 0 only. Without expert parallelism
 the layer's output is a view that autograd does not let `MLP.forward` add the bias to (`output += ...`).
+
+`core/optimizer/__init__.py`: biases do not decay, which it tells by `.bias` and one dimension;
+`transformers` stacks those of all experts in one matrix (`gate_up_proj_bias`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from post_training.platform.patches import in_place_of
 def apply() -> None:
     """Mend layers of experts whose tensor parallel size is 1, the only one for which biases work."""
     from megatron.core import tensor_parallel
+    from megatron.core.optimizer import ParamGroupOverride
+    from megatron.core.optimizer.optimizer_config import ParamKey
     from megatron.core.tensor_parallel import layers
 
     @in_place_of((layers.RowParallelLinear, "__init__"))
@@ -28,3 +33,12 @@ def apply() -> None:
             tensor_parallel.set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)
             # The dispatcher does what crosses ranks: the product is left as it is, no view.
             layer.explicit_expert_comm = True
+
+    from megatron.training import training
+
+    @in_place_of((training, "get_standard_config_overrides"))
+    def _overrides(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return {
+            **original(*args, **kwargs),
+            ParamKey(name="*_bias"): ParamGroupOverride(wd_mult=0.0),
+        }

@@ -264,7 +264,7 @@ CASES = (
     Case("tp2-sp", TP2 + SP, 2, family="mixtral", variant="window"),
     *(
         Case(layout, flags, 2, family="qwen3", variant="windows")
-        for layout, flags in (("tp2-sp", TP2 + SP), ("pp2", PP2), ("cp2-mbs2", CP2 + MBS2))
+        for layout, flags in (("tp2-sp", TP2 + SP), ("pp2", PP2), ("cp2", CP2))
     ),
     Case("one", family="qwen3", variant="windows", recipe=UNPACKED),
     # Interleaved pipeline schedules: each rank holds several pieces of the model.

@@ -53,3 +53,16 @@ def test_a_bias_is_of_one_expert_and_is_added():
 def test_still_needed_upstream_adds_up_biases_of_different_experts_and_gives_a_view():
     marked, own, told = run_rank(_layer, False)
     assert marked and not own and "is a view and is being modified inplace" in told
+
+
+def test_still_needed_upstream_lets_stacked_biases_decay():
+    import torch
+    from megatron.core.optimizer.optimizer_config import OptimizerConfig
+    from megatron.training import training
+
+    ours = training.get_standard_config_overrides
+    biases = torch.nn.Parameter(torch.zeros(4, 8))
+    for overrides, kept in ((ours, True), (ours.__wrapped__, False)):
+        keys = overrides(config=OptimizerConfig())
+        assert any(key.matches(biases, "experts.gate_up_proj_bias") for key in keys) == kept
+        assert not any(key.matches(biases, "experts.gate_up_proj") for key in keys)

@@ -38,7 +38,7 @@ class Breaks(Whole):
 def test_a_class_is_found_or_refused_by_name(tmp_path, named, says):
     file = tmp_path / "a_task.py"
     file.write_text(SOURCE)
-    args = argparse.Namespace(task=named.format(file=file))
+    args = argparse.Namespace(task=named.format(file=file), lora=None)
     if says is not None:
         with pytest.raises(SetupError, match=says):
             load_task(args, None)
