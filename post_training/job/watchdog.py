@@ -183,7 +183,10 @@ class Watchdog:
             faulthandler.dump_traceback_later(PATIENCE * self.limit, exit=True)
             if self._launcher not in (0, os.getppid()):
                 self._launcher = 0
-                os.kill(os.getpid(), signal.SIGTERM)  # nobody is left to say it: save and end
+                # Nobody is left to say it: save and end. To the main thread, whose waiting it ends.
+                main = threading.main_thread().ident
+                assert main is not None
+                signal.pthread_kill(main, signal.SIGTERM)
             now = time.monotonic()
             files = self.files
             if self._stale(now):

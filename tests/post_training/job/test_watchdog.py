@@ -205,7 +205,8 @@ def test_a_rank_whose_launcher_is_gone_is_told_to_save(monkeypatch, tmp_path):
     try:
         dog.start(Namespace(hang_timeout=LIMIT, rank=0, output_dir=tmp_path, save=""), sys.stderr)
         monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert heard.wait(LIMIT)
+        # In short waits: a handler runs between two of them, whatever thread the signal reached.
+        assert any(heard.wait(0.1) for _ in range(int(10 * LIMIT)))
     finally:
         dog.stop()
         signal.signal(signal.SIGTERM, before)
