@@ -93,7 +93,10 @@ def model_backend(asked: Any, name: Any, task: Any = None) -> tuple[str, str | N
     classes = named.get("architectures")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes[:1]):
         return "megatron", None
-    reason = why_not_megatron(SimpleNamespace(**named))
+    try:
+        reason = why_not_megatron(SimpleNamespace(**named))
+    except (TypeError, ValueError, AttributeError):  # values of other types than they should have
+        return "megatron", None
     return ("transformers", reason.partition("; ")[0]) if reason else ("megatron", None)
 
 

@@ -180,7 +180,13 @@ def check_model(args: argparse.Namespace, checkpoint: Checkpoint | None) -> None
         SetupError: they are not those of the model that config.json describes.
     """
     trust = args.trust_remote_code
-    model = build_model(args.hf_config, trust_remote_code=trust)
+    try:
+        model = build_model(args.hf_config, trust_remote_code=trust)
+    except Exception as error:  # whatever its class makes of values that it cannot compute
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise SetupError(
+            f"--hf-model {args.hf_model}: config.json cannot be built ({type(error).__name__}: {reason})"
+        ) from error
     if args.recompute_granularity and not model.supports_gradient_checkpointing:
         raise SetupError(
             f"--recompute-granularity full: {type(model).__name__} has no gradient checkpointing"

@@ -2,11 +2,12 @@
 
 import pytest
 
+from model_provider import check_weights
 from post_training.arguments.backend import model_backend
 from post_training.arguments.command_line import CommandLine
 from post_training.arguments.parser import parse_arguments
 from post_training.errors import SetupError
-from tests.helpers.models import edit_json
+from tests.helpers.models import edit_json, save_model
 
 
 def parsed(folder, tmp_path, *flags):
@@ -94,3 +95,18 @@ def test_a_model_that_cannot_be_read_is_told_later(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert model_backend("auto", str(tmp_path)) == ("megatron", None)
     assert model_backend("transformers", str(tmp_path)) == ("transformers", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": -1}, "config.json"),
+        ({"attention_bias": True, "hidden_act": "x"}, r"cannot be built \(KeyError: 'x'\)"),
+    ],
+)
+def test_values_that_no_model_has_are_refused(tmp_path, changes, message):
+    folder = save_model(tmp_path / "model", "qwen3")
+    edit_json(folder / "config.json", **changes)
+    with pytest.raises(SetupError, match=message):
+        args = parsed(folder, tmp_path)
+        check_weights(args, None)
