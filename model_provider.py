@@ -26,6 +26,7 @@ from post_training.knowledge.distiller import install_distiller
 from post_training.knowledge.settings import KnowledgeSettings
 from post_training.knowledge.teacher import Teacher, build_teacher
 from post_training.machine.device import device_type
+from post_training.model.hybrid import hybrid_config
 from post_training.model.layer_spec import decoder_block_spec, uses_packed_attention
 from post_training.model.rotary import install_rotary
 from post_training.model.router import follow_documents
@@ -57,8 +58,12 @@ def model_config(
     """
     if args.model_backend == "transformers":
         return hf_model_config(args, checkpoint, say)
-    config = gpt_config_from_args(args)
-    config.transformer_layer_spec = decoder_block_spec
+    hybrid = args.hybrid_layer_pattern is not None
+    if hybrid:
+        config = hybrid_config(args)
+    else:
+        config = gpt_config_from_args(args)
+        config.transformer_layer_spec = decoder_block_spec
     transformer = config.transformer
     if args.export_offline_model:
         transformer.num_layers = 0
@@ -73,7 +78,9 @@ def model_config(
     if from_hf or (checkpoint is not None and not checkpoint.has_modelopt):
         # Every parameter is overwritten. (ModelOpt looks at the weights while it converts.)
         transformer.perform_initialization = False
-    hooks = [functools.partial(_install_rotary, hf_config=args.hf_config)]
+    hooks: list[Any] = []
+    if not hybrid:
+        hooks.append(functools.partial(_install_rotary, hf_config=args.hf_config))
     if args.num_experts:
         hooks.append(functools.partial(follow_documents))
     if checkpoint is not None and checkpoint.has_modelopt:

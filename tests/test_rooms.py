@@ -36,7 +36,7 @@ FLOORS: dict[str, list[list[str]]] = {
     ],
     "post_training": [
         ["errors"],
-        ["files"],
+        ["files", "tensors"],
         ["machine", "hf", "recipes", "platform/patches"],
         ["platform/cpu", "platform/checkpoints", "adapters"],
         ["platform", "layout"],

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from post_training.adapters.modules import Module, modules_of, parameters_of
 from post_training.errors import SetupError
 from post_training.hf.check import expected_tensors
-from post_training.hf.families import Weight, model_weights
+from post_training.hf.families import model_weights
+from post_training.tensors.weight import Weight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

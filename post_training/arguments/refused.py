@@ -37,6 +37,7 @@ ARCHITECTURE = tuple(
     moe_router_score_function moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk
     moe_shared_expert_intermediate_size moe_shared_expert_gate moe_apply_probs_on_input moe_latent_size
     moe_mlp_glu_interleave_size moe_shared_expert_glu_interleave_size
+    hybrid_layer_pattern mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads
     """.split()
 )
 

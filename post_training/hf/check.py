@@ -11,7 +11,8 @@ import torch
 
 from post_training.errors import SetupError
 from post_training.hf.checkpoint import HFCheckpoint
-from post_training.hf.families import Shapes, model_weights
+from post_training.hf.families import model_weights
+from post_training.tensors.weight import Shapes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -121,7 +121,8 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
         )
     check_not_quantised(config, name)
     check_values(config, name)
-    check_rotary(config, name)
+    if not family_of(config).hybrid:
+        check_rotary(config, name)
 
 
 def sliding_window(config: PretrainedConfig) -> int | None:
@@ -188,6 +189,8 @@ def plain_flags(config: PretrainedConfig) -> dict[str, Any]:
 def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
     """Megatron's architecture arguments (by destination name) for a HuggingFace configuration."""
     family = family_of(config)
+    if family.hybrid:
+        return family.flags(config)
     experts = family.experts.flags(config) if family.experts else {}
     return {
         "num_layers": config.num_hidden_layers,

@@ -26,7 +26,8 @@ _FREE_OF_LIMIT = ("default", "linear", "llama3")
 def with_limit(config: PretrainedConfig, seq_length: int) -> PretrainedConfig:
     """The configuration of a model that was trained on documents of up to `seq_length` tokens."""
     changed = copy.deepcopy(config)
-    if rope_parameters(config).get("rope_type", "default") in _FREE_OF_LIMIT:
+    limited = hasattr(config, "max_position_embeddings")
+    if limited and rope_parameters(config).get("rope_type", "default") in _FREE_OF_LIMIT:
         changed.max_position_embeddings = max(config.max_position_embeddings, seq_length)
     return changed
 
@@ -92,7 +93,7 @@ def write_model_config(config: PretrainedConfig, folder: Path, base: Path | None
     Raises:
         SetupError: the older spelling says something else.
     """
-    written = json.loads(config.to_json_string())
+    written = _plain_numbers(json.loads(config.to_json_string()))
     written |= older_spelling(config, written)
     if base is not None and (base / "config.json").is_file():
         before = json_object(base / "config.json")

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from post_training.errors import SetupError
-from post_training.hf.families import Weight, head_dim
+from post_training.hf.families import head_dim
 from post_training.hf.rotary import rope_parameters
+from post_training.tensors.weight import Weight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -9,33 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from post_training.tensors.hybrid import (
+    MAMBA_2,
+    NEMOTRON_H,
+    SYMBOLS,
+    hybrid_flags,
+    hybrid_weights,
+)
+from post_training.tensors.weight import Layout, Weight, Weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-Layout = Literal["replicated", "vocabulary", "qkv", "rows", "gate_up", "columns"]
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One Megatron parameter, and the HuggingFace tensors that make it up."""
-
-    layout: Layout
-    """How the tensors are joined and split over the tensor parallel group."""
-    tensors: Shapes
-    """Shapes of the HuggingFace tensors by their names, in the order in which they are joined."""
-    groups: int = 1
-    """Query groups by which the rows of `qkv` are interleaved."""
-    of_expert: bool = False
-    """Split over the expert tensor parallel group instead."""
-    expert: int | None = None
-    """Its place in tensors that hold every expert. Their matrices stand transposed, and the columns of gate
-    and up in turn."""
-
-
-Weights = dict[str, Weight]
 
 
 @dataclass(frozen=True)
@@ -94,6 +80,8 @@ class Family:
     """Queries, keys and values come from a latent vector (MLA)."""
     sinks: bool = False
     """Each head has a score to which no value belongs."""
+    hybrid: bool = False
+    """Layers are of several kinds, among them state-space ones; `tensors/hybrid.py` says all of it."""
     local: bool = False
     """Only the local layers compute it, not those of Transformer Engine."""
     windows: bool = False
@@ -191,6 +179,7 @@ FAMILIES: Mapping[str, Family] = {
         flags=_gpt_oss,
     ),
     "LlamaForCausalLM": Family(),
+    "Mamba2ForCausalLM": Family(hybrid=True, local=True, options=MAMBA_2, flags=hybrid_flags),
     "MistralForCausalLM": Family(windows=True),
     "MixtralForCausalLM": Family(
         windows=True,
@@ -201,6 +190,7 @@ FAMILIES: Mapping[str, Family] = {
             size="intermediate_size",
         ),
     ),
+    "NemotronHForCausalLM": Family(hybrid=True, local=True, options=NEMOTRON_H, flags=hybrid_flags),
     # transformers gives Qwen2 its biases whatever attention_bias says.
     "Qwen2ForCausalLM": Family(
         qkv_bias=True, windows=True, options={"attention_bias": (True, False)}
@@ -230,8 +220,9 @@ def why_not_megatron(config: Any) -> str | None:
             return (
                 f"{key} {value} is not supported for {found}; only {' and '.join(map(str, values))}"
             )
+    kinds = tuple(SYMBOLS) if FAMILIES[found].hybrid else ("full_attention", "sliding_attention")
     for kind in getattr(config, "layer_types", None) or ():
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in kinds:
             return f"layer_types {kind} is not supported for {found}"
     return None
 
@@ -260,6 +251,8 @@ def model_weights(config: PretrainedConfig) -> dict[str, Weight]:
         By the name in a whole Megatron model of local layers. Tied output layers are not listed.
     """
     family, vocabulary = family_of(config), (config.vocab_size, config.hidden_size)
+    if family.hybrid:
+        return hybrid_weights(config)
     weights = {
         "embedding.word_embeddings.weight": Weight(
             "vocabulary", {"model.embed_tokens.weight": vocabulary}

@@ -17,7 +17,8 @@ import torch
 
 from post_training.errors import SetupError
 from post_training.hf.checkpoint import HFCheckpoint
-from post_training.hf.families import Weight, model_weights
+from post_training.hf.families import model_weights
+from post_training.tensors.weight import Weight
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -101,6 +102,13 @@ def read_parameter(
     if weight.layout == "columns":
         start, end = _shard(_shape(parts[0])[1], tp_rank, tp_size)
         return parts[0][:, start:end]
+    if weight.layout == "sections":
+        read, begin = [], 0
+        for size in weight.sections:
+            start, end = _shard(size, tp_rank, tp_size)
+            read.append(parts[0][begin + start : begin + end])
+            begin += size
+        return torch.cat(read)
     if weight.layout in ("gate_up", "rows"):
         start, end = _shard(_shape(parts[0])[0], tp_rank, tp_size)
         return torch.cat([part[start:end] for part in parts])

@@ -16,8 +16,10 @@ from transformers import (
     Ernie4_5Config,
     GptOssConfig,
     LlamaConfig,
+    Mamba2Config,
     MistralConfig,
     MixtralConfig,
+    NemotronHConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -124,6 +126,25 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
     "mistral": Family(MistralConfig, {"head_dim": 24, "sliding_window": None}),
     "mixtral": Family(MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "nemotron_h": Family(
+        NemotronHConfig,
+        {
+            "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"],
+            "head_dim": 16,
+            "mamba_num_heads": 8,
+            "mamba_head_dim": 16,
+            "n_groups": 2,
+            "ssm_state_size": 16,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 48,
+            "moe_shared_expert_intermediate_size": 32,
+            "routed_scaling_factor": 2.5,
+        },
+    ),
+    "mamba2": Family(
+        Mamba2Config, {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2}
+    ),
     "qwen2": Family(Qwen2Config, {}),
     "qwen3": Family(Qwen3Config, {"head_dim": 32}),
     "qwen3_moe": Family(

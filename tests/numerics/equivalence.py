@@ -257,6 +257,28 @@ CASES = (
     ),
     Case("one", family="gpt_oss", recipe=UNPACKED_SGD),
     # Sliding windows, in all layers and in some.
+    # State-space layers: with attention, feed-forward layers and experts, and alone.
+    Case("one", family="nemotron_h", layers=4, slow=False),
+    *(
+        Case(layout, flags, world, family="nemotron_h", layers=4)
+        for layout, flags, world in (
+            ("mbs4", MBS4, 1),
+            ("dp2", (), 2),
+            ("tp2-sp", TP2, 2),
+            ("pp2-mbs2", PP2 + MBS2, 2),
+            ("ep2", EP2, 2),
+            ("ep2-tp2", EP2 + TP2, 4),
+            ("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2),
+        )
+    ),
+    Case("one", family="nemotron_h", layers=4, recipe=UNPACKED_SGD),
+    # With Adam's usual rate a rounding of the first step (1e-7) is 1e-5 of the gradient's norm at the last.
+    Case("one", family="mamba2", recipe=Recipe(lr=1e-4)),
+    *(
+        Case(layout, flags, 2, family="mamba2", recipe=Recipe(lr=1e-4))
+        for layout, flags in (("dp2", ()), ("tp2", TP2), ("tp2-sp", TP2 + SP), ("pp2", PP2))
+    ),
+    Case("one", family="mamba2", recipe=UNPACKED_SGD),
     Case("one", family="mistral", variant="window", slow=False),
     *(
         Case(layout, flags, 2, family="mistral", variant="window")
