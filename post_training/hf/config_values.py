@@ -133,6 +133,7 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
 
 
 def _wrong_hybrid(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
+    value: Any
     kinds = set(config.layer_types)
     needed = ["hidden_size", "vocab_size", "head_dim", "n_groups", "conv_kernel"]
     alone = config.model_type == "mamba2"
@@ -146,21 +147,21 @@ def _wrong_hybrid(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
         needed += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"]
         needed += ["moe_shared_expert_intermediate_size"]
     for key in needed:
-        value = getattr(config, key, None)
-        if not _is_size(value) or value > _MOST.get(key, _LARGEST):
-            yield key, value, f"a whole number from 1 to {_MOST.get(key, _LARGEST)}"
+        value, most = getattr(config, key, None), _MOST.get(key, _LARGEST)
+        if not _is_size(value) or value > most:
+            yield key, value, f"a whole number from 1 to {most}"
     if "linear_attention" not in kinds:
         yield "layer_types", sorted(kinds), "a state-space layer among them"
     for many, few in ((heads, "n_groups"), ("num_attention_heads", "num_key_value_heads")):
         if few in needed and getattr(config, many) % getattr(config, few):
             yield many, getattr(config, many), f"a multiple of {few} {getattr(config, few)}"
     if "moe" in kinds and not 1 < config.num_experts_per_tok <= config.n_routed_experts:
-        most = f"from 2 to the {config.n_routed_experts} experts that there are"
-        yield "num_experts_per_tok", config.num_experts_per_tok, most
-    for key, low, most in (("layer_norm_epsilon", 0, 1), ("initializer_range", -1, 1000)):
+        there = f"from 2 to the {config.n_routed_experts} experts that there are"
+        yield "num_experts_per_tok", config.num_experts_per_tok, there
+    for key, low, high in (("layer_norm_epsilon", 0, 1), ("initializer_range", -1, 1000)):
         value = getattr(config, key)
-        if not _is_number(value) or not low < value <= most:
-            yield key, value, f"a number above {low} and at most {most}"
+        if not _is_number(value) or not low < value <= high:
+            yield key, value, f"a number above {low} and at most {high}"
 
 
 def _wrong_latent(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:

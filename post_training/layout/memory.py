@@ -81,6 +81,7 @@ def check_known(args: argparse.Namespace) -> None:
         ("cpu_offloading", "how much of the activations has left is not known"),
         ("fine_grained_activation_offloading", "how much of the activations has left is not known"),
         ("mtp_num_layers", "layers of multi-token prediction are not counted"),
+        ("hybrid_layer_pattern", "what state-space layers keep is not counted"),
         ("draft", "a draft beside the model is not counted"),
         ("task", "the model of a task is its own"),
         ("export_quant_cfg", "what rounding keeps of activations is not counted"),
@@ -88,7 +89,8 @@ def check_known(args: argparse.Namespace) -> None:
     ):
         if getattr(args, name, None):
             flag = {"fp8": "fp8-format", "fp4": "fp4-format"}.get(name, name.replace("_", "-"))
-            raise SetupError(f"--{flag}: memory cannot be foretold ({why}); measure it")
+            flag = f"--hf-model {args.hf_model}" if name == "hybrid_layer_pattern" else f"--{flag}"
+            raise SetupError(f"{flag}: memory cannot be foretold ({why}); measure it")
 
 
 def state_bytes(args: argparse.Namespace) -> tuple[float, float, float]:

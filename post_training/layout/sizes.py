@@ -9,7 +9,7 @@ from pathlib import Path
 
 from post_training.errors import SetupError
 from post_training.files import config_of_run
-from post_training.layout import fsdp
+from post_training.layout import fsdp, hybrid
 from post_training.layout.candidates import Candidate, candidates, describe_changes, nearest
 from post_training.layout.pipeline import (
     check_layers,
@@ -266,6 +266,7 @@ def _check_context_flags(args: argparse.Namespace) -> None:
 # same rules, so that what it proposes passes them. Later rules may rely on earlier ones.
 RULES = (
     fsdp.check_sizes,
+    hybrid.check_sizes,
     _check_processes,
     _check_heads,
     check_layers,
@@ -275,4 +276,4 @@ RULES = (
     _check_sequence,
 )
 # Another layout is no answer to what these refuse.
-FLAG_RULES = (_check_context_flags, fsdp.check_flags)
+FLAG_RULES = (_check_context_flags, hybrid.check_flags, fsdp.check_flags)

@@ -28,6 +28,8 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """The state-space recurrence over one document, chunk by chunk (arXiv 2405.21060, section 6).
 
+    On CUDA by the kernel of `mamba-ssm`, elsewhere by torch.
+
     With h_t = exp(steps_t rates) h_{t-1} + steps_t x_t b_t, the output is y_t = h_t c_t.
 
     Args:
@@ -41,6 +43,13 @@ def scan(
     Returns:
         y, like `x`, and the state behind the last token.
     """
+    if x.is_cuda:
+        from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+        found: tuple[Tensor, Tensor] = mamba_chunk_scan_combined(
+            x, steps, rates, b, c, CHUNK, initial_states=state, return_final_states=True
+        )
+        return found
     heads, groups = x.shape[2], b.shape[2]
     outputs = []
     for x_, steps_, b_, c_ in zip(*(t.split(CHUNK, dim=1) for t in (x, steps, b, c)), strict=True):
