@@ -58,7 +58,8 @@ def check_hf_weights(folder: str | Path, config: PretrainedConfig) -> None:
         leftovers = [n for n in checkpoint if n not in expected and not COMPUTED.fullmatch(n)]
         if config.tie_word_embeddings and "lm_head.weight" in leftovers:
             leftovers.remove("lm_head.weight")
-            _check_tied_head(checkpoint)
+            weights = model_weights(config)["embedding.word_embeddings.weight"]
+            _check_tied_head(checkpoint, next(iter(weights.tensors)))
         if leftovers:
             refuse_leftovers(leftovers, folder, config)
 
@@ -78,7 +79,7 @@ def refuse_leftovers(names: Iterable[str], folder: str | Path, config: Pretraine
     )
 
 
-def _check_tied_head(checkpoint: HFCheckpoint, rows: int = 64) -> None:
+def _check_tied_head(checkpoint: HFCheckpoint, its_name: str, rows: int = 64) -> None:
     """Check that the head of a tied model is the embedding, by rows spread over the vocabulary.
 
     `transformers` does not tie the two where both are there and differ.
@@ -86,9 +87,7 @@ def _check_tied_head(checkpoint: HFCheckpoint, rows: int = 64) -> None:
     Raises:
         SetupError: they differ.
     """
-    head, embedding = (
-        checkpoint.slice(name) for name in ("lm_head.weight", "model.embed_tokens.weight")
-    )
+    head, embedding = (checkpoint.slice(name) for name in ("lm_head.weight", its_name))
     size = embedding.get_shape()[0]
     same = head.get_shape() == embedding.get_shape() and all(
         torch.equal(head[row : row + 1].float(), embedding[row : row + 1].float())
@@ -96,6 +95,6 @@ def _check_tied_head(checkpoint: HFCheckpoint, rows: int = 64) -> None:
     )
     if not same:
         raise SetupError(
-            f"--hf-model {checkpoint.folder}: lm_head.weight is not model.embed_tokens.weight, though "
+            f"--hf-model {checkpoint.folder}: lm_head.weight is not {its_name}, though "
             f"config.json ties them; give it tie_word_embeddings false"
         )

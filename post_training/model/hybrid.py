@@ -80,16 +80,18 @@ class PackedHybridModel(HybridModel):
         )
         if not self.post_process:
             return hidden
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else None
         if output_processor is not None:
             return output_processor(
                 hidden_states=hidden,
                 output_layer=self.output_layer,
-                output_weight=None,
+                output_weight=weight,
                 labels=labels,
                 context=output_processor_context,
                 compute_language_model_loss=self.compute_language_model_loss,
             )
-        logits: Tensor = self.output_layer(hidden)[0]
+        logits: Tensor = self.output_layer(hidden, weight=weight)[0]
         return logits.transpose(0, 1).contiguous()
 
 

@@ -23,7 +23,6 @@ NEMOTRON_H: Mapping[str, tuple[Any, ...]] = {
     "mamba_proj_bias": (False,),
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
-    "tie_word_embeddings": (False,),
     "moe_latent_size": (None,),
     "num_nextn_predict_layers": (0,),
     "n_group": (1,),
@@ -34,7 +33,6 @@ MAMBA_2: Mapping[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "use_bias": (False,),
     "use_conv_bias": (True,),
-    "tie_word_embeddings": (False,),
 }
 
 
@@ -106,7 +104,7 @@ def hybrid_flags(config: PretrainedConfig) -> dict[str, Any]:
         "swiglu": False,
         "squared_relu": True,
         "add_bias_linear": False,
-        "untie_embeddings_and_output_weights": True,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
         "init_method_std": config.initializer_range,
         "mamba_num_heads": space.heads,
@@ -139,8 +137,9 @@ def hybrid_weights(config: PretrainedConfig) -> Weights:
             "vocabulary", {"backbone.embeddings.weight": vocabulary}
         ),
         "decoder.final_norm.weight": Weight("replicated", {"backbone.norm_f.weight": (hidden,)}),
-        "output_layer.weight": Weight("vocabulary", {"lm_head.weight": vocabulary}),
     }
+    if not config.tie_word_embeddings:
+        weights["output_layer.weight"] = Weight("vocabulary", {"lm_head.weight": vocabulary})
     norms = {"M": "norm", "*": "input_layernorm", "-": "pre_mlp_layernorm"}
     parts = {"M": _mixer, "*": _attention, "-": _mlp, "E": _experts}
     for layer, letter in enumerate(pattern(config)):

@@ -279,6 +279,7 @@ CASES = (
         for layout, flags in (("dp2", ()), ("tp2", TP2), ("tp2-sp", TP2 + SP), ("pp2", PP2))
     ),
     Case("one", family="mamba2", recipe=UNPACKED_SGD),
+    Case("pp2", PP2, 2, family="mamba2", tied=True, recipe=Recipe(lr=1e-4)),
     Case("one", family="mistral", variant="window", slow=False),
     *(
         Case(layout, flags, 2, family="mistral", variant="window")

@@ -11,7 +11,7 @@ from tests.numerics.test_isolation import document, pack
 from tests.post_training.hf.test_weights import assert_bit_exact
 
 pytestmark = pytest.mark.slow
-FAMILIES = ["deepseek_v3", "gpt_oss"]
+FAMILIES = ["deepseek_v3", "gpt_oss", "nemotron_h"]
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 EP2 = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
 

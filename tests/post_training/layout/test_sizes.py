@@ -32,6 +32,7 @@ def arguments(**changes):
         "decoder_last_pipeline_num_layers": None,
         "pipeline_model_parallel_layout": None,
         "num_experts": None,
+        "hybrid_layer_pattern": None,
         "add_bias_linear": False,
         "moe_ffn_hidden_size": None,
         "moe_layer_freq": 1,

@@ -1,0 +1,36 @@
+"""What a model with state-space layers does not go with, in one line before anything starts."""
+
+import pytest
+
+from post_training.arguments.parser import parse_arguments
+from post_training.errors import SetupError
+
+
+@pytest.mark.parametrize(
+    ("world", "words", "said"),
+    [
+        (2, "--context-parallel-size 2", "--context-parallel-size 2: a state runs"),
+        (4, "--tensor-model-parallel-size 4", "2 groups of state-space heads"),
+        (3, "--pipeline-model-parallel-size 3", r"4 layers \(M-\*E\) cannot be divided"),
+        (
+            2,
+            "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2",
+            "a stage is one piece",
+        ),
+        (
+            2,
+            "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1",
+            "stages hold equal numbers",
+        ),
+        (1, "--use-torch-fsdp2", "add --model-backend transformers"),
+        (1, "--lora-rank 4", "take no factors"),
+        (1, "--transformer-impl transformer_engine", "computed by the local layers only"),
+        (1, "--export-quant-cfg INT8_DEFAULT_CFG", "not quantised"),
+    ],
+)
+def test_refused(hf_model, tmp_path, monkeypatch, world, words, said):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", str(world)), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    own = ["--hf-model", str(hf_model("nemotron_h")), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(SetupError, match=said):
+        parse_arguments([*own, "--train-iters", "1", "--seq-length", "96", *words.split()])
