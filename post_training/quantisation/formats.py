@@ -25,6 +25,7 @@ from post_training.errors import SetupError
 from post_training.layout.pipeline import virtual_stages
 
 FLAG = "--export-quant-cfg"
+CALIBRATED = 512
 FP8 = (4, 3)
 # Megatron's layers that cut the inputs of a matrix over tensor parallel ranks, and the sizes of these.
 _CUT_INPUTS = {"attention": "linear_proj", "mlp": "linear_fc2"}
@@ -93,9 +94,10 @@ def add_quantisation_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--calib-size",
         type=int,
-        default=512,
+        default=CALIBRATED,
         metavar="N",
-        help="documents that inputs are measured on, in whole global batches (default: 512)",
+        help="documents that inputs are measured on, in whole global batches "
+        f"(default: {CALIBRATED})",
     )
     add(
         "--calib-dataset",
@@ -114,8 +116,9 @@ def quantisation_of(args: argparse.Namespace) -> Quantisation | None:
     """
     name = args.export_quant_cfg
     if name is None:
-        if args.calib_dataset is not None:
-            raise SetupError(f"--calib-dataset: nothing is quantised; add {FLAG}")
+        for flag, usual in (("--calib-dataset", None), ("--calib-size", CALIBRATED)):
+            if getattr(args, flag[2:].replace("-", "_")) != usual:
+                raise SetupError(f"{flag}: nothing is quantised; add {FLAG}")
         return None
     for other, allowed, why in _WITHOUT:
         value = getattr(args, other, allowed)
@@ -244,7 +247,7 @@ def _checked(
                 f"{kind}: axis {axis}: exported are one scale a matrix or an output channel"
             )
         size = sizes.get(-1, sizes.get("-1"))
-        if sizes and not (isinstance(size, int) and size > 0):
+        if sizes and (type(size) is not int or size < 1):
             raise refuse(f"{kind}: block_sizes {sizes}: expected a number of inputs for -1")
         for key, given in attributes.items():
             if key not in _ATTRIBUTES and given != getattr(usual, key):
