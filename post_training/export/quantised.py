@@ -68,6 +68,11 @@ def fold_weights(model: torch.nn.Module) -> bool:
     return bool(inputs)
 
 
+def _folded(model: torch.nn.Module) -> list[Any]:
+    """The matrices of `fold_weights`."""
+    return [m for m in model.modules() if getattr(getattr(m, "weight_quantizer", 0), "folded", 0)]
+
+
 def stored_state(model: torch.nn.Module, config: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The model's tensors in 8 bits with their scales, and the quantisation of its config.json.
 
@@ -75,11 +80,7 @@ def stored_state(model: torch.nn.Module, config: Any) -> tuple[dict[str, Tensor]
         model: unwrapped, of folded weights.
         config: its HuggingFace configuration.
     """
-    matrices: list[Any] = [
-        module
-        for module in model.modules()
-        if getattr(getattr(module, "weight_quantizer", None), "folded", False)
-    ]
+    matrices = _folded(model)
     bits = {m.weight_quantizer.num_bits for m in matrices}
     dtype = torch.int8 if bits == {8} else torch.float8_e4m3fn
     largest, kind, form, algorithm = _KINDS[dtype]
@@ -155,6 +156,8 @@ def write_quantisation(folder: Path, quantisation: dict[str, Any]) -> None:
 def reload(folder: Path, config: Any) -> Any:
     """The model as a server computes it, by plain transformers: what is stored, with rounded inputs.
 
+    Its matrices have an attribute `inputs`, of `Inputs`.
+
     Args:
         folder: of the export.
         config: the HuggingFace configuration, without quantisation.
@@ -177,19 +180,57 @@ def reload(folder: Path, config: Any) -> Any:
     model.tie_weights()
     for name, module in model.named_modules():
         if (scale := scales.get(f"{name}.input_scale")) is not None:
-            module.register_forward_pre_hook(_rounding(scale, whole))
+            module.inputs = Inputs(scale, whole)
+            module.register_forward_pre_hook(module.inputs)
     return model.eval()
 
 
-def _rounding(scale: Tensor, whole: bool) -> Callable[[Any, Any], Any]:
-    """What a server makes of a matrix's input: whole numbers, or FP8."""
+class Inputs:
+    """What a server makes of a matrix's inputs: whole numbers, or FP8."""
 
-    def rounded(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        value = inputs[0] / scale
-        if whole:
+    def __init__(self, scale: Tensor, whole: bool) -> None:
+        self.scale, self.whole, self.rounds, self.largest = scale, whole, True, 0.0
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the matrix gets: as a hook before its forward pass."""
+        value = inputs[0] / self.scale
+        if not self.rounds:
+            self.largest = float(value.abs().max())
+            return inputs
+        if self.whole:
             value = value.round().clamp(-128, 127)
         else:
             value = value.clamp(-448, 448).to(torch.float8_e4m3fn).to(value.dtype)
-        return (value * scale, *inputs[1:])
+        return (value * self.scale, *inputs[1:])
 
-    return rounded
+
+def leave_inputs(model: torch.nn.Module) -> None:
+    """Round no inputs of folded matrices any more, but remember how large they were in their scale."""
+
+    def seen(quantiser: Any, inputs: tuple[Tensor, ...]) -> None:
+        quantiser.largest = inputs[0].abs().max() / quantiser._amax
+
+    for module in _folded(model):
+        module.input_quantizer.disable()
+        module.input_quantizer.register_forward_pre_hook(seen)
+
+
+def largest_inputs(model: torch.nn.Module, config: Any) -> dict[str, float]:
+    """What `leave_inputs` has seen, by the name of HuggingFace's matrix; 1 is all that a scale can hold."""
+    matrices = _folded(model)
+    seen = _in_place_of_weights(model, config, matrices, lambda m: m.input_quantizer.largest)
+    return {
+        name.removesuffix(".weight"): float(value.flatten()[0])
+        for name, value in seen.items()
+        if bool(value.isfinite().all())
+    }
+
+
+def compare_inputs(reloaded: torch.nn.Module, expected: dict[str, float]) -> float:
+    """Largest difference to `largest_inputs`, relative to them, after a pass that rounded none."""
+    worst = 0.0
+    for name, module in reloaded.named_modules():
+        if isinstance(inputs := getattr(module, "inputs", None), Inputs):
+            found = inputs.largest / (127.0 if inputs.whole else 448.0)
+            worst = max(worst, abs(found / expected[name] - 1))
+    return worst

@@ -3,12 +3,13 @@
 Upstream: modelopt 0.47, `torch/quantization/plugins/megatron.py`.
 
 `_QuantMegatronMLP._modelopt_state_keys` are patterns for names such as
-`decoder.layers.0.mlp.linear_fc1.weight_quantizer._amax`, and `_MegatronMLP` asks `re.match`, which begins at the
-front of a name: nothing matches, and a checkpoint read with another tensor parallel size gives rows of the gate the
-scales of the up projection, without a word.
+`decoder.layers.0.mlp.linear_fc1.weight_quantizer._amax`, and `_MegatronMLP` asks `re.match`, which
+begins at the front of a name: nothing matches, and a checkpoint read with another tensor parallel
+size gives rows of the gate the scales of the up projection, without a word.
 
-Scales of experts are cut over the tensor parallel ranks of attention, not over the experts' own: where these are
-others, nothing can be saved. `_MegatronSequentialMLP` refuses expert beside tensor parallelism for that.
+Scales of experts are cut over the tensor parallel ranks of attention, not over the experts' own:
+where these are others, nothing can be saved. `_MegatronSequentialMLP` refuses expert beside tensor
+parallelism for that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from post_training.platform.patches import in_place_of
 
 
 def mend_scales() -> None:
-    """Cut them as the weights they belong to; once ModelOpt is needed, before a model is quantised or loaded."""
+    """Cut them as the weights they belong to; called before a model is quantised or loaded."""
     from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
     from modelopt.torch.quantization.plugins import megatron as plugin
 
@@ -45,7 +46,11 @@ def mend_scales() -> None:
 
     @in_place_of((plugin._MegatronParallelLinear, "sharded_state_dict"))
     def over_own_ranks(
-        original: Any, linear: Any, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
+        original: Any,
+        linear: Any,
+        prefix: str = "",
+        sharded_offsets: Any = (),
+        metadata: Any = None,
     ) -> Any:
         metadata = plugin.ensure_metadata_has_dp_cp_group(metadata)
         plugin.make_sharded_tensors_for_checkpoint = partial(

@@ -40,6 +40,7 @@ def calibration_packs(packs: SFTDataset, documents: int, batch: int) -> tuple[in
         Packs, and the documents in them.
     """
     found = number = 0
+    documents = min(documents, len(packs.documents))  # the plan of a training goes on for ever
     while found < documents:
         held = sum(len(packs.document_indices(number + i)) for i in range(batch))
         if not held:

@@ -49,6 +49,8 @@ class Case:
     flags: tuple[str, ...] = ()
     world: int = 1
     family: str = "qwen3"
+    taught: bool = False
+    """By the weights themselves, of full precision; scales are those without a teacher."""
 
 
 CASES = (
@@ -57,6 +59,9 @@ CASES = (
     Case("pp2", PP2, 2),
     Case("dp2-mbs2", MBS2, 2),
     Case("tp2-pp2", TP2 + PP2, 4),
+    Case("taught-tp2-sp", TP2 + SP, 2, taught=True),
+    Case("taught-pp2-mbs2", PP2 + MBS2, 2, taught=True),
+    Case("taught-dp2", (), 2, taught=True),
     Case("ep2", EP2, 2, "qwen3_moe"),
     Case("tp2-sp", TP2 + SP, 2, "qwen3_moe"),
     Case("tp2-etp1", TP2 + ETP1, 2, "qwen3_moe"),
@@ -84,13 +89,14 @@ class Matrix:
         model = self.folder / case.family
         if not model.exists():
             save_model(model, case.family)
+        teacher = ("--export-kd-teacher-load", str(model)) if case.taught else ()
         file = str(self.folder / form) if form.endswith(".yaml") else form
         return finetune(
             output,
             *("--hf-model", str(model), "--finetune-data-files", str(self.data_file)),
             *("--seq-length", "128", "--global-batch-size", "4", "--lr", "1e-3"),
             *("--export-quant-cfg", file, "--calib-size", "20", "--train-iters", "1"),
-            *case.flags,
+            *(*case.flags, *teacher),
             *flags,
             world=case.world,
         ).ok()
