@@ -178,6 +178,17 @@ def test_calibration_of_nothing(hf_model, chat_data, tmp_path, flag, value):
         )
 
 
+def test_calibration_data_without_features(hf_model, tmp_path):
+    with pytest.raises(SetupError, match="--calib-dataset: --offline-distillation-data brings"):
+        parse_arguments(
+            [
+                *("--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path)),
+                *("--offline-distillation-data", "features", "--train-iters", "2"),
+                *("--export-quant-cfg", "INT8_DEFAULT_CFG", "--calib-dataset", "x.jsonl"),
+            ]
+        )
+
+
 def test_calibration_data_that_is_not_there(hf_model, chat_data, tmp_path):
     args = parse_arguments(
         [
