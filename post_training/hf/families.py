@@ -175,7 +175,6 @@ FAMILIES: Mapping[str, Family] = {
             "norm_topk_prob": (True,),
             "scoring_func": ("sigmoid",),
             "topk_method": ("noaux_tc",),
-            "rms_norm_eps": (1e-6,),  # transformers norms latent vectors so, whatever is said
         },
         flags=_deepseek_v3,
     ),

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from post_training.model.attention import PackedAttention
-from post_training.model.norm import LocalNorm
+from post_training.model.norm import LatentNorm, LocalNorm
 from post_training.model.router import DocumentRouter
 
 
@@ -56,9 +56,12 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
             continue
         parts.input_layernorm = LocalNorm
         parts.pre_mlp_layernorm = LocalNorm
+        latent = transformer.multi_latent_attention
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             if getattr(attention, name, IdentityOp) is not IdentityOp:
-                setattr(attention, name, LocalNorm)
+                setattr(attention, name, LatentNorm if latent else LocalNorm)
+        if latent and transformer.q_lora_rank is None:
+            attention.q_layernorm = IdentityOp
     if not use_te:
         block.layer_norm = LocalNorm
     return block

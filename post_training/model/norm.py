@@ -38,3 +38,13 @@ class LocalNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
+
+
+class LatentNorm(LocalNorm):
+    """The norm of a latent vector: `transformers` gives it this epsilon, whatever `rms_norm_eps` says."""
+
+    def __new__(  # type: ignore[misc]
+        cls, config: TransformerConfig, hidden_size: int, **unused: object
+    ) -> torch.nn.Module:
+        """Build the norm over the last dimension of size `hidden_size`."""
+        return LocalNorm(config, hidden_size, eps=1e-6)

@@ -5,6 +5,7 @@ Upstream: megatron-core 0.19.2, `core/transformer/multi_latent_attention.py`,
 only Transformer Engine's attention does without. And the rotary part of the keys, which every head
 shares, is gathered over the tensor parallel group without adding up the gradients of its ranks' heads
 (Megatron-LM#1699): those of `linear_kv_down_proj` are wrong by a third under TP 2, the input's with them.
+And `mla_qk_norm_config.py` norms queries that come from no latent vector, which Moonlight's are not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from post_training.platform.patches import in_place_of
 def apply() -> None:
     """Replace the function; Transformer Engine's own form of packs stays with it."""
     from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer import mla_qk_norm_config
     from megatron.core.transformer import multi_latent_attention as module
+
+    @in_place_of((mla_qk_norm_config.QKNormConfigResolver, "_mla_fused_linear_or_default"))
+    def _linear(original: Callable[..., Any], resolver: Any, spec: Any, name: str) -> Any:
+        if name == "linear_q_proj" and resolver.fused_norm_linear_impl is None:
+            return spec or resolver.linear_impl
+        return original(resolver, spec, name)
 
     @in_place_of((module.MLASelfAttention, "get_query_key_value_tensors"))
     def _tensors(

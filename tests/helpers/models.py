@@ -79,6 +79,7 @@ FAMILIES: dict[str, Family] = {
         DeepseekV3Config,
         {
             "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-3,  # not that of the latent vectors
             "q_lora_rank": 24,
             "kv_lora_rank": 16,
             "qk_nope_head_dim": 16,

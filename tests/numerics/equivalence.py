@@ -83,6 +83,13 @@ VARIANTS: dict[str, dict[str, object]] = {
     },
     "window": {"sliding_window": 24},
     "windows": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    # Queries from no latent vector, and experts in no groups.
+    "moonlight": {
+        "q_lora_rank": None,
+        "n_group": 1,
+        "topk_group": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
+    },
 }
 
 
@@ -230,6 +237,8 @@ CASES = (
         )
     ),
     Case("one", family="deepseek_v3", recipe=UNPACKED_SGD),
+    Case("one", family="deepseek_v3", variant="moonlight"),
+    Case("tp2-sp", TP2, 2, family="deepseek_v3", variant="moonlight"),
     # Sinks, a window in every other layer, clamped experts with biases.
     Case("one", family="gpt_oss", slow=False),
     *(

@@ -79,7 +79,6 @@ def test_a_number_that_no_model_has_is_refused(folder, key):
         ("deepseek_v3", {"q_lora_rank": 1.5}, "q_lora_rank"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False is not supported"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func softmax is not supported"),
-        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps 1e-05 is not supported"),
         ("deepseek_v3", {"n_group": 3}, "n_group 3, expected a divisor of the 8 experts"),
         ("deepseek_v3", {"topk_group": 3}, "num_experts_per_tok 4, expected 2 for each of topk_group"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2, expected num_attention_h"),

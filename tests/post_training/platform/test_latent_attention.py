@@ -1,7 +1,12 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
+from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor
 
+from post_training.model.norm import LatentNorm
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_rank, run_ranks
 from tests.helpers.models import VOCABULARY
@@ -53,3 +58,20 @@ def test_gradients_under_tensor_parallelism_and_still_needed_upstream(hf_model, 
     mended, upstream = (torch.cat(parts) for parts in zip(*(f for f, _ in ranks), strict=True))
     assert (mended - right).norm() < 1e-5 * right.norm()
     assert (upstream - also_right).norm() > 0.01 * also_right.norm(), "upstream is right by now"
+
+
+def test_queries_without_a_latent_vector_still_cannot_be_built_upstream():
+    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+    from megatron.core.transformer.multi_latent_attention import MLASelfAttentionSubmodules
+
+    config = SimpleNamespace(
+        transformer_impl="local", normalization="RMSNorm", qk_l2_norm=False, qk_layernorm=True
+    )
+    config.q_lora_rank, config.experimental_attention_variant = None, None
+    parts = MLASelfAttentionSubmodules(
+        linear_proj=RowParallelLinear, q_layernorm=IdentityOp, kv_layernorm=LatentNorm
+    )
+    mended = QKNormConfigResolver._mla_fused_linear_or_default
+    assert QKNormConfigResolver(config, parts).resolve()["linear_q_proj"] is not None
+    with pytest.raises(RuntimeError, match="linear_q_proj"):
+        mended.__wrapped__(QKNormConfigResolver(config, parts), None, "linear_q_proj")
