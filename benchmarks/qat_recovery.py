@@ -15,7 +15,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMAT = """
@@ -39,50 +38,41 @@ def main() -> int:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     options, more = parser.parse_known_args()
-    task, folder = options.quickstart.resolve() / "task", options.folder.resolve()
-    base = options.quickstart.resolve() / "run/hf"
+    quickstart, folder = options.quickstart.resolve(), options.folder.resolve()
+    base, task = quickstart / "run/hf", quickstart / "task"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "two_bits.yaml").write_text(FORMAT)
 
-    def run(log: str, script: str, *words: str | Path) -> None:
-        with (folder / log).open("w") as file:
-            command = [sys.executable, ROOT / script, *words]
-            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, check=False)
-        if done.returncode:
-            raise SystemExit(f"{script} ended with {done.returncode}; {folder / log} says why")
+    def run(log: Path, *words: str | Path) -> None:
+        with log.open("w") as file:
+            command = [sys.executable, *words]
+            if subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, check=False).returncode:
+                raise SystemExit(f"{words[0]} failed; {log} says why")
 
-    def matches(name: str, *model: str | Path) -> float:
-        scores = folder / f"{name}.json"
+    def measure(name: str, *model: str | Path, loss: str) -> float:
+        scores, losses = folder / f"{name}.json", folder / name / "quantisation.json"
         questions = ("--data", task / "test.jsonl", "--max-new-tokens", "48", "--json", scores)
-        run(f"{name}.eval.log", "scripts/evaluate.py", *model, *questions)
-        return float(json.loads(scores.read_text())["accuracy"])
+        run(folder / f"{name}.eval.log", "scripts/evaluate.py", *model, *questions)
+        accuracy = float(json.loads(scores.read_text())["accuracy"])
+        told = f"   loss {json.loads(losses.read_text())[loss]:.4f}" if losses.is_file() else ""
+        print(f"{name:10} {accuracy:6.1%}{told}", flush=True)
+        return accuracy
 
-    def trained(name: str, seed: int, flags: list[str]) -> tuple[float, dict[str, Any]]:
+    def trained(name: str, seed: int, flags: list[str], loss: str) -> float:
         run(
-            f"{name}.log",
-            "finetune.py",
-            *("--hf-model", base, "--finetune-data-files", task / "train.jsonl"),
-            *("--config", ROOT / "scripts/quickstart/train.yaml", "--seed", str(seed)),
-            *("--export-quant-cfg", folder / "two_bits.yaml", "--no-save-optim"),
-            *("--output-dir", folder / name, *flags, *more),
+            folder / f"{name}.log",
+            *("finetune.py", "--hf-model", base, "--finetune-data-files", task / "train.jsonl"),
+            *("--config", "scripts/quickstart/train.yaml", "--seed", str(seed), *flags, *more),
+            *("--export-quant-cfg", folder / "two_bits.yaml", "--output-dir", folder / name),
         )
-        return (
-            matches(name, "--output-dir", folder / name),
-            json.loads((folder / name / "quantisation.json").read_text()),
-        )
+        return measure(name, "--output-dir", folder / name, loss=loss)
 
-    whole = matches("full", "--hf-model", base)
-    rounded, losses = trained("rounded", options.seeds[0], ROUNDED)
-    print(f"full precision   {whole:6.1%}   loss {losses['before']:.4f}")
-    print(f"rounded          {rounded:6.1%}   loss {losses['quantised']:.4f}", flush=True)
-    good = whole - rounded >= 0.05
-    for seed in options.seeds:
-        found, losses = trained(f"seed-{seed}", seed, TRAINED)
-        regained = (found - rounded) / max(whole - rounded, 1e-9)
-        good = good and regained >= 0.5
-        told = f"{found:6.1%}   loss {losses['trained']:.4f}   regained {regained:.0%}"
-        print(f"trained, seed {seed:<2} {told}", flush=True)
-    return 0 if good else 1
+    whole = measure("whole", "--hf-model", base, loss="before")
+    rounded = trained("rounded", options.seeds[0], ROUNDED, "quantised")
+    found = [trained(f"seed-{seed}", seed, TRAINED, "trained") for seed in options.seeds]
+    regained = [(accuracy - rounded) / max(whole - rounded, 1e-9) for accuracy in found]
+    print("regained", *(f"{share:.0%}" for share in regained))
+    return 0 if whole - rounded >= 0.05 and min(regained) >= 0.5 else 1
 
 
 if __name__ == "__main__":

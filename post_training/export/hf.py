@@ -14,13 +14,11 @@ import torch
 
 from post_training.errors import SetupError
 from post_training.export.quantised import (
-    Inputs,
     compare_inputs,
     fold_weights,
-    largest_inputs,
-    leave_inputs,
     reload,
     stored_state,
+    without_rounding,
     write_quantisation,
 )
 from post_training.export.readers import complaints
@@ -129,9 +127,9 @@ def export_hf(
     tokens, seen = check_input(chunks[0], config, tokenizer)
     expected = rounded = logits_of(chunks[0].float(), tokens, config.vocab_size, seen)
     if in_8_bits:
-        leave_inputs(chunks[0])
-        expected = logits_of(chunks[0], tokens, config.vocab_size, seen)
-        inputs = largest_inputs(chunks[0], config)
+        expected, inputs = without_rounding(
+            chunks[0], config, lambda: logits_of(chunks[0], tokens, config.vocab_size)
+        )
     chunks.clear()
     reloaded = (
         reload(partial, config)
@@ -140,11 +138,12 @@ def export_hf(
         .from_pretrained(partial, dtype=torch.float32, trust_remote_code=trust_remote_code)
         .eval()
     )
-    if in_8_bits:
-        _check_rounded(reloaded, tokens, rounded, expected)
     difference = largest_difference(reloaded, tokens, expected, seen)
     if in_8_bits:
         difference = max(difference, compare_inputs(reloaded, inputs))
+        # An input that a last bit rounds the other way moves those behind it, up to what rounding does.
+        moved = float((rounded - expected).abs().max() / rounded.abs().max())
+        difference = max(difference, largest_difference(reloaded, tokens, rounded) - 2 * moved)
     if not difference <= TOLERANCE:
         raise SetupError(
             f"the reloaded model's logits differ from the run's by {difference:.2e} of the largest one "
@@ -156,29 +155,6 @@ def export_hf(
         shutil.rmtree(target)
     partial.rename(target)
     return difference
-
-
-def _check_rounded(
-    reloaded: Any, tokens: list[int], rounded: torch.Tensor, plain: torch.Tensor
-) -> None:
-    """Compare a model of rounded inputs with the run's, and let it round no more.
-
-    An input that is rounded the other way, of which a last bit decides, moves those behind it. So the bound
-    is what rounding changes; what cannot be so are weights, scales and inputs that are not rounded.
-
-    Raises:
-        SetupError: it is another model.
-    """
-    moved = float((rounded - plain).abs().max() / rounded.abs().max())
-    difference = largest_difference(reloaded, tokens, rounded)
-    if not difference <= 2 * moved + TOLERANCE:
-        raise SetupError(
-            f"with rounded inputs the reloaded model's logits differ from the run's by {difference:.2e} of "
-            f"the largest one, more than rounding changes ({moved:.2e})"
-        )
-    for module in reloaded.modules():
-        if isinstance(inputs := getattr(module, "inputs", None), Inputs):
-            inputs.rounds = False
 
 
 def _save_hf_model(model: HFModel, folder: Path, source: Path, max_shard_size: str) -> None:

@@ -154,9 +154,7 @@ def write_quantisation(folder: Path, quantisation: dict[str, Any]) -> None:
 
 
 def reload(folder: Path, config: Any) -> Any:
-    """The model as a server computes it, by plain transformers: what is stored, with rounded inputs.
-
-    Its matrices have an attribute `inputs`, of `Inputs`.
+    """The model as a server computes it, by plain transformers, but for `Inputs` that are not rounded yet.
 
     Args:
         folder: of the export.
@@ -186,10 +184,10 @@ def reload(folder: Path, config: Any) -> Any:
 
 
 class Inputs:
-    """What a server makes of a matrix's inputs: whole numbers, or FP8."""
+    """What a server makes of a matrix's inputs, once `rounds` is set: whole numbers, or FP8."""
 
     def __init__(self, scale: Tensor, whole: bool) -> None:
-        self.scale, self.whole, self.rounds, self.largest = scale, whole, True, 0.0
+        self.scale, self.whole, self.rounds, self.largest = scale, whole, False, 0.0
 
     def __call__(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What the matrix gets: as a hook before its forward pass."""
@@ -204,33 +202,35 @@ class Inputs:
         return (value * self.scale, *inputs[1:])
 
 
-def leave_inputs(model: torch.nn.Module) -> None:
-    """Round no inputs of folded matrices any more, but remember how large they were in their scale."""
+def without_rounding(
+    model: torch.nn.Module, config: Any, compute: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """What a folded model gives where inputs are left as they are, from now on.
 
-    def seen(quantiser: Any, inputs: tuple[Tensor, ...]) -> None:
+    Returns:
+        Of `compute`; and by the name of HuggingFace's matrix its largest input, of what the scale can hold.
+    """
+
+    def see(quantiser: Any, inputs: tuple[Tensor, ...]) -> None:
         quantiser.largest = inputs[0].abs().max() / quantiser._amax
 
-    for module in _folded(model):
-        module.input_quantizer.disable()
-        module.input_quantizer.register_forward_pre_hook(seen)
-
-
-def largest_inputs(model: torch.nn.Module, config: Any) -> dict[str, float]:
-    """What `leave_inputs` has seen, by the name of HuggingFace's matrix; 1 is all that a scale can hold."""
     matrices = _folded(model)
+    for module in matrices:
+        module.input_quantizer.disable()
+        module.input_quantizer.register_forward_pre_hook(see)
+    found = compute()
     seen = _in_place_of_weights(model, config, matrices, lambda m: m.input_quantizer.largest)
-    return {
-        name.removesuffix(".weight"): float(value.flatten()[0])
-        for name, value in seen.items()
-        if bool(value.isfinite().all())
+    return found, {
+        name.removesuffix(".weight"): float(value.flatten()[0]) for name, value in seen.items()
     }
 
 
 def compare_inputs(reloaded: torch.nn.Module, expected: dict[str, float]) -> float:
-    """Largest difference to `largest_inputs`, relative to them, after a pass that rounded none."""
+    """Largest relative difference to those of `without_rounding`; from now on inputs are rounded."""
     worst = 0.0
     for name, module in reloaded.named_modules():
         if isinstance(inputs := getattr(module, "inputs", None), Inputs):
             found = inputs.largest / (127.0 if inputs.whole else 448.0)
             worst = max(worst, abs(found / expected[name] - 1))
+            inputs.rounds = True
     return worst

@@ -65,7 +65,5 @@ def mend_scales() -> None:
     def over_both(original: Any, experts: Any) -> None:
         config = experts.config
         experts.config = SimpleNamespace(expert_model_parallel_size=1, tensor_model_parallel_size=1)
-        try:
-            original(experts)
-        finally:
-            experts.config = config
+        original(experts)
+        experts.config = config

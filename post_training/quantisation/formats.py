@@ -30,18 +30,14 @@ FP8 = (4, 3)
 # Megatron's layers that cut the inputs of a matrix over tensor parallel ranks, and the sizes of these.
 _CUT_INPUTS = {"attention": "linear_proj", "mlp": "linear_fc2"}
 # Megatron's local layers hold these matrices, of which each family has some.
+_ATTENTION = "qkv proj q_proj q_down_proj q_up_proj kv_down_proj kv_up_proj"
 _MATRICES = (
+    *(f"self_attention.linear_{name}" for name in _ATTENTION.split()),
     *(
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
+        f"mlp.{part}linear_{name}"
+        for part in ("", "shared_experts.", "experts.local_experts.0.")
+        for name in ("fc1", "fc2")
     ),
-    *("self_attention.linear_q_proj", "self_attention.linear_q_down_proj"),
-    *("self_attention.linear_q_up_proj", "self_attention.linear_kv_down_proj"),
-    *("self_attention.linear_kv_up_proj", "mlp.shared_experts.linear_fc1"),
-    *("mlp.shared_experts.linear_fc2", "mlp.experts.local_experts.0.linear_fc1"),
-    "mlp.experts.local_experts.0.linear_fc2",
 )
 # Of a quantiser, what an export holds; all else is as ModelOpt has it.
 _ATTRIBUTES = ("num_bits", "axis", "type", "block_sizes")
