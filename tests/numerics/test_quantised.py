@@ -117,16 +117,15 @@ def exported(run, target):
     """Export a run where one matrix has the scale of inputs a hundredth larger; why that is refused."""
     from model_provider import model_config
     from post_training.export import hf
+    from post_training.export.quantised import stored_state
     from post_training.inference.load import load_model
 
-    original = hf.stored_state
-
     def wrong(*args):
-        state, quantisation = original(*args)
+        state, quantisation = stored_state(*args)
         state["model.layers.1.mlp.down_proj.input_scale"] *= 1.01
         return state, quantisation
 
-    hf.stored_state = wrong
+    setattr(hf, "stored_state", wrong)  # noqa: B010
     loaded = load_model(model_config, output_dir=run)
     config, model = loaded.args.hf_config, loaded.args.hf_model
     try:
