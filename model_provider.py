@@ -30,7 +30,7 @@ from post_training.model.hybrid import hybrid_config
 from post_training.model.layer_spec import decoder_block_spec, uses_packed_attention
 from post_training.model.rotary import install_rotary
 from post_training.model.router import follow_documents
-from post_training.platform.modelopt_quantisation import cut_scales_by_halves
+from post_training.platform.modelopt_quantisation import mend_scales
 
 
 def model_config(
@@ -175,7 +175,7 @@ def _convert_by_modelopt(
 
     folder = str(checkpoint.path)
     if "quantisation" in (checkpoint.manifest or {}).get("origin", {}):
-        cut_scales_by_halves()  # as when it was saved
+        mend_scales()  # as when it was saved
 
     if args.draft is None:
         restore_sharded_modelopt_state(chunks, folder)

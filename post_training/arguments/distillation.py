@@ -101,7 +101,7 @@ def complete_distillation(args: argparse.Namespace) -> None:
             )
     if args.offline_distillation_data:
         flags = add_data_arguments(argparse.ArgumentParser())
-        for name in vars(flags.parse_args([])).keys() - _OF_STORED:
+        for name in sorted(vars(flags.parse_args([])).keys() - _OF_STORED) + ["calib_dataset"]:
             if getattr(args, name) != flags.get_default(name):
                 raise SetupError(
                     f"--{name.replace('_', '-')}: --offline-distillation-data brings its own train, valid "

@@ -139,6 +139,8 @@ def _check_quantisation(
         else "not quantised"
         for found in (before, now)
     ]
+    if told[0] == told[1]:
+        told[1] = "so by other entries of quant_cfg"
     raise SetupError(
         f"{checkpoint.path} is of a model that is {told[0]}, this run's is {told[1]}: give the "
         f"--export-quant-cfg that it was trained with, or another --output-dir"

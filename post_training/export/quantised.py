@@ -68,6 +68,11 @@ def fold_weights(model: torch.nn.Module) -> bool:
     return bool(inputs)
 
 
+def _folded(model: torch.nn.Module) -> list[Any]:
+    """The matrices of `fold_weights`."""
+    return [m for m in model.modules() if getattr(getattr(m, "weight_quantizer", 0), "folded", 0)]
+
+
 def stored_state(model: torch.nn.Module, config: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The model's tensors in 8 bits with their scales, and the quantisation of its config.json.
 
@@ -75,11 +80,7 @@ def stored_state(model: torch.nn.Module, config: Any) -> tuple[dict[str, Tensor]
         model: unwrapped, of folded weights.
         config: its HuggingFace configuration.
     """
-    matrices: list[Any] = [
-        module
-        for module in model.modules()
-        if getattr(getattr(module, "weight_quantizer", None), "folded", False)
-    ]
+    matrices = _folded(model)
     bits = {m.weight_quantizer.num_bits for m in matrices}
     dtype = torch.int8 if bits == {8} else torch.float8_e4m3fn
     largest, kind, form, algorithm = _KINDS[dtype]
@@ -153,7 +154,7 @@ def write_quantisation(folder: Path, quantisation: dict[str, Any]) -> None:
 
 
 def reload(folder: Path, config: Any) -> Any:
-    """The model as a server computes it, by plain transformers: what is stored, with rounded inputs.
+    """The model as a server computes it, by plain transformers, but for `Inputs` that are not rounded yet.
 
     Args:
         folder: of the export.
@@ -177,19 +178,59 @@ def reload(folder: Path, config: Any) -> Any:
     model.tie_weights()
     for name, module in model.named_modules():
         if (scale := scales.get(f"{name}.input_scale")) is not None:
-            module.register_forward_pre_hook(_rounding(scale, whole))
+            module.inputs = Inputs(scale, whole)
+            module.register_forward_pre_hook(module.inputs)
     return model.eval()
 
 
-def _rounding(scale: Tensor, whole: bool) -> Callable[[Any, Any], Any]:
-    """What a server makes of a matrix's input: whole numbers, or FP8."""
+class Inputs:
+    """What a server makes of a matrix's inputs, once `rounds` is set: whole numbers, or FP8."""
 
-    def rounded(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        value = inputs[0] / scale
-        if whole:
+    def __init__(self, scale: Tensor, whole: bool) -> None:
+        self.scale, self.whole, self.rounds, self.largest = scale, whole, False, 0.0
+
+    def __call__(self, module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """What the matrix gets: as a hook before its forward pass."""
+        value = inputs[0] / self.scale
+        if not self.rounds:
+            self.largest = float(value.abs().max())
+            return inputs
+        if self.whole:
             value = value.round().clamp(-128, 127)
         else:
             value = value.clamp(-448, 448).to(torch.float8_e4m3fn).to(value.dtype)
-        return (value * scale, *inputs[1:])
+        return (value * self.scale, *inputs[1:])
 
-    return rounded
+
+def without_rounding(
+    model: torch.nn.Module, config: Any, compute: Callable[[], Tensor]
+) -> tuple[Tensor, dict[str, float]]:
+    """What a folded model gives where inputs are left as they are, from now on.
+
+    Returns:
+        Of `compute`; and by the name of HuggingFace's matrix its largest input, of what the scale can hold.
+    """
+
+    def see(quantiser: Any, inputs: tuple[Tensor, ...]) -> None:
+        quantiser.largest = inputs[0].abs().max() / quantiser._amax
+
+    matrices = _folded(model)
+    for module in matrices:
+        module.input_quantizer.disable()
+        module.input_quantizer.register_forward_pre_hook(see)
+    found = compute()
+    seen = _in_place_of_weights(model, config, matrices, lambda m: m.input_quantizer.largest)
+    return found, {
+        name.removesuffix(".weight"): float(value.flatten()[0]) for name, value in seen.items()
+    }
+
+
+def compare_inputs(reloaded: torch.nn.Module, expected: dict[str, float]) -> float:
+    """Largest relative difference to those of `without_rounding`; from now on inputs are rounded."""
+    worst = 0.0
+    for name, module in reloaded.named_modules():
+        if isinstance(inputs := getattr(module, "inputs", None), Inputs):
+            found = inputs.largest / (127.0 if inputs.whole else 448.0)
+            worst = max(worst, abs(found / expected[name] - 1))
+            inputs.rounds = True
+    return worst

@@ -25,22 +25,19 @@ from post_training.errors import SetupError
 from post_training.layout.pipeline import virtual_stages
 
 FLAG = "--export-quant-cfg"
+CALIBRATED = 512
 FP8 = (4, 3)
 # Megatron's layers that cut the inputs of a matrix over tensor parallel ranks, and the sizes of these.
 _CUT_INPUTS = {"attention": "linear_proj", "mlp": "linear_fc2"}
 # Megatron's local layers hold these matrices, of which each family has some.
+_ATTENTION = "qkv proj q_proj q_down_proj q_up_proj kv_down_proj kv_up_proj"
 _MATRICES = (
+    *(f"self_attention.linear_{name}" for name in _ATTENTION.split()),
     *(
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
+        f"mlp.{part}linear_{name}"
+        for part in ("", "shared_experts.", "experts.local_experts.0.")
+        for name in ("fc1", "fc2")
     ),
-    *("self_attention.linear_q_proj", "self_attention.linear_q_down_proj"),
-    *("self_attention.linear_q_up_proj", "self_attention.linear_kv_down_proj"),
-    *("self_attention.linear_kv_up_proj", "mlp.shared_experts.linear_fc1"),
-    *("mlp.shared_experts.linear_fc2", "mlp.experts.local_experts.0.linear_fc1"),
-    "mlp.experts.local_experts.0.linear_fc2",
 )
 # Of a quantiser, what an export holds; all else is as ModelOpt has it.
 _ATTRIBUTES = ("num_bits", "axis", "type", "block_sizes")
@@ -93,9 +90,10 @@ def add_quantisation_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--calib-size",
         type=int,
-        default=512,
+        default=CALIBRATED,
         metavar="N",
-        help="documents that inputs are measured on, in whole global batches (default: 512)",
+        help="documents that inputs are measured on, in whole global batches "
+        f"(default: {CALIBRATED})",
     )
     add(
         "--calib-dataset",
@@ -114,8 +112,9 @@ def quantisation_of(args: argparse.Namespace) -> Quantisation | None:
     """
     name = args.export_quant_cfg
     if name is None:
-        if args.calib_dataset is not None:
-            raise SetupError(f"--calib-dataset: nothing is quantised; add {FLAG}")
+        for flag, usual in (("--calib-dataset", None), ("--calib-size", CALIBRATED)):
+            if getattr(args, flag[2:].replace("-", "_")) != usual:
+                raise SetupError(f"{flag}: nothing is quantised; add {FLAG}")
         return None
     for other, allowed, why in _WITHOUT:
         value = getattr(args, other, allowed)
@@ -244,7 +243,7 @@ def _checked(
                 f"{kind}: axis {axis}: exported are one scale a matrix or an output channel"
             )
         size = sizes.get(-1, sizes.get("-1"))
-        if sizes and not (isinstance(size, int) and size > 0):
+        if sizes and (type(size) is not int or size < 1):
             raise refuse(f"{kind}: block_sizes {sizes}: expected a number of inputs for -1")
         for key, given in attributes.items():
             if key not in _ATTRIBUTES and given != getattr(usual, key):

@@ -23,7 +23,7 @@ from post_training.batch.iterators import MicroBatchIterator
 from post_training.errors import SetupError
 from post_training.machine.device import current_device
 from post_training.metrics.records import QUANTISATION
-from post_training.platform.modelopt_quantisation import cut_scales_by_halves
+from post_training.platform.modelopt_quantisation import mend_scales
 from post_training.platform.training_hooks import TrainStart
 from post_training.training.trial import ForwardStep, trial_losses, undisturbed
 
@@ -40,6 +40,7 @@ def calibration_packs(packs: SFTDataset, documents: int, batch: int) -> tuple[in
         Packs, and the documents in them.
     """
     found = number = 0
+    documents = min(documents, len(packs.documents))  # the plan of a training goes on for ever
     while found < documents:
         held = sum(len(packs.document_indices(number + i)) for i in range(batch))
         if not held:
@@ -92,7 +93,7 @@ class Calibration:
             return
         import modelopt.torch.quantization as mtq
 
-        cut_scales_by_halves()
+        mend_scales()
         settings, began = self.args.quantisation, time.perf_counter()
         (chunk,) = unwrap_model(self.model)
         before = self.loss()
@@ -140,7 +141,13 @@ class Calibration:
             own = self.packs.shard(shards, shard, num_packed_samples=self.count)
             data = MicroBatchIterator(own, micro)
         count = self.count // (shards * micro)
-        return trial_losses(self.model, data, count, self.forward_step, self.args)
+        return trial_losses(self.model, data, count, self._told, self.args)
+
+    def _told(self, iterator: Any, chunk: torch.nn.Module) -> Any:
+        """The run's own forward step; of one with a teacher the cross-entropies, not what is trained."""
+        output, loss = self.forward_step(iterator, chunk)
+        reported = loss.keywords["reported"]  # type: ignore[attr-defined]
+        return output if reported is None else reported, loss
 
     def _report(self, more: dict[str, Any]) -> None:
         if self.args.rank != 0:

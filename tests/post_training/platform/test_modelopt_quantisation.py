@@ -1,5 +1,6 @@
-"""That scales go with their rows is in `tests/numerics/test_quantised.py`."""
+"""That scales go with their rows and experts is in `tests/numerics/test_quantised.py`."""
 
+import inspect
 import re
 
 
@@ -10,3 +11,13 @@ def test_still_needed_upstream_patterns_match_no_name():
     patterns = _QuantMegatronMLP._modelopt_state_keys
     assert any(re.search(pattern, name) for pattern in patterns)
     assert not any(re.match(pattern, name) for pattern in patterns)
+
+
+def test_still_needed_upstream_refuses_experts_over_both():
+    from modelopt.torch.quantization.plugins.megatron import (
+        _MegatronParallelLinear,
+        _MegatronSequentialMLP,
+    )
+
+    assert "TP+EP is not supported" in inspect.getsource(_MegatronSequentialMLP._setup)
+    assert "tp_group" not in inspect.getsource(_MegatronParallelLinear.sharded_state_dict)

@@ -98,6 +98,7 @@ def test_refused(parsed, given, message):
         ([weights(unsigned=True)], "unsigned True is not exported"),
         ([weights(fake_quant=False)], "fake_quant False is not exported"),
         ([weights(axis=None, block_sizes={-1: 0})], "expected a number of inputs for -1"),
+        ([weights(axis=None, block_sizes={-1: True})], "expected a number of inputs for -1"),
         (
             [weights(), weights("*mlp*weight_quantizer", axis=None, block_sizes={-1: 16})],
             "one size",
@@ -165,13 +166,25 @@ def test_blocks_are_whole_on_every_rank(parsed, monkeypatch):
         parsed("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", *tensor)
 
 
-def test_calibration_data_of_nothing(parsed, hf_model, chat_data, tmp_path):
-    with pytest.raises(SetupError, match="--calib-dataset: nothing is quantised"):
+@pytest.mark.parametrize(("flag", "value"), [("--calib-dataset", "x.jsonl"), ("--calib-size", "3")])
+def test_calibration_of_nothing(hf_model, chat_data, tmp_path, flag, value):
+    with pytest.raises(SetupError, match=f"{flag}: nothing is quantised"):
         parse_arguments(
             [
                 *("--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path)),
                 *("--finetune-data-files", str(chat_data.file), "--train-iters", "2"),
-                *("--calib-dataset", "x.jsonl"),
+                *(flag, value),
+            ]
+        )
+
+
+def test_calibration_data_without_features(hf_model, tmp_path):
+    with pytest.raises(SetupError, match="--calib-dataset: --offline-distillation-data brings"):
+        parse_arguments(
+            [
+                *("--hf-model", str(hf_model("qwen3")), "--output-dir", str(tmp_path)),
+                *("--offline-distillation-data", "features", "--train-iters", "2"),
+                *("--export-quant-cfg", "INT8_DEFAULT_CFG", "--calib-dataset", "x.jsonl"),
             ]
         )
 

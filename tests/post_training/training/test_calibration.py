@@ -31,3 +31,7 @@ def test_all_where_there_are_fewer(documents, tokenizer):
     packs = SFTDataset(None, documents, tokenizer, 128, epochs=1)
     number, found = calibration_packs(packs, 10**6, 4)
     assert found == len(documents) and number - 4 < packs.num_packed_samples <= number
+    # The plan of steps has no end; its last global batch has documents of the next epoch.
+    endless = SFTDataset(0, documents, tokenizer, 128)
+    number, found = calibration_packs(endless, 10**6, 4)
+    assert found >= len(documents) and number - 4 < packs.num_packed_samples <= number
