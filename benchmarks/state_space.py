@@ -2,10 +2,12 @@
 
     python benchmarks/state_space.py
 
-The row of tokens is computed per document (as in training), as one document (without any reset, the least that
-a pass over the whole row can cost), with masks over the whole row, and by the scan of transformers per
-document and over the row. Times are ratios to the first way.
+The row of tokens is computed per document (as in training), with masks over the whole row, as one document
+(without any reset: what a pass over the row costs at least), and by the scan of transformers per document
+and over the row. Times are ratios to the first way.
 """
+
+# ruff: noqa: E402 - the platform layer must be in place before Megatron is imported
 
 from __future__ import annotations
 

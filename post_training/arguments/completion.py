@@ -24,7 +24,7 @@ from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.experts import complete_expert_flags
 from post_training.arguments.schedule import check_step_flags, complete_recomputation
 from post_training.errors import SetupError, failed_condition
-from post_training.layout import sizes
+from post_training.layout import hybrid, sizes
 from post_training.machine.device import device_type
 from post_training.quantisation.formats import quantisation_of
 
@@ -102,6 +102,7 @@ def complete_flags(args: argparse.Namespace) -> None:
     if args.freeze is not None and getattr(args.hf_config, "vision_config", None) is None:
         model = f"--hf-model {args.hf_model}" if args.hf_model else "the model"
         raise SetupError(f"--freeze {args.freeze}: {model} has no part that sees; leave it out")
+    hybrid.check_flags(args)  # before those who look for the parts that they change
     complete_expert_flags(args)
     if args.num_experts and args.tensor_model_parallel_size > 1 and not args.sequence_parallel:
         # Megatron trains experts with tensor parallelism only this way.

@@ -41,11 +41,6 @@ def check_flags(args: argparse.Namespace) -> None:
         raise SetupError(
             f"--use-torch-fsdp2: {model} is not cut by it in Megatron's layers; {cure}"
         )
-    if args.transformer_impl != "local":
-        raise SetupError(
-            f"--transformer-impl {args.transformer_impl}: {model} is computed by the local layers only; "
-            f"leave the flag out"
-        )
     if device_type() == "cuda" and importlib.util.find_spec("mamba_ssm") is None:
         raise SetupError(
             f"{model} needs the package mamba-ssm on a GPU, which is not installed; install it, or add "

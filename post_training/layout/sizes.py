@@ -276,4 +276,4 @@ RULES = (
     _check_sequence,
 )
 # Another layout is no answer to what these refuse.
-FLAG_RULES = (_check_context_flags, hybrid.check_flags, fsdp.check_flags)
+FLAG_RULES = (_check_context_flags, fsdp.check_flags)

@@ -23,6 +23,7 @@ NEMOTRON_H: Mapping[str, tuple[Any, ...]] = {
     "mamba_proj_bias": (False,),
     "residual_in_fp32": (False,),
     "sliding_window": (None,),
+    "tie_word_embeddings": (False,),  # transformers does not tie them, whatever is said
     "moe_latent_size": (None,),
     "num_nextn_predict_layers": (0,),
     "n_group": (1,),

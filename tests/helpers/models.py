@@ -162,6 +162,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "smollm3": Family(SmolLM3Config, {"no_rope_layer_interval": 2}),
 }
+# Whatever tie_word_embeddings says, which is refused: `transformers` does not tie them.
+UNTIED = {"nemotron_h"}
 
 
 def make_config(family: str, *, tied: bool = False, **options: Any) -> PretrainedConfig:

@@ -23,7 +23,17 @@ def config_of(family, **options):
     return config
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def test_flags_of_state_space_layers():
+    flags = megatron_flags(config_of("nemotron_h"))
+    assert flags["hybrid_layer_pattern"] == "M-*E" and flags["num_layers"] == 4
+    sizes = ("num_heads", "head_dim", "num_groups", "state_dim")
+    assert [flags[f"mamba_{size}"] for size in sizes] == [8, 16, 2, 16]
+    assert [flags[name] for name in ("num_query_groups", "num_experts")] == [2, 4]
+    alone = megatron_flags(config_of("mamba2"))
+    assert alone["hybrid_layer_pattern"] == "MM" and "num_experts" not in alone
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mamba2", "nemotron_h"}))
 def test_flags_of_a_family(family):
     config = config_of(family, tied=True)
     check_architecture(config, "x")

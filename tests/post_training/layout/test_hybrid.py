@@ -24,7 +24,6 @@ from post_training.errors import SetupError
         ),
         (1, "--use-torch-fsdp2", "add --model-backend transformers"),
         (1, "--lora-rank 4", "take no factors"),
-        (1, "--transformer-impl transformer_engine", "computed by the local layers only"),
         (1, "--export-quant-cfg INT8_DEFAULT_CFG", "not quantised"),
     ],
 )
