@@ -91,7 +91,7 @@ def test_random_weights_and_bf16(hf_model, chat_data, tmp_path):
     ("family", "flags", "told"),
     [
         ("gpt2", ["--seq-length", "1024"], "has learned 512 positions"),
-        ("mamba2", ["--tensor-model-parallel-size", "2"], "own class of transformers"),
+        ("mamba", ["--tensor-model-parallel-size", "2"], "own class of transformers"),
     ],
 )
 def test_refused_before_a_process_group_starts(hf_model, chat_data, tmp_path, family, flags, told):

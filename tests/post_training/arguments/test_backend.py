@@ -34,7 +34,7 @@ def test_megatron_where_it_can(hf_model, tmp_path):
 @pytest.mark.parametrize(
     ("family", "changes", "reason"),
     [
-        ("mamba2", {}, "architecture Mamba2ForCausalLM cannot be loaded"),
+        ("mamba", {}, "architecture MambaForCausalLM cannot be loaded"),
         ("qwen3", {"attention_bias": True}, "attention_bias True is not supported for Qwen3"),
     ],
 )
@@ -72,9 +72,9 @@ def test_else_the_class_of_transformers(hf_model, tmp_path, family, changes, rea
 )
 def test_what_only_megatron_can_is_refused(hf_model, tmp_path, flags):
     flag = flags.split()[0]
-    message = f"^{flag}.*own class of transformers.*architecture Mamba2ForCausalLM"
+    message = f"^{flag}.*own class of transformers.*architecture MambaForCausalLM"
     with pytest.raises(SetupError, match=message):
-        parsed(hf_model("mamba2"), tmp_path, *flags.split())
+        parsed(hf_model("mamba"), tmp_path, *flags.split())
 
 
 def test_the_backend_needs_a_model_and_fsdp2(hf_model, tmp_path):
@@ -88,7 +88,7 @@ def test_the_backend_needs_a_model_and_fsdp2(hf_model, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("use_torch_fsdp2: false\n")
     with pytest.raises(SetupError, match="with --use-torch-fsdp2 only"):
-        parsed(hf_model("mamba2"), tmp_path, "--config", str(config))
+        parsed(hf_model("mamba"), tmp_path, "--config", str(config))
 
 
 def test_a_model_that_cannot_be_read_is_told_later(tmp_path):

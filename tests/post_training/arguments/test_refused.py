@@ -125,7 +125,8 @@ def test_the_tables_name_flags_of_this_megatron(megatron):
     from_config_json_only = set(
         "window_size window_attn_skip_freq softmax_type multi_latent_attention q_lora_rank "
         "kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_scaling_factor "
-        "mscale_all_dim moe_router_enable_expert_bias moe_router_bias_update_rate".split()
+        "mscale_all_dim moe_router_enable_expert_bias moe_router_bias_update_rate "
+        "hybrid_layer_pattern mamba_state_dim mamba_head_dim mamba_num_groups mamba_num_heads".split()
     )
     assert set(ARCHITECTURE) & megatron.flags.refused.keys() == from_config_json_only
 
@@ -144,8 +145,8 @@ def test_every_field_of_the_models_configuration_is_spoken_for(megatron):
 
 # Parts of Megatron that a run does not come through, by their paths below `megatron/`.
 UNUSED = re.compile(
-    r"rl/|core/(datasets|export|inference|quantization|resharding|ssm|tokenizers)/|core/distributed/fsdp/"
-    r"|core/models/(T5|bert|hybrid|mamba|mimo|multimodal|retro|vision)/"
+    r"rl/|core/(datasets|export|inference|quantization|resharding|tokenizers)/|core/distributed/fsdp/"
+    r"|core/models/(T5|bert|mamba|mimo|multimodal|retro|vision)/"
     r"|core/transformer/(dot_product_attention|multi_latent_attention|multi_token_prediction)\.py"
     r"|core/transformer/experimental_attention_variant/"
     r"|training/(datasets|tokenizer)/|training/(inprocess_restart|yaml_arguments)\.py"
