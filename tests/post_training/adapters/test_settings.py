@@ -97,7 +97,7 @@ def test_what_is_trained_is_told_and_counted(parse_for):
         ("gpt2", "--lora-rank 4 --lora-targets wte", "embedding and output layer in one"),
         (
             "mamba2",
-            "--lora-rank 4 --lora-targets out_proj",
+            "--lora-rank 4 --lora-targets out_proj --model-backend transformers",
             "the layer backbone.layers.0.mixer.out_proj",
         ),
         ("qwen3", "--lora-rank 4 --draft eagle3", "not with --lora-rank"),
