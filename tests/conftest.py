@@ -38,11 +38,19 @@ def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     root = tmp_path_factory.mktemp("hf")
 
     def make(family: str, **options: object) -> Path:
+        from transformers import AutoConfig
+
+        from post_training.errors import SetupError
+        from post_training.hf.config import check_version
         from tests.helpers.models import save_model
 
         key = f"{family}-{sorted(options.items())}"
         if key not in made:
             made[key] = save_model(root / f"{len(made)}-{family}", family, **options)  # type: ignore[arg-type]
+        try:
+            check_version(AutoConfig.from_pretrained(made[key]), family)
+        except SetupError as error:
+            pytest.skip(str(error))
         return made[key]
 
     return make

@@ -14,6 +14,10 @@ from post_training.hf.rotary import check_rotary, rope_parameters
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+# What older versions of transformers do not compute as config.json says, but for the value here (gpt-oss's
+# clamp, the norm of Mamba 2's groups); then the version that was seen to.
+_SINCE = {"gpt_oss": ("swiglu_limit", 7.0, "5.19.0"), "mamba2": ("n_groups", 1, "5.23.0")}
+
 
 def load_hf_config(
     name_or_path: str, *, trust_remote_code: bool = False, backend: str = "megatron"
@@ -43,12 +47,31 @@ def load_hf_config(
         else:
             reason = f"is neither a folder here nor a model that the hub gives ({detail})"
         raise SetupError(f"--hf-model {name_or_path}: {reason}") from error
+    check_version(config, name_or_path)
     if backend == "transformers":
         check_causal_lm(config, name_or_path)
         return config
     check_architecture(config, name_or_path)
     check_spellings(written, name_or_path)
     return config
+
+
+def check_version(config: PretrainedConfig, name: str) -> None:
+    """Refuse what the installed transformers computes otherwise than the configuration says.
+
+    Raises:
+        SetupError: naming the key, and the version that is needed.
+    """
+    import transformers
+    from packaging.version import Version
+
+    key, usual, since = _SINCE.get(config.model_type, ("", None, "0"))
+    if (value := getattr(config, key, usual)) != usual:
+        if Version(transformers.__version__) < Version(since):
+            raise SetupError(
+                f"--hf-model {name}: transformers {transformers.__version__} does not compute {key} "
+                f"{value} of {config.model_type} as it is meant; install {since} or newer"
+            )
 
 
 def check_causal_lm(config: PretrainedConfig, name: str) -> None:

@@ -229,7 +229,7 @@ class PackedMixer(MambaMixer):
         x, b, c = F.silu(convolved).transpose(1, 2).float().split([inner, shared, shared], dim=-1)
         x = x.unflatten(-1, (self.nheads_local_tp, self.headdim))
         b, c = (part.unflatten(-1, (self.ngroups_local_tp, self.d_state)) for part in (b, c))
-        times = F.softplus(steps + self.dt_bias).clamp(*self.space.step_limit).float()
+        times = F.softplus(steps.float() + self.dt_bias.float()).clamp(*self.space.step_limit)
         y, state = scan(x, times, -self.A_log.float().exp(), b, c, state)
         y = y + self.D.unsqueeze(-1) * x
         if context is not None:

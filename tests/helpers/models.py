@@ -135,6 +135,7 @@ FAMILIES: dict[str, Family] = {
             "mamba_head_dim": 16,
             "n_groups": 2,
             "ssm_state_size": 16,
+            "time_step_min": 1.3,  # holds some of the steps, as the limits below
             "n_routed_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 48,
@@ -143,7 +144,14 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "mamba2": Family(
-        Mamba2Config, {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 2}
+        Mamba2Config,
+        {
+            "num_heads": 8,
+            "head_dim": 16,
+            "state_size": 16,
+            "n_groups": 2,
+            "time_step_limit": [0.02, 0.05],
+        },
     ),
     "qwen2": Family(Qwen2Config, {}),
     "qwen3": Family(Qwen3Config, {"head_dim": 32}),

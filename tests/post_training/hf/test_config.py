@@ -8,6 +8,7 @@ from post_training.arguments.parser import parse_arguments
 from post_training.errors import SetupError
 from post_training.hf.config import (
     check_architecture,
+    check_version,
     load_hf_config,
     megatron_flags,
     sliding_window,
@@ -231,3 +232,19 @@ def test_a_quantised_models_configuration_is_refused(hf_model, tmp_path, key, va
         load_hf_config(str(folder))
     assert f"config.json has {key} ({method})" in str(error.value)
     assert "bf16 weights" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "key", "last", "first"),
+    [("gpt_oss", "swiglu_limit", "5.17.0", "5.19.0"), ("mamba2", "n_groups", "5.19.0", "5.23.0")],
+)
+def test_what_an_older_transformers_computes_otherwise(monkeypatch, family, key, last, first):
+    config = make_config(family)
+    monkeypatch.setattr("transformers.__version__", last)
+    with pytest.raises(SetupError, match=f"transformers {last} does not compute {key}"):
+        check_version(config, "x")
+    monkeypatch.setattr("transformers.__version__", first)
+    check_version(config, "x")
+    monkeypatch.setattr("transformers.__version__", last)
+    setattr(config, key, {"swiglu_limit": 7.0, "n_groups": 1}[key])
+    check_version(config, "x")

@@ -23,7 +23,7 @@ from post_training.errors import SetupError
             "stages hold equal numbers",
         ),
         (1, "--use-torch-fsdp2", "add --model-backend transformers"),
-        (1, "--lora-rank 4", "take no factors"),
+        (1, "--lora-rank 4", "take no factors, in --model-backend transformers they do"),
         (1, "--export-quant-cfg INT8_DEFAULT_CFG", "not quantised"),
     ],
 )
