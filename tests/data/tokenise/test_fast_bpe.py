@@ -197,7 +197,12 @@ def test_it_is_made_for_large_data_alone(tokenizer, tmp_path, monkeypatch, worke
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 3)
     made, of = [], FastBPE.of
-    monkeypatch.setattr(FastBPE, "of", lambda backend: made.append(backend) or of(backend))
+
+    def counted(backend):
+        made.append(backend)
+        return of(backend)
+
+    monkeypatch.setattr(FastBPE, "of", counted)
     found = []
     for limit in (prepare._FAST_BYTES, 0):
         monkeypatch.setattr(prepare, "_FAST_BYTES", limit)
