@@ -98,6 +98,18 @@ class DocumentSet:
         return gathered
 
 
+def join_documents(parts: Sequence[Documents]) -> DocumentSet:
+    """Every document of several sources, one source behind the other."""
+    counts = [len(part) for part in parts]
+    return DocumentSet(
+        parts,
+        np.repeat(np.arange(len(parts)), counts),
+        np.concatenate([np.arange(count) for count in counts]),
+        [""] * len(parts),
+        sum_reports([part.report for part in parts]),
+    )
+
+
 def mix_documents(
     parts: Sequence[Documents], weights: Sequence[float], names: Sequence[str], seed: int
 ) -> DocumentSet:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data.documents.documents import Documents, open_documents
+from data.documents.mixture import DocumentSet
 from data.errors import DataError
 from data.features.manifest import (
     DOCUMENTS,
@@ -38,10 +39,13 @@ class Features(Protocol):
     """Documents and what is kept of each."""
 
     folder: Path
-    documents: Documents
     fields: dict[str, Field]
     made_by: dict[str, Any] | None
     """None where the folder does not say."""
+
+    @property
+    def documents(self) -> Documents | DocumentSet:
+        """The documents."""
 
     def read(self, document: int, names: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
         """The fields of a document, all or those of ``names``, each ``[rows, width]`` on the host."""

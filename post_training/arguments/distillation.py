@@ -33,9 +33,11 @@ def add_distillation_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--offline-distillation-data",
+        nargs="+",
         metavar="DIR",
-        help="folder of features with train, valid and test, as scripts/extract_features.py writes it; "
-        "takes the place of --finetune-data-files",
+        help="folder of features with train, valid and test, as scripts/extract_features.py writes it; or "
+        "several, all or none of them as DIR=WEIGHT for a mixture of their training data; takes the place "
+        "of --finetune-data-files",
     )
     group.add_argument(
         "--aux-layers",

@@ -16,6 +16,7 @@ from data import Documents, DocumentSet, SFTDataset
 from data.documents.provenance import source_names, source_of
 from data.errors import DataError
 from data.features.dataset import OfflineDataset, open_features
+from data.features.mixture import MixedFeatures, parts_of
 from data.features.reader import Features, require_made_by
 from data.images.processor import ImageProcessor
 from data.packs.pictures import PictureDataset
@@ -116,6 +117,9 @@ def plan_split(
         packs = made(None, **sizes, shuffle=False)
         batch = args.eval_global_batch_size or args.global_batch_size
         packs = packs.shard(num_packed_samples=-(-len(packs) // batch) * batch)
+    if isinstance(documents, MixedFeatures) and len(documents.parts) <= MOST_SOURCES:
+        folders = [str(part.folder.parent) for part in documents.parts]
+        return Split(packs, Sources(folders, documents.part_of))
     if not isinstance(documents, SplitDocuments):
         return Split(packs, Sources([], None))
     return Split(packs, sources_of(args, split, documents))
@@ -154,10 +158,21 @@ def stored_split(args: argparse.Namespace, split: DataSplit) -> Features | None:
     Raises:
         DataError: there is no such folder, or what is stored is not complete.
     """
-    folder = Path(args.offline_distillation_data)
-    if not folder.is_dir():
-        raise DataError(f"--offline-distillation-data {folder}: there is no such folder")
-    return open_features(folder / split) if (folder / split).is_dir() else None
+    flag = "--offline-distillation-data"
+    found = parse_weighted(args.offline_distillation_data)
+    for folder in (folders := [Path(path) for path, _ in found]):
+        if not folder.is_dir():
+            raise DataError(f"{flag} {folder}: there is no such folder")
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise DataError(f"{flag}: a folder is named twice, and a mixture repeats no document")
+    weights = [weight for _, weight in found if weight is not None]
+    if weights and len(weights) < len(found):
+        raise DataError(f"{flag}: give every folder a weight (DIR=WEIGHT), or none")
+    if weights and split == "train":
+        parts = [open_features(folder / split) for folder in folders]
+        return MixedFeatures(parts, weights, list(map(str, folders)), args.seed)
+    parts = [open_features(folder / split) for folder in folders if (folder / split).is_dir()]
+    return MixedFeatures(parts, None, [], args.seed) if len(parts) > 1 else next(iter(parts), None)
 
 
 def prepare_data(
@@ -200,7 +215,8 @@ def prepare_data(
                 )
             )
         if features is not None:
-            require_made_by(features, wanted(tokenizer))
+            for part in parts_of(features):
+                require_made_by(part, wanted(tokenizer))
         splits[split] = plan_split(
             args, split, documents if features is None else features, tokenizer, names
         )
@@ -212,7 +228,7 @@ def prepare_data(
     if "train" not in splits and not args.skip_train:
         where = args.offline_distillation_data
         raise SetupError(
-            f"--offline-distillation-data {where}: holds no folder train"
+            f"--offline-distillation-data {' '.join(where)}: holds no folder train"
             if where
             else "no training data: give --finetune-data-files or --finetune-hf-dataset"
         )

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor
 from data.documents.check_sum import check_sum
 from data.features.dataset import open_features
 from data.features.manifest import DTYPES
+from data.features.mixture import parts_of
 from data.features.reader import Features
+from data.prepare.splits import parse_weighted
 from data.templates.tokenizer_facts import template_source
 from post_training.batch.splits import SPLITS, Split
 from post_training.checkpoint.origin import origin
@@ -83,32 +86,38 @@ def check_states(features: Features, args: argparse.Namespace) -> None:
     Raises:
         SetupError: they are those of another base, tokenizer or place.
     """
-    if features.made_by is not None or not args.export_offline_model:
+    if not args.export_offline_model:
         return
+    with HFCheckpoint(local_model_folder(args.hf_model)) as base:
+        for part in parts_of(features):
+            if part.made_by is None:
+                _check_states(part, args, base)
+
+
+def _check_states(features: Features, args: argparse.Namespace, base: HFCheckpoint) -> None:
     flag = f"--offline-distillation-data {features.folder}: document"
     count = len(features.documents)
-    with HFCheckpoint(local_model_folder(args.hf_model)) as base:
-        scale = base.slice("model.norm.weight")[:].float()
-        kept = scale.abs() > 1e-3 * scale.abs().max()
-        for number in sorted({count * part // 8 for part in range(8)}):
-            rows = {name: states[:64].float() for name, states in features.read(number).items()}
-            square = float((rows["hidden_states"] / scale)[:, kept].square().mean())
-            if not 0.9 < square < 1.1:
-                raise SetupError(
-                    f"{flag} {number}: hidden_states are not those behind the final norm of "
-                    f"{args.hf_model} (mean square over its weights {square:.3g}, not 1)"
-                )
-            if args.aux_layers[0] >= 0:
-                continue
-            table = base.slice("model.embed_tokens.weight")
-            ids = features.documents[number][0][:64].tolist()
-            wanted = torch.cat([table[token : token + 1] for token in ids]).float()
-            found = rows["aux_hidden_states"][:, : args.hidden_size]
-            if not (found - wanted).norm() <= 0.02 * wanted.norm():
-                raise SetupError(
-                    f"{flag} {number}: aux_hidden_states do not begin with the embedding of its tokens by "
-                    f"{args.hf_model}: another base, tokenizer or --aux-layers"
-                )
+    scale = base.slice("model.norm.weight")[:].float()
+    kept = scale.abs() > 1e-3 * scale.abs().max()
+    for number in sorted({count * part // 8 for part in range(8)}):
+        rows = {name: states[:64].float() for name, states in features.read(number).items()}
+        square = float((rows["hidden_states"] / scale)[:, kept].square().mean())
+        if not 0.9 < square < 1.1:
+            raise SetupError(
+                f"{flag} {number}: hidden_states are not those behind the final norm of "
+                f"{args.hf_model} (mean square over its weights {square:.3g}, not 1)"
+            )
+        if args.aux_layers[0] >= 0:
+            continue
+        table = base.slice("model.embed_tokens.weight")
+        ids = features.documents[number][0][:64].tolist()
+        wanted = torch.cat([table[token : token + 1] for token in ids]).float()
+        found = rows["aux_hidden_states"][:, : args.hidden_size]
+        if not (found - wanted).norm() <= 0.02 * wanted.norm():
+            raise SetupError(
+                f"{flag} {number}: aux_hidden_states do not begin with the embedding of its tokens by "
+                f"{args.hf_model}: another base, tokenizer or --aux-layers"
+            )
 
 
 def stored_names(args: argparse.Namespace) -> tuple[str, ...]:
@@ -137,15 +146,16 @@ def stored_features(args: argparse.Namespace) -> dict[str, tuple[int, torch.dtyp
     """
     names = stored_names(args)
     splits = SPLITS[1:] if args.skip_train else SPLITS
-    return _kinds(args.offline_distillation_data, names, splits) if names else {}
+    folders = tuple(path for path, _ in parse_weighted(args.offline_distillation_data or ()))
+    return _kinds(folders, names, splits) if names else {}
 
 
 @functools.cache
 def _kinds(
-    folder: str, names: tuple[str, ...], splits: tuple[str, ...]
+    folders: tuple[str, ...], names: tuple[str, ...], splits: tuple[str, ...]
 ) -> dict[str, tuple[int, torch.dtype]]:
     found: dict[str, tuple[int, torch.dtype]] = {}
-    for split in splits:
+    for split, folder in product(splits, folders):
         if not (Path(folder) / split).is_dir():
             continue
         fields = open_features(Path(folder) / split).fields

@@ -86,6 +86,33 @@ def test_stored_features_teach_what_the_base_does(alone, base, chat_data, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_mixture_of_stored_features_is_the_mixture_of_their_rows(base, chat_data, tmp_path):
+    rows = chat_data.file.read_text().splitlines(keepends=True)
+    online, stored = [], []
+    for name, own, weight in (("a", rows[:20], 3), ("b", rows[20:], 1)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(own))
+        extracted(base, file, tmp_path / name)
+        online.append(f"{file}={weight}")
+        stored.append(f"{tmp_path / name}={weight}")
+    offline = ("--export-offline-model", "--offline-distillation-data", *stored)
+    expected = run(base, tmp_path / "online", *ONLINE, "--finetune-data-files", *online).ok()
+    found = run(base, tmp_path / "offline", *offline, world=2).ok()
+    compare(found, expected)
+    for one, other in zip(found.steps, expected.steps, strict=True):
+        by_folder, by_file = (list(each["sources"].values()) for each in (one, other))
+        assert (
+            len(by_folder) == len(by_file) == 2 and one["sources"].keys() != other["sources"].keys()
+        )
+        for here, there in zip(by_folder, by_file, strict=True):
+            assert here["tokens"] == there["tokens"]
+            assert (here["loss"] or 0.0) == pytest.approx(there["loss"] or 0.0, rel=STEP_BOUND)
+    for wrong, said in ((stored[0], "twice"), (str(tmp_path / "b"), "every folder a weight")):
+        refused = run(base, tmp_path / "no", *offline[:2], stored[0], wrong)
+        assert refused.status == 2 and said in refused.console
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 def test_a_resumed_run_is_the_uninterrupted_one(alone, base, chat_data, tmp_path, offline):
     flags: tuple[str, ...] = (*ONLINE, *CUT, "--finetune-data-files", str(chat_data.file))
