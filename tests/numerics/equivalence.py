@@ -257,6 +257,30 @@ CASES = (
     ),
     Case("one", family="gpt_oss", recipe=UNPACKED_SGD),
     # Sliding windows, in all layers and in some.
+    # Factors; norms behind the parts of a layer, biases of queries; one tensor of queries, keys and values.
+    *(
+        Case(
+            layout,
+            flags,
+            world,
+            family=family,
+            recipe=recipe,
+            tied=layout == "pp2",
+            slow=(family, layout) not in {("granite", "tp2-sp"), ("glm4", "pp2"), ("phi3", "tp2")},
+        )
+        for family in ("granite", "glm4", "phi3")
+        for layout, flags, world, recipe in (
+            ("one", (), 1, ADAM),
+            ("one", (), 1, UNPACKED_SGD),
+            ("mbs4", MBS4, 1, ADAM),
+            ("dp2", (), 2, ADAM),
+            ("tp2", TP2, 2, ADAM),
+            ("tp2-sp", TP2 + SP, 2, ADAM),
+            ("pp2", PP2, 2, ADAM),
+            ("cp2", CP2, 2, ADAM),
+            ("fsdp2x2", FSDP2, 2, ADAM),
+        )
+    ),
     # State-space layers: with attention, feed-forward layers and experts, and alone.
     Case("one", family="nemotron_h", layers=4, slow=False),
     *(
