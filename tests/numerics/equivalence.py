@@ -296,6 +296,8 @@ CASES = (
         )
     ),
     Case("one", family="nemotron_h", layers=4, recipe=UNPACKED_SGD),
+    Case("pp2-recompute", PP2 + RECOMPUTE, 2, family="nemotron_h", layers=4, slow=False),
+    Case("tp2-sp-recompute-some", TP2 + SP + SELECTIVE, 2, family="nemotron_h", layers=4),
     # With Adam's usual rate a rounding of the first step (1e-7) is 1e-5 of the gradient's norm at the last.
     Case("one", family="mamba2", recipe=Recipe(lr=1e-4)),
     *(
