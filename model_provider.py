@@ -18,6 +18,7 @@ from post_training.distillation.draft_model import DraftSettings, add_draft, own
 from post_training.errors import SetupError
 from post_training.hf.check import check_hf_weights
 from post_training.hf.draft import DraftShape
+from post_training.hf.families import Factors, family_of
 from post_training.hf.folder import local_model_folder
 from post_training.hf.rotary import RotaryScaling, rope_parameters
 from post_training.hf.weights import load_hf_weights
@@ -28,6 +29,7 @@ from post_training.knowledge.teacher import Teacher, build_teacher
 from post_training.machine.device import device_type
 from post_training.model.hybrid import hybrid_config
 from post_training.model.layer_spec import decoder_block_spec, uses_packed_attention
+from post_training.model.residual import install_factors
 from post_training.model.rotary import install_rotary
 from post_training.model.router import follow_documents
 from post_training.platform.modelopt_quantisation import mend_scales
@@ -63,8 +65,14 @@ def model_config(
         config = hybrid_config(args)
     else:
         config = gpt_config_from_args(args)
-        config.transformer_layer_spec = decoder_block_spec
+        config.transformer_layer_spec = functools.partial(
+            decoder_block_spec, hf_config=args.hf_config
+        )
     transformer = config.transformer
+    factors = None
+    if args.hf_config is not None:
+        factors = family_of(args.hf_config).factors(args.hf_config)
+        transformer.softmax_scale = factors.scores
     if args.export_offline_model:
         transformer.num_layers = 0
     # Of several rows a stage sends a view of its output (`split_stage_output`), in training or
@@ -81,6 +89,8 @@ def model_config(
     hooks: list[Any] = []
     if not hybrid:
         hooks.append(functools.partial(_install_rotary, hf_config=args.hf_config))
+    if factors is not None:
+        hooks.append(functools.partial(_install_factors, factors=factors))
     if args.num_experts:
         hooks.append(functools.partial(follow_documents))
     if checkpoint is not None and checkpoint.has_modelopt:
@@ -154,6 +164,12 @@ def _install_rotary(chunks: list[torch.nn.Module], hf_config: Any) -> list[torch
     scaling = None if hf_config is None else RotaryScaling.of(hf_config)
     for chunk in chunks:
         install_rotary(chunk, scaling)
+    return chunks
+
+
+def _install_factors(chunks: list[torch.nn.Module], factors: Factors) -> list[torch.nn.Module]:
+    for chunk in chunks:
+        install_factors(chunk, factors)
     return chunks
 
 

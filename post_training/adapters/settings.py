@@ -163,7 +163,7 @@ def chosen_targets(config: PretrainedConfig, settings: LoraSettings) -> dict[str
 
     Raises:
         SetupError: a name or the pattern matches nothing, or what can have no factors; or a rank is larger
-            than its matrix.
+            than its matrix; or Megatron holds its rows in another order.
     """
     every = every_target(config, settings.backend)
     names = dict.fromkeys(_matching(every, settings.targets))
@@ -178,6 +178,11 @@ def chosen_targets(config: PretrainedConfig, settings: LoraSettings) -> dict[str
             raise SetupError(
                 f"{FLAG}: {name} is embedding and output layer in one (tie_word_embeddings): factors of "
                 f"one use could not be merged; leave it out"
+            )
+        if target.weight.sections:
+            raise SetupError(
+                f"{FLAG}: {name} is one tensor of several matrices, which Megatron's layers hold in "
+                f"another order; leave it out, or add --model-backend transformers"
             )
         if target.rank > min(target.shape):
             raise SetupError(

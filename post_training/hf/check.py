@@ -55,7 +55,15 @@ def check_hf_weights(folder: str | Path, config: PretrainedConfig) -> None:
                     f"--hf-model {folder}: {name} has shape {list(its_shape)}, "
                     f"config.json says {list(shape)}"
                 )
-        leftovers = [n for n in checkpoint if n not in expected and not COMPUTED.fullmatch(n)]
+        # As transformers, which has no multi-token prediction: the layers behind the last.
+        layers = config.num_hidden_layers
+        further = range(layers, layers + (getattr(config, "num_nextn_predict_layers", 0) or 0))
+        passed = tuple(f"model.layers.{layer}." for layer in further)
+        leftovers = [
+            name
+            for name in checkpoint
+            if not (name in expected or COMPUTED.fullmatch(name) or name.startswith(passed))
+        ]
         if config.tie_word_embeddings and "lm_head.weight" in leftovers:
             leftovers.remove("lm_head.weight")
             weights = model_weights(config)["embedding.word_embeddings.weight"]

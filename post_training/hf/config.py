@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from post_training.errors import SetupError
 from post_training.hf.config_values import check_spellings, check_values
-from post_training.hf.families import FAMILIES, family_of, head_dim, why_not_megatron
-from post_training.hf.rotary import check_rotary, rope_parameters
+from post_training.hf.families import (
+    FAMILIES,
+    family_of,
+    has_qkv_bias,
+    head_dim,
+    why_not_megatron,
+)
+from post_training.hf.rotary import check_rotary, rope_parameters, rotary_share
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -230,11 +236,12 @@ def megatron_flags(config: PretrainedConfig) -> dict[str, Any]:
         "rotary_base": int(rope_parameters(config)["rope_theta"]),
         "swiglu": True,
         "add_bias_linear": False,
-        "add_qkv_bias": family.qkv_bias,
+        "add_qkv_bias": has_qkv_bias(config),
         "qk_layernorm": family.qk_norm,
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "vocab_size": config.vocab_size,
         "init_method_std": config.initializer_range,
+        **({"rotary_percent": rotary_share(config)} if family.partial_rotary else {}),
         **window_flags(config),
         **experts,
         **family.flags(config),

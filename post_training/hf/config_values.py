@@ -29,6 +29,7 @@ _ROPE_POSITIVE = (
     *("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     *("attention_factor", "beta_fast", "beta_slow"),
 )
+_FACTORS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -122,6 +123,9 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
         yield "rms_norm_eps", epsilon, "a number above 0 and at most 1"
     if not _is_number(deviation) or not 0 <= deviation <= 1000:
         yield "initializer_range", deviation, "a number from 0 to 1000"
+    for key in _FACTORS:
+        if not _is_number(value := getattr(config, key, 1.0)) or value <= 0:
+            yield key, value, "a number above 0"
     parameters = getattr(config, "rope_parameters", None) or {}
     theta: Any = parameters.get("rope_theta")
     if not _is_number(theta) or not 1 <= theta <= _LARGEST:

@@ -42,7 +42,7 @@ class DraftShape:
         """That of a base model's draft; `vocabulary`: of the draft, None for the base's whole one.
 
         Raises:
-            SetupError: the format cannot carry a draft with the base's rotary embedding.
+            SetupError: the format cannot carry a draft with the base's rotary or token embedding.
         """
         rotary = rope_parameters(config)
         rope = rotary.get("rope_type", "default")
@@ -50,6 +50,13 @@ class DraftShape:
             raise SetupError(
                 f"a draft cannot have rope type {rope} of its base model: servers read "
                 f"{', '.join(ROPE_TYPES)}"
+            )
+        if rotary.get("partial_rotary_factor", 1.0) != 1.0 or hasattr(
+            config, "embedding_multiplier"
+        ):
+            raise SetupError(
+                f"a draft cannot stand beside a {config.architectures[0]}: servers turn all of its heads "
+                f"and give it embeddings as they are stored"
             )
         return cls(
             config.hidden_size,

@@ -8,9 +8,10 @@ names and under those of the HuggingFace files.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from post_training.tensors.experts import Experts, expert_weights, mlp_weights
 from post_training.tensors.hybrid import (
     MAMBA_2,
     NEMOTRON_H,
@@ -25,53 +26,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """What the experts of a family are called, below `model.layers.N.` and in config.json."""
+class Factors:
+    """By what a family multiplies."""
 
-    router: str = "mlp.gate.weight"
-    folder: str = "mlp.experts"
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
-    """Names of gate, up and down."""
-    size: str = "moe_intermediate_size"
-    """The key of config.json that holds an expert's width."""
-    count: str = "num_experts"
-    """The key that holds the number of experts."""
-    bias: str | None = None
-    """What is added to the scores that experts are chosen by: no part of their weights, and not trained."""
-    shared: str | None = None
-    """The folder of what every token goes through, beside its experts."""
-    stacked: bool = False
-    """One tensor holds every expert, with gate and up in one, and another their biases."""
+    embedding: float = 1.0
+    residual: float = 1.0
+    """What attention and feed-forward layers add to the residual stream."""
+    scores: float | None = None
+    """Those of attention; None: one over the root of the head's size."""
+    logits: float = 1.0
 
-    def flags(self, config: PretrainedConfig) -> dict[str, Any]:
-        """Megatron's arguments about experts."""
-        return {
-            "num_experts": getattr(config, self.count),
-            "moe_router_topk": config.num_experts_per_tok,
-            "moe_ffn_hidden_size": getattr(config, self.size),
-            "moe_layer_freq": self.layers(config),
-            # Softmax over the chosen logits equals a renormalised softmax over all of them.
-            "moe_router_pre_softmax": not getattr(config, "norm_topk_prob", True),
-        }
 
-    @staticmethod
-    def layers(config: PretrainedConfig) -> list[int]:
-        """1 for each layer with experts, 0 for each without."""
-        dense = getattr(config, "mlp_only_layers", None) or ()
-        step = getattr(config, "decoder_sparse_step", 1)
-        first = getattr(config, "first_k_dense_replace", None) or 0
-        return [
-            int(layer not in dense and layer >= first and (layer + 1) % step == 0)
-            for layer in range(config.num_hidden_layers)
-        ]
+# Of a layer, by Megatron's name.
+_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
 
 
 @dataclass(frozen=True)
 class Family:
     """How an architecture differs from Llama."""
 
-    qkv_bias: bool = False
-    """Queries, keys and values have a bias; their output has none."""
+    qkv_bias: bool | str = False
+    """Queries, keys and values have a bias; their output has none. A key of config.json says whether."""
     qk_norm: bool = False
     """Each head of the queries and keys is normed."""
     biases: bool = False
@@ -86,6 +61,13 @@ class Family:
     """Only the local layers compute it, not those of Transformer Engine."""
     windows: bool = False
     """Layers may attend to a sliding window."""
+    partial_rotary: bool = False
+    """Only the first numbers of a head may be turned."""
+    fused: tuple[str, ...] = ()
+    """Which of `qkv_proj` and `gate_up_proj` are one tensor each."""
+    norms: Mapping[str, str] = field(default_factory=_NORMS.copy)
+    """Of a layer: their names here, and in the files."""
+    factors: Callable[[PretrainedConfig], Factors] = lambda config: Factors()
     experts: Experts | None = None
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Values of config.json that the layers can express, where they are not those of `OPTIONS`."""
@@ -149,6 +131,15 @@ def _deepseek_v3(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+def _granite(config: PretrainedConfig) -> Factors:
+    return Factors(
+        config.embedding_multiplier,
+        config.residual_multiplier,
+        config.attention_multiplier,
+        1.0 / config.logits_scaling,
+    )
+
+
 FAMILIES: Mapping[str, Family] = {
     "DeepseekV3ForCausalLM": Family(
         latent=True,
@@ -169,6 +160,16 @@ FAMILIES: Mapping[str, Family] = {
     "Ernie4_5ForCausalLM": Family(
         options={"use_bias": (False,)}, flags=lambda config: {"rotary_interleaved": True}
     ),
+    "Glm4ForCausalLM": Family(
+        qkv_bias="attention_bias",
+        partial_rotary=True,
+        local=True,
+        fused=("gate_up_proj",),
+        norms=_NORMS
+        | {"self_attn_bda.norm": "post_self_attn_layernorm", "mlp_bda.norm": "post_mlp_layernorm"},
+        options={"attention_bias": (True, False)},
+        flags=lambda config: {"rotary_interleaved": True},
+    ),
     "GptOssForCausalLM": Family(
         biases=True,
         sinks=True,
@@ -178,6 +179,7 @@ FAMILIES: Mapping[str, Family] = {
         options={"attention_bias": (True,), "swiglu_alpha": (1.702,)},
         flags=_gpt_oss,
     ),
+    "GraniteForCausalLM": Family(local=True, factors=_granite),
     "LlamaForCausalLM": Family(),
     "Mamba2ForCausalLM": Family(hybrid=True, local=True, options=MAMBA_2, flags=hybrid_flags),
     "MistralForCausalLM": Family(windows=True),
@@ -191,6 +193,9 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "NemotronHForCausalLM": Family(hybrid=True, local=True, options=NEMOTRON_H, flags=hybrid_flags),
+    "Phi3ForCausalLM": Family(
+        windows=True, partial_rotary=True, local=True, fused=("qkv_proj", "gate_up_proj")
+    ),
     # transformers gives Qwen2 its biases whatever attention_bias says.
     "Qwen2ForCausalLM": Family(
         qkv_bias=True, windows=True, options={"attention_bias": (True, False)}
@@ -238,7 +243,10 @@ def head_dim(config: PretrainedConfig) -> int:
     return int(explicit or config.hidden_size // config.num_attention_heads)
 
 
-_NORMS = {"input_layernorm": "input_layernorm", "pre_mlp_layernorm": "post_attention_layernorm"}
+def has_qkv_bias(config: PretrainedConfig) -> bool:
+    """Whether queries, keys and values have a bias."""
+    said = family_of(config).qkv_bias
+    return bool(getattr(config, said)) if isinstance(said, str) else said
 
 
 def model_weights(config: PretrainedConfig) -> dict[str, Weight]:
@@ -266,16 +274,21 @@ def model_weights(config: PretrainedConfig) -> dict[str, Weight]:
     every = [0] * config.num_hidden_layers
     for layer, has_experts in enumerate(family.experts.layers(config) if family.experts else every):
         here, there = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        for name, norm in _NORMS.items():
+        for name, norm in family.norms.items():
             norms = {f"{there}{norm}.weight": (config.hidden_size,)}
             weights[f"{here}{name}.weight"] = Weight("replicated", norms)
         attention = _latent_attention if family.latent else _attention
         weights |= attention(config, family, here, there)
         if family.experts and has_experts:
-            weights |= _experts(config, family.experts, here, there)
+            weights |= expert_weights(config, family.experts, here, there)
         else:
             names = tuple(f"{there}mlp.{part}_proj" for part in ("gate", "up", "down"))
-            weights |= _mlp(config.hidden_size, config.intermediate_size, here + "mlp.", names)
+            dense = mlp_weights(config.hidden_size, config.intermediate_size, here + "mlp.", names)
+            if "gate_up_proj" in family.fused:
+                dense[here + "mlp.linear_fc1.weight"] = _one_tensor(
+                    dense[here + "mlp.linear_fc1.weight"], f"{there}mlp.gate_up_proj.weight"
+                )
+            weights |= dense
     return weights
 
 
@@ -287,9 +300,10 @@ def _attention(config: PretrainedConfig, family: Family, here: str, there: str) 
     inside, outside = here + "self_attention.", there + "self_attn."
 
     def qkv(kind: str, *columns: int) -> Weight:
-        return Weight(
-            "qkv", {f"{outside}{p}.{kind}": (n, *columns) for p, n in rows.items()}, groups
-        )
+        parts = {f"{outside}{p}.{kind}": (n, *columns) for p, n in rows.items()}
+        weight = Weight("qkv", parts, groups)
+        name = f"{outside}qkv_proj.{kind}"
+        return _one_tensor(weight, name) if "qkv_proj" in family.fused else weight
 
     def norm(name: str, size: int) -> Weight:
         return Weight("replicated", {f"{name}.weight": (size,)})
@@ -299,7 +313,7 @@ def _attention(config: PretrainedConfig, family: Family, here: str, there: str) 
         inside + "linear_qkv.weight": qkv("weight", hidden),
         inside + "linear_proj.weight": Weight("columns", output),
     }
-    if family.qkv_bias or family.biases:
+    if has_qkv_bias(config) or family.biases:
         weights[inside + "linear_qkv.bias"] = qkv("bias")
     if family.biases:
         bias = {outside + "o_proj.bias": (hidden,)}
@@ -311,6 +325,13 @@ def _attention(config: PretrainedConfig, family: Family, here: str, there: str) 
         for part in ("q", "k"):
             weights[f"{inside}{part}_layernorm.weight"] = norm(f"{outside}{part}_norm", head)
     return weights
+
+
+def _one_tensor(weight: Weight, name: str) -> Weight:
+    """A parameter whose tensors lie below one another in one."""
+    rows = tuple(shape[0] for shape in weight.tensors.values())
+    columns = next(iter(weight.tensors.values()))[1:]
+    return replace(weight, tensors={name: (sum(rows), *columns)}, sections=rows)
 
 
 def _latent_attention(config: PretrainedConfig, family: Family, here: str, there: str) -> Weights:
@@ -336,57 +357,4 @@ def _latent_attention(config: PretrainedConfig, family: Family, here: str, there
     return {
         f"{inside}{name}.weight": Weight(layout, {f"{outside}{tensor}.weight": shape})
         for name, (layout, tensor, shape) in names.items()
-    }
-
-
-def _experts(config: PretrainedConfig, experts: Experts, here: str, there: str) -> Weights:
-    """Router and experts of a layer."""
-    count, size = getattr(config, experts.count), getattr(config, experts.size)
-    router = {there + experts.router: (count, config.hidden_size)}
-    weights = {here + "mlp.router.weight": Weight("replicated", router)}
-    if experts.bias is not None:
-        bias = {there + experts.bias: (count,)}
-        weights[here + "mlp.router.expert_bias"] = Weight("replicated", bias)
-    if experts.shared is not None:
-        names = tuple(f"{there}{experts.shared}.{part}" for part in experts.projections)
-        width = size * config.n_shared_experts
-        weights |= _mlp(config.hidden_size, width, here + "mlp.shared_experts.", names)
-    if experts.stacked:
-        return weights | _stacked_experts(config, experts, here, there)
-    for number in range(count):
-        names = tuple(f"{there}{experts.folder}.{number}.{part}" for part in experts.projections)
-        inside = f"{here}mlp.experts.local_experts.{number}."
-        weights |= _mlp(config.hidden_size, size, inside, names, of_expert=True)
-    return weights
-
-
-def _stacked_experts(config: PretrainedConfig, experts: Experts, here: str, there: str) -> Weights:
-    """Experts of a layer, and the biases of its router and of theirs."""
-    hidden, size = config.hidden_size, getattr(config, experts.size)
-    count = getattr(config, experts.count)
-    router = experts.router.replace(".weight", ".bias")
-    weights = {here + router: Weight("replicated", {there + router: (count,)})}
-    tensors: dict[str, tuple[Layout, str, tuple[int, ...]]] = {
-        "linear_fc1.weight": ("gate_up", "gate_up_proj", (hidden, 2 * size)),
-        "linear_fc1.bias": ("gate_up", "gate_up_proj_bias", (2 * size,)),
-        "linear_fc2.weight": ("columns", "down_proj", (size, hidden)),
-        "linear_fc2.bias": ("replicated", "down_proj_bias", (hidden,)),
-    }
-    for number in range(count):
-        inside = f"{here}mlp.experts.local_experts.{number}."
-        for name, (layout, tensor, shape) in tensors.items():
-            stacked = {f"{there}{experts.folder}.{tensor}": (count, *shape)}
-            weights[inside + name] = Weight(layout, stacked, of_expert=True, expert=number)
-    return weights
-
-
-def _mlp(
-    hidden: int, size: int, here: str, names: tuple[str, ...], *, of_expert: bool = False
-) -> dict[str, Weight]:
-    """Gate, up and down, by the names of their modules."""
-    gate, up, down = (f"{name}.weight" for name in names)
-    inner, outer = {gate: (size, hidden), up: (size, hidden)}, {down: (hidden, size)}
-    return {
-        here + "linear_fc1.weight": Weight("gate_up", inner, of_expert=of_expert),
-        here + "linear_fc2.weight": Weight("columns", outer, of_expert=of_expert),
     }

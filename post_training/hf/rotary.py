@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from post_training.errors import SetupError
-from post_training.hf.families import head_dim
+from post_training.hf.families import family_of, head_dim
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -22,6 +22,15 @@ def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
     return dict(getattr(config, "rope_parameters", None) or {})
 
 
+def rotary_share(config: PretrainedConfig) -> float:
+    """How much of a head is turned, from its first number on."""
+    return float(rope_parameters(config).get("partial_rotary_factor", 1.0))
+
+
+def _rotary_dim(config: PretrainedConfig) -> int:
+    return int(head_dim(config) * rotary_share(config))
+
+
 def inverse_frequencies(config: PretrainedConfig, length: int | None = None) -> Tensor:
     """Inverse frequencies of the rotary embedding, as `transformers` computes them.
 
@@ -30,7 +39,7 @@ def inverse_frequencies(config: PretrainedConfig, length: int | None = None) -> 
         length: tokens of the document, for `dynamic` and `longrope`; None for a short one.
 
     Returns:
-        float32 [head_dim / 2].
+        float32 [turned numbers of a head / 2].
     """
     return _computed(config, length)[0]
 
@@ -39,7 +48,7 @@ def _computed(config: PretrainedConfig, length: int | None) -> tuple[Tensor, flo
     """Inverse frequencies, and the factor of cosine and sine."""
     rope_type = rope_parameters(config).get("rope_type", "default")
     if rope_type == "default":
-        dim = head_dim(config)
+        dim = _rotary_dim(config)
         exponents = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
         return 1.0 / (float(rope_parameters(config)["rope_theta"]) ** exponents), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -59,7 +68,7 @@ class RotaryScaling:
     """
 
     inv_freq: Tensor
-    """Of documents up to `original_length`: float32 [head_dim / 2]."""
+    """Of documents up to `original_length`: float32 [turned numbers of a head / 2]."""
     attention_factor: float = 1.0
     """Factor of cosine and sine."""
     original_length: int | None = None
@@ -123,9 +132,16 @@ def check_rotary(config: PretrainedConfig, name: str) -> None:
             f"--hf-model {name}: rope type {rope_type} is not supported; "
             f"these are: {', '.join(ROPE_TYPES)}"
         )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
+    share = parameters.get("partial_rotary_factor", 1.0)
+    if share != 1.0 and not family_of(config).partial_rotary:
         raise SetupError(f"--hf-model {name}: partial rotary embeddings are not supported")
-    half = head_dim(config) // 2
+    known = isinstance(share, (int, float)) and 0 < share <= 1
+    if not known or _rotary_dim(config) % 2 or not _rotary_dim(config):
+        raise SetupError(
+            f"--hf-model {name}: config.json says partial_rotary_factor {share!r}, expected a number above "
+            f"0 and at most 1 that gives an even part of the head's size {head_dim(config)}"
+        )
+    half = _rotary_dim(config) // 2
     for key in ("short_factor", "long_factor") if rope_type == "longrope" else ():
         found = parameters.get(key)
         if not isinstance(found, list) or len(found) != half:

@@ -8,6 +8,7 @@ group. Loading reads only the rows and columns of this rank, export takes a whol
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,22 @@ def whole_name(name: str, *, first_layer: int = 0, first_expert: int = 0) -> str
     return _EXPERT.sub(lambda m: f"{m[1]}{int(m[2]) + first_expert}{m[3]}", name)
 
 
+class _Rows:
+    """Some rows of a tensor, which may lie in a file, as a tensor of their own."""
+
+    def __init__(self, whole: Any, first: int, count: int) -> None:
+        self.whole, self.first, self.count = whole, first, count
+
+    def get_shape(self) -> Sequence[int]:
+        """As of a file's tensor."""
+        return [self.count, *_shape(self.whole)[1:]]
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """Some of them."""
+        part: torch.Tensor = self.whole[self.first + rows.start : self.first + rows.stop]
+        return part
+
+
 def _shard(size: int, rank: int, world: int) -> tuple[int, int]:
     step = size // world
     return rank * step, (rank + 1) * step
@@ -93,6 +110,9 @@ def read_parameter(
     parts = [checkpoint.slice(name) for name in weight.tensors]
     if weight.expert is not None:
         parts = _of_expert(parts[0][weight.expert], weight)
+    if weight.sections:
+        ends = list(itertools.accumulate(weight.sections))
+        parts = [_Rows(parts[0], end - n, n) for end, n in zip(ends, weight.sections, strict=True)]
     if weight.layout == "replicated":
         return parts[0][:]
     if weight.layout == "vocabulary":
@@ -102,16 +122,8 @@ def read_parameter(
     if weight.layout == "columns":
         start, end = _shard(_shape(parts[0])[1], tp_rank, tp_size)
         return parts[0][:, start:end]
-    if weight.layout == "sections":
-        read, begin = [], 0
-        for size in weight.sections:
-            start, end = _shard(size, tp_rank, tp_size)
-            read.append(parts[0][begin + start : begin + end])
-            begin += size
-        return torch.cat(read)
     if weight.layout in ("gate_up", "rows"):
-        start, end = _shard(_shape(parts[0])[0], tp_rank, tp_size)
-        return torch.cat([part[start:end] for part in parts])
+        return torch.cat([p[slice(*_shard(_shape(p)[0], tp_rank, tp_size))] for p in parts])
     first, last = _shard(weight.groups, tp_rank, tp_size)
     by_group = []
     for part in parts:
@@ -138,14 +150,17 @@ def split_parameter(weight: Weight, value: torch.Tensor) -> Iterator[tuple[str, 
         return
     if weight.layout == "qkv":
         by_group = value.reshape(weight.groups, -1, *value.shape[1:])
-        parts = by_group.split([n // weight.groups for n in rows], dim=1)
-    elif weight.layout == "gate_up":
-        parts = value.split(rows)
+        split = by_group.split([n // weight.groups for n in weight.sections or rows], dim=1)
+        parts = [part.reshape(-1, *value.shape[1:]) for part in split]
+    elif weight.layout == "gate_up" and not weight.sections:
+        parts = list(value.split(rows))
     else:
-        parts = (value[: rows[0]],)
-    for name, part, n in zip(names, parts, rows, strict=True):
+        parts = [value[: rows[0]]]
+    if len(parts) > len(names):
+        parts = [torch.cat(parts)]
+    for name, part in zip(names, parts, strict=True):
         # A copy: safetensors refuses tensors that share memory.
-        yield name, part.reshape(n, *value.shape[1:]).clone(memory_format=torch.contiguous_format)
+        yield name, part.clone(memory_format=torch.contiguous_format)
 
 
 def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, str, torch.nn.Parameter]]:

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from post_training.adapters.settings import chosen_targets
+from post_training.hf.families import family_of
 from post_training.layout.pipeline import divide_layers
 from post_training.layout.sizes import padded_vocabulary
 
@@ -93,7 +94,8 @@ def layer_parameters(args: argparse.Namespace, *, sparse: bool) -> Parameters:
     sizes, hidden, tp = Sizes.of(args), args.hidden_size, args.tensor_model_parallel_size
     norm = 2 if args.normalization == "LayerNorm" else 1  # weight, and bias
     bias, qkv_bias = args.add_bias_linear, args.add_bias_linear or args.add_qkv_bias
-    whole = 2 * norm * hidden  # lies on every tensor parallel rank
+    norms = len(family_of(args.hf_config).norms) if args.hf_config is not None else 2
+    whole = norms * norm * hidden  # lies on every tensor parallel rank
     if args.multi_latent_attention:
         heads, rope = args.num_attention_heads, args.qk_pos_emb_head_dim
         whole += args.kv_lora_rank

@@ -8,6 +8,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
@@ -80,6 +81,7 @@ class PackedHybridModel(HybridModel):
         )
         if not self.post_process:
             return hidden
+        hidden = hidden.to(self.config.params_dtype)  # of a residual stream in fp32
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else None
         if output_processor is not None:
@@ -115,6 +117,10 @@ class PackedHybridConfig(HybridModelConfig):
 def hybrid_config(args: argparse.Namespace) -> Any:
     """The configuration of a model with state-space layers, as `gpt_config_from_args` of others."""
     config = hybrid_config_from_args(args, model_config_cls=PackedHybridConfig)
+    if getattr(args.hf_config, "residual_in_fp32", False):
+        config.transformer.fp32_residual_connection = True
+        if config.transformer.pipeline_dtype is not None:
+            config.transformer.pipeline_dtype = torch.float32
     config.hybrid_stack_spec = stack_spec(StateSpace.of(args.hf_config), args.num_experts)
     return config
 

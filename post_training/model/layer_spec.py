@@ -9,10 +9,13 @@ from typing import Any
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from post_training.hf.families import family_of
 from post_training.model.attention import PackedAttention
 from post_training.model.norm import LatentNorm, LocalNorm
+from post_training.model.residual import ScaledAdd
 from post_training.model.router import DocumentRouter
 
 
@@ -22,12 +25,15 @@ def uses_packed_attention(settings: Any) -> bool:
     return special or settings.transformer_impl == "local" or settings.context_parallel_size > 1
 
 
-def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def decoder_block_spec(
+    config: Any, vp_stage: int | None = None, hf_config: Any = None
+) -> TransformerBlockSubmodules:
     """Spec of the decoder layers of one pipeline stage.
 
     Args:
         config: a Megatron `GPTModelConfig`.
         vp_stage: the virtual pipeline stage, or None.
+        hf_config: the HuggingFace configuration, or None: what Megatron's own does not say.
 
     Returns:
         Megatron's block spec. For `--transformer-impl local` its core attention is `PackedAttention`
@@ -54,6 +60,8 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
             parts.mlp = functools.partial(MoELayer, submodules=experts)
         if use_te:
             continue
+        if hf_config is not None:
+            _add_by_family(parts, transformer, hf_config)
         parts.input_layernorm = LocalNorm
         parts.pre_mlp_layernorm = LocalNorm
         latent = transformer.multi_latent_attention
@@ -65,3 +73,13 @@ def decoder_block_spec(config: Any, vp_stage: int | None = None) -> TransformerB
     if not use_te:
         block.layer_norm = LocalNorm
     return block
+
+
+def _add_by_family(parts: Any, transformer: Any, hf_config: Any) -> None:
+    """Give a layer's spec the norms and the factor of its family, if it has any behind its parts."""
+    family = family_of(hf_config)
+    factor = family.factors(hf_config).residual
+    for name in ("self_attn_bda", "mlp_bda"):
+        if (normed := f"{name}.norm" in family.norms) or factor != 1.0:
+            params = {"config": transformer, "factor": factor, "normed": normed}
+            setattr(parts, name, ModuleSpec(module=ScaledAdd, params=params))

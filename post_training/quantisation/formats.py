@@ -22,6 +22,7 @@ from typing import Any
 import yaml
 
 from post_training.errors import SetupError
+from post_training.hf.families import model_weights
 from post_training.layout.pipeline import virtual_stages
 
 FLAG = "--export-quant-cfg"
@@ -131,6 +132,8 @@ def quantisation_of(args: argparse.Namespace) -> Quantisation | None:
         )
     config = _read(name)
     found = Quantisation(name, config, *_checked(name, config))
+    if args.hf_config is not None:
+        _check_patterns(args, found)
     if found.input_bits is not None and args.num_experts is not None:
         raise SetupError(
             f"{FLAG} {name}: transformers holds all experts of a layer in one tensor, so that an export "
@@ -282,6 +285,34 @@ def _checked(
             "inputs are exported in 8 bits or FP8, beside weights of the same kind and without blocks"
         )
     return bits["weight_quantizer"], inputs, block
+
+
+def _check_patterns(args: argparse.Namespace, found: Quantisation) -> None:
+    """Refuse a pattern that names nothing of the model: another one was meant.
+
+    Those of ModelOpt's own configurations name parts of other models, too.
+
+    Raises:
+        SetupError: naming it.
+    """
+    import modelopt.torch.quantization as mtq
+
+    usual = {
+        entry["quantizer_name"]
+        for key, config in vars(mtq).items()
+        if key.endswith("_CFG")
+        for entry in config["quant_cfg"]
+    }
+    weights = model_weights(args.hf_config)
+    matrices = [w.removesuffix(".weight") for w in weights if ".linear_" in w and "bias" not in w]
+    names = [f"{m}.{kind}_quantizer" for m in matrices for kind in ("weight", "input", "output")]
+    for pattern in (entry["quantizer_name"] for entry in found.config["quant_cfg"]):
+        if pattern not in usual and not any(fnmatch(name, pattern) for name in names):
+            shown = dict.fromkeys(re.sub(r".*?\d+\.(.*\.\d+\.)?", "", each) for each in matrices)
+            raise SetupError(
+                f"{FLAG} {found.name}: {pattern} names no matrix of this model; there are "
+                f"{', '.join(shown)}, each with a weight_quantizer and an input_quantizer"
+            )
 
 
 def _is_on(entries: list[Any], name: str) -> bool:

@@ -158,13 +158,11 @@ def _mixer(config: PretrainedConfig, here: str, there: str) -> Weights:
     rows, every = sum(convolved), (space.inner, *convolved, space.heads)
     projection = {there + "in_proj.weight": (sum(every), hidden)}
     weights = {
-        own + "in_proj.weight": Weight("sections", projection, sections=every),
+        own + "in_proj.weight": Weight("rows", projection, sections=every),
         own + "conv1d_weight": Weight(
-            "sections", {there + "conv1d.weight": (rows, 1, space.kernel)}, sections=convolved
+            "rows", {there + "conv1d.weight": (rows, 1, space.kernel)}, sections=convolved
         ),
-        own + "conv1d_bias": Weight(
-            "sections", {there + "conv1d.bias": (rows,)}, sections=convolved
-        ),
+        own + "conv1d_bias": Weight("rows", {there + "conv1d.bias": (rows,)}, sections=convolved),
         own + "norm.weight": Weight("rows", {there + "norm.weight": (space.inner,)}),
         own + "out_proj.weight": Weight(
             "columns", {there + "out_proj.weight": (hidden, space.inner)}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["replicated", "vocabulary", "qkv", "rows", "gate_up", "columns", "sections"]
+Layout = Literal["replicated", "vocabulary", "qkv", "rows", "gate_up", "columns"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -21,7 +21,7 @@ class Weight:
     groups: int = 1
     """Query groups by which the rows of `qkv` are interleaved."""
     sections: tuple[int, ...] = ()
-    """Rows of the parts of `sections`, each of which is split for itself."""
+    """Rows of the parts of its one tensor, each of which is split for itself; empty: a tensor is a part."""
     of_expert: bool = False
     """Split over the expert tensor parallel group instead."""
     expert: int | None = None

@@ -14,12 +14,15 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
     Ernie4_5Config,
+    Glm4Config,
     GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     Mamba2Config,
     MistralConfig,
     MixtralConfig,
     NemotronHConfig,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -104,6 +107,17 @@ FAMILIES: dict[str, Family] = {
         },
     ),
     "ernie4_5": Family(Ernie4_5Config, {"head_dim": 16}),
+    "glm4": Family(
+        Glm4Config,
+        {
+            "head_dim": 24,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.5,
+            },
+        },
+    ),
     "gpt_oss": Family(
         GptOssConfig,
         {
@@ -121,6 +135,15 @@ FAMILIES: dict[str, Family] = {
                 "truncate": False,
                 "original_max_position_embeddings": 64,
             },
+        },
+    ),
+    "granite": Family(
+        GraniteConfig,
+        {
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.05,
+            "logits_scaling": 0.5,
         },
     ),
     "llama": Family(LlamaConfig, {"rope_parameters": _LLAMA3_ROPE}),
@@ -151,6 +174,17 @@ FAMILIES: dict[str, Family] = {
             "state_size": 16,
             "n_groups": 2,
             "time_step_limit": [0.02, 0.05],
+        },
+    ),
+    "phi3": Family(
+        Phi3Config,
+        {
+            "sliding_window": 24,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+            },
         },
     ),
     "qwen2": Family(Qwen2Config, {}),

@@ -257,6 +257,30 @@ CASES = (
     ),
     Case("one", family="gpt_oss", recipe=UNPACKED_SGD),
     # Sliding windows, in all layers and in some.
+    # Factors; norms behind the parts of a layer, biases of queries; one tensor of queries, keys and values.
+    *(
+        Case(
+            layout,
+            flags,
+            world,
+            family=family,
+            recipe=recipe,
+            tied=layout == "pp2",
+            slow=(family, layout) not in {("granite", "tp2-sp"), ("glm4", "pp2"), ("phi3", "tp2")},
+        )
+        for family in ("granite", "glm4", "phi3")
+        for layout, flags, world, recipe in (
+            ("one", (), 1, ADAM),
+            ("one", (), 1, UNPACKED_SGD),
+            ("dp2", (), 2, ADAM),
+            ("tp2", TP2, 2, ADAM),
+            ("tp2-sp", TP2 + SP, 2, ADAM),
+            ("pp2", PP2, 2, ADAM),
+            ("cp2", CP2, 2, ADAM),
+            ("fsdp2x2", FSDP2, 2, ADAM),
+        )
+        if family == "phi3" or layout not in ("cp2", "fsdp2x2")
+    ),
     # State-space layers: with attention, feed-forward layers and experts, and alone.
     Case("one", family="nemotron_h", layers=4, slow=False),
     *(
@@ -272,6 +296,8 @@ CASES = (
         )
     ),
     Case("one", family="nemotron_h", layers=4, recipe=UNPACKED_SGD),
+    Case("pp2-recompute", PP2 + RECOMPUTE, 2, family="nemotron_h", layers=4, slow=False),
+    Case("tp2-sp-recompute-some", TP2 + SP + SELECTIVE, 2, family="nemotron_h", layers=4),
     # With Adam's usual rate a rounding of the first step (1e-7) is 1e-5 of the gradient's norm at the last.
     Case("one", family="mamba2", recipe=Recipe(lr=1e-4)),
     *(

@@ -12,6 +12,7 @@ from tests.post_training.hf.test_weights import assert_bit_exact
 
 pytestmark = pytest.mark.slow
 FAMILIES = ["deepseek_v3", "gpt_oss", "nemotron_h"]
+WITHOUT_EXPERTS = ["mamba2", "granite", "glm4", "phi3"]
 TP2 = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
 EP2 = ("--expert-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
 
@@ -26,31 +27,32 @@ def _losses(argv, packs):
         return [megatron_model.token_losses(argv, [each]) for each in packs]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "mamba2"])
+@pytest.mark.parametrize("family", [*FAMILIES, *WITHOUT_EXPERTS])
 def test_a_changed_document_leaves_the_other_bit_identical(hf_model, tmp_path, family):
     second = document(24, 2)
     packs = [stacked([pack(document(40, seed), second)]) for seed in (1, 3)]
     argv = megatron_model.flags(
         *(str(hf_model(family)), str(tmp_path / "out"), "--global-batch-size", "1", *TP2),
-        *(() if family == "mamba2" else EP2),
+        *(() if family in WITHOUT_EXPERTS else EP2),
     )
     (first,), (changed,) = run_ranks(_losses, 2, argv, packs)[0]
     assert torch.equal(first[39:], changed[39:]) and not torch.equal(first[:39], changed[:39])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "glm4", "phi3"])
 def test_checkpoints_are_read_in_another_layout(hf_model, tmp_path, family):
     """Written by TP 2 x SP x EP 2 and read by one process, and the other way."""
     folder = hf_model(family)
+    cut = TP2 if family in WITHOUT_EXPERTS else (*TP2, *EP2)
     two, one = (
         megatron_model.flags(str(folder), str(tmp_path / name), *more)
-        for name, more in (("two", (*TP2, *EP2)), ("one", ()))
+        for name, more in (("two", cut), ("one", ()))
     )
     run_ranks(megatron_model.save, 2, two)
     words = megatron_model.flags(str(folder), str(tmp_path / "two"), "--no-load-optim")
     assert_bit_exact(run_rank(megatron_model.exported, words), folder)
     run_rank(megatron_model.save, one)
-    words = megatron_model.flags(str(folder), str(tmp_path / "one"), "--no-load-optim", *TP2, *EP2)
+    words = megatron_model.flags(str(folder), str(tmp_path / "one"), "--no-load-optim", *cut)
     run_ranks(_saved_again, 2, words, str(tmp_path / "again"))
     words = megatron_model.flags(str(folder), str(tmp_path / "again"), "--no-load-optim")
     assert_bit_exact(run_rank(megatron_model.exported, words), folder)
@@ -74,7 +76,11 @@ def _answer(folder, prompt, new):
 
 
 @pytest.mark.parametrize(
-    ("family", "options"), [*((f, {}) for f in FAMILIES), ("mistral", {"sliding_window": 24})]
+    ("family", "options"),
+    [
+        *((f, {}) for f in (*FAMILIES, "granite", "glm4", "phi3")),
+        ("mistral", {"sliding_window": 24}),
+    ],
 )
 def test_answers_are_those_of_transformers(hf_model, family, options):
     """Prompt and answer are longer than the windows.

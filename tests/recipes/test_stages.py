@@ -15,12 +15,16 @@ MODELS = sorted(
 BUILT = ("Qwen/Qwen2.5-0.5B.2x8", "meta-llama/Llama-3.3-70B-Instruct", "Qwen/Qwen3-30B-A3B")
 
 
+# No node of 8 holds its weights: LoRA is for several, too.
+LARGER_THAN_A_NODE = {"deepseek-ai/DeepSeek-V3"}
+
+
 def test_every_model_has_a_recipe_for_one_node_and_one_for_several():
     names = {str(file.relative_to(stages.CONF)).removesuffix(".yaml") for file in stages.RECIPES}
-    assert names >= set(MODELS)
+    assert names >= set(MODELS) - LARGER_THAN_A_NODE
     for model in MODELS:
         several = [name for name in names if name.startswith(f"{model}.") and name.endswith("x8")]
-        assert len(several) == 1, model
+        assert len(several) == 1 + (model in LARGER_THAN_A_NODE), model
         assert stages.facts(model)["source"].startswith("https://")
     assert len(names) == 2 * len(MODELS)
     for file in stages.RECIPES:

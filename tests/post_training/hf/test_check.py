@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from post_training.errors import SetupError
 from post_training.hf.check import check_hf_weights
 from post_training.hf.config import load_hf_config
-from tests.helpers.models import FAMILIES, UNTIED, load_model
+from tests.helpers.models import FAMILIES, UNTIED, edit_json, load_model
 
 
 @pytest.fixture
@@ -40,6 +40,17 @@ def test_every_family_is_taken(hf_model, tmp_path, family, tied, dtype):
     model = load_model(hf_model(family, tied=tied)).to(dtype)
     model.save_pretrained(folder, max_shard_size="100KB")
     check(folder)
+
+
+def test_layers_of_multi_token_prediction_are_passed_over(folder_with):
+    """As by transformers; others behind the last are not."""
+    more = {"model.layers.2.eh_proj.weight": torch.zeros(4, 8)}
+    folder = folder_with(lambda tensors: tensors.update(more), "deepseek_v3")
+    edit_json(folder / "config.json", num_nextn_predict_layers=1)
+    check(folder)
+    edit_json(folder / "config.json", num_nextn_predict_layers=0)
+    with pytest.raises(SetupError, match="no place for: model.layers.2.eh_proj.weight"):
+        check(folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.float64])

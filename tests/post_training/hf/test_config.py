@@ -43,9 +43,11 @@ def test_flags_of_a_family(family):
     assert flags["vocab_size"] == config.vocab_size
     assert flags["num_query_groups"] == (4 if family == "deepseek_v3" else 2)
     assert flags["untie_embeddings_and_output_weights"] is False
-    assert flags["add_qkv_bias"] is (family in ("qwen2", "seed_oss"))
+    assert flags["add_qkv_bias"] is (family in ("glm4", "qwen2", "seed_oss"))
     assert flags["qk_layernorm"] is (family in ("deepseek_v3", "qwen3", "qwen3_moe"))
-    head_dims = {"deepseek_v3": 8, "mistral": 24, "qwen3": 32, "seed_oss": 32}
+    turned = {"glm4": 0.5, "phi3": 0.75}
+    assert flags.get("rotary_percent") == turned.get(family)
+    head_dims = {"deepseek_v3": 8, "glm4": 24, "mistral": 24, "qwen3": 32, "seed_oss": 32}
     assert flags["kv_channels"] == head_dims.get(family, 16)
     experts = {"deepseek_v3": (8, 48), "gpt_oss": (4, 96), "mixtral": (4, 96), "qwen3_moe": (4, 48)}
     found = (flags.get("num_experts"), flags.get("moe_ffn_hidden_size"))
@@ -112,6 +114,7 @@ def test_frequencies_are_those_of_transformers(rope):
         ("qwen3", {"hidden_act": "gelu"}, "hidden_act gelu .*only silu and swish"),
         ("seed_oss", {"attention_bias": False}, "attention_bias False .*SeedOss.*only True"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True"),
+        ("granite", {"attention_multiplier": 0.0}, "attention_multiplier 0.0, expected"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}},
@@ -128,6 +131,19 @@ def test_frequencies_are_those_of_transformers(rope):
                 }
             },
             "longrope needs 8 numbers as long_factor.*has 3",
+        ),
+        *(
+            (
+                family,
+                {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": share}},
+                f"partial.*{said}",
+            )
+            for family, share, said in (
+                ("llama", 0.5, "not supported"),
+                ("glm4", 0.125, "0.125, expected .*even part of the head's size 24"),
+                ("phi3", 1.5, "1.5, expected"),
+                ("phi3", 0, "0, expected"),
+            )
         ),
         (
             "llama",

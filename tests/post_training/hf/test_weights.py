@@ -153,11 +153,9 @@ def joined(weight, shards):
         return shards[0]
     if weight.layout == "columns":
         return torch.cat(shards, dim=1)
-    if weight.layout == "gate_up":
-        gates, ups = zip(*(shard.chunk(2) for shard in shards), strict=True)
-        return torch.cat([*gates, *ups])
-    if weight.layout == "sections":
-        sizes = [size // len(shards) for size in weight.sections]
+    if weight.layout == "gate_up" or (weight.sections and weight.layout != "qkv"):
+        halves = [len(shards[0]) * len(shards) // 2] * 2
+        sizes = [size // len(shards) for size in weight.sections or halves]
         parts = zip(*(shard.split(sizes) for shard in shards), strict=True)
         return torch.cat([torch.cat(part) for part in parts])
     return torch.cat(shards)

@@ -21,8 +21,8 @@ def test_parameters_are_counted(hf_model, tmp_path, monkeypatch):
     assert checkpoint_bytes(args) == 12 * (parameters + padding)
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "qwen3_moe"])
-def test_latent_attention_and_experts_of_all_kinds_are_counted(hf_model, tmp_path, family):
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4", "gpt_oss", "qwen3_moe"])
+def test_parts_of_all_kinds_are_counted(hf_model, tmp_path, family):
     folder, out = str(hf_model(family)), str(tmp_path / "out")
     args = parse_arguments(["--hf-model", folder, "--output-dir", out, "--train-iters", "1"])
     parameters = sum(p.numel() for p in load_model(hf_model(family)).parameters())

@@ -113,6 +113,12 @@ def test_refused(parsed, given, message):
         ),
         ([weights("*mlp*weight_quantizer"), INPUTS], "linear_qkv: weights and inputs"),
         ([{"*weight_quantizer": {"num_bits": 8}}], ": only weights and inputs"),
+        (
+            [weights(), weights("*linear_qvk*weight_quantizer")],
+            "*linear_qvk*weight_quantizer names no",
+        ),
+        ([weights(), weights("*experts*weight_quantizer")], "there are self_attention.linear_qkv,"),
+        ([weights(), {"quantizer_name": "*linear_fc3*", "enable": False}], "*linear_fc3* names no"),
     ],
 )
 def test_what_would_be_trained_but_not_exported(parsed, entries, message):
