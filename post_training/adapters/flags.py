@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from post_training.adapters.identity import base_digest
 from post_training.adapters.modules import modules_of
-from post_training.adapters.peft_folder import base_of, read_settings
+from post_training.adapters.peft_folder import digest_of, read_settings
 from post_training.adapters.settings import KEYWORDS, LoraSettings, Target, chosen_targets
 from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder
@@ -116,7 +116,7 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
             backend=args.model_backend,
             nf4=args.base_precision == "nf4",
         )
-        if base_of(args.lora_adapter) not in (None, base_digest(args)):
+        if digest_of(args.lora_adapter) not in (None, base_digest(args)):
             raise SetupError(
                 f"{flag} {args.lora_adapter}: was trained on other weights than those of "
                 f"--hf-model {args.hf_model}"

@@ -447,7 +447,7 @@ def leaky_documents() -> None:
     from post_training.hf_models.packing import Documents
 
     right = Documents.begin
-    model.choose_way = lambda *args, **options: "attention"  # type: ignore[assignment]
+    setattr(model, "choose_way", lambda *args, **options: "attention")  # noqa: B010
 
     def leak(self: Any, way: str, lengths: list[int] | None) -> None:
         right(self, way, lengths and [sum(lengths)])
