@@ -54,6 +54,8 @@ _ALONE = (
     ("draft", None, "a draft's base is frozen already"),
     ("export_kd_teacher_load", None, "a taught student is trained as a whole"),
     ("offline_distillation_data", None, "a taught student is trained as a whole"),
+    ("decoupled_lr", None, "factors are trained at one rate"),
+    ("decoupled_min_lr", None, "factors are trained at one rate"),
 )
 _OF_ADAPTER = (
     "lora_rank",

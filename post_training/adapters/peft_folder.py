@@ -138,7 +138,11 @@ def base_of(folder: str, where: str) -> str:
             f"{where}: {CONFIG} names no base_model_name_or_path; write its base there"
         )
     shapes_of(folder, where)
-    if digest_of(folder) not in (None, weights_digest(local_model_folder(base))):
+    try:
+        source = local_model_folder(base)
+    except SetupError as error:
+        raise SetupError(f"{where}: its base_model_name_or_path {base} is not there") from error
+    if digest_of(folder) not in (None, weights_digest(source)):
         raise SetupError(
             f"{where}: was trained on other weights than those of its base_model_name_or_path {base}"
         )
