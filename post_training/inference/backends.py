@@ -217,12 +217,15 @@ class TransformersBackend:
         try:
             auto = auto_class(AutoConfig.from_pretrained(base))
             # transformers puts an adapter of PEFT on the base that it names.
-            model, told = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+            model, told = auto.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
         except Exception as error:  # whatever it makes of damaged files
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SetupError(f"{where}: {first_line}") from error
         # Begun anew, or left out, with a warning.
-        for key in sorted(told["missing_keys"] | (told["unexpected_keys"] if adapter else set())):
+        wrong = told["missing_keys"] | {key for key, *_ in told["mismatched_keys"]}
+        for key in sorted(wrong | (told["unexpected_keys"] if adapter else set())):
             raise SetupError(f"{where}: its weights are not those of the model: look at {key}")
         model.eval()
         tokenizer = open_tokenizer(folder, "--hf-model")

@@ -62,6 +62,7 @@ QUERY = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
         ({"base_model_name_or_path": "/nowhere"}, {}, "/nowhere is not there"),
         ({"base_model_name_or_path": "another"}, {}, "was trained on other weights"),
         ({"target_modules": ["q_proj", "k_proj"]}, {}, "look at .*layers.0.*k_proj.lora_A"),
+        ({"r": 5}, {}, "look at .*layers.0.*q_proj.lora_A"),
         ({}, {QUERY: None}, "look at .*layers.0.*q_proj.lora_B"),
         ({}, {QUERY.replace(".0.", ".9."): torch.ones(128, 4)}, "look at .*layers.9"),
         ({}, {QUERY: torch.full((128, 4), float("nan"))}, "holds NaN or infinity"),
