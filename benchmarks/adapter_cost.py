@@ -1,9 +1,11 @@
-"""LoRA against full finetuning: time of a step, peak memory, bytes of a checkpoint, as ratios.
+r"""LoRA against full finetuning: time of a step, peak memory, bytes of a checkpoint, as ratios.
 
-python benchmarks/adapter_cost.py --data train.jsonl --tokenizer DIR [--hidden 512 --layers 8] [--rank 16]
+python benchmarks/adapter_cost.py --data train.jsonl --tokenizer DIR [--hidden 512 --layers 8] [--rank 16] \
+    [--model-backend transformers]
 
-One process on the CPU, in turns; medians of the steps after the first three; the peak is that of the
-process's resident memory. A model of a billion parameters is counted from its shapes alone.
+Beside Megatron's layers, or in a model of transformers, where QLoRA is measured too. One process on the
+CPU, in turns; medians of the steps after the first three; the peak is that of the process's resident
+memory. A model of a billion parameters is counted from its shapes alone.
 """
 
 from __future__ import annotations
@@ -73,8 +75,13 @@ def main() -> None:
     parser = options_parser(
         __doc__, hidden=1024, layers=8, seq_length=512, iterations=8, rank=16, turns=2
     )
+    parser.add_argument("--model-backend", choices=["megatron", "transformers"], default="megatron")
     options = parser.parse_args()
     count_billion(options.rank)
+    lora = ["--lora-rank", str(options.rank)]
+    kinds = {"full": [], "LoRA": lora}
+    if options.model_backend == "transformers":
+        kinds["QLoRA"] = [*lora, "--base-precision", "nf4"]
     found: dict[str, tuple[list[float], list[float], int]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
@@ -83,9 +90,10 @@ def main() -> None:
             *("--hf-model", str(model), "--finetune-data-files", str(options.data)),
             *("--seq-length", str(options.seq_length), "--train-iters", str(options.iterations)),
             *("--global-batch-size", "2", "--lr", "1e-4", "--no-progress"),
+            *("--model-backend", options.model_backend),
         ]
         for turn in range(options.turns):
-            for name, more in (("full", []), ("LoRA", ["--lora-rank", str(options.rank)])):
+            for name, more in kinds.items():
                 folder = Path(scratch) / f"{name}-{turn}"
                 seconds, resident = train([*flags, *more], folder)
                 entry = found.setdefault(name, ([], [], checkpoint_size(folder)))
@@ -96,10 +104,10 @@ def main() -> None:
         name: (statistics.median(seconds), statistics.median(peaks), size / 2**20)
         for name, (seconds, peaks, size) in found.items()
     }
-    for name, (step, peak, size) in rows.items():
-        print(f"{name:8}{step:8.3f}{peak:10.2f}{size:16.1f}")
-    ratios = [a / b for a, b in zip(rows["LoRA"], rows["full"], strict=True)]
-    print(f"{'ratio':8}{ratios[0]:8.2f}{ratios[1]:10.2f}{ratios[2]:16.4f}")
+    for name, row in rows.items():
+        print(f"{name:8}{row[0]:8.3f}{row[1]:10.2f}{row[2]:16.1f}")
+        ratios = [own / full for own, full in zip(row, rows["full"], strict=True)]
+        print(f"{'ratio':8}{ratios[0]:8.2f}{ratios[1]:10.2f}{ratios[2]:16.4f}")
 
 
 if __name__ == "__main__":

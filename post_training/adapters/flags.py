@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from post_training.adapters.identity import base_digest
 from post_training.adapters.modules import modules_of
-from post_training.adapters.peft_folder import base_of, read_settings
+from post_training.adapters.peft_folder import digest_of, read_settings
 from post_training.adapters.settings import KEYWORDS, LoraSettings, Target, chosen_targets
 from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder
@@ -54,6 +54,8 @@ _ALONE = (
     ("draft", None, "a draft's base is frozen already"),
     ("export_kd_teacher_load", None, "a taught student is trained as a whole"),
     ("offline_distillation_data", None, "a taught student is trained as a whole"),
+    ("decoupled_lr", None, "factors are trained at one rate"),
+    ("decoupled_min_lr", None, "factors are trained at one rate"),
 )
 _OF_ADAPTER = (
     "lora_rank",
@@ -116,7 +118,7 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
             backend=args.model_backend,
             nf4=args.base_precision == "nf4",
         )
-        if base_of(args.lora_adapter) not in (None, base_digest(args)):
+        if digest_of(args.lora_adapter) not in (None, base_digest(args)):
             raise SetupError(
                 f"{flag} {args.lora_adapter}: was trained on other weights than those of "
                 f"--hf-model {args.hf_model}"

@@ -17,7 +17,8 @@ from torch import Tensor
 from post_training.adapters.layers import new_factors
 from post_training.adapters.modules import modules_of
 from post_training.adapters.nf4 import NF4Linear
-from post_training.adapters.peft_folder import PREFIX, WEIGHTS
+from post_training.adapters.peft_config import WEIGHTS
+from post_training.adapters.peft_folder import PREFIX
 from post_training.adapters.settings import LoraSettings, chosen_targets
 from post_training.errors import SetupError
 from post_training.hf.causal_lm import fill

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors import SafetensorError, safe_open
 
+from post_training.adapters.peft_config import CONFIG, WEIGHTS, check_config, check_names
 from post_training.adapters.settings import (
     LoraSettings,
     Target,
@@ -21,33 +22,15 @@ from post_training.adapters.settings import (
 from post_training.errors import SetupError
 from post_training.files import json_object, let_all_read
 from post_training.hf.checkpoint import HFCheckpoint
+from post_training.hf.folder import local_model_folder, weights_digest
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # In the header of the weights: which base they belong to (`hf/folder.py`).
 BASE = "base_weights"
-# What LoRA of PEFT can be besides W + scaling * B A: it computes something else, or trains more.
-_OTHER = {
-    "use_dora": "DoRA",
-    "use_qalora": "QA-LoRA",
-    "use_bdlora": "BD-LoRA",
-    "arrow_config": "Arrow",
-    "alora_invocation_tokens": "aLoRA",
-    "lora_bias": "factors with a bias",
-    "modules_to_save": "modules trained as a whole",
-    "trainable_token_indices": "trained tokens",
-    "target_parameters": "factors of fused parameters",
-    "layer_replication": "replicated layers",
-    "fan_in_fan_out": "transposed weights",
-    "loftq_config": "LoftQ, whose base is another",
-}
-# There they are what `peft` trains.
-_OF_TRANSFORMERS = ("target_parameters", "fan_in_fan_out")
-# The others, as pissa, olora or loftq, take from the base what they put into the factors.
-_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+_DTYPES = ("F64", "F32", "BF16", "F16")
 
 
 def read_settings(
@@ -58,7 +41,7 @@ def read_settings(
     backend: str = "megatron",
     nf4: bool = False,
 ) -> LoraSettings:
-    """What a stored adapter is; only headers of its tensors are read.
+    """What a stored adapter is; its tensors are looked at, and not kept.
 
     Args:
         folder: PEFT's.
@@ -76,18 +59,9 @@ def read_settings(
             f"{where}: holds no {CONFIG}; name a folder that PEFT or this project wrote"
         )
     found = json_object(Path(folder) / CONFIG)
-    if found.get("peft_type") != "LORA":
-        raise SetupError(f"{where}: is {found.get('peft_type')}, only LORA can be trained on")
-    for key, what in _OTHER.items():
-        if found.get(key) and not (backend == "transformers" and key in _OF_TRANSFORMERS):
-            raise SetupError(f"{where}: {key} is set ({what}); only plain LoRA can be trained on")
-    if found.get("bias", "none") != "none":
-        raise SetupError(f"{where}: bias is {found['bias']}; only adapters without trained biases")
-    start = found.get("init_lora_weights")
-    if start not in _STARTS:
-        raise SetupError(f"{where}: init_lora_weights is {start}: it belongs to a changed base")
+    check_config(found, where, backend)
     every = every_target(config, backend)
-    stored = _shapes(folder)
+    stored = shapes_of(folder, where)
     fused = tuple(f".{name}" for name in found.get("target_parameters") or ())
     names: set[str] = set()
     for key in list(stored):
@@ -118,20 +92,21 @@ def read_settings(
         names.update(meant)
     if not names:
         raise SetupError(f"{where}: holds no factors")
+    settings = LoraSettings(
+        rank=found["r"],
+        alpha=float(found["lora_alpha"]),
+        targets=tuple(short_names(every, names)),
+        rslora=bool(found.get("use_rslora")),
+        rank_pattern=found.get("rank_pattern") or {},
+        alpha_pattern=found.get("alpha_pattern") or {},
+        backend=backend,
+        nf4=nf4,
+    )
     try:
-        settings = LoraSettings(
-            rank=int(found["r"]),
-            alpha=float(found["lora_alpha"]),
-            targets=tuple(short_names(every, names)),
-            rslora=bool(found.get("use_rslora")),
-            rank_pattern={str(k): int(v) for k, v in (found.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (found.get("alpha_pattern") or {}).items()},
-            backend=backend,
-            nf4=nf4,
-        )
         targets = chosen_targets(config, settings)
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise SetupError(f"{where}: {CONFIG} cannot be used ({error!r})") from error
+    except SetupError as error:
+        raise SetupError(f"{where}: {error}") from error
+    check_names(found, every, names, where)
     for target in targets.values():
         for key, shape in zip(target.keys, target.shapes, strict=True):
             if stored.pop(key, ()) != shape:
@@ -144,25 +119,59 @@ def read_settings(
     return settings
 
 
-def base_of(folder: str | Path) -> str | None:
+def digest_of(folder: str | Path) -> str | None:
     """The digest of the weights that an adapter was trained on, where it was written down."""
     with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
         found: str | None = (file.metadata() or {}).get(BASE)
         return found
 
 
-def _shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
+def base_of(folder: str, where: str) -> str:
+    """The model that an adapter to answer with says it is of: a folder, or a name on the hub.
+
+    Raises:
+        SetupError: it names none, or one whose weights are other ones; or its own cannot be read.
+    """
+    base = json_object(Path(folder) / CONFIG).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise SetupError(
+            f"{where}: {CONFIG} names no base_model_name_or_path; write its base there"
+        )
+    shapes_of(folder, where)
+    try:
+        source = local_model_folder(base)
+    except SetupError as error:
+        raise SetupError(f"{where}: its base_model_name_or_path {base} is not there") from error
+    if digest_of(folder) not in (None, weights_digest(source)):
+        raise SetupError(
+            f"{where}: was trained on other weights than those of its base_model_name_or_path {base}"
+        )
+    return base
+
+
+def shapes_of(folder: str | Path, where: str) -> dict[str, tuple[int, ...]]:
+    """The shape of each stored tensor, by its name without PEFT's prefix; each is looked at whole.
+
+    Raises:
+        SetupError: there are none, they cannot be read, or they are no finite numbers under PEFT's names.
+    """
     file = Path(folder) / WEIGHTS
     if not file.is_file():
-        raise SetupError(f"--lora-adapter {folder}: holds no {WEIGHTS} (pickles are not read)")
+        raise SetupError(f"{where}: holds no {WEIGHTS} (pickles are not read)")
+    found = {}
     try:
         with safe_open(file, framework="pt") as opened:
-            return {
-                key.removeprefix(PREFIX): tuple(opened.get_slice(key).get_shape())
-                for key in opened.keys()
-            }
-    except SafetensorError as error:
-        raise SetupError(f"--lora-adapter {folder}: {WEIGHTS} is damaged ({error})") from error
+            for key in opened.keys():
+                dtype, value = opened.get_slice(key).get_dtype(), opened.get_tensor(key)
+                if not key.startswith(PREFIX):
+                    raise SetupError(f"{where}: {key} in {WEIGHTS} does not begin with {PREFIX}")
+                if dtype not in _DTYPES or not bool(torch.isfinite(value).all()):
+                    what = "holds NaN or infinity" if dtype in _DTYPES else f"is of {dtype}"
+                    raise SetupError(f"{where}: {key} in {WEIGHTS} {what}; take another adapter")
+                found[key.removeprefix(PREFIX)] = tuple(value.shape)
+    except (SafetensorError, OSError) as error:
+        raise SetupError(f"{where}: {WEIGHTS} is damaged ({error})") from error
+    return found
 
 
 def _same_rows(folder: str | Path, key: str, base: Path, name: str, rows: int = 64) -> bool:

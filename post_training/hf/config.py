@@ -46,7 +46,12 @@ def load_hf_config(
     except Exception as error:
         # A validation error has its reason in the lines below.
         detail = shorten(" ".join(str(error).split()) or type(error).__name__, 300)
-        if Path(name_or_path).is_dir():
+        if Path(name_or_path, "adapter_config.json").is_file():
+            reason = (
+                "is an adapter of PEFT: train on its base, with it as --lora-adapter; tools answer from it "
+                "with --model-backend transformers"
+            )
+        elif Path(name_or_path).is_dir():
             reason = f"has no config.json that transformers can read ({detail})"
         elif name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
             reason = "there is no such folder"

@@ -12,7 +12,8 @@ from typing import Any, ClassVar, Protocol
 import torch
 
 from data.images.processor import ImageProcessor, open_processor
-from post_training.adapters.peft_folder import CONFIG
+from post_training.adapters.peft_config import CONFIG
+from post_training.adapters.peft_folder import base_of
 from post_training.arguments.backend import MODEL_BACKENDS, model_backend
 from post_training.errors import SetupError
 from post_training.files import config_of_run, json_object
@@ -211,15 +212,22 @@ class TransformersBackend:
         stops = Path(folder) / "generation_config.json"
         if stops.is_file():
             json_object(stops)  # a broken one is passed over by transformers
-        adapter = Path(folder) / CONFIG
+        adapter, where = (Path(folder) / CONFIG).is_file(), f"--hf-model {folder}"
+        base = base_of(folder, where) if adapter else folder
         try:
-            # transformers puts an adapter of PEFT on the base that it names.
-            base = json_object(adapter)["base_model_name_or_path"] if adapter.is_file() else folder
             auto = auto_class(AutoConfig.from_pretrained(base))
-            model = auto.from_pretrained(folder, dtype="auto").eval()
+            # transformers puts an adapter of PEFT on the base that it names.
+            model, told = auto.from_pretrained(
+                folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            )
         except Exception as error:  # whatever it makes of damaged files
             first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SetupError(f"--hf-model {folder}: {first_line}") from error
+            raise SetupError(f"{where}: {first_line}") from error
+        # Begun anew, or left out, with a warning.
+        wrong = told["missing_keys"] | {key for key, *_ in told["mismatched_keys"]}
+        for key in sorted(wrong | (told["unexpected_keys"] if adapter else set())):
+            raise SetupError(f"{where}: its weights are not those of the model: look at {key}")
+        model.eval()
         tokenizer = open_tokenizer(folder, "--hf-model")
         if torch.cuda.is_available():
             model = model.cuda()

@@ -439,3 +439,17 @@ def count_plans() -> None:
 
     for name in ("plan_epoch", "fill_packs"):
         setattr(epoch_plans, name, counted(name, getattr(epoch_plans, name)))
+
+
+def leaky_documents() -> None:
+    """A model of transformers that sees one long document where there are several."""
+    from post_training.hf_models import model
+    from post_training.hf_models.packing import Documents
+
+    right = Documents.begin
+    setattr(model, "choose_way", lambda *args, **options: "attention")  # noqa: B010
+
+    def leak(self: Any, way: str, lengths: list[int] | None) -> None:
+        right(self, way, lengths and [sum(lengths)])
+
+    Documents.begin = leak  # type: ignore[method-assign]

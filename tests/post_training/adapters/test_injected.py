@@ -13,7 +13,8 @@ from post_training.adapters.injected import (
     round_to_nf4,
     save_factors_only,
 )
-from post_training.adapters.peft_folder import CONFIG, read_settings, write_adapter
+from post_training.adapters.peft_config import CONFIG
+from post_training.adapters.peft_folder import read_settings, write_adapter
 from post_training.adapters.settings import LoraSettings, chosen_targets
 from post_training.errors import SetupError
 from post_training.hf.causal_lm import build_model, complete, fill_from_folder

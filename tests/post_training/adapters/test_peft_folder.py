@@ -8,16 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from post_training.adapters.layers import new_factors
+from post_training.adapters.peft_config import CONFIG, WEIGHTS, is_meant
 from post_training.adapters.peft_folder import (
-    CONFIG,
-    WEIGHTS,
-    base_of,
+    digest_of,
     read_factors,
     read_settings,
     write_adapter,
 )
 from post_training.adapters.settings import LoraSettings, chosen_targets
 from post_training.errors import SetupError
+from tests.helpers import plain_lora
 from tests.helpers.models import make_config
 
 MODEL = make_config("qwen3", architectures=["Qwen3ForCausalLM"])
@@ -39,7 +39,7 @@ def folder(tmp_path):
 def test_written_and_read_again(folder):
     found = read_settings(folder, MODEL, BASE)
     targets = chosen_targets(MODEL, SETTINGS)
-    assert chosen_targets(MODEL, found) == targets and base_of(folder) == "D"
+    assert chosen_targets(MODEL, found) == targets and digest_of(folder) == "D"
     assert json.loads((folder / CONFIG).read_text())["target_modules"] == [
         "embed_tokens",
         "q_proj",
@@ -54,15 +54,45 @@ def test_written_and_read_again(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "is IA3"),
+        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": None}, "has no peft_type"),
         ({"use_dora": True}, "DoRA"),
-        ({"bias": "all"}, "bias is all"),
+        ({"bias": "all"}, "trained biases"),
         ({"modules_to_save": ["lm_head"]}, "trained as a whole"),
         ({"target_parameters": ["experts.down_proj"]}, "fused parameters"),
         ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"kasa_config": {"beta": 1}}, "KaSA"),
+        ({"of_tomorrow": True}, "of_tomorrow, which is not known"),
         ({"r": 5}, "another base or rank"),
-        ({"r": "many"}, "cannot be used"),
-        ({"lora_alpha": None}, "cannot be used"),
+        ({"r": 65}, "at most 64"),
+        *(({"r": r}, "r is .* must be a whole number") for r in (True, "4", 4.7, 0, -4, [4])),
+        *(
+            ({"lora_alpha": alpha}, "lora_alpha is .* must be a number above 0")
+            for alpha in (True, "8", 0, -8, 10**400, float("nan"))
+        ),
+        ({"lora_alpha": None}, "has no lora_alpha"),
+        ({"use_rslora": "false"}, "use_rslora is .* true or false"),
+        *(
+            ({"rank_pattern": ranks}, "rank_pattern is .* whole numbers")
+            for ranks in (["q_proj"], "q_proj", {"q_proj": "4"}, {"q_proj": 0}, {"(": 4})
+        ),
+        *(
+            ({"alpha_pattern": {"q_proj": alpha}}, "alpha_pattern is .* numbers by")
+            for alpha in (float("nan"), -1, "8")
+        ),
+        ({"rank_pattern": {"q_proj": 7}}, "another base or rank"),
+        ({"target_modules": ["v_proj", "q_proj", "embed_tokens", "wq"]}, "names wq"),
+        # Factors that PEFT would begin anew, or leave out.
+        ({"target_modules": ["v_proj", "q_proj", "o_proj", "embed_tokens"]}, "means .*o_proj"),
+        ({"target_modules": ["q_proj"]}, "does not mean"),
+        ({"target_modules": r".*\.q_proj"}, "does not mean"),
+        ({"target_modules": None}, "does not mean"),
+        ({"target_modules": "("}, "target_modules is .* one pattern"),
+        ({"exclude_modules": ["q_proj"]}, "does not mean"),
+        ({"exclude_modules": r".*layers\.1\..*"}, "does not mean"),
+        ({"layers_to_transform": [0, 1], "layers_pattern": "blocks"}, "does not mean"),
+        ({"layers_to_transform": 0}, "does not mean"),
+        ({"layers_to_transform": "0"}, "layers_to_transform is .* whole numbers"),
     ],
 )
 def test_another_kind_is_refused(folder, changes, message):
@@ -85,12 +115,60 @@ def test_another_base_is_refused(folder, config, message):
         read_settings(folder, other, BASE)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"layers_pattern": "layers", "exclude_modules": ["o_proj"], "task_type": None},
+        {"target_modules": r"(.*layers.*\.)?self_attn\.[qv]_proj|.*embed_tokens"},
+        {"target_modules": "all-linear"},
+        {"of_tomorrow": None, "of_later": {}, "revision": "main", "peft_version": "0.99"},
+    ],
+)
+def test_spelled_in_another_way_it_is_the_same(folder, changes):
+    file = folder / CONFIG
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    found = chosen_targets(MODEL, read_settings(folder, MODEL, BASE))
+    assert found == chosen_targets(MODEL, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pattern", "name", "meant"),
+    [
+        ([1], None, "model.layers.1.experts.0.q_proj", True),
+        ([0], None, "model.layers.1.experts.0.q_proj", False),
+        (1, ["blocks", "layers"], "model.layers.1.q_proj", True),
+        (1, "blocks", "model.layers.1.q_proj", False),
+        ([], None, "model.layers.1.q_proj", True),
+    ],
+)
+def test_layers_are_those_that_peft_means(layers, pattern, name, meant):
+    found = {"target_modules": ["q_proj"], "layers_to_transform": layers, "layers_pattern": pattern}
+    assert is_meant(found, name) == meant
+    if plain_lora.HAS_PEFT:
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        assert bool(check_target_module_exists(LoraConfig(**found), name)) == meant
+
+
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
 def test_tensors_that_mean_something_else_are_refused(folder):
     tensors = load_file(folder / WEIGHTS)
-    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector"
-    save_file(tensors | {name: torch.ones(1)}, folder / WEIGHTS)
-    with pytest.raises(SetupError, match="lora_magnitude_vector"):
-        read_settings(folder, MODEL, BASE)
+    a, b = (tensors[f"{QUERY}.lora_{x}.weight"].clone() for x in "AB")
+    for more, message in (
+        ({f"{QUERY}.lora_magnitude_vector": torch.ones(1)}, "lora_magnitude_vector"),
+        ({f"{QUERY}.lora_A.weight": a / 0}, "NaN or infinity"),
+        ({f"{QUERY}.lora_A.weight": a.int()}, "is of I32"),
+        ({f"{QUERY}.lora_A.weight": a.t().contiguous()}, "another base or rank"),
+        ({"model.layers.0.self_attn.q_proj.lora_A.weight": a}, "does not begin with base_model"),
+        ({f"{QUERY.replace('.0.', '.7.')}.lora_B.weight": b}, "no place for model.layers.7"),
+    ):
+        save_file(tensors | more, folder / WEIGHTS)
+        with pytest.raises(SetupError, match=message):
+            read_settings(folder, MODEL, BASE)
     (folder / WEIGHTS).write_bytes(b"x")
     with pytest.raises(SetupError, match="damaged"):
         read_settings(folder, MODEL, BASE)

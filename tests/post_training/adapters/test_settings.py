@@ -108,6 +108,7 @@ def test_what_is_trained_is_told_and_counted(parse_for):
         ("qwen3", "--lora-rank 4 --random-weights", "no --random-weights"),
         ("qwen3", "--lora-rank 4 --bf16 --optimizer sgd", "beside a base in 16 bits"),
         ("qwen3", "--lora-rank 4 --export-kd-teacher-load T", "is trained as a whole"),
+        ("qwen3", "--lora-rank 4 --decoupled-lr 1e-3", "at one rate"),
         ("qwen3", "--lora-rank 4 --lora-adapter nowhere", "--lora-adapter says it"),
         ("qwen3", "--lora-adapter nowhere", "holds no adapter_config.json"),
     ],
