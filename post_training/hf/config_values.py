@@ -6,6 +6,7 @@ transformers checks some types of some families and no range.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -46,7 +47,7 @@ def check_values(config: PretrainedConfig, name: str) -> None:
     if wrong is not None:
         key, value, expected = wrong
         raise SetupError(
-            f"--hf-model {name}: config.json says {key} {value!r}, expected {expected}"
+            f"--hf-model {name}: config.json says {key} {shorten(repr(value), 60)}, expected {expected}"
         )
 
 
@@ -127,9 +128,12 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
     if not _is_number(theta) or not 1 <= theta <= _LARGEST:
         yield "rope_theta", theta, f"a number from 1 to {_LARGEST}"
     for key in _ROPE_POSITIVE if parameters.get("rope_type", "default") != "default" else ():
-        value = parameters.get(key)
-        if value is not None and not (_is_number(value) and value > 0):
-            yield f"{key} of its rotary embedding", value, "a number above 0"
+        value, length = parameters.get(key), key == "original_max_position_embeddings"
+        if value is not None and not (
+            _is_size(value) if length else _is_number(value) and value > 0
+        ):
+            what = f"a whole number from 1 to {_LARGEST}" if length else "a number above 0"
+            yield f"{key} of its rotary embedding", value, what
 
 
 def _wrong_hybrid(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:

@@ -148,7 +148,8 @@ def model_cases(place: Place) -> Iterator[Case]:
         model = place.damaged(place.model, file, damage)
         key = name.split()[-3] if " = " in name else file
         names = f"{re.escape(key)}|{re.escape(model)}|--chat-template"
-        return Case(name, "finetune", place.train(hf_model=model), names)
+        words = place.train(hf_model=model)
+        return Case(name, "finetune", words, names, late=name == "weights: nan")
 
     def changed(content: bytes, **values: Any) -> bytes:
         return json.dumps(json.loads(content) | values).encode()
@@ -239,7 +240,7 @@ def data_cases(place: Place) -> Iterator[Case]:
     pyarrow.parquet.write_table(pyarrow.table({"a": [1, 2], "b": ["x", "y"]}), sink)
     parquet, whole = sink.getvalue().to_pybytes(), gzip.compress((line + "\n").encode() * 50)
     files: dict[str, str | bytes] = {
-        "utf16.jsonl": line.encode("utf-16"),
+        "utf16.jsonl": f"{line}\n{line}\n".encode("utf-16"),
         "binary.jsonl": bytes(range(256)),
         "latin.jsonl": b'{"text": "\xe4"}',
         "deep.jsonl": "[" * 100_000,
