@@ -270,7 +270,7 @@ def recipe_cases(place: Place) -> Iterator[Case]:
         file = place.new("recipe.yaml", entry.replace("\\n", "\n") + "\n")
         words = place.train("--config", file)
         key = re.split(r"[:\\ ]", entry.lstrip("-"))[0].replace("_", "-")
-        if f"--{key}" in words:  # the words would win
+        if key != "config" and f"--{key}" in words:  # the words would win
             at = words.index(f"--{key}")
             words = words[:at] + words[at + 2 :]
         names = f"{Path(file).parent}|--{re.escape(key)}"
