@@ -108,7 +108,9 @@ class FastBPE:
             ids = self._encode(text, allowed_special="all")
         except ValueError:  # millions of blanks, in which its expressions lose themselves
             return None
-        return np.stack([ids.astype(np.int32), self._lengths[ids]], axis=1)
+        tokens = np.empty((len(ids), 2), np.int32)
+        tokens[:, 0], tokens[:, 1] = ids, self._lengths[ids]
+        return tokens
 
     def _agrees(self, backend: Tokenizer, added: dict[str, int]) -> bool:
         """Whether it gives all texts of up to three characters of each kind the same ids."""

@@ -37,8 +37,6 @@ from data.tokenise.token_mask import token_mask
 # Bytes that occur in no valid UTF-8: a token with this spelling never joins to a text.
 _UNSPELLABLE = b"\xff"
 _NO_TOKENS = np.empty((0, 2), np.int32)
-# Texts whose tokenising takes as long as making ready for a faster way does.
-_FEW = 4096
 
 
 class TokenizedText(NamedTuple):
@@ -61,14 +59,15 @@ class MaskedTokenizer:
     Args:
         tokenizer: The tokenizers library's JSON.
         added: Ids and texts of all added tokens.
+        many: Whether texts come in numbers that are worth the second in which ``FastBPE`` is made ready.
     """
 
-    def __init__(self, tokenizer: str, added: dict[int, str]) -> None:
+    def __init__(self, tokenizer: str, added: dict[int, str], many: bool = False) -> None:
         self._json = tokenizer
         self.backend = _backend(tokenizer)
         self._added_ids = frozenset(added)
         self._spelling = _Spelling(self.backend, added)
-        self._texts = 0
+        self._fast = FastBPE.of(self.backend) if many else None
         self.spells = self._spells()
 
     @cached_property
@@ -206,8 +205,7 @@ class MaskedTokenizer:
 
     def _tokens(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32] | None]:
         """For each text the tokens that spell it, as of ``FastBPE``; None where they do not."""
-        self._texts += len(texts)
-        fast = self._fast if self._texts > _FEW else None
+        fast = self._fast
         tokens = [fast.tokens(text) if fast else None for text in texts]
         self._spot_check(texts, tokens)
         left = [number for number, own in enumerate(tokens) if own is None]
@@ -216,10 +214,6 @@ class MaskedTokenizer:
             if b"".join(spelled) == texts[number].encode():
                 tokens[number] = np.array([ids, [*map(len, spelled)]], np.int32).T
         return tokens
-
-    @cached_property
-    def _fast(self) -> FastBPE | None:
-        return FastBPE.of(self.backend)
 
     def _spot_check(
         self, texts: Sequence[str], tokens: Sequence[npt.NDArray[np.int32] | None]

@@ -81,11 +81,12 @@ class RowTokenizer:
 
     Args:
         options: What to do.
+        many: As for ``MaskedTokenizer``.
     """
 
-    def __init__(self, options: TokenizeOptions) -> None:
+    def __init__(self, options: TokenizeOptions, many: bool = False) -> None:
         self.options = options
-        self.tokenizer = MaskedTokenizer(options.tokenizer, options.added)
+        self.tokenizer = MaskedTokenizer(options.tokenizer, options.added, many)
         self.renderer = RowRenderer(options)
         self.reader: PictureReader | None = None
         if options.images is not None:

@@ -37,12 +37,13 @@ class WorkerPool:
     Args:
         options: What the workers do.
         count: How many.
+        many: As for ``RowTokenizer``.
     """
 
-    def __init__(self, options: TokenizeOptions, count: int) -> None:
+    def __init__(self, options: TokenizeOptions, count: int, many: bool = False) -> None:
         self.count = count
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
-        self._processes = [_start(options) for _ in range(count)]
+        self._processes = [_start(options, many) for _ in range(count)]
         for process in self._processes:
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(count)
@@ -89,7 +90,7 @@ class WorkerPool:
         return shard
 
 
-def _start(options: TokenizeOptions) -> subprocess.Popen[bytes]:
+def _start(options: TokenizeOptions, many: bool) -> subprocess.Popen[bytes]:
     here = str(Path(__file__).resolve().parents[2])
     environment = dict(os.environ)
     # One thread a worker: the workers are the parallelism.
@@ -102,7 +103,7 @@ def _start(options: TokenizeOptions) -> subprocess.Popen[bytes]:
         env=environment,
     )
     assert process.stdin is not None
-    _send(process.stdin, options)
+    _send(process.stdin, (options, many))
     return process
 
 
@@ -132,7 +133,7 @@ def main() -> None:
     # Rows make no cycles, and looking for some takes a fifth of the time.
     gc.disable()
     try:
-        tokenizer = RowTokenizer(_receive(sys.stdin.buffer))
+        tokenizer = RowTokenizer(*_receive(sys.stdin.buffer))
         for number in count(1):
             _send(answers, tokenizer.chunk(_receive(sys.stdin.buffer)))
             if number % _COLLECT_EVERY == 0:

@@ -151,5 +151,5 @@ def _check_answers(args: argparse.Namespace) -> None:
         raise SetupError(f"--answer-tokens {args.answer_tokens}: {why}")
 
 
-# What is done with conversations.
-_NOT_OF_TASKS = ("finetune_hf_dataset", "split_ratio", "chat_template", "conversation_format")
+# What is no path of `build_dataloader`.
+_NOT_OF_TASKS = ("finetune_hf_dataset", "split_ratio")

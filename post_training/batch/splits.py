@@ -98,12 +98,8 @@ def plan_split(
         DataError: there are none, or one does not fit into a pack.
     """
     made: Any
-    if isinstance(documents, SplitDocuments) and documents.has_pictures:
-        made = functools.partial(
-            PictureDataset, _processor(args, split, tokenizer), hf_dataset=documents
-        )
-    elif isinstance(documents, SplitDocuments):
-        made = functools.partial(SFTDataset, hf_dataset=documents)
+    if isinstance(documents, SplitDocuments):
+        made = packs_of(args, split, documents, tokenizer)
     else:
         made = functools.partial(OfflineDataset, documents, names=names)
     sizes = {"tokenizer": tokenizer, "seq_length": args.seq_length, "packing": args.packing}
@@ -123,6 +119,20 @@ def plan_split(
     if not isinstance(documents, SplitDocuments):
         return Split(packs, Sources([], None))
     return Split(packs, sources_of(args, split, documents))
+
+
+def packs_of(
+    args: argparse.Namespace, split: DataSplit, documents: SplitDocuments, tokenizer: Any
+) -> Callable[..., SFTDataset]:
+    """The class of a split's packs, with its documents and what decodes their pictures.
+
+    Raises:
+        SetupError: the model cannot see pictures.
+    """
+    if not documents.has_pictures:
+        return functools.partial(SFTDataset, hf_dataset=documents)
+    processor = _processor(args, split, tokenizer)
+    return functools.partial(PictureDataset, processor, hf_dataset=documents)
 
 
 def _processor(args: argparse.Namespace, split: str, tokenizer: Any) -> ImageProcessor:

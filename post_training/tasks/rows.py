@@ -122,7 +122,9 @@ def _documents(
     documents = numbered(len(rows.dataset))
     # A position in them is valid while the files are the same; the task's code may be mended.
     contents = hashlib.sha256(documents.contents.encode())
-    if all(Path(path).exists() for path in paths):
+    if isinstance(rows.dataset, SFTDataset):
+        contents.update(rows.dataset.documents.contents.encode())
+    elif all(Path(path).exists() for path in paths):
         for digest in file_digests(resolve_files(paths, "--task"), cache_dir(args)):
             contents.update(digest.encode())
     else:

@@ -27,6 +27,7 @@ import torch
 from post_training.errors import SetupError
 from post_training.machine.device import current_device
 
+_OF_CONVERSATIONS = ("chat_template", "conversation_format")
 METHODS = ("build_dataloader", "get_train_model_output", "get_eval_model_output")
 
 
@@ -40,7 +41,10 @@ class SFTTask:
         model: the model, whole or sharded: called like the model itself, and `generate`; set before the
             first batch.
         amp_context: does nothing: FSDP2 casts weights to the precision of the flags.
+        uses_data_flags: whether `build_dataloader` heeds the flags of conversations.
     """
+
+    uses_data_flags = False
 
     def __init__(self, cfg: argparse.Namespace) -> None:
         """Keep the arguments."""
@@ -86,6 +90,11 @@ def load_task(
     lacking = [method for method in METHODS if not callable(getattr(kind, method, None))]
     if lacking:
         raise SetupError(f"--task {args.task}: {name} has no {' and no '.join(lacking)}")
+    for key in () if getattr(kind, "uses_data_flags", False) else _OF_CONVERSATIONS:
+        if getattr(args, key):
+            raise SetupError(
+                f"--{key.replace('_', '-')}: --task {args.task} reads its own rows; leave it out"
+            )
     cfg = args
     if sections:
         from omegaconf import OmegaConf

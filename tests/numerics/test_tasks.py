@@ -13,7 +13,7 @@ import torch
 
 from data import SFTDataset
 from post_training.tasks.rows import numbered
-from tests.helpers import chat_task
+from tests.helpers import chat_task, vision
 from tests.helpers.launch import ROOT, finetune
 from tests.helpers.models import load_model, make_tokenizer
 
@@ -110,6 +110,35 @@ def test_the_task_of_the_documentation_learns_and_its_best_checkpoint_stays(tmp_
     kept = {path.name for path in (tmp_path / "out" / "checkpoints").glob("iter_*")}
     assert kept == {f"iter_{3 * (first + n):07d}" for n in (1, 3)}
     assert "no better eval_accuracy in 2 evaluations" in run.console
+
+
+@pytest.mark.parametrize("kind", ["gpt2", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+def test_the_own_task_in_three_methods_is_the_run_without_one(hf_model, chat_data, tmp_path, kind):
+    model, data = tmp_path / kind, chat_data.file
+    if kind == "gpt2":
+        model = hf_model(kind)
+    else:
+        vision.save_model(model, kind)
+        vision.make_rows(tmp_path / "data", 30, 0.25)
+        data = tmp_path / "data" / "rows.jsonl"
+    lines = data.read_text().splitlines()
+    held_out = data.with_name("held_out.jsonl")
+    held_out.write_text("\n".join(lines[:7]) + "\n")
+    flags = (
+        *("--hf-model", str(model), "--fp32", "--seq-length", "160", "--lr", "1e-3"),
+        *("--finetune-data-files", str(data), "--valid-data-files", str(held_out)),
+        *("--train-iters", "3", "--global-batch-size", "6", "--log-interval", "1"),
+        *("--eval-interval", "3", "--conversation-format", "messages"),
+    )
+    task = ("--task", "post_training.tasks.conversations:Conversations")
+    packed = finetune(tmp_path / "run", *flags, "--micro-batch-size", "3", "--packing", "none").ok()
+    rows = finetune(tmp_path / "task", *flags, *task, "--micro-batch-size", "1", world=2).ok()
+    assert len(rows.losses) == 3 and rows.losses == pytest.approx(packed.losses, rel=1e-5)
+    norms = [[step["grad_norm"] for step in run.steps] for run in (packed, rows)]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    known, found = packed.evaluations[-1], rows.evaluations[-1]
+    assert found["total"] == known["tokens"]
+    assert found["eval_accuracy"] == pytest.approx(known["token_accuracy"])
 
 
 def test_answers_of_a_sharded_model_are_those_of_one_process(flags, tmp_path):

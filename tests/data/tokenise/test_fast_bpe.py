@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from data.tokenise import masked_tokenizer
+from data.prepare import prepare
 from data.tokenise.fast_bpe import FastBPE
+from data.tokenise.masked_tokenizer import MaskedTokenizer
 
 pytest.importorskip("tiktoken")
 
@@ -177,17 +178,42 @@ def test_a_text_that_is_too_much_for_it_is_left_to_the_library(tokenizer):
     assert fast is not None and fast.tokens(" " * 3_000_000 + "x") is None
 
 
-def test_it_is_used_behind_the_first_texts_and_compared_with_the_library(tokenizer, monkeypatch):
+def test_it_is_compared_with_the_library(tokenizer, monkeypatch):
     json_text = tokenizer.backend_tokenizer.to_str()
-    ours = masked_tokenizer.MaskedTokenizer(json_text, {})
     texts = ["One two, three."] * 9
-    before = ours.tokenize(texts, [[(0, 3)]] * 9)
-    monkeypatch.setattr(masked_tokenizer, "_FEW", 0)
-    after = ours.tokenize(texts, [[(0, 3)]] * 9)
-    assert ours._fast is not None
+    few, many = (MaskedTokenizer(json_text, {}, many) for many in (False, True))
+    assert few._fast is None and many._fast is not None
+    before, after = (each.tokenize(texts, [[(0, 3)]] * 9) for each in (few, many))
     assert [each.ids.tolist() for each in before] == [each.ids.tolist() for each in after]
     assert [each.mask.tolist() for each in before] == [each.mask.tolist() for each in after]
-    wrong = ours._fast.tokens("One two, four.")
-    monkeypatch.setattr(ours._fast, "tokens", lambda text: wrong)
+    wrong = many._fast.tokens("One two, four.")
+    monkeypatch.setattr(many._fast, "tokens", lambda text: wrong)
     with pytest.raises(RuntimeError, match="gives other ids"):
-        ours.tokenize(texts, [[(0, 3)]] * 9)
+        many.tokenize(texts, [[(0, 3)]] * 9)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_it_is_made_for_large_data_alone(tokenizer, tmp_path, monkeypatch, workers):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 3)
+    made, of = [], FastBPE.of
+
+    def counted(backend):
+        made.append(backend)
+        return of(backend)
+
+    monkeypatch.setattr(FastBPE, "of", counted)
+    found = []
+    for limit in (prepare._FAST_BYTES, 0):
+        monkeypatch.setattr(prepare, "_FAST_BYTES", limit)
+        found.append(
+            prepare.prepare_documents(
+                files=[str(rows)],
+                tokenizer=tokenizer,
+                seq_length=64,
+                workers=workers,
+                cache_dir=tmp_path / f"cache {limit}",
+            )
+        )
+        assert len(made) == (limit == 0 and workers == 0)  # a worker makes its own
+    assert found[0].input_ids.tolist() == found[1].input_ids.tolist()

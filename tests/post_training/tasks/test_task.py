@@ -38,13 +38,19 @@ class Breaks(Whole):
 def test_a_class_is_found_or_refused_by_name(tmp_path, named, says):
     file = tmp_path / "a_task.py"
     file.write_text(SOURCE)
-    args = argparse.Namespace(task=named.format(file=file), lora=None)
+    given = {"lora": None, "chat_template": None, "conversation_format": None}
+    args = argparse.Namespace(task=named.format(file=file), **given)
     if says is not None:
         with pytest.raises(SetupError, match=says):
             load_task(args, None)
         return
     task = load_task(args, "tokenizer")
     assert task.own is args and task.tokenizer == "tokenizer" and task.device.type == "cpu"
+    args.chat_template = "chatml"
+    with pytest.raises(SetupError, match="--chat-template: .* reads its own rows"):
+        load_task(args, None)
+    args.task = "post_training.tasks.conversations:Conversations"
+    assert load_task(args, None).cfg is args
 
 
 class Endless(IterableDataset):
