@@ -314,7 +314,9 @@ def tool_cases(place: Place) -> Iterator[Case]:
     }
 
     def filled(word: str) -> str:
-        return re.sub("|".join(names), lambda found: names[found[0]], word)
+        return re.sub("|".join(names), lambda found: names[found[0]], word).replace(
+            "\\udcff", "\udcff"
+        )
 
     for line in re.split(r"\n(?=\w)", TABLES["tools"].strip()):
         (tool, *good), flags = (part.split() for part in line.split(" :"))
