@@ -6,7 +6,6 @@ transformers checks some types of some families and no range.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +46,7 @@ def check_values(config: PretrainedConfig, name: str) -> None:
     if wrong is not None:
         key, value, expected = wrong
         raise SetupError(
-            f"--hf-model {name}: config.json says {key} {shorten(repr(value), 60)}, expected {expected}"
+            f"--hf-model {name}: config.json says {key} {value!r:.60}, expected {expected}"
         )
 
 

@@ -50,7 +50,8 @@ OUTCOMES = "traceback silent hang wrong-status unnamed long late refused taken".
 
 def fault(case: Case, status: int | None, said: str, shown: str) -> str | None:
     """What is wrong with an answer on stderr, and what is shown on stdout; None where it is good."""
-    lines = [line for line in said.splitlines() if line.strip()]
+    # What transformers warns of by itself is not ours.
+    lines = [x for x in said.splitlines() if x.strip() and not x.startswith("[transformers]")]
     if status is None:
         return "hang"
     if status < 0 or "Traceback (most recent" in said:
