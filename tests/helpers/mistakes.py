@@ -119,12 +119,12 @@ def flag_cases(place: Place) -> Iterator[Case]:
     """Words of finetune.py: types, ranges, contradictions, names of other programs, variables, paths."""
     for kind, table in TABLES["flags"].items():
         for flag, value in product(table["flags"].split(), table["values"]):
-            words = (f"--{flag}", value) if kind == "foreign" else (f"--{flag}={value}",)
+            words = [f"--{flag}", value] if kind == "foreign" else [f"--{flag}={value}"]
             name = f"{kind}: --{flag} {value!r}"
             yield Case(name, "finetune", place.train(*words), f"--{flag}")
     for entry in listed("words"):
         text, _, names = entry.partition(" -> ")
-        words = tuple(text.replace("ROWS", str(place.data)).split(" "))
+        words = text.replace("ROWS", str(place.data)).split(" ")
         given = [re.escape(word.partition("=")[0]) for word in words if word[:2] == "--"]
         names = "|".join([names or str(place.data), *given])
         yield Case(f"words: {text}", "finetune", place.train(*words), names)
@@ -147,7 +147,7 @@ def model_cases(place: Place) -> Iterator[Case]:
     def case(name: str, file: str, damage: Damage) -> Case:
         model = place.damaged(place.model, file, damage)
         key = name.split()[-3] if " = " in name else file
-        names = f"{re.escape(key)}|{re.escape(model)}|--chat-template"
+        names = f"{re.escape(key)}|{re.escape(model)}|--chat-template|look at the weights"
         words = place.train(hf_model=model)
         return Case(name, "finetune", words, names, late=name == "weights: nan")
 
@@ -172,7 +172,7 @@ def model_cases(place: Place) -> Iterator[Case]:
             yield case(f"{table}: {entry}", f"{table}.json", partial(changed, **json.loads(entry)))
     for entry in listed("indices"):
         index = "model.safetensors.index.json"
-        folder = Path(place.damaged(place.model, index, lambda _, e=entry: e.encode()))
+        folder = Path(place.damaged(place.model, index, partial(_encoded, text=entry)))
         (folder / "model.safetensors").rename(folder / "part.safetensors")
         words = place.train(hf_model=str(folder))
         yield Case(f"weights: index {entry}", "finetune", words, str(folder))
@@ -180,7 +180,7 @@ def model_cases(place: Place) -> Iterator[Case]:
         text = entry.replace("LOOP", "{% for m in messages %}").replace("END", "{% endfor %}")
         words = place.train("--chat-template", place.new("template.jinja", text))
         yield Case(f"template: {entry}", "finetune", words, "template")
-        yield case(f"own template: {entry}", "chat_template.jinja", lambda _, t=text: t.encode())
+        yield case(f"own template: {entry}", "chat_template.jinja", partial(_encoded, text=text))
 
 
 WEIGHTS: dict[str, Callable[[dict[str, Any]], Any]] = {
@@ -196,6 +196,10 @@ WEIGHTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     ),
     "complex": lambda t: t.update({"model.norm.weight": torch.ones(64, dtype=torch.complex64)}),
 }
+
+
+def _encoded(content: bytes, text: str) -> bytes:
+    return text.encode()
 
 
 def _weights(content: bytes, change: Callable[[dict[str, Any]], Any], place: Place) -> bytes:
@@ -290,8 +294,8 @@ def run_cases(place: Place) -> Iterator[Case]:
         run = place.damaged(place.run, file, WAYS[way])
         yield Case(f"resumed: {file} {way}", "finetune", again(run), f"iter_|{run}", late=True)
         run = place.damaged(place.run, file, WAYS[way])
-        words = ("--output-dir", run)
-        yield Case(f"exported: {file} {way}", "export_hf", words, f"iter_|{run}", late=True)
+        given = ("--output-dir", run)
+        yield Case(f"exported: {file} {way}", "export_hf", given, f"iter_|{run}", late=True)
     other = str(save_model(place.folder / "llama", "llama"))
     for entry in listed("resumed"):
         run = place.damaged(place.run, "metrics.jsonl", lambda content: content)
@@ -329,7 +333,7 @@ def tool_cases(place: Place) -> Iterator[Case]:
                 base = (
                     w for name, word in pairs.items() if name != f"--{flag}" for w in (name, word)
                 )
-                answer = f"--{flag}|{re.escape(value[:40]) or '--'}"
+                answer = f"--{flag}|{re.escape(value[:40]) or '--'}|the prompt|{place.data}:"
                 yield Case(f"{tool}: {entry[:30]} {value[-9:]!r}", tool, (*base, *added), answer)
     for entry in listed("launches"):
         words = tuple(
