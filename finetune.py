@@ -394,6 +394,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         full = no_room(error)
         if full is not None and not watchdog.explains(error):
             return tell_no_room(full, args.output_dir if args else None, rank, console)
+        if isinstance(error, OSError) and error.filename and not started:
+            return tell(error, console, started=False)  # a path that the system refuses
         tell_failure(error, rank, console)
         raise
     finally:

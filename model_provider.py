@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from post_training.checkpoint.store import Checkpoint
 from post_training.distillation.draft_forward import install_forward
 from post_training.distillation.draft_model import DraftSettings, add_draft, own_layers
 from post_training.errors import SetupError
+from post_training.files import json_object
 from post_training.hf.check import check_hf_weights
 from post_training.hf.draft import DraftShape
 from post_training.hf.families import Factors, family_of
@@ -126,10 +128,13 @@ def check_weights(args: argparse.Namespace, checkpoint: Checkpoint | None) -> No
     """Look at the weight files before any process group starts.
 
     Raises:
-        SetupError: files are missing, or hold another model than config.json describes; or context
+        SetupError: files are missing, damaged, or hold another model than config.json describes; or context
             parallelism is asked of a model that ModelOpt converted, or Transformer Engine of one whose
             rotary frequencies depend on the length of a document; or a new draft has no base, or no tokens.
     """
+    generation = Path(args.hf_model or "", "generation_config.json")
+    if args.hf_model and generation.is_file():
+        json_object(generation)  # rather now than when a trained model is to answer with it
     if args.model_backend == "transformers":
         check_model(args, checkpoint)
         return

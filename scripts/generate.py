@@ -57,7 +57,7 @@ def main() -> int:
             for prompt in prompts
         ]
         answers = backend.generate(encoded)
-    except (SetupError, DataError) as error:
+    except (SetupError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for prompt, answer in zip(prompts, answers, strict=True):

@@ -72,6 +72,7 @@ def main() -> int:
     parser = run.get_args_parser()
     parser.allow_abbrev = False
     parser.add_argument("--dry-run", action="store_true")
+    setattr(parser, "error", lambda message: parser.exit(2, f"error: {message}\n"))  # noqa: B010
     if "PET_NPROC_PER_NODE" not in os.environ:
         parser.set_defaults(nproc_per_node=str(device_count() or 1))
     arguments = parser.parse_args(sys.argv[1:])
@@ -120,7 +121,9 @@ def _refused(processes: str, nodes: str, node_rank: int) -> str | None:
             )
     if not re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", nodes, re.ASCII):
         return f"--nnodes {nodes}: expects how many machines, or LEAST:MOST"
-    most = nodes.rpartition(":")[2]
+    least, _, most = nodes.rpartition(":")
+    if int(least or 1) > int(most):
+        return f"--nnodes {nodes}: at least {least} machines are more than at most {most}"
     if node_rank >= int(most):
         return f"--node-rank {node_rank}: the ranks of {most} nodes begin at 0"
     return None

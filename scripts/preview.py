@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     args = read_options(add_data_arguments(parser), argv)
     try:
         _preview(args)
-    except (DataError, SetupError) as error:
+    except (DataError, SetupError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

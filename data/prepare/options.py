@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from data.rows.plain import PLAIN_FORMATS
 from data.rows.registry import FORMAT_NAMES, require_keys_of_use
 from data.templates.reasoning import keep_reasoning
 from data.templates.separator import choose_separator
-from data.templates.template import ChatTemplate
+from data.templates.template import ChatTemplate, unread_variables
 from data.templates.tokenizer_facts import (
     added_tokens,
     backend_json,
@@ -151,9 +150,7 @@ def tokenize_options(
         warnings.append("the template writes no stop token after the last assistant turn")
     if settings.template_date and not day:
         warnings.append(f"--template-date {settings.template_date}: the chat template has no clock")
-    unread = [
-        n for n, _ in settings.template_variables if not re.search(rf"\b{re.escape(n)}\b", source)
-    ]
+    unread = unread_variables(source, [name for name, _ in settings.template_variables])
     if unread:
         warnings.append(
             f"--chat-template-variables: the chat template has no variable {', '.join(unread)}"

@@ -110,7 +110,7 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
     """Tool schemas as a list of ``{"type": "function", "function": {...}}``, or None.
 
     Raises:
-        RowError: not a list of objects.
+        RowError: not a list of objects, or one without a name.
     """
     if tools is None or tools == "" or tools == []:
         return None
@@ -127,7 +127,11 @@ def normalise_tools(tools: Any) -> list[dict[str, Any]] | None:
         if not isinstance(tool, Mapping):
             raise RowError("bad tools", f"tool {number} is {kind_of(tool)}, expected an object")
         schema = dict(tool)
-        schemas.append(schema if "function" in schema else {"type": "function", "function": schema})
+        schema = schema if "function" in schema else {"type": "function", "function": schema}
+        function = schema["function"]
+        if not (isinstance(function, Mapping) and function.get("name")):
+            raise RowError("bad tools", f"tool {number} has no function name")
+        schemas.append(schema)
     return schemas or None
 
 

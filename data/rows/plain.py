@@ -46,7 +46,8 @@ def text_row(row: Columns, options: FormatOptions) -> PlainRow:
 def tokens_row(row: Columns, options: FormatOptions) -> PlainRow:
     """``input_ids`` with ``labels``, a mask of _MASKS, or neither; ``attention_mask`` cuts padding."""
     ids = _integers(row, "input_ids")
-    if ids is None or not ids or min(ids) < 0 or max(ids) >= 1 << 31:
+    flags = any(isinstance(token, bool) for token in ids or ())
+    if not ids or flags or min(ids) < 0 or max(ids) >= 1 << 31:
         raise RowError("bad token ids", "'input_ids' is not a list of token ids")
     trained = [True] * len(ids)
     labels = _integers(row, "labels")

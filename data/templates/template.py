@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date, datetime, time
 from functools import lru_cache, partial
 from types import BuiltinMethodType
@@ -217,3 +218,8 @@ class ChatTemplate:
             raise RowError("template failed", "nested too deeply") from error
         except MemoryError as error:
             raise RowError("template failed", "it writes more than there is memory for") from error
+
+
+def unread_variables(source: str, names: Iterable[str]) -> list[str]:
+    """Those of some variables that a template's source does not name."""
+    return [name for name in names if not re.search(rf"\b{re.escape(name)}\b", source)]

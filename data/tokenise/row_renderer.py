@@ -11,12 +11,13 @@ from typing import Any
 from data.errors import DataError, RowError
 from data.masking.answers import AnswerFinder, Rendering, edges_of_answers, trained_spans
 from data.masking.template_check import check_template
+from data.rows.columns import require_read
 from data.rows.conversation import Conversation, count_pictures
 from data.rows.plain import PLAIN_FORMATS, PlainRow, plain_row
 from data.rows.registry import converter
 from data.sources.chunks import RawRow
 from data.templates.marks import Span
-from data.templates.template import ChatTemplate
+from data.templates.template import ChatTemplate, unread_variables
 from data.tokenise.options import TokenizeOptions
 
 # Sets of template variables, of rows that bring some, whose finders are kept.
@@ -121,6 +122,8 @@ class RowRenderer:
             raise RowError(
                 "pictures or sound", f"the row has pictures, and {self.options.no_images}"
             )
+        if conversation.variables:
+            conversation = self._with_unread_variables(conversation)
         rendering = self._finder_for(conversation.variables).find(conversation)
         _require_unicode(rendering.text)
         if conversation.open_end:
@@ -131,6 +134,14 @@ class RowRenderer:
         return RowText(
             raw, conversation, rendering.text, spans, edges, len(rendering.turns), stopped
         )
+
+    def _with_unread_variables(self, conversation: Conversation) -> Conversation:
+        """A conversation that also says which of its own template variables nobody reads."""
+        names = unread_variables(self.options.template, conversation.variables)
+        mapping = self.options.mapping
+        left = [f"chat_template_kwargs.{name}" for name in names]
+        found = require_read(left, mapping.ignore_columns, mapping.strict_columns)
+        return replace(conversation, unread=(*conversation.unread, *found))
 
     def without_oldest_turns(self, row: RowText, fits: Callable[[RowText], bool]) -> RowText | None:
         """Leave out the oldest turns, question and answers together, until the rest fits.

@@ -5,7 +5,6 @@ transformers checks some types of some families and no range.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _LARGEST = 2**31 - 1
+_HUGE = 1e38  # what fp32 holds
 # Each layer and each expert has weights of its own, which are listed before they are read.
 _MOST = {"num_hidden_layers": 10_000, "num_experts": 100_000, "n_routed_experts": 100_000}
 _NEEDED = (
@@ -47,7 +47,7 @@ def check_values(config: PretrainedConfig, name: str) -> None:
     if wrong is not None:
         key, value, expected = wrong
         raise SetupError(
-            f"--hf-model {name}: config.json says {key} {value!r}, expected {expected}"
+            f"--hf-model {name}: config.json says {key} {value!r:.60}, expected {expected}"
         )
 
 
@@ -131,9 +131,12 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
     if not _is_number(theta) or not 1 <= theta <= _LARGEST:
         yield "rope_theta", theta, f"a number from 1 to {_LARGEST}"
     for key in _ROPE_POSITIVE if parameters.get("rope_type", "default") != "default" else ():
-        value = parameters.get(key)
-        if value is not None and not (_is_number(value) and value > 0):
-            yield f"{key} of its rotary embedding", value, "a number above 0"
+        value, length = parameters.get(key), key == "original_max_position_embeddings"
+        if value is not None and not (
+            _is_size(value) if length else _is_number(value) and value > 0
+        ):
+            what = f"a whole number from 1 to {_LARGEST}" if length else "a number above 0"
+            yield f"{key} of its rotary embedding", value, what
 
 
 def _wrong_hybrid(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
@@ -223,4 +226,5 @@ def _is_size(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    # Of an integer of any size, and false for nan.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE

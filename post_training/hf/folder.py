@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -99,6 +100,13 @@ def check_export(target: Path, run: Path, name: str = "hf") -> None:
             f"--to {target}: is there already, and is not this run's earlier export in {run / name}; give "
             f"another folder, or remove it"
         )
+    probe = place.with_name(f"{place.name}.probe")
+    try:
+        probe.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SetupError(f"--to {target}: cannot be written ({error.strerror})") from error
+    with contextlib.suppress(OSError):  # another rank's
+        probe.rmdir()
 
 
 def weights_digest(folder: Path, pattern: str = "*.safetensors") -> str:

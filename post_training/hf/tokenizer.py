@@ -79,6 +79,7 @@ def open_tokenizer(name: str, flag: str, *, trust_remote_code: bool = False) -> 
         tokenizer = _of_file(folder)
         tokenizer.name_or_path = name
         own = Tokenizer.from_file(str(folder / FILE))
+        _check_vocabulary(tokenizer, f"{flag} {name}")
         _check_added(tokenizer, own, folder, f"{flag} {name}")
         text = first_difference(tokenizer, own)
     except SetupError:
@@ -138,16 +139,21 @@ def _of_file(folder: Path) -> Any:
 
 
 def _check_vocabulary(tokenizer: Any, where: str) -> None:
-    """Check that a tokenizer knows words: without its files transformers 5 makes one that drops them all.
+    """Check that a tokenizer drops no letter of ASCII: it would be missing from all that is trained.
+
+    Without its files transformers 5 makes one that drops every word.
 
     Raises:
-        SetupError: it does not.
+        SetupError: it does.
     """
-    if tokenizer.get_vocab().keys() <= {str(t) for t in tokenizer.added_tokens_decoder.values()}:
-        raise SetupError(
-            f"{where}: holds no {FILE}, nor another vocabulary of {type(tokenizer).__name__}: copy the "
-            f"whole folder"
-        )
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    found = tokenizer(letters, add_special_tokens=False)["input_ids"]
+    for letter, ids in zip(letters, found, strict=True):
+        if not ids:
+            raise SetupError(
+                f"{where}: its vocabulary has no {letter!r} and nothing for what is unknown, so that it "
+                f"would be dropped without a word: copy the whole folder, with its {FILE}"
+            )
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
@@ -165,10 +171,11 @@ def _check_added(tokenizer: Any, own: Tokenizer, folder: Path, where: str) -> No
     Raises:
         SetupError: it gets another.
     """
+    known = {token.content for token in own.get_added_tokens_decoder().values()}
     for number, token in (_configuration(folder).get("added_tokens_decoder") or {}).items():
         text, found = token["content"], tokenizer.convert_tokens_to_ids(token["content"])
-        if found != int(number) and own.token_to_id(text) is None:
+        if found != int(number) and text not in known:
             raise SetupError(
-                f"{where}: tokenizer_config.json gives {text!r} the id {number}, but behind the vocabulary "
+                f"{where}: tokenizer_config.json gives {text!r} the id {number}, but beside the vocabulary "
                 f"of {FILE} it gets {found}"
             )

@@ -122,6 +122,7 @@ def open_backend(options: argparse.Namespace, model_config: ModelConfig) -> Back
         options.top_k,
         options.seed,
     )
+    open_prompts(options, None, None)  # rather refused now than when the model is there
     asked, _ = model_backend(options.model_backend, options.hf_model)
     if options.hf_model is not None and asked == "transformers":
         plain = TransformersBackend.load(options.hf_model, sampling, options.batch_size)

@@ -16,6 +16,7 @@ from post_training.arguments.completion import complete_inference, validate
 from post_training.checkpoint.store import Checkpoint, chosen_checkpoint, latest_checkpoint
 from post_training.checkpoint.torch_dcp import checkpoint_format, load_weights
 from post_training.errors import SetupError
+from post_training.files import DERIVED
 from post_training.hf.folder import local_model_folder, weights_digest
 from post_training.hf.tokenizer import load_tokenizer
 from post_training.inference.arguments import arguments_of_hf_model, arguments_of_run
@@ -102,6 +103,8 @@ def checkpoint_of_run(
     if not config_file.is_file():
         raise SetupError(f"--output-dir {folder}: holds no run (no config.yaml)")
     config = read_yaml(config_file)
+    if DERIVED not in config:  # written last
+        raise SetupError(f"{config_file}: is not whole, it has no {DERIVED}; restore the file")
     own = folder / "checkpoints"
     # The folder's own checkpoints first: it may be a copy of the one that config.yaml was written in.
     usual = own if latest_checkpoint(own) is not None else config.get("save") or own

@@ -16,7 +16,6 @@ _FILES = "--finetune-data-files"
 
 _LAYERS = "--transformer-impl; a checkpoint is read by either implementation"
 _FAMILY = "what an architecture computes follows from --hf-model; leave it out"
-_QUANTISED = "models are not quantised here; a checkpoint of a converted model goes on as it is"
 
 # By name without dashes in front, with underscores.
 OTHER_NAMES: dict[str, str] = {
@@ -71,9 +70,9 @@ OTHER_NAMES: dict[str, str] = {
     "use_rslora": "--rslora",
     "use_dora": "only plain LoRA is trained (--lora-rank)",
     "adapter_name_or_path": "--lora-adapter",
-    "finetuning_type": "all weights are trained (full); leave it out",
-    "load_in_4bit": "all weights are trained; there are no quantised ones",
-    "load_in_8bit": "all weights are trained; there are no quantised ones",
+    "finetuning_type": "all weights are trained, or with --lora-rank an adapter; leave it out",
+    "load_in_4bit": "--base-precision nf4, with --lora-rank",
+    "load_in_8bit": "--base-precision nf4, with --lora-rank, keeps a frozen base in 4 bits",
     # Data.
     "dataset_name": "--finetune-hf-dataset (or --finetune-data-files for files)",
     "dataset": "--finetune-hf-dataset (or --finetune-data-files for files)",
@@ -121,7 +120,7 @@ OTHER_NAMES: dict[str, str] = {
     "do_train": "training is what is done; leave it out (--eval-only only evaluates)",
     "do_eval": "--valid-data-files or --split-ratio; --eval-only only evaluates",
     "do_predict": "scripts/generate.py generates",
-    "push_to_hub": "--save-hf writes a HuggingFace folder; the rest is yours",
+    "push_to_hub": "scripts/export_hf.py writes a HuggingFace folder, and uploads it where asked",
     "stage": "supervised finetuning is what is done; leave it out",
     # Layout.
     "deepspeed": "--use-distributed-optimizer, which is on, or --use-torch-fsdp2",
@@ -146,8 +145,8 @@ OTHER_NAMES: dict[str, str] = {
     "export_qk_l2_norm": _FAMILY,
     "export_moe_apply_probs_on_input": _FAMILY,
     "enable_gpt_oss": _FAMILY,
-    "export_real_quant_cfg": _QUANTISED,
-    "export_kv_cache_quant": _QUANTISED,
+    "export_real_quant_cfg": "--export-quant-cfg; scripts/export_hf.py writes such a run in 8 bits",
+    "export_kv_cache_quant": "caches of keys and values are not quantised; leave it out",
     "export_kd_finalize": "a student's checkpoint is the student's alone; scripts/export_hf.py exports it",
     "eagle_config": "the draft's sizes are its base's; --draft-vocab-size, --aux-layers, --draft-ttt-steps",
     "draft_vocab_cache": "--draft-vocab-size chooses from the training data",

@@ -67,6 +67,7 @@ def test_preview_refuses_bad_input_in_one_line(run, capsys):
     folder, call = run
     for flags, message in (
         (["--data", "gone.jsonl"], "--data gone.jsonl: no such file"),
+        (["--data", "n" * 300], "File name too long"),
         ([], "there is no data"),
         (["--data", folder / "a.jsonl", "--separator", "x"], "--separator x"),
     ):

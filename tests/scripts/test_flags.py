@@ -61,3 +61,10 @@ def test_a_prompt_that_is_no_text(monkeypatch, capsys, words, given):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
     assert generate.main() == 2
     assert "is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--chat-template-variables", "5"], ["--template-date", "x"]])
+def test_flags_of_templates_are_read_before_the_model(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["x", "--hf-model", "/no", "--prompt", "a", *words])
+    assert generate.main() == 2
+    assert f"error: {' '.join(words)}: expected" in capsys.readouterr().err

@@ -103,6 +103,8 @@ def test_a_script_that_is_not_there():
         ["--nproc-per-node", "0"],
         ["--nnodes", "2", "--node-rank", "2"],
         ["--nnodes", "x", "--dry-run"],
+        ["--nnodes", "2:1", "--dry-run"],
+        ["--nothing"],
         ["--no-python", "/no"],
     ],
     ids=" ".join,

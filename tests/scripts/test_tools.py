@@ -119,6 +119,20 @@ def test_a_copied_run_reads_its_own_checkpoints(run, tmp_path):
     assert str(copy / "checkpoints") in done.stdout
 
 
+def test_a_damaged_run_is_exported_or_refused(run, tmp_path):
+    """Megatron ends with status 0 where it cannot read the tracker file: nothing was exported."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run.folder, copy)
+    (copy / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("")
+    words = ("scripts/export_hf.py", "--output-dir", str(copy), "--to", str(tmp_path / "hf"))
+    done = run_script(*words)
+    assert done.returncode == 0 and (tmp_path / "hf" / "config.json").is_file(), done.stderr
+    config = copy / "config.yaml"
+    config.write_text(config.read_text()[:2000])
+    done = run_script(*words[:-1], str(tmp_path / "other"))
+    assert done.returncode == 2 and f"error: {config}: is not whole" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "flags", "expected"),
     [

@@ -152,7 +152,7 @@ def apply() -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import serialization, validation
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
-    from megatron.training import checkpointing, training
+    from megatron.training import checkpointing, get_args, training
     from torch.distributed.checkpoint import FileSystemReader
 
     @agreed
@@ -187,6 +187,12 @@ def apply() -> None:
                     load_hooks.fall_back(str(error))
         finally:
             load_hooks.under_way = False
+
+    @in_place_of((checkpointing, "read_metadata"))
+    def chosen_or_tracked(read_metadata: Any, tracker_filename: str) -> Any:
+        # Of a tracker file that cannot be read Megatron ends the process, with status 0.
+        chosen = get_args().ckpt_step
+        return read_metadata(tracker_filename) if chosen is None else (chosen, False)
 
     @in_place_of((dist_checkpointing, "load"))
     def load_what_there_is(

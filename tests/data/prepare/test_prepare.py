@@ -642,6 +642,9 @@ def test_row_s_own_template_variables_and_open_end(tokenizer, tmp_path):
         options = {"chat_template": loud, "template_variables": ((name, True),)}
         warnings = prepare(tokenizer, [str(tmp_path / "a.jsonl")], **options).report["warnings"]
         assert [w.partition(": ")[2] for w in warnings if "variable" in w] == told
+    own = [rows[0], {"messages": pair, "chat_template_kwargs": {"lood": True}}]
+    documents = prepare(tokenizer, [write_rows(tmp_path / "b.jsonl", own)], chat_template=loud)
+    assert documents.report["unread"] == {"chat_template_kwargs.lood": 1}
 
 
 def test_ids_that_the_tokenizer_does_not_have_are_a_bad_row(tokenizer, tmp_path):

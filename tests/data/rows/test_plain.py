@@ -29,6 +29,7 @@ def test_ids_are_trained_as_labels_and_masks_say():
         {"input_ids": []},
         {"input_ids": [1, -2]},
         {"input_ids": [1, "a"]},
+        {"input_ids": [1, True]},
         {"input_ids": [1, 2], "labels": [1]},
         {"input_ids": [1, 2], "labels": [2, -100]},  # shifted
         {"input_ids": [1, 2], "loss_mask": [0, 2]},

@@ -425,6 +425,12 @@ def test_nulls_in_json_are_the_data_s_own_and_those_that_arrow_fills_in_are_not(
     assert found.messages[1]["tool_calls"][0]["function"]["arguments"] == said
 
 
+def test_a_tool_without_a_name_is_refused():
+    for tool in ({}, {"parameters": {}}, {"type": "function", "function": {"title": "look"}}):
+        with pytest.raises(RowError, match="bad tools: tool 2 has no function name"):
+            convert({"messages": [USER, ASSISTANT], "tools": [{"name": "look"}, tool]})
+
+
 def test_a_converter_that_gives_text_is_named():
     convert = converter("json:dumps", FormatOptions())
     with pytest.raises(RowError, match="json:dumps gave str, expected a Conversation or a list"):

@@ -110,3 +110,13 @@ def test_values_that_no_model_has_are_refused(tmp_path, changes, message):
     with pytest.raises(SetupError, match=message):
         args = parsed(folder, tmp_path)
         check_weights(args, None)
+
+
+def test_a_damaged_generation_config_is_met_at_the_start(tmp_path):
+    """It goes along with what is exported: nothing could answer with the trained model."""
+    folder = save_model(tmp_path / "model", "qwen3")
+    args = parsed(folder, tmp_path)
+    for content in ("", "[]"):
+        (folder / "generation_config.json").write_text(content)
+        with pytest.raises(SetupError, match="generation_config.json"):
+            check_weights(args, None)

@@ -129,12 +129,21 @@ def test_an_empty_word_is_no_word(flags):
 
 
 @pytest.mark.slow
-def test_a_run_ends_before_any_process_group(hf_model, chat_data, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--adam-beta2 1.5", "--adam-beta2: 1.5 is out of range: must be at least 0 and below 1"),
+        (f"--chat-template {'n' * 300}", "File name too long"),
+        (f"--valid-data-files {'n' * 300}", "File name too long"),
+    ],
+    ids=["range", "template", "data"],
+)
+def test_a_run_ends_before_any_process_group(hf_model, chat_data, tmp_path, words, told):
     run = finetune(
         tmp_path / "out",
         *("--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)),
-        *("--train-iters", "3", "--adam-beta2", "1.5"),
+        *("--train-iters", "3", *words.split()),
         environment={NO_PROCESS_GROUP: "1"},
     )
     assert run.status == 2 and "Traceback" not in run.console
-    assert "error: --adam-beta2: 1.5 is out of range: must be at least 0 and below 1" in run.console
+    assert "error: " in run.console and told in run.console

@@ -21,6 +21,7 @@ WRONG: tuple[object, ...] = (
     float("nan"),
     float("inf"),
     10**30,
+    10**400,
 )
 SIZES = (
     *("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads"),

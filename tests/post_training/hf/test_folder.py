@@ -1,6 +1,7 @@
 """Files that go along with a model are copied byte for byte; a template of the user's wins."""
 
 import json
+from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -70,6 +71,8 @@ def test_only_a_runs_own_export_is_written_over(tmp_path):
             check_export(taken, run)
     with pytest.raises(SetupError, match="is there already"):
         check_export(tmp_path / "link" / "hf", tmp_path / "link")
+    with pytest.raises(SetupError, match="--to /proc/new: cannot be written"):
+        check_export(Path("/proc/new"), run)  # rather now than when the model is loaded
     (run / "hf" / "config.json").unlink()
     (run / "hf" / "thesis.tex").write_text("")
     with pytest.raises(SetupError, match="is there already"):

@@ -94,10 +94,20 @@ def test_a_folder_that_lost_its_vocabulary_is_refused(tmp_path):
     named = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
     assert AutoTokenizer.from_pretrained(tmp_path)("Two plus two")["input_ids"] == []
-    with pytest.raises(
-        SetupError, match=r"--hf-model .*: holds no tokenizer\.json, nor another voc"
-    ):
+    with pytest.raises(SetupError, match=r"--hf-model .*: its vocabulary has no '!'"):
         open_tokenizer(str(tmp_path), "--hf-model")
+
+
+def test_a_vocabulary_that_drops_letters_is_refused(tokenizers, tmp_path):
+    """Without a token for what is unknown BPE leaves letters out: they would be missing from the data."""
+    make_folder(tmp_path / "x", tokenizers / "byte_level", None, None)
+    file = tmp_path / "x" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["merges"] = []
+    del content["model"]["vocab"]["w"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(SetupError, match="its vocabulary has no 'w'"):
+        open_tokenizer(str(tmp_path / "x"), "--tokenizer")
 
 
 def test_a_token_of_another_id_is_refused(tokenizers, tmp_path):
@@ -105,6 +115,12 @@ def test_a_token_of_another_id_is_refused(tokenizers, tmp_path):
     token = {"content": "<new>", "special": True}
     edit_json(tmp_path / "x" / "tokenizer_config.json", added_tokens_decoder={"777": token})
     with pytest.raises(SetupError, match="gives '<new>' the id 777, but .* gets 482"):
+        open_tokenizer(str(tmp_path / "x"), "--tokenizer")
+    # A word of the file would be cut out of every other.
+    edit_json(
+        tmp_path / "x" / "tokenizer_config.json", added_tokens_decoder={"777": {"content": "x"}}
+    )
+    with pytest.raises(SetupError, match="gives 'x' the id 777"):
         open_tokenizer(str(tmp_path / "x"), "--tokenizer")
 
 
