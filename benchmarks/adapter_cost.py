@@ -1,11 +1,11 @@
-r"""LoRA against full finetuning: time of a step, peak memory, bytes of a checkpoint, as ratios.
+r"""LoRA against full finetuning: CPU time of a step, peak memory, bytes of a checkpoint, as ratios.
 
 python benchmarks/adapter_cost.py --data train.jsonl --tokenizer DIR [--hidden 512 --layers 8] [--rank 16] \
     [--model-backend transformers]
 
 Beside Megatron's layers, or in a model of transformers, where QLoRA is measured too. One process on the
-CPU, in turns; medians of the steps after the first three; the peak is that of the process's resident
-memory. A model of a billion parameters is counted from its shapes alone.
+CPU, in turns, without the first three steps; the peak is that of the process's resident memory. A model of
+a billion parameters is counted from its shapes alone.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import torch
 from random_model import make_qwen3
 from trainings import ROOT, options_parser
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from post_training.adapters.settings import LoraSettings, chosen_targets, trained_parameters
-from post_training.metrics.records import read_records
+from post_training.metrics.records import records_of
 
 WARM_UP = 3
 BILLION = LlamaConfig(
@@ -39,17 +41,23 @@ BILLION = LlamaConfig(
 )
 
 
-def train(flags: list[str], folder: Path) -> tuple[list[float], float]:
-    """Seconds of each step of a run, and the peak of its process's memory in GiB."""
+def train(flags: list[str], folder: Path) -> tuple[float, float]:
+    """A run's CPU seconds for each step behind the first ones, and the peak of its memory in GiB."""
     command = [sys.executable, str(ROOT / "finetune.py"), *flags, "--output-dir", str(folder)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    spent: dict[int, float] = {}
     with subprocess.Popen(command, env=environment | {"PYTHONPATH": str(ROOT)}) as process:
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
+            done = [record for record in records_of(folder) if "lm_loss" in record]
+            if len(done) not in spent:
+                times = psutil.Process(process.pid).cpu_times()
+                spent[len(done)] = times.user + times.system
+            time.sleep(0.05)
+        process.returncode = os.waitstatus_to_exitcode(ended[1])
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed")
-    steps = [record for _, record in read_records(folder / "metrics.jsonl") if "lm_loss" in record]
-    return [step["step_seconds"] for step in steps[WARM_UP:]], usage.ru_maxrss / 2**20
+    first, last = min(step for step in spent if step >= WARM_UP), max(spent)
+    return (spent[last] - spent[first]) / (last - first), ended[2].ru_maxrss / 2**20
 
 
 def checkpoint_size(folder: Path) -> int:
@@ -97,17 +105,17 @@ def main() -> None:
                 folder = Path(scratch) / f"{name}-{turn}"
                 seconds, resident = train([*flags, *more], folder)
                 entry = found.setdefault(name, ([], [], checkpoint_size(folder)))
-                entry[0].extend(seconds)
+                entry[0].append(seconds)
                 entry[1].append(resident)
-    print(f"{'':8}{'s/step':>8}{'peak GiB':>10}{'checkpoint MiB':>16}")
+    print(f"{'':8}{'CPU s/step':>12}{'peak GiB':>10}{'checkpoint MiB':>16}")
     rows = {
         name: (statistics.median(seconds), statistics.median(peaks), size / 2**20)
         for name, (seconds, peaks, size) in found.items()
     }
     for name, row in rows.items():
-        print(f"{name:8}{row[0]:8.3f}{row[1]:10.2f}{row[2]:16.1f}")
+        print(f"{name:8}{row[0]:12.3f}{row[1]:10.2f}{row[2]:16.1f}")
         ratios = [own / full for own, full in zip(row, rows["full"], strict=True)]
-        print(f"{'ratio':8}{ratios[0]:8.2f}{ratios[1]:10.2f}{ratios[2]:16.4f}")
+        print(f"{'ratio':8}{ratios[0]:12.2f}{ratios[1]:10.2f}{ratios[2]:16.4f}")
 
 
 if __name__ == "__main__":
