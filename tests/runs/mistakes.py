@@ -66,7 +66,9 @@ def fault(case: Case, status: int | None, said: str, shown: str) -> str | None:
         return "wrong-status"
     if not re.search(case.names, said):
         return "unnamed"
-    return "long" if len(lines) > LINES or max(map(len, lines)) > WIDTH else None
+    # A run that stops itself tells where in some lines.
+    long = len(lines) > LINES or max(map(len, lines)) > WIDTH
+    return "long" if long and status == 2 else None
 
 
 def _become(case: Case, console: Path) -> None:
