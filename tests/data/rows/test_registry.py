@@ -426,7 +426,11 @@ def test_nulls_in_json_are_the_data_s_own_and_those_that_arrow_fills_in_are_not(
 
 
 def test_a_tool_without_a_name_is_refused():
-    nameless: list[dict] = [{}, {"parameters": {}}, {"type": "function", "function": {"title": "a"}}]
+    nameless: list[dict] = [
+        {},
+        {"parameters": {}},
+        {"type": "function", "function": {"title": "a"}},
+    ]
     for tool in nameless:
         with pytest.raises(RowError, match="bad tools: tool 2 has no function name"):
             convert({"messages": [USER, ASSISTANT], "tools": [{"name": "look"}, tool]})
