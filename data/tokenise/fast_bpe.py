@@ -64,13 +64,13 @@ class FastBPE:
         self._lengths[list(spelled)] = [len(text) for text in spelled.values()]
 
     @staticmethod
-    def of(backend: Tokenizer) -> FastBPE | None:
-        """What gives the same ids as ``backend``; None if there is none."""
+    def of(backend: Tokenizer, written: str = "") -> FastBPE | None:
+        """What gives the same ids as ``backend``, whose JSON may be at hand; None if there is none."""
         try:
             tiktoken: Any = importlib.import_module("tiktoken")
         except ImportError:  # there is none for this platform
             return None
-        facts = json.loads(backend.to_str())
+        facts = json.loads(written or backend.to_str())
         expression = _word_expression(facts)
         if expression is None or not isinstance(backend.model, models.BPE):
             return None
@@ -132,7 +132,7 @@ def _makes_all(model: Any, vocabulary: dict[str, int], merges: list[Any]) -> boo
     short_cut, model.ignore_merges = model.ignore_merges, False
     try:
         return all(
-            [token.id for token in model.tokenize(text)] == [number]
+            len(tokens := model.tokenize(text)) == 1 and tokens[0].id == number
             for text, number in vocabulary.items()
         )
     finally:

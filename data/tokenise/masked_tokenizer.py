@@ -67,7 +67,7 @@ class MaskedTokenizer:
         self.backend = _backend(tokenizer)
         self._added_ids = frozenset(added)
         self._spelling = _Spelling(self.backend, added)
-        self._fast = FastBPE.of(self.backend) if many else None
+        self._fast = FastBPE.of(self.backend, tokenizer) if many else None
         self.spells = self._spells()
 
     @cached_property

@@ -198,9 +198,9 @@ def test_it_is_made_for_large_data_alone(tokenizer, tmp_path, monkeypatch, worke
     rows.write_text('{"question": "1 + 1?", "answer": "2"}\n' * 3)
     made, of = [], FastBPE.of
 
-    def counted(backend):
-        made.append(backend)
-        return of(backend)
+    def counted(*given):
+        made.append(given)
+        return of(*given)
 
     monkeypatch.setattr(FastBPE, "of", counted)
     found = []
