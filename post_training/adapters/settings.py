@@ -142,8 +142,8 @@ def every_target(config: PretrainedConfig, backend: str = "megatron") -> dict[st
             name.removesuffix(".weight"), parameter, weight, part, _kind(config, parameter, weight)
         )
         for parameter, weight in model_weights(config).items()
-        for part, name in enumerate(weight.tensors)
-        if name.endswith(".weight")
+        for part, (name, shape) in enumerate(weight.tensors.items())
+        if name.endswith(".weight") or (weight.of_expert and len(shape) == 3)
     )
     return {target.name: target for target in found}
 
@@ -183,6 +183,12 @@ def chosen_targets(config: PretrainedConfig, settings: LoraSettings) -> dict[str
             raise SetupError(
                 f"{FLAG}: {name} is one tensor of several matrices, which Megatron's layers hold in "
                 f"another order; leave it out, or add --model-backend transformers"
+            )
+        if target.module is None and f"{name}.weight" not in target.weight.tensors:
+            raise SetupError(
+                f"{FLAG}: {_shown(settings.targets)} matches {name}, the experts' matrices in one tensor, "
+                f"which get no factors beside Megatron's layers; name others, such as attention, or add "
+                f"--model-backend transformers"
             )
         if target.rank > min(target.shape):
             raise SetupError(

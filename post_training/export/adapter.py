@@ -70,7 +70,7 @@ def export_adapter(
         Largest difference of a logit, relative to the largest one.
 
     Raises:
-        SetupError: the two do not agree.
+        SetupError: the two do not agree, or peft refuses the factors.
     """
     from peft import PeftModel
 
@@ -108,7 +108,13 @@ def export_adapter(
     )
     if args.lora.nf4:
         injected.round_to_nf4(base, args.hf_config)
-    reloaded: Any = PeftModel.from_pretrained(base.float(), str(partial))
+    try:
+        reloaded: Any = PeftModel.from_pretrained(base.float(), str(partial))
+    except ValueError as error:
+        raise SetupError(
+            f"--adapter: peft does not read these factors ({error}); they are left in {partial}, and "
+            f"--merge writes a whole model with them"
+        ) from error
     difference = largest_difference(reloaded.eval(), tokens, expected, seen)
     if not difference <= TOLERANCE:
         raise SetupError(

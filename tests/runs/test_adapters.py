@@ -15,7 +15,7 @@ import pytest
 
 from tests.helpers import faults, plain_lora
 from tests.helpers.checkpoint import same_tensors
-from tests.helpers.launch import finetune, run_rank, start_finetune
+from tests.helpers.launch import finetune, run_rank, run_script, start_finetune
 from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, write_rows
 from tests.numerics.equivalence import HF, SP, TP2
@@ -32,9 +32,7 @@ def valid(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows") / "valid.jsonl", make_rows(17, seed=1))
 
 
-@pytest.fixture(
-    scope="module", params=["megatron", pytest.param("transformers", marks=needs_peft)]
-)
+@pytest.fixture(scope="module", params=["megatron", pytest.param("transformers", marks=needs_peft)])
 def backend(request):
     return request.param
 
@@ -129,8 +127,17 @@ def test_it_is_evaluated_and_answers_as_its_adapter_does_in_transformers(
     assert again["loss"] == pytest.approx(straight.evaluations[-1]["loss"], rel=1e-6)
     run_rank(export, folder)
     data = ("--data", str(valid), "--model-backend")
-    run = run_rank(
-        evaluate, tmp_path / "run.json", *data, "auto", "--output-dir", str(folder)
-    )
+    run = run_rank(evaluate, tmp_path / "run.json", *data, "auto", "--output-dir", str(folder))
     plain = (*data, "transformers", "--hf-model", str(folder / "adapter"))
     assert run == run_rank(evaluate, tmp_path / "plain.json", *plain)
+
+
+@needs_peft
+def test_factors_that_peft_refuses_are_told_in_one_line(hf_model, chat_data, tmp_path):
+    """Of fused experts it wants `gate_proj` and `up_proj` together."""
+    words = ("--hf-model", str(hf_model("qwen3_moe")), "--finetune-data-files", str(chat_data.file))
+    few = Recipe(steps=1).flags()
+    run = finetune(tmp_path / "out", *words, *few, "--lora-rank", "4", "--lora-targets", "up_proj")
+    done = run_script("scripts/export_hf.py", "--output-dir", str(run.ok().folder), "--adapter")
+    assert done.returncode == 2 and "error: --adapter: peft does not read" in done.stderr
+    assert "Traceback" not in done.stderr and not (run.folder / "adapter").exists()

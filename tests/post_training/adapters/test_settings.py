@@ -100,6 +100,8 @@ def test_what_is_trained_is_told_and_counted(parse_for):
             "--lora-rank 4 --lora-targets out_proj --model-backend transformers",
             "the layer backbone.layers.0.mixer.out_proj",
         ),
+        ("gpt_oss", "--lora-rank 4", "all matches .*experts' matrices in one tensor"),
+        ("gpt_oss", "--lora-rank 4 --lora-targets down_proj", "experts' matrices in one tensor"),
         ("phi3", "--lora-rank 4", "qkv_proj is one tensor of several .*transformers"),
         ("glm4", "--lora-rank 4 --lora-targets mlp", "gate_up_proj is one tensor of several"),
         ("granite", "--draft eagle3", "cannot stand beside a GraniteForCausalLM"),

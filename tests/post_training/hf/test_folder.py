@@ -1,9 +1,11 @@
 """Files that go along with a model are copied byte for byte; a template of the user's wins."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from post_training.errors import SetupError
@@ -12,6 +14,7 @@ from post_training.hf.folder import (
     TOKENIZER_FILES,
     check_export,
     copy_files,
+    weights_digest,
     write_template,
 )
 from tests.helpers.models import make_tokenizer
@@ -77,3 +80,22 @@ def test_only_a_runs_own_export_is_written_over(tmp_path):
     (run / "hf" / "thesis.tex").write_text("")
     with pytest.raises(SetupError, match="is there already"):
         check_export(run / "hf", run)
+
+
+def test_a_digest_sees_each_tensor(hf_model, tmp_path):
+    """A merged adapter may have changed matrices of one name only, a small part of a file."""
+    base = hf_model("qwen3", num_hidden_layers=6)
+    tensors = load_file(base / "model.safetensors")
+    digests = {weights_digest(base)}
+    for name, value in tensors.items():
+        save_file(tensors | {name: value + 1}, tmp_path / "model.safetensors", {"format": "pt"})
+        digests.add(weights_digest(tmp_path))
+    assert len(digests) == 1 + len(tensors)
+    shutil.copyfile(base / "model.safetensors", tmp_path / "model.safetensors")
+    assert weights_digest(tmp_path) == weights_digest(base)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\2" + bytes(7) + b"[]", b"\xff" * 99])
+def test_damaged_weights_have_a_digest(content, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert len(weights_digest(tmp_path)) == 64
