@@ -96,7 +96,8 @@ class Adapter(torch.nn.Module):
         size = layer.tp_group.size()
         self.groups = self.weight.groups // size
         self.rows = [shape[0] // size for shape in self.weight.tensors.values()]
-        self.hook = layer.register_forward_hook(self.add)
+        # Before the hook that multiplies a family's logits (`model/residual.py`): these are part of them.
+        self.hook = layer.register_forward_hook(self.add, prepend=True)
 
     def __iter__(self) -> Iterator[Factors]:
         """The factors of each matrix."""

@@ -124,6 +124,8 @@ CASES = (
     Case("ep2-cp2", EP2 + CP2, 4, family="qwen3_moe"),
     Case("tp2-sp", TP2 + SP, 2, family="deepseek_v3", settings=ATTENTION),
     Case("tp2-sp", TP2 + SP, 2, family="gpt_oss", settings=ATTENTION),
+    # Embeddings and logits are multiplied, behind the factors.
+    Case("one", family="granite", settings=SOME, slow=False),
     Case("ep2-pp2", EP2 + PP2, 4, family="qwen3_moe"),
     *(
         hf(world, family, slow=(family, world) != ("llama", 2))
