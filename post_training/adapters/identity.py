@@ -10,9 +10,9 @@ from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder, weights_digest
 
 
-def base_digest(args: argparse.Namespace) -> str:
-    """Of the weights of `--hf-model`."""
-    return weights_digest(local_model_folder(args.hf_model))
+def base_digest(args: argparse.Namespace, like: str | None = None) -> str:
+    """Of the weights of `--hf-model`; `like` as of `weights_digest`."""
+    return weights_digest(local_model_folder(args.hf_model), like=like)
 
 
 def adapter_facts(args: argparse.Namespace) -> dict[str, Any] | None:
@@ -58,7 +58,7 @@ def check_adapter(args: argparse.Namespace, path: object, written: dict[str, Any
             f"{path} holds an adapter of a base that was {'' if before.nf4 else 'not '}in 4 bits: "
             f"{'give' if before.nf4 else 'leave out'} --base-precision nf4"
         )
-    if written["base"] != base_digest(args):
+    if written["base"] != base_digest(args, like=written["base"]):
         raise SetupError(
             f"{path} holds an adapter of other weights than those of --hf-model {args.hf_model}: give its "
             f"base"

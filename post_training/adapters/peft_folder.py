@@ -142,7 +142,7 @@ def base_of(folder: str, where: str) -> str:
         source = local_model_folder(base)
     except SetupError as error:
         raise SetupError(f"{where}: its base_model_name_or_path {base} is not there") from error
-    if digest_of(folder) not in (None, weights_digest(source)):
+    if (kept := digest_of(folder)) not in (None, weights_digest(source, like=kept)):
         raise SetupError(
             f"{where}: was trained on other weights than those of its base_model_name_or_path {base}"
         )

@@ -97,7 +97,7 @@ class PlannedData:
                 f"weights with --load and --finetune in another --output-dir"
             )
         own = path.parent == Path(args.save)
-        if own and manifest["base_weights"] != self._base_weights:
+        if own and (kept := manifest["base_weights"]) != _weights_digest(args, like=kept):
             raise SetupError(
                 f"--output-dir {args.output_dir} holds a run that was started from other weights than "
                 f"those of --hf-model: give the same again, or choose another --output-dir"
@@ -265,8 +265,8 @@ def find_position(
     return DataPosition(data, begins_at, train_iters)
 
 
-def _weights_digest(args: argparse.Namespace) -> str | None:
-    """The digest of the base model's weights, where the run begins with any."""
+def _weights_digest(args: argparse.Namespace, like: str | None = None) -> str | None:
+    """The digest of the base model's weights, where the run begins with any; `like` as it was kept."""
     if args.hf_config is None or args.random_weights:
         return None
-    return weights_digest(local_model_folder(args.hf_model))
+    return weights_digest(local_model_folder(args.hf_model), like=like)

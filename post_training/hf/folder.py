@@ -48,6 +48,8 @@ MODEL_FILES = (
     "NOTICE*",
 )
 TEMPLATE = "chat_template.jinja"
+# How digests of weights begin that looked at every tensor.
+_BY_TENSOR = "tensors:"
 
 
 @functools.cache
@@ -110,23 +112,29 @@ def check_export(target: Path, run: Path, name: str = "hf") -> None:
         probe.rmdir()
 
 
-def weights_digest(folder: Path, pattern: str = "*.safetensors") -> str:
+def weights_digest(folder: Path, pattern: str = "*.safetensors", like: str | None = None) -> str:
     """A digest of samples of the weight files: the same for the same base model, wherever it lies.
 
     Each tensor of safetensors is looked at: finetuning may have changed those of one name only.
+
+    Args:
+        folder: with the files.
+        pattern: their names.
+        like: a digest that is to be compared: versions before looked at sixteen places of a file.
     """
+    by_tensor = like is None or like.startswith(_BY_TENSOR)
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.glob(pattern) if path.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         places = [size * part // 16 for part in range(16)]
         with path.open("rb") as file:
-            if path.suffix == ".safetensors":
+            if by_tensor and path.suffix == ".safetensors":
                 places += _middles(file, size)
             for place in sorted(places):
                 file.seek(place)
                 digest.update(file.read(4096))
-    return digest.hexdigest()
+    return (_BY_TENSOR if by_tensor else "") + digest.hexdigest()
 
 
 def _middles(file: BinaryIO, size: int) -> list[int]:

@@ -135,11 +135,12 @@ def _base_of(checkpoint: Checkpoint, folder: Path, config: Mapping[str, Any]) ->
         SetupError: it is not there, or has other weights now.
     """
     manifest, base = checkpoint.manifest or {}, str(config.get("hf_model"))
+    kept = manifest["origin"]["lora"]["base"]
     try:
-        found = weights_digest(local_model_folder(base))
+        found = weights_digest(local_model_folder(base), like=kept)
     except SetupError:
         found = None
-    if found != manifest["origin"]["lora"]["base"]:
+    if found != kept:
         raise SetupError(
             f"{checkpoint.path} holds an adapter of the weights that --hf-model {base} had: they are not "
             f"there any more; put the base back, or its path into {folder / 'config.yaml'}"
