@@ -102,7 +102,11 @@ def check_config(found: Mapping[str, Any], where: str, backend: str) -> None:
             raise SetupError(f"{where}: {CONFIG} has no {key}; name a LoRA adapter of PEFT")
     for key, value in found.items():
         set_ = value not in (None, False, [], {}, "")
-        if key in _OTHER and set_ and not (backend == "transformers" and key in _OF_TRANSFORMERS):
+        plain = backend == "transformers" and key in _OF_TRANSFORMERS
+        if key == "target_parameters" and _are_names(value):
+            # The weight of a module is its matrix.
+            plain = plain or all(name.endswith(".weight") for name in value)
+        if key in _OTHER and set_ and not plain:
             raise SetupError(
                 f"{where}: {key} is set ({_OTHER[key]}); only plain LoRA can be trained on"
             )
@@ -153,7 +157,7 @@ def check_names(
     for key in ("target_modules", "target_parameters"):
         words = found.get(key) or []
         for word in [] if isinstance(words, str) else words:
-            if not any(f".{name}".endswith(f".{word}") for name in every):
+            if not any(f".{name}".endswith(f".{word.removesuffix('.weight')}") for name in every):
                 raise SetupError(f"{where}: {CONFIG} names {word}, which --hf-model does not have")
     # Fused in transformers, experts are no modules that PEFT looks at.
     experts = any(every[name].weight.of_expert for name in names)

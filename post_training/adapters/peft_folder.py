@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -215,7 +216,25 @@ def write_adapter(
         base: name or folder of the base.
         digest: of its weights.
     """
-    alpha, every = settings.alpha, every_target(config, settings.backend)
+    every = every_target(config, settings.backend)
+    alpha, alphas = settings.alpha, settings.alpha_pattern
+    fused = short_names(every, (n for n, t in targets.items() if t.fused))
+    experts = {n.rpartition(".")[2] for n, t in targets.items() if t.weight.of_expert}
+    if experts:
+        # peft fuses their factors. It takes other modules of these names for experts too, but for those
+        # whose weight is named as a parameter; these know no dropout, and it doubles alpha with the rank,
+        # which only without the square root leaves the scaling as it is.
+        fused = [
+            f"{name}.weight"
+            for name, t in targets.items()
+            if not t.weight.of_expert and name.rpartition(".")[2] in experts
+        ]
+        dropout = 0.0
+    rslora = settings.rslora and not experts
+    if rslora != settings.rslora:
+        alpha *= settings.rank**0.5
+        alphas = {re.escape(n): t.scaling * t.rank for n, t in targets.items()}
+        alphas = {name: value for name, value in alphas.items() if not math.isclose(value, alpha)}
     told = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -223,11 +242,11 @@ def write_adapter(
         "r": settings.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": dropout,
-        "use_rslora": settings.rslora,
+        "use_rslora": rslora,
         "rank_pattern": settings.rank_pattern,
-        "alpha_pattern": settings.alpha_pattern,
+        "alpha_pattern": alphas,
         "target_modules": short_names(every, (n for n, t in targets.items() if not t.fused)),
-        "target_parameters": short_names(every, (n for n, t in targets.items() if t.fused)) or None,
+        "target_parameters": fused or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,

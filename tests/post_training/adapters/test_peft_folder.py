@@ -18,7 +18,7 @@ from post_training.adapters.peft_folder import (
 from post_training.adapters.settings import LoraSettings, chosen_targets
 from post_training.errors import SetupError
 from tests.helpers import plain_lora
-from tests.helpers.models import make_config
+from tests.helpers.models import make_config, make_model
 
 MODEL = make_config("qwen3", architectures=["Qwen3ForCausalLM"])
 SETTINGS = LoraSettings(4, 8.0, ("v_proj", "q_proj", "embed_tokens"), rank_pattern={"v_proj": 3})
@@ -49,6 +49,39 @@ def test_written_and_read_again(folder):
     for one, other in zip(read_factors(folder, target), new_factors(target, 1), strict=True):
         assert torch.equal(one, other)
     assert (folder / WEIGHTS).stat().st_mode == (folder / CONFIG).stat().st_mode
+
+
+@pytest.mark.skipif(not plain_lora.HAS_PEFT, reason="peft is not installed")
+@pytest.mark.parametrize(
+    "model",
+    [
+        make_config("qwen3_moe", architectures=["Qwen3MoeForCausalLM"], mlp_only_layers=[0]),
+        make_config("deepseek_v3", architectures=["DeepseekV3ForCausalLM"]),
+    ],
+    ids=lambda model: model.model_type,
+)
+def test_peft_reads_experts_beside_layers_without_and_their_scaling(model, tmp_path):
+    """It fuses their factors, and would take all modules of their names for them."""
+    from peft import PeftModel
+
+    settings = LoraSettings(4, 7.0, ("all",), rslora=True, rank_pattern={"o_proj": 3})
+    targets = chosen_targets(model, settings)
+    base = make_model(model)
+    held = plain_lora.adapt(base, settings, peft=False)
+    with torch.no_grad():
+        for factor in held.values():
+            factor.normal_(std=0.1)
+    write_adapter(tmp_path, model, settings, held, targets, dropout=0.1, base="B", digest=None)
+    again = chosen_targets(model, read_settings(tmp_path, model, BASE))
+    scalings = {name: pytest.approx(target.scaling) for name, target in targets.items()}
+    assert {name: target.scaling for name, target in again.items()} == scalings
+    read = PeftModel.from_pretrained(make_model(model), tmp_path)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        expected, untouched = base(ids).logits, make_model(model)(ids).logits
+        difference = (read.eval()(ids).logits - expected).abs().max()
+    assert (expected - untouched).abs().max() > 0.1
+    assert difference < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
