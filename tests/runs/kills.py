@@ -1,7 +1,7 @@
 """Twenty kills with SIGKILL, at random moments and inside saves; after each the same command again.
 
-    python tests/runs/kills.py --table             the kills with their outcome; exit status 1 if one is wrong
-    python tests/runs/kills.py --table --seed 7    other moments
+    python tests/runs/kills.py --table           the kills with their outcome; exit status 1 if one is wrong
+    python tests/runs/kills.py --table --seed 7  other moments
 
 Each ends one rank or all. Ten hit a run with tensor parallelism that saves synchronously, ten one with
 data parallelism and `--async-save`. After each kill the next start must go on after the newest checkpoint
@@ -30,13 +30,13 @@ if __name__ == "__main__":
 
 import transformers
 
-from tests.numerics.equivalence import TP2
 from tests.helpers import faults
 from tests.helpers.checkpoint import newest_whole, same_tensors
 from tests.helpers.launch import LIMIT, Running, finetune, run_rank, start_finetune
 from tests.helpers.models import save_model
 from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, write_rows
+from tests.numerics.equivalence import TP2
 from tests.runs.resume import DROPOUT, numbers
 
 STEPS = 30

@@ -1,6 +1,6 @@
 """The resume table: stopped in one layout and continued in another, against a run that was not stopped.
 
-    python tests/runs/resume.py --table              every layout to every layout; exit status 1 if one differs
+    python tests/runs/resume.py --table              each layout to every layout; status 1 if one differs
     python tests/runs/resume.py --table --only cp2   the pairs with "cp2" in them
 
 Three tables: a dense model; one with experts; and FSDP2, whose checkpoints have a format of their own. On
@@ -26,12 +26,12 @@ if __name__ == "__main__":
 
 import transformers
 
-from tests.numerics.equivalence import CP2, EP2, FSDP2, MBS2, PP2, SP, STEP_BOUND, TP2, VPP2
 from tests.helpers import reference
 from tests.helpers.launch import Finished, finetune
 from tests.helpers.models import save_model
 from tests.helpers.reference import Recipe
 from tests.helpers.rows import make_rows, write_rows
+from tests.numerics.equivalence import CP2, EP2, FSDP2, MBS2, PP2, SP, STEP_BOUND, TP2, VPP2
 
 RECIPE = Recipe(steps=8)
 STOP = 3

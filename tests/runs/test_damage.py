@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from tests.numerics.equivalence import FSDP2, TP2
 from tests.helpers.checkpoint import same_tensors
 from tests.helpers.launch import finetune, run_rank
 from tests.helpers.reference import Recipe
+from tests.numerics.equivalence import FSDP2, TP2
 from tests.runs.resume import Layout, numbers
 
 RECIPE = Recipe(steps=6)
@@ -147,5 +147,7 @@ def test_asked_to_verify_what_was_saved_without_it(runs, tmp_path):
     one = Layout("one")
     folder = runs.stopped(tmp_path / "out", one)
     run = runs.run(folder, one, "--verify-integrity").ok()
-    assert "warning" not in run.console and [step["iteration"] for step in run.steps] == [*range(1, 7)]
+    assert "warning" not in run.console and [step["iteration"] for step in run.steps] == [
+        *range(1, 7)
+    ]
     assert run.losses == runs.made(one).losses

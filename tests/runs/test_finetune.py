@@ -175,7 +175,14 @@ def test_importing_it_loads_no_library_that_comes_later():
     """What only preparing data, the model's folder or the end of a run needs is imported there."""
     done = run_script("-c", "import sys, finetune; print(*sys.modules)").stdout.split()
     loaded = {name.partition(".")[0] for name in done}
-    later = {"transformers", "huggingface_hub", "safetensors.torch", "datasets", "pyarrow", "pandas"}
+    later = {
+        "transformers",
+        "huggingface_hub",
+        "safetensors.torch",
+        "datasets",
+        "pyarrow",
+        "pandas",
+    }
     later |= {"mlflow", "modelopt", "wandb", "torch._dynamo", "torch._inductor"}
     assert "megatron" in loaded and not later & (loaded | set(done))
 

@@ -12,12 +12,12 @@ import pytest
 from megatron.core.optimizer import OptimizerConfig
 from megatron.training.arguments import add_megatron_arguments
 
-from post_training.checkpoint import store
 from post_training.arguments.parser import parse_arguments
+from post_training.arguments.refused import MegatronFlags
+from post_training.checkpoint import store
+from post_training.checkpoint.optimizer_form import _AS_GIVEN
 from post_training.checkpoint.origin import check_origin, origin
 from post_training.errors import SetupError
-from post_training.arguments.refused import MegatronFlags
-from post_training.checkpoint.optimizer_form import _AS_GIVEN
 from tests.helpers import optimizer_walk
 from tests.helpers.launch import run_ranks
 

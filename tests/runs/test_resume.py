@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-from tests.numerics.equivalence import OVERLAP, STEP_BOUND
 from tests.helpers.checkpoint import same_tensors
 from tests.helpers.launch import ROOT, finetune, run_rank
 from tests.helpers.rows import make_rows, write_rows
+from tests.numerics.equivalence import OVERLAP, STEP_BOUND
 from tests.runs.resume import DROPOUT, LAYOUTS, TABLES, Layout, Resumes, difference, numbers
 
 pytestmark = pytest.mark.slow

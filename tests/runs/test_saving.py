@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-from tests.numerics.equivalence import PP2
 from tests.helpers import faults
 from tests.helpers.checkpoint import same_tensors
 from tests.helpers.launch import Running, finetune, run_rank, start_finetune
+from tests.numerics.equivalence import PP2
 from tests.runs.resume import DROPOUT, RECIPE, numbers
 
 SAVES = ["--save-interval", "2"]
