@@ -9,9 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from post_training.adapters.identity import base_digest
 from post_training.adapters.modules import modules_of
-from post_training.adapters.peft_folder import digest_of, read_settings
+from post_training.adapters.peft_folder import is_of, read_settings
 from post_training.adapters.settings import KEYWORDS, LoraSettings, Target, chosen_targets
 from post_training.errors import SetupError
 from post_training.hf.folder import local_model_folder
@@ -118,7 +117,7 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
             backend=args.model_backend,
             nf4=args.base_precision == "nf4",
         )
-        if digest_of(args.lora_adapter) not in (None, base_digest(args)):
+        if not is_of(args.lora_adapter, local_model_folder(args.hf_model)):
             raise SetupError(
                 f"{flag} {args.lora_adapter}: was trained on other weights than those of "
                 f"--hf-model {args.hf_model}"

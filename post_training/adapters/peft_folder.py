@@ -120,11 +120,11 @@ def read_settings(
     return settings
 
 
-def digest_of(folder: str | Path) -> str | None:
-    """The digest of the weights that an adapter was trained on, where it was written down."""
+def is_of(folder: str | Path, base: Path) -> bool:
+    """Whether an adapter was trained on the weights of a base; true where it does not say on which."""
     with safe_open(Path(folder) / WEIGHTS, framework="pt") as file:
-        found: str | None = (file.metadata() or {}).get(BASE)
-        return found
+        kept: str | None = (file.metadata() or {}).get(BASE)
+    return kept is None or kept == weights_digest(base, like=kept)
 
 
 def base_of(folder: str, where: str) -> str:
@@ -143,7 +143,7 @@ def base_of(folder: str, where: str) -> str:
         source = local_model_folder(base)
     except SetupError as error:
         raise SetupError(f"{where}: its base_model_name_or_path {base} is not there") from error
-    if (kept := digest_of(folder)) not in (None, weights_digest(source, like=kept)):
+    if not is_of(folder, source):
         raise SetupError(
             f"{where}: was trained on other weights than those of its base_model_name_or_path {base}"
         )

@@ -13,6 +13,7 @@ from data import DocumentSet, add_data_arguments, prepare_documents, prepare_doc
 from data.prepare import prepare
 from post_training.checkpoint import store
 from post_training.errors import SetupError
+from post_training.hf.folder import local_model_folder, weights_digest
 from tests.helpers.models import edit_json, make_tokenizer
 from tests.helpers.positions import SEQ, begins_at, make_checkpoint, manifest_of, position_of
 
@@ -284,6 +285,10 @@ def test_other_base_weights_are_refused_in_the_own_folder_only(parse, documents,
     with pytest.raises(SetupError, match="other weights than those of --hf-model"):
         position_of(parse(*SEQ), documents, checkpoint)
     assert begins_at(parse(*SEQ, out="new"), documents, checkpoint) == 0
+    args = parse(*SEQ)
+    kept = weights_digest(local_model_folder(args.hf_model), like="of a version before")
+    checkpoint = saved(8, base_weights=kept)
+    assert begins_at(args, documents, checkpoint) == 0  # not refused
 
 
 def test_restarted_data_is_not_restarted_again(parse, documents, other_documents, saved, tmp_path):
