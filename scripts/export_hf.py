@@ -128,7 +128,7 @@ def main() -> int:
             )
         else:
             how = "reloaded with transformers, logits agree"
-            merge(chunks[0])
+            merge(chunks[0], rounded=dtype is None)
             difference = export_hf(
                 chunks,
                 args.hf_config,

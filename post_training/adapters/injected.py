@@ -135,10 +135,12 @@ def save_factors_only(wrapper: Any) -> None:
 
 
 @torch.no_grad()
-def merge_factors(model: Any) -> None:
+def merge_factors(model: Any, *, rounded: bool = True) -> None:
     """Turn a whole model with factors into one without that computes the same.
 
-    Sums are made in fp32, and rounded to what the matrices are of.
+    Args:
+        model: with its memory; used up.
+        rounded: sums, made in fp32, are turned to what the matrices were of; else they stay.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -152,6 +154,6 @@ def merge_factors(model: Any) -> None:
         for parameter in own:
             parameter.data = parameter.data.float()
         layer.merge()
-        for parameter, dtype in zip(own, dtypes, strict=True):
+        for parameter, dtype in zip(own, dtypes if rounded else (), strict=rounded):
             parameter.data = parameter.data.to(dtype)
         model.set_submodule(name, layer.base_layer)

@@ -184,15 +184,21 @@ class Adapter(torch.nn.Module):
         return functional.linear(h, b)
 
     @torch.no_grad()
-    def merge(self, layer: Any) -> None:
-        """Add the product of the factors to the weight of a layer that is not split."""
+    def merge(self, layer: Any, *, rounded: bool) -> None:
+        """Add the product of the factors to the weight of a layer that is not split.
+
+        Args:
+            layer: that the factors are of.
+            rounded: the sum is turned to what the weight was of; else it stays in fp32.
+        """
         products = {
             each.target.part: (each.lora_b @ each.lora_a * each.target.scaling).t() for each in self
         }
         change = self._joined(products)  # its rows are the last dimension here
         if not isinstance(layer, tensor_parallel.VocabParallelEmbedding):
             change = change.t()
-        layer.weight.copy_(layer.weight.float() + change)
+        total = layer.weight.float() + change
+        layer.weight.data = total.to(layer.weight.dtype) if rounded else total
 
 
 def new_factors(target: Target, seed: int) -> tuple[Tensor, Tensor]:
@@ -275,10 +281,10 @@ def factors_of(chunk: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def merge_adapters(chunk: torch.nn.Module) -> None:
-    """Turn a whole model with factors into one without that computes the same."""
+def merge_adapters(chunk: torch.nn.Module, *, rounded: bool = True) -> None:
+    """Turn a whole model with factors into one without that computes the same (`Adapter.merge`)."""
     for layer, adapter in list(adapters(chunk)):
-        adapter.merge(layer)
+        adapter.merge(layer, rounded=rounded)
         adapter.hook.remove()
         delattr(layer, NAME)
 

@@ -39,12 +39,18 @@ def check_peft() -> None:
         )
 
 
-def merge(model: Any) -> None:
-    """Turn the whole model of a run, with factors or without, into one without that computes the same."""
+def merge(model: Any, *, rounded: bool = True) -> None:
+    """Turn the whole model of a run, with factors or without, into one without that computes the same.
+
+    Args:
+        model: unwrapped.
+        rounded: changed matrices keep their dtype; else they are in fp32 afterwards, so that another dtype
+            is rounded to once.
+    """
     if isinstance(model, HFModel):
-        injected.merge_factors(model.model)
+        injected.merge_factors(model.model, rounded=rounded)
     else:
-        merge_adapters(model)
+        merge_adapters(model, rounded=rounded)
 
 
 def export_adapter(

@@ -12,6 +12,8 @@ import signal
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.helpers import faults, plain_lora
 from tests.helpers.checkpoint import same_tensors
@@ -141,3 +143,21 @@ def test_factors_that_peft_refuses_are_told_in_one_line(hf_model, chat_data, tmp
     done = run_script("scripts/export_hf.py", "--output-dir", str(run.ok().folder), "--adapter")
     assert done.returncode == 2 and "error: --adapter: peft does not read" in done.stderr
     assert "Traceback" not in done.stderr and not (run.folder / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_merged_for_another_dtype_it_is_rounded_once(backend, words, tmp_path):
+    """Frozen matrices are in bf16 while factors are in fp32: their sum in fp32 has no rounding at all."""
+    flags = [word for word in words if word != "--fp32"] + ["--bf16", "--train-iters", "2"]
+    run = finetune(tmp_path / "out", *flags, world=2).ok()
+    done = run_script("scripts/export_hf.py", "--output-dir", str(run.folder), "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    name = "model.layers.0.mlp.down_proj"
+    base, merged = (
+        load_file(f"{folder}/model.safetensors")[f"{name}.weight"].float()
+        for folder in (words[1], run.folder / "hf")
+    )
+    a, b = (plain_lora.factors_in(run.folder)[f"{name}.lora_{part}.weight"] for part in "AB")
+    change = 2 * b @ a  # alpha is twice the rank
+    assert change.abs().max() > 1e-3
+    assert torch.allclose(merged, base.bfloat16().float() + change, rtol=0, atol=1e-8)
