@@ -74,9 +74,13 @@ def inject(model: Any, config: PretrainedConfig, settings: LoraSettings, dropout
     packed = _nf4_layers(model)
     for _, layer in packed:
         layer.weight = layer.weight_nf4  # peft looks at it, for its device
+    # Names are those of the modules here. Where peft sees the configuration of a model with experts, it
+    # takes some for those of transformers 4, and dense layers' for experts'.
+    around = torch.nn.Module()
+    around.model = model
     try:
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            inject_adapter_in_model(theirs, model)
+            inject_adapter_in_model(theirs, around)
     except ValueError as error:
         raise SetupError(f"--lora-targets: peft refuses them: {error}") from error
     for _, layer in packed:

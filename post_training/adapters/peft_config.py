@@ -162,7 +162,8 @@ def check_names(
     # Fused in transformers, experts are no modules that PEFT looks at.
     experts = any(every[name].weight.of_expert for name in names)
     modules = {n for n, t in every.items() if not t.fused and (experts or not t.weight.of_expert)}
-    meant = {name for name in modules if is_meant(found, name)}
+    weights = tuple(f".{name}" for name in found.get("target_parameters") or ())
+    meant = {n for n in modules if is_meant(found, n) or f".{n}.weight".endswith(weights)}
     for name in sorted(meant - set(names)):
         raise SetupError(f"{where}: {CONFIG} means {name}, of which {WEIGHTS} holds no factors")
     for name in sorted(modules & set(names) - meant):

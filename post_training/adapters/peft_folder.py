@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 # In the header of the weights: which base they belong to (`hf/folder.py`).
 BASE = "base_weights"
+# What peft may take for matrices of single experts (its transformers_weight_conversion.py).
+_OF_EXPERTS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 _DTYPES = ("F64", "F32", "BF16", "F16")
 
 
@@ -78,7 +80,9 @@ def read_settings(
         name = re.sub(r"\.lora_(embedding_)?[AB](\.weight)?$", "", key)
         above = f"{name.replace('.base_layer', '')}."
         meant = [
-            n for n, t in every.items() if t.fused and n.startswith(above) and n.endswith(fused)
+            n
+            for n, t in every.items()
+            if t.fused and n.startswith(above) and f".{n}".endswith(fused)
         ]
         if name in every:
             meant = [name]
@@ -218,18 +222,24 @@ def write_adapter(
     """
     every = every_target(config, settings.backend)
     alpha, alphas = settings.alpha, settings.alpha_pattern
-    fused = short_names(every, (n for n, t in targets.items() if t.fused))
-    experts = {n.rpartition(".")[2] for n, t in targets.items() if t.weight.of_expert}
-    if experts:
-        # peft fuses their factors. It takes other modules of these names for experts too, but for those
-        # whose weight is named as a parameter; these know no dropout, and it doubles alpha with the rank,
-        # which only without the square root leaves the scaling as it is.
-        fused = [
-            f"{name}.weight"
-            for name, t in targets.items()
-            if not t.weight.of_expert and name.rpartition(".")[2] in experts
+    names = [name for name, t in targets.items() if not t.fused]
+    fused = short_names(every, targets.keys() - names)
+    experts = any(t.weight.of_expert for t in targets.values())
+    if any(t.weight.of_expert or t.fused for t in every.values()):
+        # peft takes other modules of these names for experts too, but for those whose weight is named as
+        # a parameter; these know no dropout.
+        alike = [
+            name
+            for name in names
+            if not targets[name].weight.of_expert and name.rpartition(".")[2] in _OF_EXPERTS
         ]
-        dropout = 0.0
+        fused += [f"{name}.weight" for name in alike]
+        if not experts:
+            names = [name for name in names if name not in alike]
+        if alike or experts:
+            dropout = 0.0
+    # peft fuses experts' factors, and doubles alpha with the rank, which only without the square root
+    # leaves the scaling as it is.
     rslora = settings.rslora and not experts
     if rslora != settings.rslora:
         alpha *= settings.rank**0.5
@@ -245,7 +255,7 @@ def write_adapter(
         "use_rslora": rslora,
         "rank_pattern": settings.rank_pattern,
         "alpha_pattern": alphas,
-        "target_modules": short_names(every, (n for n, t in targets.items() if not t.fused)),
+        "target_modules": short_names(every, names),
         "target_parameters": fused or None,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -48,7 +48,10 @@ def adapt(model: Any, settings: LoraSettings, peft: bool = HAS_PEFT) -> dict[str
     targets = chosen_targets(model.config, settings)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    by_peft = [t for t in targets.values() if peft and not t.weight.of_expert]
+    # It takes dense layers beside fused experts for these.
+    fused = any(t.fused for t in targets.values())
+    theirs = [t for t in targets.values() if t.fused or t.kind != "mlp" or not fused]
+    by_peft = [t for t in theirs if peft and not t.weight.of_expert]
     found: dict[str, Tensor] = {}
     if by_peft:
         from peft import LoraConfig, inject_adapter_in_model

@@ -139,6 +139,7 @@ CASES = (
     hf(2, "qwen3", settings=LAST),
     hf(2, "gpt2", settings=ATTENTION),
     hf(2, "gpt_oss"),
+    hf(2, "deepseek_v3"),
     hf(2, "falcon_h1"),
     hf(2, "qwen2_5_vl", settings=VISION, slow=False),
     hf(1, "llama", nf4=True),

@@ -53,6 +53,9 @@ def logits(model):
     [
         ("qwen3_moe", settings("all", "lm_head")),
         ("qwen3", settings("all", "embed_tokens", nf4=True)),
+        ("deepseek_v3", settings("all", rslora=True)),
+        ("deepseek_v3", settings("0.mlp.gate_proj", "0.mlp.down_proj")),
+        ("qwen2_moe", settings("mlp")),
         ("gpt2", settings(rslora=True)),
     ],
 )
