@@ -49,8 +49,8 @@ def adapt(model: Any, settings: LoraSettings, peft: bool = HAS_PEFT) -> dict[str
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     # It takes dense layers beside fused experts for these.
-    fused = any(t.fused for t in targets.values())
-    theirs = [t for t in targets.values() if t.fused or t.kind != "mlp" or not fused]
+    some = any(t.fused for t in targets.values())
+    theirs = [t for t in targets.values() if t.fused or t.kind != "mlp" or not some]
     by_peft = [t for t in theirs if peft and not t.weight.of_expert]
     found: dict[str, Tensor] = {}
     if by_peft:
