@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes on this machine's loopback addresses, as long as its standard input is open.
+"""A Ray cluster of two nodes and a spare one on this machine's loopback addresses, as long as its standard input is open.
 
 python -m tests.helpers.ray_cluster        prints its address
 """
@@ -9,7 +9,7 @@ from ray.cluster_utils import Cluster
 
 if __name__ == "__main__":
     cluster = Cluster()
-    for address in ("127.0.0.2", "127.0.0.3"):
+    for address in ("127.0.0.2", "127.0.0.3", "127.0.0.4"):
         cluster.add_node(
             num_cpus=2,
             node_ip_address=address,

@@ -1,4 +1,4 @@
-"""`scripts/launch_ray.py` on a Ray of two nodes, which is this machine's loopback."""
+"""`scripts/launch_ray.py` on a Ray of three nodes, which is this machine's loopback."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.helpers import faults
@@ -72,50 +73,81 @@ def cluster(tmp_path):
     assert not (home / ".ray").exists()
 
 
-@pytest.mark.slow
-def test_a_typo_ctrl_c_and_a_killed_actor(cluster, hf_model, chat_data, tmp_path):
-    address, environment = cluster
-    output, hold, log = tmp_path / "out", tmp_path / "hold", tmp_path / "driver.log"
-    model = ["--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)]
-    words = [*model, *Recipe(steps=STEPS).flags(), *DROPOUT, "--no-progress"]
-    driver = [sys.executable, "scripts/launch_ray.py", "--nodes", "2", "--processes-per-node", "1"]
-    driver += ["--address", address, "--script", str(held_tree(tmp_path / "tree") / "finetune.py")]
+class Driver:
+    """Starts of one run on two nodes, held at the step that `hold` says."""
 
-    def start(*flags):
-        line = [*driver, "--", *words, "--output-dir", str(output), *flags]
+    def __init__(self, cluster, hf_model, chat_data, folder):
+        self.address, self.environment = cluster
+        self.output, self.hold, self.log = folder / "out", folder / "hold", folder / "driver.log"
+        model = ["--hf-model", str(hf_model("qwen3")), "--finetune-data-files", str(chat_data.file)]
+        self.words = [*model, *Recipe(steps=STEPS).flags(), *DROPOUT, "--no-progress"]
+        self.script = held_tree(folder / "tree") / "finetune.py"
+
+    def start(self, *flags):
+        line = [sys.executable, "scripts/launch_ray.py", "--nodes", "2", "--address", self.address]
+        line += ["--processes-per-node", "1", "--script", str(self.script), "--", *self.words]
+        line += ["--output-dir", str(self.output), *flags]
         return subprocess.Popen(
-            line, env=environment, cwd=ROOT, stdout=log.open("wb"), stderr=subprocess.STDOUT
+            line,
+            env=self.environment,
+            cwd=ROOT,
+            stdout=self.log.open("wb"),
+            stderr=subprocess.STDOUT,
         )
 
-    def reached(running, step):
+    def reached(self, running, step):
         def there():
-            assert running.poll() is None, log.read_text()
-            file = output / "metrics.jsonl"
+            assert running.poll() is None, self.log.read_text()
+            file = self.output / "metrics.jsonl"
             return file.is_file() and f'"iteration": {step}' in file.read_text()
 
         wait_for(f"step {step}", there)
 
-    assert start("--lrr", "1").wait(LIMIT) == 2, log.read_text()
-    assert "--lrr: no such flag; did you mean --lr" in log.read_text()
-    assert "starting again" not in log.read_text()
+    def told(self):
+        return self.log.read_text()
+
+    def ends_like(self, running, straight):
+        assert running.wait(LIMIT) == 0, self.told()
+        assert "starting again" in self.told() and "restart 1: complete" in self.told()
+        run = replace(straight, folder=Path(self.output))
+        assert len(run.steps) == STEPS and numbers(run) == numbers(straight)
+
+
+@pytest.mark.slow
+def test_a_typo_ctrl_c_a_killed_actor_and_a_lost_node(cluster, hf_model, chat_data, tmp_path):
+    driver = Driver(cluster, hf_model, chat_data, tmp_path)
+    hold = driver.hold
+    assert driver.start("--lrr", "1").wait(LIMIT) == 2, driver.told()
+    assert "--lrr: no such flag; did you mean --lr" in driver.told()
+    assert "starting again" not in driver.told()
 
     hold.write_text("3")
-    running = start()
-    reached(running, 2)
+    running = driver.start()
+    driver.reached(running, 2)
     running.send_signal(signal.SIGINT)
-    wait_for("the ranks hear of it", lambda: "SIGTERM: saving" in log.read_text())
+    wait_for("the ranks hear of it", lambda: "SIGTERM: saving" in driver.told())
     hold.write_text("6")
-    assert running.wait(LIMIT) == 0, log.read_text()
-    tracker = output / "checkpoints/latest_checkpointed_iteration.txt"
+    assert running.wait(LIMIT) == 0, driver.told()
+    tracker = driver.output / "checkpoints/latest_checkpointed_iteration.txt"
     assert tracker.read_text() == "3"
 
-    running = start()
-    reached(running, 5)
-    os.kill(int(re.findall(r"\(RayNode pid=(\d+)", log.read_text())[0]), signal.SIGKILL)
-    wait_for("its loss", lambda: "a node is lost" in log.read_text())
+    running = driver.start()
+    driver.reached(running, 5)
+    os.kill(int(re.findall(r"\(RayNode pid=(\d+)", driver.told())[0]), signal.SIGKILL)
+    wait_for("its loss", lambda: "a node is lost" in driver.told())
     hold.write_text("0")
-    assert running.wait(LIMIT) == 0, log.read_text()
-    assert "starting again" in log.read_text() and "restart 1: complete" in log.read_text()
-    straight = finetune(tmp_path / "straight", *words, world=2).ok()
-    run = replace(straight, folder=Path(output))
-    assert len(run.steps) == STEPS and numbers(run) == numbers(straight)
+    straight = finetune(tmp_path / "straight", *driver.words, world=2).ok()
+    driver.ends_like(running, straight)
+
+    # A node without its raylet is gone for Ray, while its ranks live on and hold the output folder.
+    driver.output = tmp_path / "again"
+    hold.write_text("3")
+    running = driver.start()
+    driver.reached(running, 2)
+    every = psutil.Process().children(recursive=True)
+    raylets = {each.parent() for each in every if each.name().startswith("ray::RayNode")}
+    assert len(raylets) == 2
+    next(raylet for raylet in raylets if "--head" not in raylet.cmdline()).kill()
+    wait_for("its loss", lambda: "a node is lost" in driver.told())
+    hold.write_text("0")
+    driver.ends_like(running, straight)
