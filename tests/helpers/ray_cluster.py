@@ -1,4 +1,4 @@
-"""A Ray cluster of two nodes and a spare one on this machine's loopback addresses, as long as its standard input is open.
+"""A Ray of two nodes and a spare one on this machine's loopback, as long as its standard input is open.
 
 python -m tests.helpers.ray_cluster        prints its address
 """
