@@ -45,7 +45,6 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.global_vars import set_global_variables
 
 from data import DataError, SFTDataset
-from data.features.dataset import OfflineDataset
 from model_provider import check_weights, model_config
 from post_training.adapters.settings import describe_adapter
 from post_training.arguments.completion import complete_run, keep_date, validate
@@ -68,7 +67,7 @@ from post_training.checkpoint.saver import CheckpointSaver
 from post_training.distillation.acceptance import report_acceptance
 from post_training.distillation.draft_forward import part_names
 from post_training.distillation.features import (
-    check_states,
+    check_stored,
     draft_tokens,
     stored_features,
     stored_names,
@@ -338,13 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 args, names=stored_names(args), wanted=functools.partial(wanted_features, args=args)
             )
         answering = None if args.answer_tokens is None else Answering(args, tokenizer)
-        calibration = None
-        if args.quantisation is not None:
-            calibration = calibration_data(args, splits, tokenizer)
-        stored_features(args)  # rather refused now than at the first step
-        for split in splits.values():
-            if isinstance(split.packs, OfflineDataset):
-                check_states(split.packs.features, args)
+        calibration = calibration_data(args, splits, tokenizer) if args.quantisation else None
+        check_stored(args, splits)
         keep_date(args, template_date(splits))
         taught = teaching(args, splits, settings, teacher)
         position = find_position(args, splits.get("train"), start.continued, taught)
@@ -369,10 +363,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 output.save_model_folder(args, tokenizer)
         hooks.evaluation_iterations = evaluation_batches(args, splits)
         hooks.evaluates_at_start = args.eval_at_start
-        if args.eval_at_start and "valid" not in hooks.evaluation_iterations:
-            raise SetupError(
-                "--eval-at-start: there is no validation data; give some, or leave it out"
-            )
         place = {} if position is None else position.flags()
         evaluates = bool(hooks.evaluation_iterations)
         complete_run(args, **start.flags(), **place, evaluates=evaluates)

@@ -269,7 +269,11 @@ def template_date(splits: Mapping[str, Split]) -> str | None:
 
 
 def evaluation_batches(args: argparse.Namespace, splits: Mapping[str, Split]) -> dict[str, int]:
-    """Global batches of each split to evaluate: the whole split, or `--eval-iters` of it (0: none)."""
+    """Global batches of each split to evaluate: the whole split, or `--eval-iters` of it (0: none).
+
+    Raises:
+        SetupError: `--eval-at-start` would evaluate none.
+    """
     batches: dict[str, int] = {}
     for split in ("valid", "test"):
         if split in splits and args.eval_iters != 0:
@@ -277,6 +281,8 @@ def evaluation_batches(args: argparse.Namespace, splits: Mapping[str, Split]) ->
                 args.eval_global_batch_size or args.global_batch_size
             )
             batches[split] = min(whole, args.eval_iters or whole)
+    if args.eval_at_start and "valid" not in batches:
+        raise SetupError("--eval-at-start: there is no validation data; give some, or leave it out")
     return batches
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.documents.check_sum import check_sum
-from data.features.dataset import open_features
+from data.features.dataset import OfflineDataset, open_features
 from data.features.manifest import DTYPES
 from data.features.mixture import parts_of
 from data.features.reader import Features
@@ -75,6 +75,18 @@ def wanted_features(tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
         "hidden_size": args.hidden_size,
         "aux_hidden_size": len(args.aux_layers) * args.hidden_size,
     }
+
+
+def check_stored(args: argparse.Namespace, splits: Mapping[str, Split]) -> None:
+    """Refuse stored features before the first step would trip over them.
+
+    Raises:
+        SetupError: naming the folder.
+    """
+    stored_features(args)
+    for split in splits.values():
+        if isinstance(split.packs, OfflineDataset):
+            check_states(split.packs.features, args)
 
 
 def check_states(features: Features, args: argparse.Namespace) -> None:
