@@ -103,7 +103,17 @@ def test_a_huggingface_model_alone(words, truth, tmp_path, layout):
 def trained(words, chat_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "out"
     data = ["--finetune-data-files", str(chat_data.file)]
-    return finetune(folder, *words, *data, *RECIPE.flags(), "--no-save-optim").ok()
+    flags = [*data, *RECIPE.flags(), "--no-save-optim", "--eval-at-start"]
+    return finetune(folder, *words, *flags).ok()
+
+
+@pytest.mark.slow
+def test_at_the_start_of_a_run_the_model_is_as_it_was(trained, truth):
+    first, *later = trained.evaluations
+    assert (first["split"], first["iteration"]) == ("valid", 0)
+    check(first, truth, ["sums", "talk"])
+    assert [(r["split"], r["iteration"]) for r in later] == [("valid", 4), ("test", 4)]
+    assert later[0]["loss"] < first["loss"] and len(trained.steps) == RECIPE.steps
 
 
 @pytest.mark.slow
