@@ -62,7 +62,13 @@ class PlainEagle:
         return x, self.t["lm_head.weight"] @ rms_norm(x, self.t["norm.weight"], eps)
 
     def losses(
-        self, ids: Tensor, mask: Tensor, aux: Tensor, teacher_logits: Tensor, steps: int
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        aux: Tensor,
+        teacher_logits: Tensor,
+        steps: int,
+        detach: bool = False,
     ) -> Tensor:
         """Sum of KL(teacher || draft) at trained tokens of each step: [steps].
 
@@ -72,6 +78,7 @@ class PlainEagle:
             aux: [tokens, 3 * hidden].
             teacher_logits: of the base at each token, [tokens, draft vocabulary].
             steps: test-time steps.
+            detach: no gradient from a step's input to the step before.
         """
         features = [self.t["fc.weight"] @ a for a in aux]
         base: list[tuple[Tensor, Tensor]] = []
@@ -85,6 +92,7 @@ class PlainEagle:
                 if step:
                     if q + 1 + step >= len(ids):
                         break
+                    feature = feature.detach() if detach else feature
                     query, key, value = self.query(int(ids[q + 1 + step]), feature, q + step)
                     keys, values = [*keys, key], [*values, value]
                 feature, logits = self.rest(feature, self.attend(query, keys, values))

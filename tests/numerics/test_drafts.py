@@ -138,6 +138,7 @@ def _evaluated(output_dir, base, file, *flags):
     out = f"{output_dir}/draft.json"
     sys.argv = ["evaluate_draft.py", "--hf-model", base, "--draft", f"{output_dir}/draft"]
     sys.argv += ["--data", file, "--limit", "5", "--max-new-tokens", "8", "--json", out, *flags]
+    sys.argv += ["--num-speculative-tokens", "3"]
     assert evaluate_draft.main() == 0
     return json.loads(Path(out).read_text())["answers"]
 

@@ -150,12 +150,13 @@ def test_merged_for_another_dtype_it_is_rounded_once(backend, words, tmp_path):
     """Frozen matrices are in bf16 while factors are in fp32: their sum in fp32 has no rounding at all."""
     flags = [word for word in words if word != "--fp32"] + ["--bf16", "--train-iters", "2"]
     run = finetune(tmp_path / "out", *flags, world=2).ok()
-    done = run_script("scripts/export_hf.py", "--output-dir", str(run.folder), "--dtype", "fp32")
+    words = ("--merge", "--dtype", "fp32", "--checkpoints", str(run.folder / "checkpoints"))
+    done = run_script("scripts/export_hf.py", "--output-dir", str(run.folder), *words)
     assert done.returncode == 0, done.stderr
     name = "model.layers.0.mlp.down_proj"
     base, merged = (
         load_file(f"{folder}/model.safetensors")[f"{name}.weight"].float()
-        for folder in (words[1], run.folder / "hf")
+        for folder in (flags[1], run.folder / "hf")
     )
     a, b = (plain_lora.factors_in(run.folder)[f"{name}.lora_{part}.weight"] for part in "AB")
     change = 2 * b @ a  # alpha is twice the rank

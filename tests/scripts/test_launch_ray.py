@@ -85,6 +85,7 @@ class Driver:
 
     def start(self, *flags):
         line = [sys.executable, "scripts/launch_ray.py", "--nodes", "2", "--address", self.address]
+        line += ["--cpu", "--max-restarts", "1", "--wait", "300"]
         line += ["--processes-per-node", "1", "--script", str(self.script), "--", *self.words]
         line += ["--output-dir", str(self.output), *flags]
         return subprocess.Popen(

@@ -86,6 +86,13 @@ def test_the_same_answer_both_ways(run, exported):
     )
     assert ours.returncode == theirs.returncode == 0, ours.stderr + theirs.stderr
     assert ours.stdout == theirs.stdout
+    raw = run_script("scripts/generate.py", "--output-dir", str(run.folder), *prompt, "--raw")
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    ids = tokenizer(prompt[1], return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    whole = model.generate(ids, max_new_tokens=6, do_sample=False)[0]
+    answer = tokenizer.decode(whole[ids.shape[1] :], skip_special_tokens=True)
+    assert raw.stdout == f"{answer}\n" != ours.stdout
 
 
 @pytest.mark.slow
@@ -93,7 +100,7 @@ def test_evaluate_counts_every_row(run, chat_data, tmp_path):
     out = tmp_path / "scores.json"
     done = run_script(
         *("scripts/evaluate.py", "--output-dir", str(run.folder), "--data", str(chat_data.file)),
-        *("--max-new-tokens", "2", "--json", str(out)),
+        *("--max-new-tokens", "2", "--json", str(out), "--answer-pattern", "(.)"),
     )
     assert done.returncode == 0, done.stderr
     scores = json.loads(out.read_text())

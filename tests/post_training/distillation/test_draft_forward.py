@@ -14,7 +14,7 @@ LENGTHS = (20, 31)
 TP2 = ["--tensor-model-parallel-size", "2"]
 
 
-def draft_of_packs(argv, packs, cut):
+def draft_of_packs(argv, packs, cut, detach=False):
     """Losses and gradients of an untrained draft; one tensor parallel group.
 
     Returns:
@@ -32,7 +32,7 @@ def draft_of_packs(argv, packs, cut):
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randperm(VOCABULARY, generator=generator)[:cut].sort()[0] if cut else None
     shape = DraftShape.of(args.hf_config, cut)
-    settings = draft_model.DraftSettings(aux_layers(None, 2), VOCABULARY, STEPS)
+    settings = draft_model.DraftSettings(aux_layers(None, 2), VOCABULARY, STEPS, detach=detach)
     draft_model.add_draft(model, shape, settings, tokens=tokens)
     draft_forward.install_forward(model, settings)
     weights = {
@@ -94,7 +94,7 @@ def _packs():
     return make_pack(ids, mask, LENGTHS), make_pack(other, mask, LENGTHS)
 
 
-def _plain(folder, pack, served, config, tokens):
+def _plain(folder, pack, served, config, tokens, detach):
     """The same of each document alone: summed losses of each step, and the tensors with gradients."""
     tensors = {name: value.clone().requires_grad_() for name, value in served.items()}
     base = load_model(folder)
@@ -108,24 +108,27 @@ def _plain(folder, pack, served, config, tokens):
             out = base(ids[None], output_hidden_states=True)
         states = [*out.hidden_states[:2], before_norm.pop().view(1, length, -1)]
         logits = out.logits[0] if tokens is None else out.logits[0][:, tokens]
-        total = total + plain.losses(ids, mask, torch.cat(states, -1)[0], logits, STEPS)
+        total = total + plain.losses(ids, mask, torch.cat(states, -1)[0], logits, STEPS, detach)
         begin += length
     total.sum().backward()
     return total.detach(), tensors
 
 
 def test_a_draft_is_eagle_3_of_each_document(hf_model, tmp_path):
-    """Losses and gradients, of the whole vocabulary and a part; a changed neighbour moves no bit."""
+    """Losses and gradients, of the whole vocabulary and a part, of steps apart (`--draft-detach-steps`).
+
+    A changed neighbour moves no bit.
+    """
     rope = {"rope_type": "default", "rope_theta": 100.0}
     folder = hf_model("qwen3", tied=True, rope_parameters=rope)
     pack, other = _packs()
     argv = flags(str(folder), str(tmp_path), "--fp32")
-    for cut in (None, 100):
+    for cut, detach in ((None, False), (100, False), (None, True)):
         ((answers, served, config, tokens),) = run_ranks(
-            draft_of_packs, 1, argv, [pack, other], cut
+            draft_of_packs, 1, argv, [pack, other], cut, detach
         )
         losses, counted, gradients = answers[0]
-        expected, tensors = _plain(folder, pack, served, config, tokens)
+        expected, tensors = _plain(folder, pack, served, config, tokens, detach)
         torch.testing.assert_close((losses * counted).sum(1), expected, rtol=1e-5, atol=0)
         for name, gradient in gradients.items():
             wanted = tensors[name].grad
