@@ -166,10 +166,8 @@ def _units(module: torch.nn.Module, classes: tuple[type, ...]) -> list[torch.nn.
         inside = [sum(other.startswith(f"{name}.") for other in names) for names in shared]
         return any(0 < own < len(names) for own, names in zip(inside, shared, strict=True))
 
-    named: list[tuple[str, Any]] = [
-        each for each in module.named_modules() if each[1] is not module
-    ]
-    return [unit for name, unit in named if isinstance(unit, classes) and not shares(name)]
+    named = [each for each in module.named_modules() if each[1] is not module]
+    return [unit for name, unit in named if issubclass(type(unit), classes) and not shares(name)]
 
 
 def _unit_classes(config: Any, module: torch.nn.Module) -> tuple[type, ...]:
