@@ -85,7 +85,7 @@ def test_rows_with_choices():
         ({**ROBO, "image": "x"}, {"image_keys": ("photo",)}, "question, choices, correct_answer, image"),
         (ROBO, {"answer_key": "letter"}, "no column 'letter'"),
         (ROBO, {"choice_key": "options"}, "no column 'options'"),
-        ({"question": "Where?", "answer": float("nan"), "image": b"x"}, {"answer_key": "answer"}, "no answer"),
+        ({"question": "?", "answer": float("nan")}, {"answer_key": "answer"}, "no answer"),
         ({**ROBO, "correct_answer": "C"}, {}, "outside the choices"),
         ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [
             {"type": "image", "image": "a"}]}]}, {}, "only a user's may"),
