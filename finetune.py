@@ -372,8 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             args, console, splits, start, position, teacher, task, rows, answering, calibration
         )
     except (SetupError, DataError, RunStopped) as error:
-        watchdog.fail()
-        return tell(error, console, started=started)
+        return tell(error, console, started=started, first=watchdog.fail())
     except KeyboardInterrupt:
         return 130
     except SystemExit as ended:

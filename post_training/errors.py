@@ -25,6 +25,10 @@ class RunStopped(RuntimeError):
     """
 
 
+class RankStopped(RunStopped):
+    """The same, for what one rank may meet alone, such as a row: the first rank that does so tells it."""
+
+
 def failed_condition(error: Exception, args: argparse.Namespace) -> str:
     """What an error without a message stumbled over, from the line of source that raised it.
 
@@ -40,20 +44,26 @@ def failed_condition(error: Exception, args: argparse.Namespace) -> str:
     return f"`{line}` fails in {where}" + (f", where {values}" if values else "")
 
 
-def tell(error: Exception, console: TextIO, *, started: bool) -> int:
+def tell(error: Exception, console: TextIO, *, started: bool, first: bool = True) -> int:
     """Print an error as one message of the whole job, and return the exit status.
 
     Args:
         error: a `RunStopped`, which all ranks have, or one that a user can put right.
         console: where this rank prints.
         started: the ranks know each other, so that one of them may have met an error alone.
+        first: no other rank has told of an error before.
 
     Returns:
         1 for a `RunStopped`, else 2.
     """
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     together = isinstance(error, RunStopped)
-    if started and not together:
+    if isinstance(error, RankStopped):
+        if first:
+            print(f"error on rank {rank}: {error}", file=console, flush=True)
+        else:
+            time.sleep(3)
+    elif started and not together:
         print(f"error on rank {rank}: {error}", file=console, flush=True)
     elif (rank if together else local_rank) == 0:
         # Before ranks know each other, the first of each machine speaks for all on it.

@@ -204,9 +204,7 @@ def encoded(source: Any, beside: str) -> tuple[Path | None, bytes]:
     if isinstance(source, (bytes, bytearray, memoryview)):
         return None, bytes(source)
     if hasattr(source, "save") and hasattr(source, "getexif"):  # of PIL
-        out = io.BytesIO()
-        source.save(out, "PNG")
-        return None, out.getvalue()
+        return None, _png(source)
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise RowError(
             "no picture", f"{type(source).__name__}, expected a path, bytes or an object"
@@ -221,7 +219,10 @@ def encoded(source: Any, beside: str) -> tuple[Path | None, bytes]:
         except (ValueError, binascii.Error) as error:
             raise RowError("broken picture", f"{head[:40]}: {error}") from error
     if "://" in text:
-        parts = urlsplit(text)
+        try:
+            parts = urlsplit(text)
+        except ValueError as error:
+            raise RowError("no picture", f"{text[:120]!r}: {error}") from error
         if parts.scheme != "file":
             raise RowError(
                 "picture elsewhere",
@@ -233,6 +234,34 @@ def encoded(source: Any, beside: str) -> tuple[Path | None, bytes]:
         return path, path.read_bytes()
     except OSError as error:
         raise RowError("no picture", f"{path}: {error.strerror or error}") from error
+    except ValueError as error:  # what no path may hold, such as a zero
+        raise RowError("no picture", f"{text[:120]!r}: {error}") from error
+
+
+def _png(image: Any) -> bytes:
+    """A PIL picture as it is shown, encoded without loss: what EXIF says of it is not kept beside it.
+
+    Raises:
+        RowError: it is broken, or of a kind that is not taken.
+    """
+    from PIL import ImageOps
+
+    _check_mode(image)
+    out = io.BytesIO()
+    try:
+        shown = ImageOps.exif_transpose(image)
+        known = {"YCbCr": "RGB", "RGBX": "RGB", "PA": "RGBA"}  # to PNG
+        (shown.convert(known[shown.mode]) if shown.mode in known else shown).save(out, "PNG")
+    except Exception as error:  # whatever a file that it still reads is made of
+        raise RowError("broken picture", f"it cannot be decoded ({error})") from error
+    return out.getvalue()
+
+
+def _check_mode(image: Any) -> None:
+    if image.mode not in _MODES:
+        raise RowError(
+            "bad picture", f"of mode {image.mode}; save it as RGB ({image.format}, {image.size})"
+        )
 
 
 def inspect(data: bytes) -> tuple[int, int]:
@@ -252,13 +281,9 @@ def inspect(data: bytes) -> tuple[int, int]:
             raise RowError(
                 "bad picture", f"animated, of {image.n_frames} pictures: give one of them"
             )
-        if image.mode not in _MODES:
-            raise RowError(
-                "bad picture",
-                f"of mode {image.mode}; save it as RGB ({image.format}, {image.size})",
-            )
+        _check_mode(image)
         width, height = image.size
-        if _orientation(image) > 4:
+        if image.format != "TIFF" and _orientation(image) > 4:  # whose reader has turned it
             width, height = height, width
         if image.format == "JPEG" and data.rfind(_JPEG_END) < len(data) // 2:
             raise RowError("broken picture", "this JPEG ends too early")
@@ -276,7 +301,9 @@ def inspect(data: bytes) -> tuple[int, int]:
 
 
 def open_picture(data: bytes) -> Any:
-    """The picture as it is shown: a PIL image of mode RGB.
+    """The picture as it is shown: a PIL image of mode RGB, what is transparent on white.
+
+    (As processors of transformers 5 take a PIL picture, and as qwen-vl-utils does.)
 
     Raises:
         OSError: it cannot be decoded.
@@ -286,6 +313,10 @@ def open_picture(data: bytes) -> Any:
     image: Any = Image.open(io.BytesIO(data))
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 

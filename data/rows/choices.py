@@ -9,8 +9,13 @@ r"""Questions with a picture and choices, in columns as of Robo2VLM.
 from __future__ import annotations
 
 import ast
+import io
+import json
 import string
+import tokenize
+import warnings
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 from data.errors import RowError
@@ -43,7 +48,7 @@ def read_choices(value: Any, answer: Any) -> Choices:
     """Choices and the right one.
 
     Args:
-        value: A list, or its literal.
+        value: A list, or its text in JSON or Python.
         answer: An index (a number), or a letter or a choice's own text. Digits in text are an index only
             where no choice reads so; a number that is an index and another choice's text is ambiguous.
 
@@ -51,14 +56,13 @@ def read_choices(value: Any, answer: Any) -> Choices:
         RowError: no list, nothing that is one of them, or more than one of them.
     """
     if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise RowError("bad choices", f"{value[:80]!r} is no list ({error})") from error
+        value = _literal(value.strip())
     if hasattr(value, "tolist"):  # of numpy
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
         raise RowError("bad choices", f"they are {kind_of(value)}, expected a list")
+    if any(choice is None or choice != choice for choice in value):
+        raise RowError("bad choices", f"{list(value)!r:.120}: one of them is nothing")
     texts = [str(choice).strip() for choice in value]
     if not 1 <= len(texts) <= len(LETTERS) or len(set(texts)) < len(texts) or "" in texts:
         raise RowError(
@@ -79,6 +83,30 @@ def read_choices(value: Any, answer: Any) -> Choices:
             f"one of {texts!r:.120}",
         )
     return Choices(texts, found.pop())
+
+
+def _literal(text: str) -> Any:
+    """A list that is written as JSON, or as Python writes it.
+
+    Raises:
+        RowError: it is neither, or there is no comma between two texts, which Python takes for one (numpy
+            prints them so).
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a backslash that escapes nothing
+            value = ast.literal_eval(text)
+        kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
+    except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError) as error:
+        raise RowError("bad choices", f"{text[:80]!r} is no list ({error})") from error
+    kinds = [kind for kind in kinds if kind != tokenize.NL]
+    if (tokenize.STRING,) * 2 in pairwise(kinds):
+        raise RowError("bad choices", f"{text[:80]!r}: a comma is missing between two texts")
+    return value
 
 
 def _meant(texts: Sequence[str], answer: Any) -> set[int]:

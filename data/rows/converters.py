@@ -130,15 +130,17 @@ def choices_row(row: Row, options: FormatOptions) -> Conversation:
         question = f"{question}\n{choices.listed}"
         answer = choices.answer(options.answer_form)
     else:
-        answer = "" if row[right] is None else str(row[right])
+        value = row[right]
+        answer = "" if value is None or value != value else str(value)  # NaN: nothing, of pandas
         if not answer.strip():
             raise RowError("no content", f"column {right!r} has no answer")
     pictures, where = _pictures(row, options)
-    parts = [{"type": "image"} for _ in pictures or ()]
-    pair = [
-        {"role": "user", "content": [*parts, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": answer},
-    ]
+    user = {"role": "user", "content": question}
+    (placed,) = with_parts([user], pictures or ())
+    if placed is user:  # no text says where they belong
+        parts = [{"type": "image"} for _ in pictures or ()]
+        placed = {**user, "content": [*parts, {"type": "text", "text": question}]}
+    pair = [placed, {"role": "assistant", "content": answer}]
     return conversation_from_messages(pair, None, _system(row, options), "row", (pictures, where))
 
 

@@ -6,7 +6,8 @@ r"""Which of the choices an answer takes: the one place that says how a model's 
    the last "answer is" or "answer:", else all of it. Marks of emphasis and white space are left out.
 3. A letter at its beginning is the answer: alone, or with `.`, `)` or `:` behind it, also in brackets:
    `B`, `(b)`, `B. the red one`. A small one counts only alone, in brackets or with a mark behind it. Behind
-   it may stand the text of that choice or nothing of another one: `B. red` where A is red is no answer.
+   it may stand the text of that choice or nothing of another one: `B. red` where A is red is no answer;
+   behind a letter on a line of its own anything may.
 4. Else the text of a choice, without regard to case, white space and a full stop; else the one choice whose
    text stands in it as whole words, where no other's does (one inside another's text does not count).
 5. Else none: the answer is wrong.
@@ -22,7 +23,9 @@ from data.rows.choices import LETTERS
 _BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _TAGGED = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
 _SAID = re.compile(r"\banswer(?:\s+is\b\s*:?|\s*:)", re.IGNORECASE)
-_LETTER = re.compile(r"(?:\(([A-Za-z])\)|([A-Za-z])(?:[.):](?=\s|$)|$)|([A-Z])(?=\s|$))[.):]?\s*")
+_LETTER = re.compile(
+    r"(?:\(([A-Za-z])\)|([A-Za-z])(?:[.):](?=\s|$)|(?=\s*$|\s*\n))|([A-Z])(?=\s|$))[.):]?\s*"
+)
 _WRAPPED = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}")
 
 
@@ -37,7 +40,8 @@ def chosen(answer: str, texts: Sequence[str]) -> int | None:
     found = _LETTER.match(said)
     if found and not (found[3] and not _alone(said, found, texts)):
         letter = LETTERS.index(next(group for group in found.groups() if group).upper())
-        rest = _plain(said[found.end() :])
+        alone = "\n" in found[0]  # on a line of its own: what follows explains it
+        rest = "" if alone else _plain(said[found.end() :])
         named = _by_text(rest, texts)
         return letter if letter < len(texts) and named in (None, letter) else None
     return _by_text(_plain(said), texts)

@@ -15,7 +15,7 @@ from typing import TextIO
 
 import torch
 
-from post_training.errors import RunStopped, SetupError
+from post_training.errors import RankStopped, RunStopped, SetupError
 from post_training.job.signals import GracefulExit
 from post_training.job.watchdog import watchdog
 from post_training.machine.outcome import note_outcome
@@ -45,6 +45,8 @@ def ending_together(run_log: RunLog) -> Iterator[None]:
         if exit_.code or not run_log.begun:
             _leave_group()
             raise SystemExit(exit_.code or 1) from exit_
+    except RankStopped:
+        raise
     except RunStopped:
         _leave_group()
         raise

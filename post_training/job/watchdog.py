@@ -159,10 +159,13 @@ class Watchdog:
         self.fail()
         return False
 
-    def fail(self) -> None:
-        """Let the others know that the job ends because of this rank, which says why by itself."""
-        if self.files is not None:
-            self.files.claim(f"rank {self.rank} failed")
+    def fail(self) -> bool:
+        """Let the others know that the job ends because of this rank, which says why by itself.
+
+        Returns:
+            Whether no other rank has said so before, as far as that is known.
+        """
+        return self.files is None or self.files.claim(f"rank {self.rank} failed")
 
     def job_ends(self) -> bool:
         """Whether it is known already why the job ends: a rank of this machine is gone, or has failed."""

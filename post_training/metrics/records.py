@@ -20,6 +20,13 @@ DATA_REPORT = "data.txt"
 QUANTISATION = "quantisation.json"
 # A file SPLIT-STEP.json for each evaluation with `--answer-tokens`.
 ANSWERS = "answers"
+# Fields of a step's record, or by which records are told apart, that nothing else may be called.
+OWN_FIELDS = frozenset(
+    """
+    iteration split sources skipped consumed_samples lm_loss grad_norm lr trained_tokens
+    total_trained_tokens tokens_per_s real_tokens_per_s data_wait_fraction step_seconds save_seconds mfu
+    """.split()
+)
 PACKAGES = ("megatron-sft", "torch", "megatron-core", "transformers", "transformer-engine", "peft")
 
 

@@ -76,11 +76,8 @@ class FullyShardedModel(TorchFullyShardedDataParallel):
             name: {**vars(parameter), "is_torch_fsdp2_param": True}
             for name, parameter in module.named_parameters()
         }
-        classes = _unit_classes(config, module)
         previous: list[FSDPModule] = []
-        for unit in list(module.modules()):
-            if unit is module or not isinstance(unit, classes):
-                continue
+        for unit in _units(module, _unit_classes(config, module)):
             sharded = fully_shard(unit, **options)
             if config.recompute_granularity is not None:
                 # Recomputing a layer must not change the order in which layers are fetched.
@@ -156,6 +153,21 @@ def _alone() -> ProcessGroup:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _units(module: torch.nn.Module, classes: tuple[type, ...]) -> list[torch.nn.Module]:
+    """What is gathered apart from the root: nothing that shares a weight with a module outside of it."""
+    owners: dict[Any, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, set()).add(name)
+    shared = [names for names in owners.values() if len(names) > 1]
+
+    def shares(name: str) -> bool:
+        inside = [sum(other.startswith(f"{name}.") for other in names) for names in shared]
+        return any(0 < own < len(names) for own, names in zip(inside, shared, strict=True))
+
+    named = [each for each in module.named_modules() if each[1] is not module]
+    return [unit for name, unit in named if issubclass(type(unit), classes) and not shares(name)]
 
 
 def _unit_classes(config: Any, module: torch.nn.Module) -> tuple[type, ...]:

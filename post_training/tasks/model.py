@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -12,11 +12,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from post_training.batch.host_tensors import host_group
 from post_training.checkpoint.store import Checkpoint
 from post_training.errors import RunStopped
 from post_training.hf_models.build import HFModelBuilder, HFModelConfig, hf_model_config
 from post_training.hf_models.model import unit_classes
 from post_training.platform.fsdp2 import gathered
+from post_training.platform.training_hooks import hooks
 
 
 class TaskModule(MegatronModule):
@@ -94,11 +96,32 @@ class TaskModelBuilder(HFModelBuilder):
         model = config.own_model()
         if not isinstance(model, torch.nn.Module):
             raise RunStopped(f"build_model of the task returned {type(model).__name__}, no module")
-        return self.wrapped(model.to(config.transformer.params_dtype), pg_collection)
+        model = model.to(config.transformer.params_dtype)
+        _agree(model.state_dict().values())
+        hooks.on_step.append(lambda step: _agree(model.buffers()))
+        return self.wrapped(model, pg_collection)
 
     def wrapped(self, model: Any, pg_collection: Any) -> Any:
         """A module that the task calls."""
         return TaskModule(self._model_config.transformer, model, pg_collection)
+
+
+@torch.no_grad()
+def _agree(tensors: Iterable[Any]) -> None:
+    """Give every rank what the first one has: random weights, and statistics of its own rows.
+
+    (As DistributedDataParallel does it, with `broadcast_buffers` too.)
+    """
+    distributed = torch.distributed
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return
+    world: Any = distributed.group.WORLD
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            group = world if tensor.is_cuda else host_group(world)
+            told = tensor.detach().contiguous()
+            distributed.broadcast(told, 0, group=group)
+            tensor.detach().copy_(told)
 
 
 class TaskModel:
@@ -130,14 +153,18 @@ class TaskModel:
         self._has_run = True
         outputs = self._chunk(*args, **kwargs)
         labels, loss = kwargs.get("labels"), getattr(outputs, "loss", None)
+        shifted = kwargs.get(
+            "shift_labels"
+        )  # in their place, where a model of transformers takes them
         summed = kwargs.get("num_items_in_batch") is not None  # by the task
         if isinstance(labels, Tensor) and isinstance(loss, Tensor) and not summed:
-            if self._predicts_next and labels.dim() > 1:
+            if self._predicts_next and isinstance(shifted, Tensor):
+                labels = shifted
+            elif self._predicts_next and labels.dim() > 1:
                 labels = labels[..., 1:]  # nothing predicts a row's first token
             count = int((labels != -100).sum())
             self.calls.append((loss, count))
-        first = getattr(outputs, "logits", outputs)
-        self.output = first if isinstance(first, Tensor) else None
+        self.output = _with_gradient(getattr(outputs, "logits", outputs))
         return outputs
 
     @property
@@ -167,3 +194,13 @@ class TaskModel:
     def __getattr__(self, name: str) -> Any:
         """What else the model has."""
         return getattr(self._root.model, name)
+
+
+def _with_gradient(found: Any) -> Tensor | None:
+    """The first tensor with a gradient in what a model returned."""
+    if isinstance(found, Tensor):
+        return found if found.requires_grad else None
+    parts = found.values() if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping | tuple | list):
+        return None
+    return next((part for each in parts if (part := _with_gradient(each)) is not None), None)

@@ -11,22 +11,25 @@ The task's own sampler, batch size and `drop_last` have no say: no row is lost, 
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from data import Documents, SFTDataset
 from data.prepare.splits import cache_dir
 from data.sources.digest import file_digests
 from data.sources.files import resolve_files
 from post_training.batch.splits import SPLITS, Sources, Split
-from post_training.errors import RunStopped, SetupError
+from post_training.errors import RankStopped, SetupError
 from post_training.platform.training_hooks import hooks
 from post_training.tasks.task import source_file
 
@@ -88,6 +91,10 @@ def describe_rows(splits: Mapping[str, Split], args: argparse.Namespace) -> str:
 
 def _rows_of(args: argparse.Namespace, task: Any, paths: Sequence[str], split: str) -> TaskRows:
     where = f"--task {args.task}: build_dataloader"
+    # Whatever is shuffled there has to lie in one order on every rank, and after a resume.
+    random.seed(args.seed)
+    np.random.seed(args.seed % 2**32)
+    torch.manual_seed(args.seed)
     try:
         made = task.build_dataloader(list(paths), split != "train")
     except SetupError:
@@ -112,7 +119,31 @@ def _rows_of(args: argparse.Namespace, task: Any, paths: Sequence[str], split: s
         )
     if not len(found.dataset):
         raise SetupError(f"{where}: the {split} data has no rows")
+    if isinstance(made, DataLoader):
+        _check_loader(made, where)
     return found
+
+
+def _check_loader(loader: DataLoader[Any], where: str) -> None:
+    """Refuse what says which rows there are, or what they are, in a way that is not heeded here.
+
+    Raises:
+        SetupError: naming it.
+    """
+    if loader.batch_size is None and loader.batch_sampler is None:
+        raise SetupError(
+            f"{where}: a DataLoader with batch_size=None, whose rows are batches; give the rows, and a "
+            f"collate_fn"
+        )
+    sampler = loader.sampler
+    if not isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler) or (
+        isinstance(sampler, RandomSampler)
+        and (sampler.replacement or sampler.num_samples != len(sampler.data_source))
+    ):
+        raise SetupError(
+            f"{where}: its sampler {type(sampler).__name__} chooses rows, here each is read once an epoch: "
+            f"leave it out, or give the rows that are meant (torch.utils.data.Subset)"
+        )
 
 
 def _documents(
@@ -197,11 +228,15 @@ class RowIterator(Iterator[RowBatch]):
     def __init__(self, rows: TaskRows, order: RowOrder) -> None:
         """Nothing is read before the first batch."""
         self._counts = order.batches()
+        # A seed for workers is drawn: not from the random state of the run, which dropout goes on with.
+        first = order.start * order.packs.num_shards + order.packs.shard_index
+        seeds = torch.Generator().manual_seed((torch.initial_seed() + first) % 2**63)
         self._loader: Any = DataLoader(
             rows.dataset,
             batch_sampler=order,
             collate_fn=rows.collate,
             num_workers=rows.workers,
+            generator=seeds,
         )
         self._batches: Iterator[Any] | None = None
 
@@ -209,7 +244,7 @@ class RowIterator(Iterator[RowBatch]):
         """The next micro batch, on the host.
 
         Raises:
-            RunStopped: a row cannot be read, or collate_fn fails.
+            RankStopped: a row cannot be read, or collate_fn fails.
         """
         if self._batches is None:
             self._batches = iter(self._loader)
@@ -221,7 +256,7 @@ class RowIterator(Iterator[RowBatch]):
         except Exception as error:
             shown = f"{type(error).__name__}: {error}".strip().splitlines()[-1]
             numbers = ", ".join(str(row) for row in (rows or [0])[:8])
-            raise RunStopped(
+            raise RankStopped(
                 f"the task cannot make a batch of its rows {numbers}: {shown}"
             ) from error
         return RowBatch(values, len(rows))
@@ -271,7 +306,12 @@ def to_device(values: Any, device: torch.device) -> Any:
         return values.to(device, non_blocking=True)
     if isinstance(values, Mapping):
         moved = {key: to_device(value, device) for key, value in values.items()}
-        return type(values)(moved) if type(values) is not dict else moved  # type: ignore[call-arg]
+        if type(values) is dict or not isinstance(values, MutableMapping):
+            return moved
+        # Such as a defaultdict, or the BatchEncoding of a tokenizer.
+        kept = copy.copy(values)
+        kept.update(moved)
+        return kept
     if isinstance(values, list | tuple) and not hasattr(values, "_fields"):
         return type(values)(to_device(value, device) for value in values)
     return values

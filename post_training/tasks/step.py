@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from post_training.errors import RunStopped
+from post_training.errors import RankStopped
 from post_training.job.watchdog import watchdog
+from post_training.metrics.records import OWN_FIELDS
 from post_training.metrics.step_counters import counters
 from post_training.tasks.model import TaskModel
 from post_training.tasks.rows import RowBatch, to_device
@@ -49,7 +50,7 @@ class TaskStep:
             The sum of its losses (0 in an evaluation), and the function that Megatron asks for its weight.
 
         Raises:
-            RunStopped: the task failed, or what it returned cannot be used.
+            RankStopped: the task failed, or what it returned cannot be used.
         """
         watchdog.beat()
         batch = next(data_iterator)
@@ -76,12 +77,12 @@ class TaskStep:
             right, total = right
         try:
             right, total = float(right), float(total)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise self._unusable("get_eval_model_output", right) from error
         if not batch.rows:
             return  # a row that stands for none
         if not 0 <= right <= total:
-            raise RunStopped(
+            raise RankStopped(
                 f"--task {self.name}: get_eval_model_output returned {right:g} right of a batch of "
                 f"{total:g} rows"
             )
@@ -94,7 +95,7 @@ class TaskStep:
             return getattr(self.task, method)(values)
         except KeyError as error:
             if isinstance(values, Mapping) and error.args and error.args[0] not in values:
-                raise RunStopped(
+                raise RankStopped(
                     f"{where} asks for {error.args[0]!r}; the batch that collate_fn made has "
                     f"{', '.join(map(str, values)) or 'nothing'}"
                 ) from error
@@ -110,7 +111,7 @@ class TaskStep:
                 if isinstance(value, Tensor) and value.device.type != device.type
             ]
             detail = ", ".join(away) or str(error).splitlines()[0]
-            raise RunStopped(
+            raise RankStopped(
                 f"{where}: a tensor is not where the model computes ({device}): {detail}; move what the "
                 f"method makes itself with .to(self.device)"
             ) from error
@@ -120,7 +121,7 @@ class TaskStep:
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
             output, named = output
             for name, value in named.items() if rows else ():
-                counters.add_named(str(name), float(value) * rows, float(rows))
+                self._add(str(name), value, rows)
         if isinstance(output, tuple) and len(output) == 2:
             return self._summed(*output)
         if isinstance(output, list) and output:
@@ -137,15 +138,30 @@ class TaskStep:
             self._say = None
         return loss, torch.ones((), device=loss.device)
 
+    def _add(self, name: str, value: Any, rows: int) -> None:
+        """Count a number for the log."""
+        try:
+            number = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise RankStopped(
+                f"--task {self.name}: {METHOD} returned {_shown(value)} as {name!r}, expected a number"
+            ) from error
+        if name in OWN_FIELDS:
+            raise RankStopped(
+                f"--task {self.name}: {METHOD} returned {name!r}, which metrics.jsonl has of its own; "
+                f"give it another name"
+            )
+        counters.add_named(name, number * rows, float(rows))
+
     def _summed(self, total: Any, count: Any) -> tuple[Tensor, Tensor]:
         loss = self._one(total)
         try:
             number = float(count)
             int(number)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise self._unusable("get_train_model_output", (total, count)) from error
         if number < 0 or number != int(number):
-            raise RunStopped(
+            raise RankStopped(
                 f"--task {self.name}: get_train_model_output returned a count of {number:g}, expected a "
                 f"whole number"
             )
@@ -160,25 +176,31 @@ class TaskStep:
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise self._unusable("get_train_model_output", loss)
         if not loss.requires_grad:
-            raise RunStopped(
+            raise RankStopped(
                 f"--task {self.name}: the loss that get_train_model_output returned has no gradient: "
                 f"nothing would be trained (torch.no_grad or .item() on its way?)"
             )
         return loss.reshape(()).float()
 
-    def _unusable(self, method: str, found: Any) -> RunStopped:
-        shown = type(found).__name__
-        if isinstance(found, Tensor):
-            shown = f"a tensor of shape {list(found.shape)}"
+    def _unusable(self, method: str, found: Any) -> RankStopped:
         wanted = (
             "a scalar tensor, (loss_sum, count), a list of scalars, or one of these with a dictionary"
             if method == METHOD
             else "how many rows are right, or (right, total)"
         )
-        return RunStopped(f"--task {self.name}: {method} returned {shown}, expected {wanted}")
+        return RankStopped(
+            f"--task {self.name}: {method} returned {_shown(found)}, expected {wanted}"
+        )
 
 
 METHOD = "get_train_model_output"
+
+
+def _shown(found: Any) -> str:
+    """What was returned, for messages."""
+    if isinstance(found, Tensor):
+        return f"a tensor of shape {list(found.shape)}"
+    return type(found).__name__
 
 
 def _weighed(count: Tensor, rows: int, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

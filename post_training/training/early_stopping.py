@@ -26,7 +26,8 @@ BEST = "best.json"
 
 def lower_is_better(metric: str) -> bool:
     """Whether a metric is a loss by its name; all others are shares of what is right."""
-    return "loss" in metric or "perplexity" in metric
+    name = metric.partition("/")[0]  # behind it stands what a kind of rows is called
+    return "loss" in name or "perplexity" in name
 
 
 class EarlyStopping:

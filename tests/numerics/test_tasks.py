@@ -151,3 +151,61 @@ def test_answers_of_a_sharded_model_are_those_of_one_process(flags, tmp_path):
         (evaluation,) = run.evaluations
         found.append((evaluation["correct"], evaluation["total"]))
     assert found[0] == found[1] and 0 < found[0][0] < found[0][1] == 97 * 60
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The flags of a task of `helpers/own_models.py`, without its name."""
+    folder = tmp_path_factory.mktemp("own")
+    rows = [{"numbers": [n % 10], "even": int(n % 2 == 0)} for n in range(23)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = str(folder / "rows.jsonl")
+    return (
+        *("--finetune-data-files", data, "--valid-data-files", data, "--eval-interval", "2"),
+        *("--train-iters", "4", "--global-batch-size", "6", "--micro-batch-size", "3"),
+        *("--lr", "1e-2", "--log-interval", "1"),
+    )
+
+
+def of_own(name):
+    return "--task", f"{ROOT / 'tests/helpers/own_models.py'}:{name}"
+
+
+def test_a_model_of_ones_own_with_dropout_goes_on_bit_for_bit(own, tmp_path):
+    words = (*of_own("Dropping"), *own)
+    whole = finetune(tmp_path / "whole", *words, world=2).ok()
+    finetune(tmp_path / "cut", *words, "--exit-interval", "3", world=2)
+    cut = finetune(tmp_path / "cut", *words, world=2).ok()
+    assert cut.losses == whole.losses
+    assert cut.evaluations[-1]["correct"] == whole.evaluations[-1]["correct"]
+
+
+def test_blocks_that_share_a_weight_are_trained_alike_on_any_number_of_processes(own, tmp_path):
+    runs = [
+        finetune(tmp_path / str(world), *of_own("Tied"), *own, world=world).ok() for world in (1, 2)
+    ]
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=1e-5)
+    norms = [[step["grad_norm"] for step in run.steps] for run in runs]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+
+
+def test_ranks_that_make_other_weights_train_those_of_the_first(own, tmp_path):
+    words = (*of_own("OtherWeights"), *own, "--fsdp-sharding", "none")
+    runs = [finetune(tmp_path / str(world), *words, world=world).ok() for world in (1, 2)]
+    assert runs[1].losses == pytest.approx(runs[0].losses, rel=1e-5)
+
+
+def test_every_rank_evaluates_by_the_statistics_that_are_saved(own, tmp_path):
+    words = (*of_own("Statistics"), *own)
+    run = finetune(tmp_path, *words, world=2).ok()
+    told = finetune(tmp_path, *words, "--eval-only").ok()
+    (line,) = (told.folder / "evaluations.jsonl").read_text().splitlines()
+    shares = [record["eval_accuracy"] for record in (run.evaluations[-1], json.loads(line))]
+    assert shares[1] == pytest.approx(shares[0], rel=1e-6)
+
+
+def test_what_one_rank_meets_alone_is_told_by_it(own, tmp_path):
+    run = finetune(tmp_path / "run", *of_own("LoneMistake"), *own, world=2)
+    assert all(run.statuses)
+    said = (tmp_path / "run.console1").read_text()
+    assert "error on rank 1" in said and "100 right of a batch of 3 rows" in said

@@ -5,10 +5,18 @@ import os
 import numpy as np
 import pytest
 from PIL import Image
+from transformers.image_transforms import convert_to_rgb
 
 from data.errors import DataError, RowError
 from data.images.layout import ImageLayout
-from data.images.pictures import PictureReader, PictureTable, inspect, open_picture, thumbnail
+from data.images.pictures import (
+    PictureReader,
+    PictureTable,
+    encoded,
+    inspect,
+    open_picture,
+    thumbnail,
+)
 from tests.helpers.vision import picture
 
 LAYOUT = ImageLayout("x", 8, 2, 256, 1 << 20, 3)
@@ -74,6 +82,11 @@ JPEG = saved(noise(60, 60), "JPEG")
         (GIF, "bad picture", "animated"),
         (CMYK, "bad picture", "CMYK"),
         (picture(0, 600, 2), "bad picture", "200 to 1"),
+        (noise(30, 30, "CMYK"), "bad picture", "of mode CMYK"),
+        (Image.open(io.BytesIO(saved(noise(30, 30), "BMP")[:900])), "broken picture", "truncated"),
+        ("a\0b.png", "no picture", "null byte"),
+        ("a\ud800.png", "no picture", "surrogates"),
+        ("http://[x", "no picture", "Invalid IPv6"),
     ],
 )
 def test_what_cannot_be_used_says_why(source, reason, what, tmp_path):
@@ -100,9 +113,22 @@ def test_headers_are_read_without_decoding(monkeypatch):
 def test_a_picture_on_its_side_is_seen_upright():
     exif = Image.Exif()
     exif[0x0112] = 6
-    data = saved(noise(48, 16), "JPEG", exif=exif)
-    assert inspect(data) == (48, 16)
-    assert open_picture(data).size == (16, 48)
+    for kind in ("JPEG", "PNG", "TIFF", "WEBP"):
+        data = saved(noise(48, 16), kind, exif=exif)
+        assert inspect(data) == (48, 16)
+        assert open_picture(data).size == (16, 48)
+        _, kept = encoded(Image.open(io.BytesIO(data)), "rows")
+        assert inspect(kept) == (48, 16) and open_picture(kept).size == (16, 48)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "P with a hole"])
+def test_colours_are_those_that_the_processor_of_transformers_sees(mode):
+    image = noise(48, 32, "RGBA")
+    image.putalpha(image.getchannel("R"))
+    options = {"transparency": 3} if " " in mode else {}
+    data = saved(image.convert(mode.partition(" ")[0]), "PNG", **options)
+    shown = convert_to_rgb(Image.open(io.BytesIO(data)))
+    assert np.array_equal(np.asarray(open_picture(data)), np.asarray(shown))
 
 
 def test_embedded_pictures_need_a_folder(tmp_path):

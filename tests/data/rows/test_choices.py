@@ -18,10 +18,16 @@ from data.rows.choices import read_choices
         (["x", "y"], "1", 1),
         (["B", "A"], 0, 0),
         ([True, False], False, 1),
+        ("[true, false]", False, 1),
     ],
 )
 def test_the_right_choice_is_found(choices, answer, right):
     assert read_choices(choices, answer).right == right
+
+
+def test_json_is_read_as_json():
+    assert read_choices(r'["\ud83d\ude00", "a\/b"]', "A").texts == ["😀", "a/b"]
+    assert read_choices("['a', 'it\\'s']", "B").texts == ["a", "it's"]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +46,11 @@ def test_the_right_choice_is_found(choices, answer, right):
         ("[open('x')]", 0, "bad choices"),
         ("[" * 5000, 0, "bad choices"),
         ("up, down", 0, "bad choices"),
+        ("['up' 'down']", "A", "bad choices"),  # as numpy prints it
+        ("['up', 'a'\n 'b']", "A", "bad choices"),
+        (["up", None], "A", "bad choices"),
+        (["up", float("nan")], "A", "bad choices"),
+        ('["up", null]', "A", "bad choices"),
         ({"a": 1}, 0, "bad choices"),
         (["up", "up"], 0, "bad choices"),
         ([], 0, "bad choices"),

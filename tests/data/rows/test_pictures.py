@@ -71,6 +71,8 @@ def test_rows_with_choices():
     free = convert({"question": "Where?", "answer": "there", "image": b"x"}, image_keys=("image",))
     assert free.messages[1]["content"] == "there" and free.pictures == [b"x"]
     assert convert({**ROBO, "image": None}).messages[0]["content"] == "Where?\nA. up\nB. down"
+    placed = convert({**ROBO, "question": "Where is <image> going?"}).messages[0]["content"]
+    assert [part.get("text") for part in placed] == ["Where is ", None, " going?\nA. up\nB. down"]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,7 @@ def test_rows_with_choices():
         ({**ROBO, "image": "x"}, {"image_keys": ("photo",)}, "question, choices, correct_answer, image"),
         (ROBO, {"answer_key": "letter"}, "no column 'letter'"),
         (ROBO, {"choice_key": "options"}, "no column 'options'"),
+        ({"question": "?", "answer": float("nan")}, {"answer_key": "answer"}, "no answer"),
         ({**ROBO, "correct_answer": "C"}, {}, "outside the choices"),
         ({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": [
             {"type": "image", "image": "a"}]}]}, {}, "only a user's may"),

@@ -6,8 +6,10 @@ import torch
 
 from post_training.errors import RunStopped
 from post_training.metrics.step_counters import counters
+from post_training.tasks.model import TaskModel
 from post_training.tasks.rows import RowBatch
 from post_training.tasks.step import TaskStep
+from tests.helpers.models import load_model
 
 
 class Chunk(torch.nn.Module):
@@ -79,6 +81,46 @@ def test_forms_of_a_loss_and_their_weights(train, total, count):
     assert named == {} or named == {"other": (6.0, 2.0)}
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda logits: {"found": [logits]}, lambda logits: (None, logits)]
+)
+def test_a_loss_of_nothing_has_no_gradient_whatever_the_model_returns(wrap):
+    class Own(Chunk):
+        def forward(self, x, labels=None):
+            return wrap(self.model(x))
+
+    def train(model, batch):
+        found = wrap(0)
+        out = model(batch["x"])
+        logits = out["found"][0] if isinstance(found, dict) else out[1]
+        return logits.sum() * float("nan"), 0
+
+    chunk = Own()
+    loss, _ = TaskStep(Task(train), "t", print)(iter([RowBatch({"x": X}, 2)]), chunk)
+    loss.backward()
+    gradient = chunk.model.weight.grad
+    assert float(loss.detach()) == 0 and gradient is not None and not bool(gradient.any())
+
+
+def test_labels_that_are_shifted_already_are_counted_as_they_are(hf_model):
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = load_model(hf_model("qwen3"))
+
+        def forward(self, **inputs):
+            return self.model(**inputs)
+
+    ids = torch.arange(6).view(1, 6)
+    labels = torch.tensor([[-100, -100, 3, 4, 5, 6]])
+    model = TaskModel(Whole())
+    for options in ({}, {"shift_labels": labels.roll(-1, 1).clone()}, {"shift_labels": ids}):
+        model.forget()
+        loss = model(input_ids=ids, labels=labels, **options).loss
+        ((mean, count),) = model.calls
+        assert mean is loss and count == (6 if options.get("shift_labels") is ids else 4)
+
+
 def test_a_batch_that_stands_for_none_weighs_nothing():
     loss, weight, _, chunk = run(
         Task(lambda model, batch: (model(batch["x"]), 2)), {"x": X}, rows=0
@@ -105,6 +147,13 @@ def test_that_micro_batches_weigh_the_same_is_said_once():
         (lambda model, batch: (model(batch["x"]), 1.5), "a count of 1.5, expected a whole number"),
         (lambda model, batch: (model(batch["x"]), -1), "a count of -1"),
         (lambda model, batch: (model(batch["x"]), "many"), "returned tuple"),
+        (lambda model, batch: (model(batch["x"]), torch.ones(2)), "returned tuple"),
+        (
+            lambda model, batch: (model(batch["x"]), {"a": "b"}),
+            "returned str as 'a', expected a number",
+        ),
+        (lambda model, batch: (model(batch["x"]), {"a": batch["x"]}), "of shape .* as 'a'"),
+        (lambda model, batch: (model(batch["x"]), {"lr": 1.0}), "'lr', which metrics.jsonl has"),
         (lambda model, batch: batch["images"], "asks for 'images'; .* collate_fn made has x, y"),
     ],
 )
@@ -121,6 +170,7 @@ def test_what_cannot_be_trained_is_refused(train, says):
         (lambda batch: 3, "3 right of a batch of 2 rows"),
         (lambda batch: -1, "-1 right"),
         (lambda batch: [1, 0], "returned list"),
+        (lambda batch: torch.ones(2), r"a tensor of shape \[2\]"),
     ],
 )
 def test_what_is_right_is_counted(evaluate, found):

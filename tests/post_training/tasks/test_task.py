@@ -1,14 +1,28 @@
 import argparse
+import collections
+import random
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+import transformers
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SubsetRandomSampler
 
 from data import SFTDataset
 from post_training.errors import SetupError
-from post_training.tasks.rows import RowIterator, RowOrder, TaskRows, numbered, task_splits
+from post_training.tasks.rows import (
+    RowIterator,
+    RowOrder,
+    TaskRows,
+    _rows_of,
+    numbered,
+    task_splits,
+    to_device,
+)
 from post_training.tasks.task import load_task
 
+ROWS: Any = [1, 2]
 SOURCE = """
 class Whole:
     def __init__(self, cfg): self.own = cfg
@@ -63,6 +77,12 @@ class Endless(IterableDataset):
     [
         (DataLoader(Endless()), "no length"),
         ([1, 2], "returned list, expected a DataLoader"),
+        (
+            DataLoader(ROWS, sampler=SubsetRandomSampler([0])),
+            "sampler SubsetRandomSampler chooses",
+        ),
+        (DataLoader(ROWS, sampler=RandomSampler(ROWS, num_samples=1)), "RandomSampler chooses"),
+        (DataLoader(ROWS, batch_size=None), "batch_size=None"),
         (([], list), "has no rows"),
         (KeyError("column"), "failed for the train data: KeyError: 'column'"),
     ],
@@ -74,7 +94,7 @@ def test_data_that_cannot_be_gone_on_with_is_refused(tmp_path, made, says):
                 raise made
             return made
 
-    args = argparse.Namespace(task="t.py:Task", finetune_data_files=["x"], skip_train=False)
+    args = argparse.Namespace(task="t.py:Task", finetune_data_files=["x"], skip_train=False, seed=1)
     with pytest.raises(SetupError, match=says):
         task_splits(args, Task())
 
@@ -93,3 +113,24 @@ def test_each_row_is_read_once_and_what_fills_up_weighs_nothing(shards, micro):
         for batch in batches:
             seen += batch.values.tolist()[: batch.rows]
     assert sorted(seen) == list(range(13)) and len(lengths) == 1
+
+
+def test_rows_that_a_task_shuffles_lie_in_one_order_on_every_rank():
+    class Task:
+        def build_dataloader(self, data_paths, eval_dataset):
+            rows = list(range(100))
+            random.shuffle(rows)
+            return [rows, np.random.permutation(100).tolist(), torch.randperm(100).tolist()], list
+
+    args = argparse.Namespace(task="t.py:Task", seed=1)
+    first, second = (_rows_of(args, Task(), ["x"], "train").dataset for _ in range(2))
+    assert first == second and first[0] != sorted(first[0])
+
+
+def test_a_batch_keeps_its_kind_on_the_device():
+    batch: Any = collections.defaultdict(list, {"x": torch.ones(2), "y": [torch.ones(1)]})
+    moved = to_device(batch, torch.device("meta"))
+    assert type(moved) is collections.defaultdict and moved["z"] == []
+    assert moved["x"].is_meta and moved["y"][0].is_meta and not batch["x"].is_meta
+    encoding: Any = transformers.BatchEncoding(dict(batch))
+    assert to_device(encoding, torch.device("meta"))["x"].is_meta
