@@ -54,7 +54,8 @@ def read_choices(value: Any, answer: Any) -> Choices:
         try:
             value = ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
-            raise RowError("bad choices", f"{value[:80]!r} is no list ({error})") from error
+            shown = f"{value[:80]!r} is no list, such as ['up', 'down']"
+            raise RowError("bad choices", shown) from error
     if hasattr(value, "tolist"):  # of numpy
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from post_training.errors import RunStopped
 from post_training.layout.flops import model_flops, peak_flops
 from post_training.machine.device import current_device
 from post_training.metrics.progress import Progress
@@ -168,7 +169,13 @@ class RunLog:
         if totals.sources:
             record["sources"] = _by_source(totals)
         record |= totals.parts
-        record |= _means(totals.named)
+        named = _means(totals.named)
+        if taken := ", ".join(sorted(named.keys() & record.keys())):
+            raise RunStopped(
+                f"--task {self.args.task}: a number of its dictionary is named as the run's own ({taken}); "
+                f"give it another name"
+            )
+        record |= named
         record |= self._routing(totals.experts)
         if step.skipped:
             record["skipped"] = True
@@ -188,6 +195,10 @@ class RunLog:
         # Every rank has the same sums; TensorBoard's writer is not on the rank that writes the file.
         self._write(record)
         self.progress.step(record)
+        if self.args.task is not None and not totals.trained_tokens:
+            self.progress.message(
+                f"step {step.iteration}: nothing was trained, no micro batch had a label or a count"
+            )
 
     def _routing(self, experts: ExpertTotals | None) -> dict[str, float]:
         """What became of the tokens in layers with experts, for the log."""
@@ -252,6 +263,11 @@ class RunLog:
             record |= _means(totals.named)
             right, total = totals.named.get("eval_accuracy", (0.0, 0.0))
             record |= {"correct": right, "total": total}
+            if not total:
+                self.progress.message(
+                    f"step {evaluation.iteration}: get_eval_model_output counted nothing of "
+                    f"{evaluation.split}: there is no eval_accuracy"
+                )
         if totals.sources:
             record["sources"] = _by_source(totals)
         if self.args.eval_only:

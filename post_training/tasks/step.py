@@ -12,6 +12,7 @@ What `get_train_model_output` may return, and how much the micro batch then weig
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -100,7 +101,7 @@ class TaskStep:
                 ) from error
             raise
         except RuntimeError as error:
-            if "same device" not in str(error):
+            if not re.search("(same|expected) device", str(error)):
                 raise
             device = self.task.device
             held = {**vars(self.task), **(values if isinstance(values, Mapping) else {})}
@@ -120,7 +121,10 @@ class TaskStep:
         if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Mapping):
             output, named = output
             for name, value in named.items() if rows else ():
-                counters.add_named(str(name), float(value) * rows, float(rows))
+                try:
+                    counters.add_named(str(name), float(value) * rows, float(rows))
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise self._unusable(METHOD, value, f"{name!r}: ", "a number") from error
         if isinstance(output, tuple) and len(output) == 2:
             return self._summed(*output)
         if isinstance(output, list) and output:
@@ -166,16 +170,16 @@ class TaskStep:
             )
         return loss.reshape(()).float()
 
-    def _unusable(self, method: str, found: Any) -> RunStopped:
+    def _unusable(self, method: str, found: Any, of: str = "", wanted: str = "") -> RunStopped:
         shown = type(found).__name__
         if isinstance(found, Tensor):
             shown = f"a tensor of shape {list(found.shape)}"
-        wanted = (
+        wanted = wanted or (
             "a scalar tensor, (loss_sum, count), a list of scalars, or one of these with a dictionary"
             if method == METHOD
             else "how many rows are right, or (right, total)"
         )
-        return RunStopped(f"--task {self.name}: {method} returned {shown}, expected {wanted}")
+        return RunStopped(f"--task {self.name}: {method} returned {of}{shown}, expected {wanted}")
 
 
 METHOD = "get_train_model_output"
