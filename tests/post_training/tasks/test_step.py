@@ -116,7 +116,7 @@ def test_what_cannot_be_trained_is_refused(train, says):
 
 
 def test_a_tensor_on_another_device_names_itself():
-    task = Task(lambda model, batch: (batch["x"] * task.weights).sum())
+    task: Any = Task(lambda model, batch: (batch["x"] * task.weights).sum())
     task.weights = torch.ones(2, device="meta")
     with pytest.raises(
         RunStopped, match=r"computes \(cpu\): weights is on meta; move .*self.device"
