@@ -126,6 +126,10 @@ def check_task(args: argparse.Namespace) -> None:
         )
     if args.answer_tokens is not None:
         _check_answers(args)
+    elif args.kind_key is not None:
+        raise SetupError(
+            f"--kind-key {args.kind_key} does nothing without --answer-tokens; add it, or leave this out"
+        )
     if args.task is None:
         return
     if args.model_backend == "megatron":
