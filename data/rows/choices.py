@@ -102,7 +102,8 @@ def _literal(text: str) -> Any:
             value = ast.literal_eval(text)
         kinds = [token.type for token in tokenize.generate_tokens(io.StringIO(text).readline)]
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError) as error:
-        raise RowError("bad choices", f"{text[:80]!r} is no list ({error})") from error
+        shown = f"{text[:80]!r} is no list, such as ['up', 'down']"
+        raise RowError("bad choices", shown) from error
     kinds = [kind for kind in kinds if kind != tokenize.NL]
     if (tokenize.STRING,) * 2 in pairwise(kinds):
         raise RowError("bad choices", f"{text[:80]!r}: a comma is missing between two texts")

@@ -23,13 +23,22 @@ _OF_MEGATRON: dict[str, tuple[Any, ...]] = {
         """
         num_layers_per_virtual_pipeline_stage num_virtual_stages_per_pipeline_rank
         pipeline_model_parallel_layout draft offline_distillation_data export_kd_teacher_load
-        export_quant_cfg moe_router_dtype fp8 fp4
+        export_quant_cfg moe_router_dtype moe_input_jitter_eps moe_routing_trace_path fp8 fp4
+        decoupled_lr decoupled_min_lr no_weight_decay_cond_type embedding_init_method_std
+        save_tokens_per_expert_interval
         """.split(),
         (None,),
     ),
     **dict.fromkeys(
-        "sequence_parallel export_offline_model recompute_activations fp16".split(), (False,)
+        """
+        sequence_parallel export_offline_model recompute_activations moe_layer_recompute fp16
+        apply_wd_to_qk_layernorm init_method_xavier_uniform fine_grained_activation_offloading
+        moe_enable_routing_replay moe_per_layer_logging batch_invariant_mode use_kitchen_attention
+        """.split(),
+        (False,),
     ),
+    "init_method_std": (0.02,),
+    "mlp_chunks_for_training": (1,),
     **dict.fromkeys(("hidden_dropout", "attention_dropout", "moe_aux_loss_coeff"), (None, 0.0)),
     "recompute_granularity": (None, "full"),
     "recompute_method": (None, "uniform"),
@@ -117,6 +126,10 @@ def check_task(args: argparse.Namespace) -> None:
         )
     if args.answer_tokens is not None:
         _check_answers(args)
+    elif args.kind_key is not None:
+        raise SetupError(
+            f"--kind-key {args.kind_key} does nothing without --answer-tokens; add it, or leave this out"
+        )
     if args.task is None:
         return
     if args.model_backend == "megatron":

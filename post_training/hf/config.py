@@ -141,7 +141,8 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
         SetupError: with the list of architectures that can be loaded, or the option that cannot.
     """
     if reason := why_not_megatron(config):
-        raise SetupError(f"--hf-model {name}: {reason}")
+        cure = "--model-backend transformers computes it by its own class"
+        raise SetupError(f"--hf-model {name}: {reason}; {cure}")
     found = (
         config.architectures[0] if isinstance(config.architectures, list) else config.architectures
     )

@@ -38,7 +38,7 @@ class Answering:
             tokenizer: the run's.
 
         Raises:
-            DataError: a row cannot be read, or has no answer.
+            DataError: a row cannot be read, or has no answer; or none has the column of kinds.
         """
         self.args, self.tokenizer = args, tokenizer
         options = option_fields(args, tokenizer)["format_options"]
@@ -48,6 +48,9 @@ class Answering:
                 skip = args.on_bad_row == "skip"
                 rows = read_questions([path], options, args.kind_key or "kind", skip=skip)
                 self.questions.setdefault(split, []).extend(rows[: args.max_rows])
+        asked = [question for each in self.questions.values() for question in each]
+        if args.kind_key and not any(question.kind for question in asked):
+            raise DataError(f"--kind-key {args.kind_key}: no row that is to be answered has it.")
         self.split = "valid"
         hooks.on_evaluation_start.append(functools.partial(setattr, self, "split"))
 

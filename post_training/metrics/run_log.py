@@ -188,6 +188,10 @@ class RunLog:
         # Every rank has the same sums; TensorBoard's writer is not on the rank that writes the file.
         self._write(record)
         self.progress.step(record)
+        if self.args.task is not None and not totals.trained_tokens:
+            self.progress.message(
+                f"step {step.iteration}: nothing was trained, no micro batch had a label or a count"
+            )
 
     def _routing(self, experts: ExpertTotals | None) -> dict[str, float]:
         """What became of the tokens in layers with experts, for the log."""
@@ -252,6 +256,11 @@ class RunLog:
             record |= _means(totals.named)
             right, total = totals.named.get("eval_accuracy", (0.0, 0.0))
             record |= {"correct": right, "total": total}
+            if not total:
+                self.progress.message(
+                    f"step {evaluation.iteration}: get_eval_model_output counted nothing of "
+                    f"{evaluation.split}: there is no eval_accuracy"
+                )
         if totals.sources:
             record["sources"] = _by_source(totals)
         if self.args.eval_only:

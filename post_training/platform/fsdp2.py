@@ -21,6 +21,7 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from post_training.errors import RunStopped
 from post_training.machine.device import device_type
 
 
@@ -95,7 +96,16 @@ class FullyShardedModel(TorchFullyShardedDataParallel):
                     unit.set_gradient_divide_factor(1.0)
 
     def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
-        """Sum the gradients of a global batch over ranks that hold whole ones."""
+        """Sum the gradients of a global batch over ranks that hold whole ones.
+
+        Raises:
+            RunStopped: there are none, which no step can go on from.
+        """
+        if all(parameter.grad is None for parameter in self.module.parameters()):
+            raise RunStopped(
+                "no weight has a gradient: the loss does not depend on the model, and nothing would be "
+                "trained (is it made of what self.model of the task returned?)"
+            )
         if not self.whole:
             return
         for parameter in self.module.parameters():

@@ -28,6 +28,14 @@ from post_training.errors import SetupError
 from post_training.machine.device import current_device
 
 _OF_CONVERSATIONS = ("chat_template", "conversation_format")
+# What `build_model` has no part in, and why.
+_OF_HF_MODEL = {
+    "lora": "factors belong to the weights of",
+    "freeze": "the part that sees is one of",
+    "recompute_granularity": "gradient checkpointing is that of",
+    "random_weights": "these weights are in the place of those of",
+    "save_hf": "a HuggingFace folder is made of",
+}
 METHODS = ("build_dataloader", "get_train_model_output", "get_eval_model_output")
 
 
@@ -106,11 +114,13 @@ def load_task(
         task = kind() if takes_none else kind(cfg)
     except Exception as error:
         raise SetupError(f"--task {args.task}: {name} cannot be made: {_shown(error)}") from error
-    if args.lora is not None and hasattr(task, "build_model"):
-        raise SetupError(
-            f"--lora-rank: {name} makes its own model (build_model), and factors belong to the weights of "
-            f"--hf-model; leave one of them out"
-        )
+    for key, part in _OF_HF_MODEL.items() if hasattr(task, "build_model") else ():
+        if getattr(args, key):
+            flag = "lora_rank" if key == "lora" else key
+            raise SetupError(
+                f"--{flag.replace('_', '-')}: {name} makes its own model (build_model), and {part} "
+                f"--hf-model; leave one of them out"
+            )
     facts = {
         "cfg": cfg,
         "tokenizer": tokenizer,

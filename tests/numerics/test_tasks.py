@@ -14,7 +14,7 @@ import torch
 from data import SFTDataset
 from post_training.tasks.rows import numbered
 from tests.helpers import chat_task, vision
-from tests.helpers.launch import ROOT, finetune
+from tests.helpers.launch import ROOT, finetune, start_finetune
 from tests.helpers.models import load_model, make_tokenizer
 
 STEPS = 4
@@ -110,6 +110,48 @@ def test_the_task_of_the_documentation_learns_and_its_best_checkpoint_stays(tmp_
     kept = {path.name for path in (tmp_path / "out" / "checkpoints").glob("iter_*")}
     assert kept == {f"iter_{3 * (first + n):07d}" for n in (1, 3)}
     assert "no better eval_accuracy in 2 evaluations" in run.console
+
+
+FAULTY = """
+import torch
+from docs_task import MyTask
+class NoLabels(MyTask):
+    def get_train_model_output(self, batch):
+        return super().get_train_model_output(batch)[0], 0
+class Elsewhere(MyTask):
+    def get_train_model_output(self, batch):
+        return torch.ones(1, requires_grad=True).sum()
+class SameName(MyTask):
+    def get_train_model_output(self, batch):
+        return super().get_train_model_output(batch), {"iteration": 7}
+class CountsNothing(MyTask):
+    def get_eval_model_output(self, batch):
+        return 0, 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "status", "told"),
+    [
+        ("NoLabels", (), 0, "step 1: nothing was trained"),
+        ("Elsewhere", (), 1, "error: no weight has a gradient"),
+        ("Elsewhere", ("--fsdp-sharding", "none"), 1, "error: no weight has a gradient"),
+        ("SameName", (), 1, r"named as the run's own \(iteration\)"),
+        ("CountsNothing", (), 0, "step 1: get_eval_model_output counted nothing of valid"),
+    ],
+)
+def test_what_a_task_does_not_mean_is_told(tmp_path, name, flags, status, told):
+    text = (ROOT / "docs" / "your_own_task.md").read_text()
+    (code,) = re.findall(r"```python\n(# my_task.*?)```", text, re.DOTALL)
+    (tmp_path / "docs_task.py").write_text(code)
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"numbers": [{n}], "even": {1 - n % 2}}}\n' for n in range(8)))
+    data = ("--finetune-data-files", str(rows), "--valid-data-files", str(rows))
+    sizes = ("--train-iters", "1", "--global-batch-size", "4", "--eval-interval", "1")
+    task = ("--task", f"{tmp_path / 'faulty.py'}:{name}", "--lr", "1e-2", "--log-interval", "1")
+    run = start_finetune(tmp_path / "out", *task, *data, *sizes, *flags).wait()
+    assert run.status == status and re.search(told, run.console), run.console
 
 
 @pytest.mark.parametrize("kind", ["gpt2", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])

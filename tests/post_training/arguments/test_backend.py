@@ -49,7 +49,7 @@ def test_else_the_class_of_transformers(hf_model, tmp_path, family, changes, rea
     assert CommandLine(["--hf-model", str(tmp_path)]).asks_for_fsdp2()
     assert CommandLine([], {"hf_model": str(tmp_path)}).asks_for_fsdp2()
     assert not CommandLine(["--hf-model", str(folder / "nowhere")]).asks_for_fsdp2()
-    with pytest.raises(SetupError, match=reason):
+    with pytest.raises(SetupError, match=f"{reason}.*; --model-backend transformers computes it"):
         parsed(tmp_path, tmp_path, "--model-backend", "megatron")
 
 
@@ -68,6 +68,13 @@ def test_else_the_class_of_transformers(hf_model, tmp_path, family, changes, rea
         "--hidden-dropout 0.1",
         "--recompute-granularity selective",
         "--fp16",
+        # Read by Megatron's layers, or of tensors that they mark.
+        "--decoupled-lr 0.1",
+        "--apply-wd-to-qk-layernorm",
+        "--init-method-std 0.5",
+        "--moe-input-jitter-eps 0.1",
+        "--moe-layer-recompute",
+        "--mlp-chunks-for-training 2",
     ],
 )
 def test_what_only_megatron_can_is_refused(hf_model, tmp_path, flags):

@@ -9,7 +9,7 @@ from post_training.hf.causal_lm import build_model
 from post_training.hf_models import attention
 from post_training.hf_models.model import HFModel
 from post_training.hf_models.packing import Documents
-from post_training.hf_models.probe import choose_way
+from post_training.hf_models.probe import _agreed, choose_way
 from tests.helpers.architectures import tiny
 
 
@@ -77,6 +77,18 @@ def test_positions_that_run_on_are_seen(monkeypatch):
     monkeypatch.setattr(Documents, "positions", staticmethod(running_on))
     way, told = choice(wrapped("gpt2"))
     assert way == "rows" and "attention: packed documents are" in told
+
+
+def test_what_one_rank_complains_of_counts_on_all(monkeypatch):
+    """Else ranks would go on in different ways, and wait for each other's weights."""
+
+    def gather(every, own):
+        every[:] = [own, "attention leaks" if own is None else None]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert _agreed(None) == "attention leaks" and _agreed("mine") == "mine"
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,17 @@ def test_a_sharded_model_answers_as_its_export(words, tmp_path):
     assert json.loads((run.folder / "answers/valid-2.json").read_text()) == written
 
 
+def test_a_column_of_kinds_without_answers_is_refused(words, tmp_path):
+    run = start_finetune(tmp_path, *words).wait()
+    assert run.status == 2 and "does nothing without --answer-tokens" in run.console, run.console
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
         (("--eval-iters", "0"), "no rows of --valid-data-files or --test-data-files are evaluated"),
         (("--answer-tokens", "0"), "--answer-tokens"),
+        (("--kind-key", "knd", "--ignore-columns", "kind"), "--kind-key knd: no row"),
     ],
 )
 def test_refused(words, tmp_path, flags, told):

@@ -33,7 +33,7 @@ COLOURS = ["red", "dark red", "blue", "A lot"]
         ("", None),
         ("I do not know", None),
         ("<think>A or B? It is blue.</think>\n\nA", 0),
-        ("<think>It is A", None),
+        ("<think>The answer is A", None),
         ("the answer is B. No, the answer is: C", 2),
         ("Answer: (B)", 1),
         (r"So \boxed{A}, no: \boxed{\text{C}}", 2),

@@ -155,11 +155,22 @@ def test_that_micro_batches_weigh_the_same_is_said_once():
         (lambda model, batch: (model(batch["x"]), {"a": batch["x"]}), "of shape .* as 'a'"),
         (lambda model, batch: (model(batch["x"]), {"lr": 1.0}), "'lr', which metrics.jsonl has"),
         (lambda model, batch: batch["images"], "asks for 'images'; .* collate_fn made has x, y"),
+        (lambda model, batch: (model(batch["x"]), {"note": "a"}), "'note': str, expected a number"),
+        (lambda model, batch: (model(batch["x"]), {"note": X}), "'note': a tensor of shape"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(train, says):
     with pytest.raises(RunStopped, match=says):
         run(Task(train), {"x": X, "y": X})
+
+
+def test_a_tensor_on_another_device_names_itself():
+    task: Any = Task(lambda model, batch: (batch["x"] * task.weights).sum())
+    task.weights = torch.ones(2, device="meta")
+    with pytest.raises(
+        RunStopped, match=r"computes \(cpu\): weights is on meta; move .*self.device"
+    ):
+        run(task, {"x": X})
 
 
 @pytest.mark.parametrize(

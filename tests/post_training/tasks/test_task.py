@@ -29,6 +29,8 @@ class Whole:
     def build_dataloader(self, data_paths, eval_dataset=False): return list(data_paths), list
     def get_train_model_output(self, batch): return None
     def get_eval_model_output(self, batch): return 0
+class Own(Whole):
+    def build_model(self): return None
 class Lacks:
     def build_dataloader(self, data_paths, eval_dataset=False): return None
     def get_train_model_output(self, batch): return None
@@ -41,7 +43,7 @@ class Breaks(Whole):
     ("named", "says"),
     [
         ("{file}:Whole", None),
-        ("{file}:Other", "has no class Other; it has Whole, Lacks, Breaks"),
+        ("{file}:Other", "has no class Other; it has Whole, Own, Lacks, Breaks"),
         ("{file}:Lacks", "Lacks has no get_eval_model_output"),
         ("{file}:Breaks", "Breaks cannot be made: ValueError: no such key"),
         ("{file}x.py:Whole", "there is no file"),
@@ -64,6 +66,22 @@ def test_a_class_is_found_or_refused_by_name(tmp_path, named, says):
     with pytest.raises(SetupError, match="--chat-template: .* reads its own rows"):
         load_task(args, None)
     args.task = "post_training.tasks.conversations:Conversations"
+    assert load_task(args, None).cfg is args
+
+
+@pytest.mark.parametrize(
+    "key", ["lora", "freeze", "recompute_granularity", "random_weights", "save_hf"]
+)
+def test_a_model_of_its_own_passes_no_flag_over(tmp_path, key):
+    (tmp_path / "own_task.py").write_text(SOURCE)
+    given = ("lora", "freeze", "recompute_granularity", "random_weights", "save_hf")
+    none = dict.fromkeys((*given, "chat_template", "conversation_format"))
+    args = argparse.Namespace(**none, task=f"{tmp_path / 'own_task.py'}:Own")
+    assert load_task(args, None).cfg is args
+    setattr(args, key, True)
+    with pytest.raises(SetupError, match=f"--{key.replace('_', '-')}.*makes its own model"):
+        load_task(args, None)
+    args.task = args.task.replace(":Own", ":Whole")
     assert load_task(args, None).cfg is args
 
 
