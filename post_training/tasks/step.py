@@ -12,6 +12,7 @@ What `get_train_model_output` may return, and how much the micro batch then weig
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -101,7 +102,7 @@ class TaskStep:
                 ) from error
             raise
         except RuntimeError as error:
-            if "same device" not in str(error):
+            if not re.search("(same|expected) device", str(error)):
                 raise
             device = self.task.device
             held = {**vars(self.task), **(values if isinstance(values, Mapping) else {})}
