@@ -45,7 +45,7 @@ _OWN_DATA = "data come from --finetune-data-files or --finetune-hf-dataset (docs
 _OWN_TOKENIZER = "the tokenizer is that of --hf-model, or --hf-tokenizer"
 _OTHER_ATTENTION = "attention is causal, over whole documents, with queries in groups"
 _NO_MTP = "there is no loss for tokens further ahead (multi-token prediction)"
-_ONLY_GPT = "only decoders with attention in every layer are trained"
+_ONLY_GPT = "only decoders are trained; state-space layers are those of --hf-model"
 _MEGATRON_FSDP = "it belongs to --use-megatron-fsdp, which is not supported; use --use-torch-fsdp2"
 
 # Whole groups of Megatron's parser, by title.

@@ -165,6 +165,9 @@ def _wrong_hybrid(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
     if "moe" in kinds and not 1 < config.num_experts_per_tok <= config.n_routed_experts:
         there = f"from 2 to the {config.n_routed_experts} experts that there are"
         yield "num_experts_per_tok", config.num_experts_per_tok, there
+    # Megatron takes 0 for 1.
+    if "moe" in kinds and not (_is_number(scale := config.routed_scaling_factor) and scale > 0):
+        yield "routed_scaling_factor", scale, "a number above 0"
     for key, low, high in (("layer_norm_epsilon", 0, 1), ("initializer_range", -1, 1000)):
         value = getattr(config, key)
         if not _is_number(value) or not low < value <= high:

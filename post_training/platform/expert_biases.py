@@ -3,7 +3,7 @@
 Upstream: megatron-core 0.19.2, `core/tensor_parallel/layers.py`: `RowParallelLinear` marks the bias as one
 of sequence parallelism, with experts too. So `_allreduce_non_tensor_model_parallel_grads` adds up gradients
 over the tensor parallel group, whose ranks hold different experts under expert parallelism: they are wrong
-by up to ten times their norm; and the gradient norm counts those of rank 0 only. Without expert parallelism
+by up to ten times their norm. Without expert parallelism
 the layer's output is a view that autograd does not let `MLP.forward` add the bias to (`output += ...`).
 
 `core/optimizer/__init__.py`: biases do not decay, which it tells by `.bias` and one dimension;
@@ -20,7 +20,6 @@ from post_training.platform.patches import in_place_of
 
 def apply() -> None:
     """Mend layers of experts whose tensor parallel size is 1, the only one for which biases work."""
-    from megatron.core import tensor_parallel
     from megatron.core.optimizer import ParamGroupOverride
     from megatron.core.optimizer.optimizer_config import ParamKey
     from megatron.core.tensor_parallel import layers
@@ -30,7 +29,6 @@ def apply() -> None:
         original(layer, *args, **kwargs)
         if layer.is_expert and layer.bias is not None and layer.tp_group.size() == 1:
             layer.bias.sequence_parallel = False
-            tensor_parallel.set_tensor_model_parallel_attributes(layer.bias, True, 0, 1)
             # The dispatcher does what crosses ranks: the product is left as it is, no view.
             layer.explicit_expert_comm = True
 

@@ -5,7 +5,8 @@ Upstream: modelopt 0.47, `torch/quantization/plugins/megatron.py`.
 `_QuantMegatronMLP._modelopt_state_keys` are patterns for names such as
 `decoder.layers.0.mlp.linear_fc1.weight_quantizer._amax`, and `_MegatronMLP` asks `re.match`, which
 begins at the front of a name: nothing matches, and a checkpoint read with another tensor parallel
-size gives rows of the gate the scales of the up projection, without a word.
+size gives rows of the gate the scales of the up projection, without a word. What shared experts are
+(`SharedExpertMLP`) is no `_QuantMegatronMLP` at all.
 
 Scales of experts are cut over the tensor parallel ranks of attention, not over the experts' own:
 where these are others, nothing can be saved. `_MegatronSequentialMLP` refuses expert beside tensor
@@ -23,13 +24,13 @@ from post_training.platform.patches import in_place_of
 
 def mend_scales() -> None:
     """Cut them as the weights they belong to; called before a model is quantised or loaded."""
-    from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+    from megatron.core.transformer.mlp import MLP, apply_swiglu_sharded_factory
     from modelopt.torch.quantization.plugins import megatron as plugin
 
-    if hasattr(plugin._QuantMegatronMLP.sharded_state_dict, "__wrapped__"):
+    if hasattr(MLP.sharded_state_dict, "__wrapped__"):
         return
 
-    @in_place_of((plugin._QuantMegatronMLP, "sharded_state_dict"))
+    @in_place_of((MLP, "sharded_state_dict"))
     def by_halves(
         original: Any, mlp: Any, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None
     ) -> Any:

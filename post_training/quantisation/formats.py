@@ -28,8 +28,6 @@ from post_training.layout.pipeline import virtual_stages
 FLAG = "--export-quant-cfg"
 CALIBRATED = 512
 FP8 = (4, 3)
-# Megatron's layers that cut the inputs of a matrix over tensor parallel ranks, and the sizes of these.
-_CUT_INPUTS = {"attention": "linear_proj", "mlp": "linear_fc2"}
 # Megatron's local layers hold these matrices, of which each family has some.
 _ATTENTION = "qkv proj q_proj q_down_proj q_up_proj kv_down_proj kv_up_proj"
 _MATRICES = (
@@ -130,17 +128,20 @@ def quantisation_of(args: argparse.Namespace) -> Quantisation | None:
         raise SetupError(
             f"{FLAG}: --eval-only changes no model; a quantised checkpoint says it itself"
         )
+    if args.hf_config is None:
+        raise SetupError(
+            f"{FLAG} {name}: a model of Megatron's flags cannot be exported; give --hf-model"
+        )
     config = _read(name)
     found = Quantisation(name, config, *_checked(name, config))
-    if args.hf_config is not None:
-        _check_patterns(args, found)
+    _check_patterns(args, found)
     if found.input_bits is not None and args.num_experts is not None:
         raise SetupError(
             f"{FLAG} {name}: transformers holds all experts of a layer in one tensor, so that an export "
             f"with rounded inputs cannot be compared; quantise weights only, as INT8_WEIGHT_ONLY_CFG does"
         )
     if found.block is not None:
-        _check_blocks(args, found.block)
+        _check_blocks(args, found, found.block)
     return found
 
 
@@ -325,7 +326,7 @@ def _is_on(entries: list[Any], name: str) -> bool:
     return bool(said and said[-1])
 
 
-def _check_blocks(args: argparse.Namespace, block: int) -> None:
+def _check_blocks(args: argparse.Namespace, found: Quantisation, block: int) -> None:
     """Refuse blocks that a rank's part of a matrix would cut.
 
     Raises:
@@ -333,15 +334,16 @@ def _check_blocks(args: argparse.Namespace, block: int) -> None:
     """
     tensor = args.tensor_model_parallel_size
     expert = args.expert_tensor_parallel_size or tensor
-    head = args.kv_channels or args.hidden_size // args.num_attention_heads
-    sizes = {"attention": (args.num_attention_heads * head, tensor)}
-    if args.num_experts is None:
-        sizes["mlp"] = (args.ffn_hidden_size, tensor)
-    else:
-        sizes["mlp"] = (args.moe_ffn_hidden_size or args.ffn_hidden_size, expert)
-    for kind, (size, ranks) in sizes.items():
-        if ranks > 1 and (size // ranks) % block:
+    for name, weight in model_weights(args.hf_config).items():
+        ranks = expert if weight.of_expert else tensor
+        matrix = name.removesuffix(".weight")
+        if weight.layout != "columns" or ranks == 1:
+            continue
+        if not _is_on(found.config["quant_cfg"], f"{matrix}.weight_quantizer"):
+            continue
+        ((*_, size),) = weight.tensors.values()
+        if (size // ranks) % block:
             raise SetupError(
                 f"{FLAG}: blocks of {block} inputs do not divide the {size // ranks} that each of {ranks} "
-                f"ranks has of {_CUT_INPUTS[kind]}; use another block size or fewer tensor parallel ranks"
+                f"ranks has of {matrix}; use another block size or fewer tensor parallel ranks"
             )

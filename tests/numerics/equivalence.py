@@ -90,6 +90,8 @@ VARIANTS: dict[str, dict[str, object]] = {
         "topk_group": 1,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50000.0},
     },
+    # Nemotron-H 8B, which has no experts: tensor parallelism without sequence parallelism, too.
+    "dense": {"layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp"]},
 }
 
 
@@ -238,7 +240,17 @@ CASES = (
     ),
     Case("one", family="deepseek_v3", recipe=UNPACKED_SGD),
     Case("one", family="deepseek_v3", variant="moonlight"),
-    Case("tp2-sp", TP2, 2, family="deepseek_v3", variant="moonlight"),
+    *(
+        Case(layout, flags, world, family="deepseek_v3", variant="moonlight", recipe=recipe)
+        for layout, flags, world, recipe in (
+            ("dp2", (), 2, ADAM),
+            ("tp2-sp", TP2, 2, ADAM),
+            ("pp2", PP2, 2, ADAM),
+            ("ep2", EP2, 2, ADAM),
+            ("ep2-tp2", EP2 + TP2 + ETP1, 2, ADAM),
+            ("one", (), 1, UNPACKED_SGD),
+        )
+    ),
     # Sinks, a window in every other layer, clamped experts with biases.
     Case("one", family="gpt_oss", slow=False),
     *(
@@ -256,7 +268,11 @@ CASES = (
         )
     ),
     Case("one", family="gpt_oss", recipe=UNPACKED_SGD),
-    # Sliding windows, in all layers and in some.
+    # A document a row where layers are cut, too.
+    *(
+        Case("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2, family=family, layers=layers, recipe=UNPACKED_SGD)
+        for family, layers in (("deepseek_v3", 2), ("gpt_oss", 2), ("nemotron_h", 4))
+    ),
     # Factors; norms behind the parts of a layer, biases of queries; one tensor of queries, keys and values.
     *(
         Case(
@@ -296,6 +312,17 @@ CASES = (
         )
     ),
     Case("one", family="nemotron_h", layers=4, recipe=UNPACKED_SGD),
+    *(
+        Case(layout, flags, world, family="nemotron_h", layers=4, variant="dense", recipe=recipe)
+        for layout, flags, world, recipe in (
+            ("one", (), 1, ADAM),
+            ("dp2", (), 2, ADAM),
+            ("tp2", TP2, 2, ADAM),
+            ("tp2-sp", TP2 + SP, 2, ADAM),
+            ("pp2", PP2, 2, ADAM),
+            ("tp2", TP2, 2, UNPACKED_SGD),
+        )
+    ),
     Case("pp2-recompute", PP2 + RECOMPUTE, 2, family="nemotron_h", layers=4, slow=False),
     Case("tp2-sp-recompute-some", TP2 + SP + SELECTIVE, 2, family="nemotron_h", layers=4),
     # With Adam's usual rate a rounding of the first step (1e-7) is 1e-5 of the gradient's norm at the last.
@@ -306,6 +333,7 @@ CASES = (
     ),
     Case("one", family="mamba2", recipe=UNPACKED_SGD),
     Case("pp2", PP2, 2, family="mamba2", tied=True, recipe=Recipe(lr=1e-4)),
+    # Sliding windows, in all layers and in some.
     Case("one", family="mistral", variant="window", slow=False),
     *(
         Case(layout, flags, 2, family="mistral", variant="window")
@@ -320,6 +348,7 @@ CASES = (
     ),
     Case("one", family="mistral", variant="window", recipe=UNPACKED),
     Case("tp2-sp", TP2 + SP, 2, family="mixtral", variant="window"),
+    Case("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2, family="qwen3_moe", variant="windows"),
     *(
         Case(layout, flags, 2, family="qwen3", variant="windows")
         for layout, flags in (("tp2-sp", TP2 + SP), ("pp2", PP2), ("cp2", CP2))

@@ -37,6 +37,8 @@ algorithm: max
 FORMATS = {
     "qwen3": ("INT8_DEFAULT_CFG", "FP8_DEFAULT_CFG", "blocks.yaml"),
     "qwen3_moe": ("INT8_WEIGHT_ONLY_CFG", "blocks.yaml"),
+    "deepseek_v3": ("blocks.yaml",),
+    "gpt_oss": ("INT8_WEIGHT_ONLY_CFG",),
 }
 BOUND = 1e-5
 
@@ -68,6 +70,15 @@ CASES = (
     Case("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2, "qwen3_moe"),
     Case("ep2-tp2", EP2 + TP2, 4, "qwen3_moe"),
     Case("ep2-pp2", EP2 + PP2, 4, "qwen3_moe"),
+    *(
+        Case(layout, flags, 2, family)
+        for family in ("deepseek_v3", "gpt_oss")
+        for layout, flags in (
+            ("ep2-tp2-etp1", EP2 + TP2 + ETP1),
+            ("tp2-sp", TP2 + SP + ETP1),
+            ("pp2", PP2),
+        )
+    ),
 )
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from post_training.errors import SetupError
+from tests.helpers import megatron_model
 from tests.helpers.checkpoint import same_tensors
-from tests.helpers.launch import run_rank, run_script
+from tests.helpers.launch import run_rank, run_ranks, run_script
 from tests.numerics.quantised import BOUND, CASES, Case, Matrix, scales
 
 IN_SUITE = {("tp2-sp", "qwen3"): "INT8_DEFAULT_CFG", ("ep2", "qwen3_moe"): "INT8_WEIGHT_ONLY_CFG"}
@@ -26,7 +27,7 @@ def matrix(tmp_path_factory):
 @pytest.mark.parametrize(
     ("case", "form"),
     [(c, IN_SUITE[c.layout, c.family]) for c in CASES if (c.layout, c.family) in IN_SUITE]
-    + [(layout("qwen3", "pp2"), "blocks.yaml")],
+    + [(layout("qwen3", "pp2"), "blocks.yaml"), (layout("deepseek_v3", "tp2-sp"), "blocks.yaml")],
 )
 def test_scales_are_those_of_one_process(matrix, tmp_path, case, form):
     truth = matrix.train(Case("one", family=case.family), form, tmp_path / "one")
@@ -78,9 +79,9 @@ def test_goes_on_bit_for_bit_and_is_exported(matrix, tmp_path):
     ids=["one-tp2-pp2-dp2", "ep2tp2-tp2-one"],
 )
 def test_goes_on_in_another_layout(matrix, tmp_path, form, layouts):
-    """A step in each: scales stay what they are, and with their rows in both halves of a gated layer."""
+    """A step in each: scales stay what they are."""
     steps = len(layouts)
-    # Weights do not move: losses differ by what is rounded the other way, or by scales of other rows.
+    # Weights do not move: losses differ by what is rounded the other way.
     still = ("--train-iters", str(steps), "--lr", "1e-30", "--weight-decay", "0")
     straight = matrix.train(layouts[0], form, tmp_path / "straight", *still)
     for case in layouts:
@@ -93,6 +94,30 @@ def test_goes_on_in_another_layout(matrix, tmp_path, form, layouts):
         assert found.keys() == first.keys()
         assert all(torch.equal(found[name], value) for name, value in first.items())
     assert run.losses == pytest.approx(straight.losses, rel=5e-3)
+
+
+def _rows_and_scales(argv):
+    """Largest values of this rank's rows, and their scales, of matrices whose inputs are not cut."""
+    built = megatron_model.set_up(argv)[1]
+    return {
+        name: (module.weight.detach().abs().amax(1), module.weight_quantizer._amax.flatten())
+        for name, module in megatron_model.unwrapped(built).named_modules()
+        if name.endswith(("linear_qkv", "linear_fc1"))
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("writes", "reads"), [("one", "tp2-sp"), ("tp2-sp", "one")])
+def test_scales_go_with_their_rows(matrix, tmp_path, writes, reads):
+    """In both halves of a gated layer: ModelOpt alone gives those of the gate to the other half."""
+    cases = {"one": Case("one"), "tp2-sp": layout("qwen3", "tp2-sp")}
+    still = ("--lr", "1e-30", "--weight-decay", "0")
+    run = matrix.train(cases[writes], "INT8_WEIGHT_ONLY_CFG", tmp_path / "out", *still)
+    argv = megatron_model.flags(str(matrix.folder / "qwen3"), str(run.folder), "--no-load-optim")
+    argv += ["--export-quant-cfg", "INT8_WEIGHT_ONLY_CFG", *cases[reads].flags]
+    for found in run_ranks(_rows_and_scales, cases[reads].world, argv):
+        assert len(found) == 4
+        assert all(torch.equal(rows, scales) for rows, scales in found.values())
 
 
 @pytest.mark.slow

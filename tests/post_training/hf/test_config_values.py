@@ -82,6 +82,9 @@ def test_a_number_that_no_model_has_is_refused(folder, key):
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func softmax is not supported"),
         ("deepseek_v3", {"n_group": 3}, "n_group 3, expected a divisor of the 8 experts"),
         ("deepseek_v3", {"topk_group": 3}, "num_experts_per_tok 4, expected 2 for each of topk_group"),
+        ("nemotron_h", {"routed_scaling_factor": 0}, "routed_scaling_factor 0"),
+        ("nemotron_h", {"num_experts_per_tok": 5}, "from 2 to the 4 experts"),
+        ("mamba2", {"n_groups": 3}, "num_heads 8, expected a multiple of n_groups 3"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2, expected num_attention_h"),
         ("mixtral", {"mlp_only_layers": 3}, "mlp_only_layers 3, expected a list of layers"),
         (

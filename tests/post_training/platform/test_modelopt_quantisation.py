@@ -13,6 +13,14 @@ def test_still_needed_upstream_patterns_match_no_name():
     assert not any(re.match(pattern, name) for pattern in patterns)
 
 
+def test_still_needed_upstream_leaves_shared_experts_alone():
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+    from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+    assert MLP in QuantModuleRegistry and SharedExpertMLP not in QuantModuleRegistry
+
+
 def test_still_needed_upstream_refuses_experts_over_both():
     from modelopt.torch.quantization.plugins.megatron import (
         _MegatronParallelLinear,

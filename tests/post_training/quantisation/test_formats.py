@@ -172,6 +172,17 @@ def test_blocks_are_whole_on_every_rank(parsed, monkeypatch):
         parsed("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", *tensor)
 
 
+def test_blocks_of_every_matrix_are_whole(parsed, monkeypatch):
+    """Values of latent attention are narrower than heads; layers without experts are cut, too."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    layout = ("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
+    with pytest.raises(SetupError, match="the 24 that each of 2 ranks has of .*linear_proj"):
+        parsed({"quant_cfg": [OFF, WEIGHTS, HEAD]}, *layout, family="deepseek_v3")
+    wide = weights("*mlp*weight_quantizer", axis=None, block_sizes={-1: 32})
+    with pytest.raises(SetupError, match="the 48 that each of 2 ranks has of .*0.mlp.linear_fc2"):
+        parsed({"quant_cfg": [OFF, wide, HEAD]}, *layout, family="deepseek_v3")
+
+
 @pytest.mark.parametrize(("flag", "value"), [("--calib-dataset", "x.jsonl"), ("--calib-size", "3")])
 def test_calibration_of_nothing(hf_model, chat_data, tmp_path, flag, value):
     with pytest.raises(SetupError, match=f"{flag}: nothing is quantised"):
