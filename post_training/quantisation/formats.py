@@ -334,12 +334,16 @@ def _check_blocks(args: argparse.Namespace, block: int) -> None:
     tensor = args.tensor_model_parallel_size
     expert = args.expert_tensor_parallel_size or tensor
     head = args.kv_channels or args.hidden_size // args.num_attention_heads
-    sizes = {"attention": (args.num_attention_heads * head, tensor)}
-    if args.num_experts is None:
-        sizes["mlp"] = (args.ffn_hidden_size, tensor)
-    else:
-        sizes["mlp"] = (args.moe_ffn_hidden_size or args.ffn_hidden_size, expert)
-    for kind, (size, ranks) in sizes.items():
+    head = args.v_head_dim if args.multi_latent_attention else head
+    sizes = [("attention", args.num_attention_heads * head, tensor)]
+    if args.num_experts is None or (
+        isinstance(args.moe_layer_freq, list) and 0 in args.moe_layer_freq
+    ):
+        sizes += [("mlp", args.ffn_hidden_size, tensor)]
+    if args.num_experts is not None:
+        sizes += [("mlp", args.moe_ffn_hidden_size or args.ffn_hidden_size, expert)]
+        sizes += [("mlp", args.moe_shared_expert_intermediate_size or 0, tensor)]
+    for kind, size, ranks in sizes:
         if ranks > 1 and (size // ranks) % block:
             raise SetupError(
                 f"{FLAG}: blocks of {block} inputs do not divide the {size // ranks} that each of {ranks} "
