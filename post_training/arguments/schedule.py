@@ -144,12 +144,13 @@ def complete_recomputation(args: argparse.Namespace) -> None:
                     f"{_flag(name)} {getattr(args, name)}: does nothing without --recompute-granularity "
                     f"full; add it, or leave this out"
                 )
-    if "layernorm" in (args.recompute_modules or ()) and args.transformer_impl == "local":
-        raise SetupError(
-            "--recompute-modules layernorm needs Transformer Engine; core_attn, mlp and moe work without, "
-            "or --recompute-granularity full"
-        )
     modules = args.recompute_modules
+    for name in ("layernorm", "mla_up_proj"):
+        if name in (modules or ()) and args.transformer_impl == "local":
+            raise SetupError(
+                f"--recompute-modules {name} needs Transformer Engine; core_attn, mlp and moe work "
+                f"without, or --recompute-granularity full"
+            )
     if modules and not (args.recompute_granularity == "selective" or args.recompute_activations):
         raise SetupError(
             f"--recompute-modules {' '.join(modules)}: does nothing without --recompute-granularity "

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from post_training.errors import SetupError
 from post_training.hf.config_values import check_spellings, check_values
 from post_training.hf.families import (
-    FAMILIES,
     family_of,
     has_qkv_bias,
     head_dim,
@@ -23,6 +22,13 @@ if TYPE_CHECKING:
 # What older versions of transformers do not compute as config.json says, but for the value here (gpt-oss's
 # clamp, the norm of Mamba 2's groups); then the version that was seen to.
 _SINCE = {"gpt_oss": ("swiglu_limit", 7.0, "5.19.0"), "mamba2": ("n_groups", 1, "5.23.0")}
+
+
+# What the table of families reads, if it is there, and some classes of transformers pass over.
+_OF_SOME = (
+    *("use_sliding_window", "layer_types", "norm_topk_prob", "decoder_sparse_step"),
+    *("mlp_only_layers", "first_k_dense_replace", "n_group", "topk_group", "no_rope_layers"),
+)
 
 
 def load_hf_config(
@@ -62,8 +68,11 @@ def load_hf_config(
     if backend == "transformers":
         check_causal_lm(config, name_or_path)
         return config
+    for key in _OF_SOME:
+        if key in vars(config) and not hasattr(type(config), key):
+            delattr(config, key)
     check_architecture(config, name_or_path)
-    check_spellings(written, name_or_path)
+    check_spellings(written, config, name_or_path)
     return config
 
 
@@ -149,7 +158,7 @@ def check_architecture(config: PretrainedConfig, name: str) -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     by_type = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, found)
-    if by_type not in FAMILIES:
+    if by_type != found:
         raise SetupError(
             f"--hf-model {name}: config.json has the model_type {config.model_type} of a {by_type} beside "
             f"the architecture {found}; which of them the weights are is not known"

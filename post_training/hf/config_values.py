@@ -51,11 +51,12 @@ def check_values(config: PretrainedConfig, name: str) -> None:
         )
 
 
-def check_spellings(written: Mapping[str, Any], name: str) -> None:
+def check_spellings(written: Mapping[str, Any], config: PretrainedConfig, name: str) -> None:
     """Refuse a config.json whose older spelling contradicts the newer one, which is what is read.
 
     Args:
         written: what the file says.
+        config: what transformers reads in it.
         name: of the model, for messages.
 
     Raises:
@@ -75,6 +76,13 @@ def check_spellings(written: Mapping[str, Any], name: str) -> None:
             raise SetupError(
                 f"--hf-model {name}: config.json says {key} {value!r}, expected float32, "
                 f"bfloat16 or float16"
+            )
+    for key in ("hybrid_override_pattern", "num_hidden_layers"):
+        # Of Nemotron-H, whose layers_block_type is what counts.
+        if (value := written.get(key)) not in (None, found := getattr(config, key, None)):
+            raise SetupError(
+                f"--hf-model {name}: config.json says {key} {value!r}, and its list of layers {found!r}; "
+                f"readers differ in which they take: give one of them, or both alike"
             )
     for one, other in (("num_experts", "num_local_experts"), ("torch_dtype", "dtype")):
         values = [str(written.get(key)).removeprefix("torch.") for key in (one, other)]
@@ -105,6 +113,9 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
         value = getattr(config, key, None)
         if value is not None and not _is_size(value):
             yield key, value, f"a whole number from 1 to {_LARGEST}, or null"
+    kinds = getattr(config, "layer_types", None) or ()
+    if "sliding_attention" in kinds and config.sliding_window is None:
+        yield "sliding_window", None, "the window of its layer_types sliding_attention"
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     if heads % groups:
         yield "num_attention_heads", heads, f"a multiple of num_key_value_heads {groups}"
@@ -142,7 +153,7 @@ def _wrong_values(config: PretrainedConfig, family: Family) -> Iterator[tuple[st
 def _wrong_hybrid(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
     value: Any
     kinds = set(config.layer_types)
-    needed = ["hidden_size", "vocab_size", "head_dim", "n_groups", "conv_kernel"]
+    needed = ["hidden_size", "vocab_size", "head_dim", "n_groups", "conv_kernel", "chunk_size"]
     alone = config.model_type == "mamba2"
     heads = "num_heads" if alone else "mamba_num_heads"
     needed += [heads, "state_size"] if alone else [heads, "mamba_head_dim", "ssm_state_size"]
@@ -165,10 +176,10 @@ def _wrong_hybrid(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
     if "moe" in kinds and not 1 < config.num_experts_per_tok <= config.n_routed_experts:
         there = f"from 2 to the {config.n_routed_experts} experts that there are"
         yield "num_experts_per_tok", config.num_experts_per_tok, there
-    # Megatron takes 0 for 1.
-    if "moe" in kinds and not (_is_number(scale := config.routed_scaling_factor) and scale > 0):
-        yield "routed_scaling_factor", scale, "a number above 0"
-    for key, low, high in (("layer_norm_epsilon", 0, 1), ("initializer_range", -1, 1000)):
+    ranges = [("layer_norm_epsilon", 0, 1.0), ("initializer_range", -1, 1000.0)]
+    # Megatron passes over a factor of 0.
+    ranges += [("routed_scaling_factor", 0, _HUGE)] if "moe" in kinds else []
+    for key, low, high in ranges:
         value = getattr(config, key)
         if not _is_number(value) or not low < value <= high:
             yield key, value, f"a number above {low} and at most {high}"
@@ -178,8 +189,15 @@ def _wrong_latent(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
     low, rotary, heads = config.q_lora_rank, config.qk_rope_head_dim, config.num_attention_heads
     if low is not None and not _is_size(low):
         yield "q_lora_rank", low, f"a whole number from 1 to {_LARGEST}, or null"
+    rope = config.rope_parameters
+    scaled = rope.get("rope_type", "default") != "default" and rope.get("mscale_all_dim")
+    for key in ("mscale_all_dim", "factor") if scaled else ():
+        if not _is_number(rope.get(key)):
+            yield f"{key} of its rotary embedding", rope.get(key), "a number"
     if rotary % 2:
         yield "qk_rope_head_dim", rotary, "an even number"
+    if config.head_dim != rotary:  # transformers turns as many numbers as it says
+        yield "head_dim", config.head_dim, f"qk_rope_head_dim {rotary}"
     if config.num_key_value_heads != heads:
         yield "num_key_value_heads", config.num_key_value_heads, f"num_attention_heads {heads}"
 
@@ -188,8 +206,9 @@ def _wrong_groups(config: PretrainedConfig, experts: int) -> Iterator[tuple[str,
     """Groups of experts, of which Megatron takes as many for a group's score as it then chooses in one."""
     groups, chosen, of_groups = config.n_group, config.num_experts_per_tok, config.topk_group
     scale, first = config.routed_scaling_factor, config.first_k_dense_replace
-    if not _is_size(groups) or experts % groups:
-        yield "n_group", groups, f"a divisor of the {experts} experts"
+    # transformers scores a group by its best two experts.
+    if not _is_size(groups) or experts % groups or experts < 2 * groups:
+        yield "n_group", groups, f"groups of 2 or more, all alike, of the {experts} experts"
     elif not _is_size(of_groups) or of_groups > groups:
         yield "topk_group", of_groups, f"from 1 to the {groups} groups that there are"
     elif of_groups < groups and chosen != 2 * of_groups:

@@ -201,7 +201,7 @@ FAMILIES: Mapping[str, Family] = {
         qkv_bias=True, windows=True, options={"attention_bias": (True, False)}
     ),
     "Qwen3ForCausalLM": Family(qk_norm=True, windows=True),
-    "Qwen3MoeForCausalLM": Family(qk_norm=True, windows=True, experts=Experts()),
+    "Qwen3MoeForCausalLM": Family(qk_norm=True, windows=True, experts=Experts(normed=False)),
     "SeedOssForCausalLM": Family(
         qkv_bias=True, options={"attention_bias": (True,), "attention_out_bias": (False,)}
     ),
@@ -225,6 +225,11 @@ def why_not_megatron(config: Any) -> str | None:
             return (
                 f"{key} {value} is not supported for {found}; only {' and '.join(map(str, values))}"
             )
+    experts = FAMILIES[found].experts
+    if experts and getattr(config, "num_experts_per_tok", 0) == 1:
+        # Its weight is 1, which Megatron can only make of several.
+        if getattr(config, "norm_topk_prob", experts.normed):
+            return f"num_experts_per_tok 1 is not supported for {found}, whose weights add up to 1"
     kinds = tuple(SYMBOLS) if FAMILIES[found].hybrid else ("full_attention", "sliding_attention")
     for kind in getattr(config, "layer_types", None) or ():
         if kind not in kinds:

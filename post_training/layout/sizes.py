@@ -153,14 +153,21 @@ def _check_heads(args: argparse.Namespace) -> None:
                     f"--tensor-model-parallel-size {tp}: the latent vector of {what} has {number} "
                     f"elements, which cannot be divided by it; sizes that work: {divisors(number, 64)}"
                 )
-    pattern = args.moe_layer_freq
+    pattern, letters = args.moe_layer_freq, args.hybrid_layer_pattern
     all_experts = args.num_experts and (
-        pattern == 1 or (isinstance(pattern, list) and all(pattern))
+        "-" not in letters
+        if letters is not None
+        else pattern == 1 or (isinstance(pattern, list) and all(pattern))
     )
     if args.ffn_hidden_size and args.ffn_hidden_size % tp and not all_experts:
         raise SetupError(
             f"--tensor-model-parallel-size {tp}: the model's feed-forward size {args.ffn_hidden_size} "
             f"cannot be divided by it"
+        )
+    if (shared := args.moe_shared_expert_intermediate_size or 0) % tp:
+        raise SetupError(
+            f"--tensor-model-parallel-size {tp}: the shared experts' feed-forward size {shared} cannot be "
+            f"divided by it"
         )
 
 

@@ -27,6 +27,8 @@ class Experts:
     """What is added to the scores that experts are chosen by: no part of their weights, and not trained."""
     shared: str | None = None
     """The folder of what every token goes through, beside its experts."""
+    normed: bool = True
+    """Their weights add up to 1, where config.json does not say it in `norm_topk_prob`."""
     stacked: bool = False
     """One tensor holds every expert, with gate and up in one, and another their biases."""
 
@@ -38,7 +40,7 @@ class Experts:
             "moe_ffn_hidden_size": getattr(config, self.size),
             "moe_layer_freq": self.layers(config),
             # Softmax over the chosen logits equals a renormalised softmax over all of them.
-            "moe_router_pre_softmax": not getattr(config, "norm_topk_prob", True),
+            "moe_router_pre_softmax": not getattr(config, "norm_topk_prob", self.normed),
         }
 
     @staticmethod

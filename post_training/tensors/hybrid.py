@@ -96,7 +96,7 @@ def hybrid_flags(config: PretrainedConfig) -> dict[str, Any]:
         "hidden_size": config.hidden_size,
         "ffn_hidden_size": getattr(config, "intermediate_size", config.hidden_size),
         # Without attention, what is split by heads are these.
-        "num_attention_heads": getattr(config, "num_attention_heads", space.heads),
+        "num_attention_heads": config.num_attention_heads if "*" in letters else space.heads,
         "kv_channels": config.head_dim,
         "max_position_embeddings": getattr(config, "max_position_embeddings", 2**20),
         "normalization": "RMSNorm",

@@ -32,8 +32,11 @@ def undisturbed(model: list[torch.nn.Module]) -> Iterator[None]:
     host = torch.get_rng_state()
     device = torch.cuda.get_rng_state() if on_cuda else None
     tracked = get_cuda_rng_tracker().get_states()
-    # With overlapped gathers the first forward pass would wait for one that nobody has started.
-    hooked = training.should_disable_forward_pre_hook(args)
+    # With overlapped gathers the first forward pass would wait for one that nobody has started. Behind the
+    # last step they are off already.
+    hooked = training.should_disable_forward_pre_hook(args) and all(
+        getattr(chunk, "remove_forward_pre_hook_handles", ()) for chunk in model
+    )
     if hooked:
         training.disable_forward_pre_hook(model, param_sync=False)
     for chunk in model:

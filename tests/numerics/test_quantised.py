@@ -37,6 +37,20 @@ def test_scales_are_those_of_one_process(matrix, tmp_path, case, form):
 
 
 @pytest.mark.slow
+def test_messages_may_overlap(matrix, tmp_path):
+    """Behind the last step nothing waits for gathers any more, and the loss is told still."""
+    overlapped = Case("dp2", ("--overlap-grad-reduce", "--overlap-param-gather"), 2)
+    truth = matrix.train(Case("one"), "INT8_DEFAULT_CFG", tmp_path / "one")
+    run = matrix.train(overlapped, "INT8_DEFAULT_CFG", tmp_path / "two")
+    scale, loss = matrix.differences(run, truth)
+    assert scale < BOUND and loss < BOUND
+    found, expected = (
+        json.loads((r.folder / "quantisation.json").read_text())["trained"] for r in (run, truth)
+    )
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_goes_on_bit_for_bit_and_is_exported(matrix, tmp_path):
     """Behind the checkpoint of one process, in two; the later `--train-iters` wins."""
     flags = ("--train-iters", "3", "--lr-decay-iters", "3")

@@ -143,6 +143,7 @@ def test_a_condition_without_a_message_is_named(given):
         ),
         (["--recompute-modules", "mlp"], "does nothing without --recompute-granularity selective"),
         (["--recompute-modules", "layernorm"], "layernorm needs Transformer Engine; core_attn"),
+        (["--recompute-modules", "mla_up_proj"], "mla_up_proj needs Transformer Engine; core_attn"),
         (["--tp-comm-overlap"], "--tp-comm-overlap needs Transformer Engine"),
         (["--account-for-embedding-in-pipeline-split"], "--decoder-first-pipeline-num-layers"),
         (["--account-for-loss-in-pipeline-split"], "--pipeline-model-parallel-layout in its place"),

@@ -55,6 +55,37 @@ def test_flags_of_a_family(family):
     assert flags.get("no_rope_freq") == ([0, 1] if family == "smollm3" else None)
 
 
+@pytest.mark.parametrize(
+    ("family", "stray"),
+    [
+        ("mistral", {"use_sliding_window": False}),
+        ("phi3", {"use_sliding_window": False, "layer_types": ["full_attention"] * 2}),
+        ("gpt_oss", {"use_sliding_window": False, "norm_topk_prob": False, "mlp_only_layers": [0]}),
+        ("mixtral", {"norm_topk_prob": False, "decoder_sparse_step": 2, "n_group": 3}),
+        ("qwen3_moe", {"first_k_dense_replace": 1, "layer_types": ["full_attention"] * 2}),
+    ],
+)
+def test_keys_of_other_families_are_passed_over(hf_model, tmp_path, family, stray):
+    """As by transformers: each of these gave another model than its class computes."""
+    options = {} if family in ("mixtral", "qwen3_moe") else {"sliding_window": 8}
+    shutil.copy(hf_model(family, **options) / "config.json", tmp_path)
+    expected = megatron_flags(load_hf_config(str(tmp_path)))
+    edit_json(tmp_path / "config.json", **stray)
+    assert megatron_flags(load_hf_config(str(tmp_path))) == expected
+
+
+def test_one_expert_whose_weight_is_a_probability():
+    config = config_of("qwen3_moe", num_experts_per_tok=1, norm_topk_prob=False)
+    check_architecture(config, "x")
+    assert megatron_flags(config)["moe_router_pre_softmax"] is True
+
+
+def test_heads_of_no_attention_layer_count_for_nothing():
+    kinds = ["linear_attention", "mlp"]
+    flags = megatron_flags(config_of("nemotron_h", layers_block_type=kinds, num_attention_heads=3))
+    assert flags["num_attention_heads"] == flags["mamba_num_heads"] == 8
+
+
 def test_expert_flags():
     flags = megatron_flags(
         config_of("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[0], decoder_sparse_step=1)
@@ -115,6 +146,13 @@ def test_frequencies_are_those_of_transformers(rope):
         ("seed_oss", {"attention_bias": False}, "attention_bias False .*SeedOss.*only True"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True"),
         ("granite", {"attention_multiplier": 0.0}, "attention_multiplier 0.0, expected"),
+        (
+            "gpt_oss",
+            {"sliding_window": None},
+            "sliding_window None, expected the window of its layer",
+        ),
+        ("gpt_oss", {"num_experts_per_tok": 1}, "num_experts_per_tok 1 is not .*add up to 1"),
+        ("qwen3_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok 1 is not .*add up to 1"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "factor": 2.0}},
@@ -177,6 +215,8 @@ def test_unsupported_architecture_lists_those_that_can_be_loaded():
             "architecture 5 cannot be loaded|transformers can read .*architectures",
         ),
         ("qwen3", {"model_type": "gpt2"}, "model_type gpt2 of a GPT2LMHeadModel beside .*Qwen3For"),
+        # Of two that are known, transformers takes the model_type: here one with another window.
+        ("mistral", {"architectures": ["LlamaForCausalLM"]}, "model_type mistral of a MistralFor"),
     ],
 )
 def test_a_model_that_cannot_be(hf_model, tmp_path, family, changes, message):

@@ -80,13 +80,36 @@ def test_a_number_that_no_model_has_is_refused(folder, key):
         ("deepseek_v3", {"q_lora_rank": 1.5}, "q_lora_rank"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave False is not supported"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func softmax is not supported"),
-        ("deepseek_v3", {"n_group": 3}, "n_group 3, expected a divisor of the 8 experts"),
+        ("deepseek_v3", {"n_group": 3}, "n_group 3, expected groups of 2 or more, all alike, of the 8"),
+        ("deepseek_v3", {"n_group": 8}, "n_group 8, expected groups of 2 or more, all alike, of the 8"),
+        ("deepseek_v3", {"head_dim": 16}, "head_dim 16, expected qk_rope_head_dim 8"),
+        (
+            "deepseek_v3",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": None,
+                    "mscale_all_dim": 1.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "factor of its rotary embedding None, expected a number",
+        ),
+        ("nemotron_h", {"routed_scaling_factor": 0.0}, "routed_scaling_factor 0.0, expected a number"),
+        ("nemotron_h", {"chunk_size": 0}, "chunk_size 0, expected a whole number from 1"),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": "MMMM"},
+            r"hybrid_override_pattern 'MMMM', and its list of layers 'M-\*E'; readers differ",
+        ),
+        ("nemotron_h", {"num_hidden_layers": 9}, "num_hidden_layers 9, and its list of layers 4"),
         ("deepseek_v3", {"topk_group": 3}, "num_experts_per_tok 4, expected 2 for each of topk_group"),
         ("nemotron_h", {"routed_scaling_factor": 0}, "routed_scaling_factor 0"),
         ("nemotron_h", {"num_experts_per_tok": 5}, "from 2 to the 4 experts"),
         ("mamba2", {"n_groups": 3}, "num_heads 8, expected a multiple of n_groups 3"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2, expected num_attention_h"),
-        ("mixtral", {"mlp_only_layers": 3}, "mlp_only_layers 3, expected a list of layers"),
+        ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers|mlp_only_layers 3, expected a list"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}},

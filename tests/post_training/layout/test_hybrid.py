@@ -33,3 +33,27 @@ def test_refused(hf_model, tmp_path, monkeypatch, world, words, said):
     own = ["--hf-model", str(hf_model("nemotron_h")), "--output-dir", str(tmp_path / "out")]
     with pytest.raises(SetupError, match=said):
         parse_arguments([*own, "--train-iters", "1", "--seq-length", "96", *words.split()])
+
+
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "said"),
+    [
+        ("nemotron_h", {"intermediate_size": 95}, "the model's feed-forward size 95"),
+        (
+            "nemotron_h",
+            {"moe_shared_expert_intermediate_size": 33},
+            "the shared experts' feed-forward size 33",
+        ),
+        ("deepseek_v3", {"moe_intermediate_size": 47}, "the shared experts' feed-forward size 47"),
+    ],
+)
+def test_what_is_cut_beside_whole_experts(hf_model, tmp_path, monkeypatch, family, options, said):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    own = ["--hf-model", str(hf_model(family, **options)), "--output-dir", str(tmp_path / "out")]
+    whole = ["--expert-tensor-parallel-size", "1", "--train-iters", "1", "--seq-length", "96"]
+    with pytest.raises(SetupError, match=f"--tensor-model-parallel-size 2: {said} cannot be"):
+        parse_arguments([*own, *TP2, *whole])

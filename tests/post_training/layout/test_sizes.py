@@ -35,6 +35,7 @@ def arguments(**changes):
         "hybrid_layer_pattern": None,
         "add_bias_linear": False,
         "moe_ffn_hidden_size": None,
+        "moe_shared_expert_intermediate_size": None,
         "moe_layer_freq": 1,
         "microbatch_group_size_per_vp_stage": None,
         "overlap_p2p_comm": True,

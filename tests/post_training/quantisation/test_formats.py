@@ -172,15 +172,33 @@ def test_blocks_are_whole_on_every_rank(parsed, monkeypatch):
         parsed("INT4_BLOCKWISE_WEIGHT_ONLY_CFG", *tensor)
 
 
-def test_blocks_of_every_matrix_are_whole(parsed, monkeypatch):
-    """Values of latent attention are narrower than heads; layers without experts are cut, too."""
+@pytest.mark.parametrize(
+    ("size", "options", "said"),
+    [
+        (16, {}, "the 24 that each of 2 ranks has of .*linear_proj"),  # 4 heads of 12 values
+        (12, {}, None),
+        (12, {"intermediate_size": 80}, "the 40 that each of 2 ranks has of .*linear_fc2"),
+        (
+            12,
+            {"n_shared_experts": 3, "moe_intermediate_size": 36},
+            "the 54 that each of 2 ranks has",
+        ),
+    ],
+)
+def test_blocks_of_latent_attention_dense_layers_and_shared_experts(
+    parsed, hf_model, monkeypatch, size, options, said
+):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    layout = ("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1")
-    with pytest.raises(SetupError, match="the 24 that each of 2 ranks has of .*linear_proj"):
-        parsed({"quant_cfg": [OFF, WEIGHTS, HEAD]}, *layout, family="deepseek_v3")
-    wide = weights("*mlp*weight_quantizer", axis=None, block_sizes={-1: 32})
-    with pytest.raises(SetupError, match="the 48 that each of 2 ranks has of .*0.mlp.linear_fc2"):
-        parsed({"quant_cfg": [OFF, wide, HEAD]}, *layout, family="deepseek_v3")
+    router = {"quantizer_name": "*router*", "enable": False}
+    blocks = weights(num_bits=4, axis=None, block_sizes={-1: size})
+    flags = ["--hf-model", str(hf_model("deepseek_v3", **options)), "--sequence-parallel"]
+    flags += ["--tensor-model-parallel-size", "2", "--expert-tensor-parallel-size", "1"]
+    given = {"quant_cfg": [OFF, blocks, HEAD, router]}
+    if said is None:
+        assert parsed(given, *flags).block == size
+        return
+    with pytest.raises(SetupError, match=f"blocks of {size} inputs do not divide {said}"):
+        parsed(given, *flags)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("--calib-dataset", "x.jsonl"), ("--calib-size", "3")])
