@@ -38,6 +38,7 @@ def flags_of(options: argparse.Namespace, model: Path) -> list[str]:
         *("--seq-length", str(options.seq_length), "--global-batch-size", str(options.batch)),
         *("--micro-batch-size", str(options.micro), "--train-iters", str(options.iterations)),
         *("--lr", str(LR), "--lr-decay-style", "constant", "--no-save-optim"),
+        *("--model-backend", options.model_backend),
     ]
 
 
@@ -83,6 +84,12 @@ def main() -> None:
         __doc__, hidden=512, layers=8, seq_length=512, batch=8, micro=2, iterations=10, threads=1
     )
     parser.add_argument("--turns", type=int, default=2, help="how often each runs")
+    parser.add_argument(
+        "--model-backend",
+        choices=["megatron", "transformers"],
+        default="megatron",
+        help="what computes the model in finetune.py",
+    )
     parser.add_argument("--ranks", action="store_true", help="also two processes")
     parser.add_argument("--trl", action="store_true", help="also TRL, which must be installed")
     parser.add_argument("--profile", action="store_true", help="where a step's time goes")

@@ -5,6 +5,7 @@ transformers checks some types of some families and no range.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -176,6 +177,9 @@ def _wrong_hybrid(config: PretrainedConfig) -> Iterator[tuple[str, Any, str]]:
     if "moe" in kinds and not 1 < config.num_experts_per_tok <= config.n_routed_experts:
         there = f"from 2 to the {config.n_routed_experts} experts that there are"
         yield "num_experts_per_tok", config.num_experts_per_tok, there
+    limits = config.time_step_limit if alone else (0, 1)
+    if len(limits) != 2 or not all(_is_number(v) or v == math.inf for v in limits):
+        yield "time_step_limit", limits, "two numbers"
     ranges = [("layer_norm_epsilon", 0, 1.0), ("initializer_range", -1, 1000.0)]
     # Megatron passes over a factor of 0.
     ranges += [("routed_scaling_factor", 0, _HUGE)] if "moe" in kinds else []

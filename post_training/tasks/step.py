@@ -161,10 +161,10 @@ class TaskStep:
             int(number)
         except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise self._unusable("get_train_model_output", (total, count)) from error
-        if number < 0 or number != int(number):
+        if not 0 <= number < 2**31 or number != int(number):  # Megatron adds them up in 32 bits
             raise RankStopped(
                 f"--task {self.name}: get_train_model_output returned a count of {number:g}, expected a "
-                f"whole number"
+                f"whole number from 0 to {2**31 - 1}"
             )
         if number == 0:
             # A mean of none is not a number, and nor would its gradient be.

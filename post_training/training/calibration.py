@@ -100,7 +100,7 @@ class Calibration:
         with undisturbed(self.model):
             mtq.quantize(chunk, copy.deepcopy(dict(settings.config)), lambda model: self._forward())
         after = self.loss()
-        self._report({"format": settings.name, "documents": self.documents, "before": before})
+        self._report({"format": settings.name, **self._data(), "before": before})
         self._report({"quantised": after})
         self.say(
             f"quantised by {settings.name} in {time.perf_counter() - began:.1f} s: loss of "
@@ -112,10 +112,12 @@ class Calibration:
         if not self.model:
             return
         after = self.loss()
-        self._report({"trained": after})
-        self.say(
-            f"quantised: loss of the {self.documents:,} documents of calibration now {after:.4f}"
-        )
+        text = f"quantised: loss of the {self.documents:,} documents of calibration now {after:.4f}"
+        if self._known().items() >= self._data().items():
+            self._report({"trained": after})
+        else:
+            text += "; the model was quantised by others, so that the losses do not compare"
+        self.say(text)
 
     def loss(self) -> float:
         """Mean loss of a trained token of the calibration data, the same on all ranks."""
@@ -149,9 +151,18 @@ class Calibration:
         reported = loss.keywords["reported"]  # type: ignore[attr-defined]
         return output if reported is None else reported, loss
 
+    def _data(self) -> dict[str, Any]:
+        return {"documents": self.documents, "contents": self.packs.documents.contents}
+
+    def _known(self) -> dict[str, Any]:
+        """What has been reported; a run that an earlier version began does not say its contents."""
+        file = Path(self.args.output_dir) / QUANTISATION
+        known: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+        return {"contents": self.packs.documents.contents} | known
+
     def _report(self, more: dict[str, Any]) -> None:
         if self.args.rank != 0:
             return
+        known = self._known() if "before" not in more else {}
         file = Path(self.args.output_dir) / QUANTISATION
-        known = json.loads(file.read_text()) if file.is_file() and "before" not in more else {}
         file.write_text(json.dumps(known | more, indent=1) + "\n")

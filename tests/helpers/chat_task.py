@@ -55,7 +55,11 @@ class ChatTask:
         logits = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
         ).logits
-        return (logits[:, -1].argmax(-1) % 2 == 0).sum()
+        last = (
+            batch["attention_mask"].sum(-1, keepdim=True) - 1
+        )  # not padding, which depends on the batch
+        choice = logits.argmax(-1).gather(1, last)
+        return (choice % 2 == 0).sum()
 
 
 class GeneratingTask(ChatTask):

@@ -68,7 +68,12 @@ def test_goes_on_bit_for_bit_and_is_exported(matrix, tmp_path):
     told = json.loads((again.folder / "hf/hf_quant_config.json").read_text())
     assert told["quantization"]["exclude_modules"] == ["lm_head"]
     report = json.loads((straight.folder / "quantisation.json").read_text())
-    assert report.keys() == {"format", "documents", "before", "quantised", "trained"}
+    assert report.keys() == {"format", "documents", "contents", "before", "quantised", "trained"}
+    resumed = (again.folder / "quantisation.json").read_text()
+    more = ("--train-iters", "4", "--lr-decay-iters", "3", "--calib-size", "1")
+    other = matrix.train(Case("one"), "INT8_DEFAULT_CFG", again.folder, *more)
+    assert "quantised by others, so that the losses do not compare" in other.console
+    assert (again.folder / "quantisation.json").read_text() == resumed
 
     with pytest.raises(AssertionError, match="is of a model that is weights in 8"):
         matrix.train(Case("one"), "blocks.yaml", again.folder, *flags)

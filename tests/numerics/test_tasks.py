@@ -10,6 +10,7 @@ import re
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data import SFTDataset
 from post_training.tasks.rows import numbered
@@ -74,7 +75,18 @@ def test_losses_are_those_of_a_plain_loop(flags, hf_model, chat_data, tmp_path, 
 
 
 def test_a_task_goes_on_where_it_stopped_in_another_number_of_processes(flags, tmp_path):
+    """So does its evaluation, of the run and of its checkpoint alone (`--eval-only`)."""
     whole = finetune(tmp_path / "whole", *flags, "--micro-batch-size", "2")
+    (of_run,) = whole.evaluations
+    assert 0 < of_run["correct"] < of_run["total"]
+    events = EventAccumulator(str(whole.folder / "tensorboard")).Reload()
+    (shown,) = [
+        events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"] if "accuracy" in tag
+    ]
+    assert shown == pytest.approx(of_run["eval_accuracy"])
+    alone = finetune(tmp_path / "whole", *flags[:-2], "--eval-only", world=2).ok()
+    (record,) = map(json.loads, (alone.folder / "evaluations.jsonl").open())
+    assert [record[k] for k in ("correct", "total")] == [of_run[k] for k in ("correct", "total")]
     finetune(tmp_path / "cut", *flags, "--micro-batch-size", "2", "--exit-interval", "1", world=3)
     cut = finetune(tmp_path / "cut", *flags, "--micro-batch-size", "6")
     assert len(cut.losses) == STEPS and cut.losses == pytest.approx(whole.losses, rel=1e-5)
@@ -136,7 +148,7 @@ class CountsNothing(MyTask):
         ("NoLabels", (), 0, "step 1: nothing was trained"),
         ("Elsewhere", (), 1, "error: no weight has a gradient"),
         ("Elsewhere", ("--fsdp-sharding", "none"), 1, "error: no weight has a gradient"),
-        ("SameName", (), 1, r"named as the run's own \(iteration\)"),
+        ("SameName", (), 1, r"'iteration', which metrics.jsonl has of its own"),
         ("CountsNothing", (), 0, "step 1: get_eval_model_output counted nothing of valid"),
     ],
 )

@@ -108,6 +108,7 @@ def test_a_number_that_no_model_has_is_refused(folder, key):
         ("nemotron_h", {"routed_scaling_factor": 0}, "routed_scaling_factor 0"),
         ("nemotron_h", {"num_experts_per_tok": 5}, "from 2 to the 4 experts"),
         ("mamba2", {"n_groups": 3}, "num_heads 8, expected a multiple of n_groups 3"),
+        ("mamba2", {"time_step_limit": [0.1]}, "time_step_limit .*, expected two numbers"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "num_key_value_heads 2, expected num_attention_h"),
         ("qwen3_moe", {"mlp_only_layers": 3}, "mlp_only_layers|mlp_only_layers 3, expected a list"),
         (

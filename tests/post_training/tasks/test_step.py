@@ -145,6 +145,7 @@ def test_that_micro_batches_weigh_the_same_is_said_once():
         (lambda model, batch: batch["x"], r"a tensor of shape \[2, 2\]"),
         (lambda model, batch: model(batch["x"]).detach(), "has no gradient"),
         (lambda model, batch: (model(batch["x"]), 1.5), "a count of 1.5, expected a whole number"),
+        (lambda model, batch: (model(batch["x"]), 2**31), "a count of .*, expected a whole number"),
         (lambda model, batch: (model(batch["x"]), -1), "a count of -1"),
         (lambda model, batch: (model(batch["x"]), "many"), "returned tuple"),
         (lambda model, batch: (model(batch["x"]), torch.ones(2)), "returned tuple"),
