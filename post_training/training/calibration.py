@@ -112,6 +112,8 @@ class Calibration:
         if not self.model:
             return
         after = self.loss()
+        if self.args.rank != 0:
+            return
         text = f"quantised: loss of the {self.documents:,} documents of calibration now {after:.4f}"
         if self._known().items() >= self._data().items():
             self._report({"trained": after})
