@@ -163,6 +163,7 @@ def _prepare_one(
 def option_fields(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The flags as fields of ``PrepareOptions``, with the image layout of the tokenizer's folder."""
     processor = image_processor(args, tokenizer)
+    read = [] if args.answer_tokens is None else [args.kind_key or "kind"]  # by who counts answers
     return {
         "on_bad_row": args.on_bad_row,
         "overlong": args.overlong,
@@ -174,7 +175,7 @@ def option_fields(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
             args.query_key,
             args.response_key,
             args.messages_key,
-            (*(args.ignore_columns or ()), *([args.kind_key] if args.kind_key else [])),
+            (*(args.ignore_columns or ()), *read),
             args.strict_columns,
             args.choice_key,
             args.answer_key,
