@@ -156,7 +156,8 @@ class HFModelBuilder(ModelBuilder[HFModel, HFModelConfig]):
             pg_collection,
             ddp_config,
             use_torch_fsdp2=True,
-            wrap_with_ddp=wrap_with_ddp,
+            # Not only to be trained: `--eval-only` may be of a model that no process can hold.
+            wrap_with_ddp=wrap_with_ddp or use_torch_fsdp2,
             mixed_precision_wrapper=None,
         )
         (wrapped,) = unwrap_model(chunks)

@@ -198,6 +198,24 @@ def no_optimizer() -> None:
     training.get_megatron_optimizer = refuse
 
 
+def shards_only() -> None:
+    """A run whose processes must hold a part of each weight, and build no optimizer."""
+    from torch.distributed.tensor import DTensor
+
+    from post_training.hf_models.build import HFModelBuilder
+
+    no_optimizer()
+    build = HFModelBuilder.build_distributed_models
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        chunks = build(*args, **kwargs)
+        whole = [n for n, p in chunks[0].named_parameters() if not isinstance(p, DTensor)]
+        assert not whole, f"held whole: {whole[:3]}"
+        return chunks
+
+    HFModelBuilder.build_distributed_models = look  # type: ignore[method-assign]
+
+
 def _at_step(step: int, rank: int, what: Any) -> None:
     """Do something on one rank in the forward pass of a step."""
     finetune = _finetune()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.helpers import reference
+from tests.helpers import faults, reference
 from tests.helpers.launch import NO_PROCESS_GROUP, finetune, run_script, start_finetune
 from tests.helpers.models import load_model
 from tests.helpers.reference import Recipe
@@ -57,7 +57,7 @@ def test_the_run_is_evaluated_and_exported(words, straight, tmp_path):
     shutil.copytree(straight.folder, tmp_path / "out")
     valid = straight.folder.parent / "valid.jsonl"
     alone = ["--valid-data-files", str(valid), "--eval-only"]
-    again = finetune(tmp_path / "out", *words, *alone, world=2).ok()
+    again = finetune(tmp_path / "out", *words, *alone, world=2, inject=faults.shards_only).ok()
     (found,) = map(json.loads, (again.folder / "evaluations.jsonl").open())
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
 

@@ -46,7 +46,7 @@ def test_a_sharded_model_answers_as_its_export(words, tmp_path):
     # Kinds are in the column "kind" where no flag names another, so that it is read.
     unnamed = [word for word in words if word not in ("--kind-key", "kind")]
     alone = (*unnamed, *flags, "--eval-only", "--strict-columns")
-    again = finetune(run.folder, *alone, world=1).ok()
+    again = finetune(run.folder, *alone, world=2).ok()
     (alone,) = map(json.loads, (again.folder / "evaluations.jsonl").open())
     assert alone["eval_accuracy"] == found["eval_accuracy"] == scores.accuracy
     assert json.loads((run.folder / "answers/valid-2.json").read_text()) == written
