@@ -61,6 +61,7 @@ UNSEEN = (
         "tool result dropped",
         "matches the router",
         "is nan",
+        "x is on cpu",
     ),
     *("config.json has quantization_config (...)", "died at step S", "while all losses are finite"),
     "--tensor-model-parallel-size N: the latent vector of queries has M elements",
