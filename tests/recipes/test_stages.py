@@ -6,6 +6,7 @@ python -m tests.recipes.stages      (minutes)
 import pytest
 
 from post_training.errors import SetupError
+from post_training.hf.families import FAMILIES
 from post_training.layout.planner import Machines, plan_of
 from tests.helpers.launch import run_rank
 from tests.recipes import stages
@@ -28,6 +29,8 @@ def test_every_model_has_a_recipe_for_one_node_and_one_for_several():
         assert len(several) == 1 + (model in LARGER_THAN_A_NODE), model
         assert stages.facts(model)["source"].startswith("https://")
     assert len(names) == 2 * len(MODELS)
+    families = {stages.facts(model)["config"]["architectures"][0] for model in MODELS}
+    assert families == FAMILIES.keys()
     for file in stages.RECIPES:
         assert "# Source" in file.read_text() or "base: " in file.read_text(), file
 
