@@ -204,11 +204,19 @@ class Job:
                 sent = time.monotonic()
                 subprocess.run(["scancel", "--signal=TERM", self.id], check=False)
 
+    def last_error(self) -> str:
+        """What the newest log of a step that has refused something says."""
+        logs = sorted(self.folder.glob("*.log"), key=lambda log: log.stat().st_mtime)
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+        return next((line for line in reversed(lines) if line.startswith("error: ")), "")
+
     def finish(self, ending: Ending) -> int:
         """Say why this start ended, in the last line of the batch log, and requeue the job or end it."""
         text = f"restart {self.restart}: {ending.reason}"
         if self.leaving and ending.verdict == "again":
             text += f"; {self.leaving}"
+        if ending.verdict == "refused" and (line := self.last_error()):
+            text += f": {line}"
         state = show("job", self.id)
         if ending.verdict != "again":
             again = "the job ends" if ending.verdict == "complete" else "the job is not requeued"
