@@ -189,7 +189,9 @@ def precision(*keys: str) -> Callable[[Any, Values], Meaning]:
             return Refused(f"is not one of {', '.join(dict.fromkeys(flags.values()))}")
         said = next((values[key] for key in keys if values.get(key) is not None), None)
         flag = flags.get(str(said).lower())
-        return {} if flag is None else {flag: True}
+        # Another key says otherwise, and counts: it is named as the source.
+        mute = flag is None or flags.get(str(value).lower(), flag) != flag
+        return {} if mute else {flag: True}
 
     return rule
 

@@ -253,6 +253,13 @@ def test_a_global_batch_does_not_depend_on_the_processes_of_the_job(monkeypatch)
         assert alone.settings["global_batch_size"] == 2 * int(world)
 
 
+def test_a_flag_names_the_key_that_counts():
+    recipe = read_recipe(FILES[RLINF], [], {"train_iters"})
+    assert recipe.settings["bf16"] and recipe.where("bf16").endswith("mixed_precision.param_dtype")
+    recipe = read_recipe(FILES[ROLL], [f"{STRATEGY}.param_dtype=bf16"])
+    assert recipe.settings["bf16"] and recipe.where("bf16").endswith("param_dtype")
+
+
 def test_epochs_or_steps_is_answered_on_the_command_line():
     for given in ("train_iters", "num_epochs"):
         settings = read_recipe(FILES[RLINF], [], {given}).settings
