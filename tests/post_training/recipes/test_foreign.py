@@ -185,6 +185,16 @@ def test_changing_any_key_changes_what_a_run_resolves_to(parser, system):
     assert mapped - walked - without == set()
 
 
+def test_the_table_of_the_page_has_what_is_mapped_or_refused():
+    page = (FOLDER.parents[2] / "docs/recipes.md").read_text()
+    for system in WALKS:
+        for key, rule in system.rules.items():
+            word = key.rpartition(".")[2]
+            whole = {word, f"{word.partition('_')[0]}_*"}
+            told = isinstance(rule, Unused) or word == "task_type" or any(w in page for w in whole)
+            assert told, f"{system.name}: {key}"
+
+
 def test_what_a_key_without_effect_says_changes_nothing_and_is_named():
     for file in FILES.values():
         whole = read_recipe(file, [], {"train_iters"})
