@@ -112,14 +112,14 @@ def complete_flags(args: argparse.Namespace) -> None:
     args.lora = lora_of(args)
     args.quantisation = quantisation_of(args)
     sizes.check(args)
-    _complete_overlap(args)
+    complete_overlap(args)
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)
     if args.tensor_model_parallel_size == 1:
         args.sequence_parallel = False  # after the check, whose proposal may turn to a larger size
 
 
-def _complete_overlap(args: argparse.Namespace) -> None:
+def complete_overlap(args: argparse.Namespace) -> None:
     """Leave derived overlap out where there is no data parallelism, and where no test compares it.
 
     `--overlap-param-gather` needs the other flag and the distributed optimizer; a file may turn either off.

@@ -190,8 +190,9 @@ def precision(*keys: str) -> Callable[[Any, Values], Meaning]:
         said = next((values[key] for key in keys if values.get(key) is not None), None)
         flag = flags.get(str(said).lower())
         # Another key says otherwise, and counts: it is named as the source.
-        mute = flag is None or flags.get(str(value).lower(), flag) != flag
-        return {} if mute else {flag: True}
+        if flag is None or flags.get(str(value).lower(), flag) != flag:
+            return {}
+        return {flag: True}
 
     return rule
 
