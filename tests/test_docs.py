@@ -80,10 +80,10 @@ def test_messages_to_search_for_are_said():
         nodes = list(ast.walk(ast.parse(file.read_text())))
         docstrings = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
         for node in nodes:
-            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-            texts = [part.value for part in parts if isinstance(part, ast.Constant)]
-            if id(node) not in docstrings and all(isinstance(text, str) for text in texts):
-                said.append(" ".join(texts))
+            pieces = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [piece.value for piece in pieces if isinstance(piece, ast.Constant)]
+            if id(node) not in docstrings:
+                said.append(" ".join(text for text in texts if isinstance(text, str)))
     code = f" {' zzz '.join(spoken(text) for text in said)} "
     page, _, theirs = (ROOT / "docs/troubleshooting.md").read_text().partition("## Known from")
     rows = [row for row in page.splitlines() if row.startswith("| `")]

@@ -9,13 +9,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from post_training.arguments.completion import complete_overlap
 from post_training.errors import SetupError
 from post_training.layout.candidates import FLAGS, SIZES, passes
 from post_training.layout.memory import StageMemory, stage_memory
 from post_training.layout.model_size import shown_bytes
 from post_training.layout.pipeline import virtual_stages
-from post_training.layout.sizes import FLAG_RULES, RULES, batch_multiple, layouts
+from post_training.layout.sizes import (
+    FLAG_RULES,
+    RULES,
+    batch_multiple,
+    layouts,
+    overlap,
+)
 from post_training.layout.step_time import DEVICES, Device, step_seconds
 
 ALL_AGAIN = {
@@ -113,7 +118,7 @@ def plan_of(
     if not trial.global_batch_size:
         trial.global_batch_size = batch_multiple(trial)  # as a run completes it
     if changes:
-        complete_overlap(trial)
+        trial = argparse.Namespace(**(vars(trial) | overlap(trial)))
     memory = stage_memory(trial)
     seconds = None
     if machines.device is not None and not trial.use_torch_fsdp2:
