@@ -16,6 +16,7 @@ import argparse
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,15 +51,18 @@ def resolve(words: list[str], machines: Machines, transformer_engine: bool) -> a
     if not given & {"train_iters", "num_epochs", "eval_only", "skip_train"}:
         added += ["--num-epochs", "1"]
     words += added
-    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(machines.number)}
-    with mock.patch.dict(os.environ, place):
+    # As the same flags resolve on the nodes, whatever is here.
+    place = {"RANK": "0", "LOCAL_RANK": "0", "SFT_DEVICE": "cuda"}
+    place["WORLD_SIZE"] = str(machines.number)
+    engine = mock.patch("post_training.arguments.parser.has_transformer_engine", lambda: True)
+    with mock.patch.dict(os.environ, place), engine if transformer_engine else nullcontext():
         args = parse_arguments(words)
-    # What the same flags resolve to where there are GPUs.
-    there: dict[str, Any] = {"bf16": not (args.fp16 or args.fp32 or args.use_torch_fsdp2)}
+    there: dict[str, Any] = {}
+    if args.use_torch_fsdp2 and args.bf16:  # as `validate` has it: shards are fp32
+        there |= {"bf16": False, "fsdp_compute_dtype": "bf16"}
     if transformer_engine:
-        there |= {"transformer_impl": "transformer_engine", "gradient_accumulation_fusion": True}
-    if args.use_torch_fsdp2 and not args.fp32:
-        there["fsdp_compute_dtype"] = "bf16"
+        fused = args.transformer_impl == "transformer_engine"
+        there["gradient_accumulation_fusion"] = fused
     return argparse.Namespace(**{**vars(args), **there})
 
 

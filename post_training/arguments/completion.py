@@ -112,26 +112,13 @@ def complete_flags(args: argparse.Namespace) -> None:
     args.lora = lora_of(args)
     args.quantisation = quantisation_of(args)
     sizes.check(args)
-    _complete_overlap(args)
+    overlap = sizes.overlap(args)
+    args.overlap_grad_reduce = overlap["overlap_grad_reduce"]
+    args.overlap_param_gather = overlap["overlap_param_gather"]
     if args.global_batch_size is None:
         args.global_batch_size = sizes.batch_multiple(args)
     if args.tensor_model_parallel_size == 1:
         args.sequence_parallel = False  # after the check, whose proposal may turn to a larger size
-
-
-def _complete_overlap(args: argparse.Namespace) -> None:
-    """Leave derived overlap out where there is no data parallelism, and where no test compares it.
-
-    `--overlap-param-gather` needs the other flag and the distributed optimizer; a file may turn either off.
-    """
-    others = (args.num_experts, args.draft, args.export_kd_teacher_load, args.export_quant_cfg)
-    on = not any(others) and sizes.data_parallel_size(args) > 1 and not args.eval_only
-    if "overlap_grad_reduce" in args.derived:
-        args.overlap_grad_reduce &= on
-    if "overlap_param_gather" in args.derived:
-        args.overlap_param_gather &= (
-            args.overlap_grad_reduce and args.use_distributed_optimizer and on
-        )
 
 
 def keep_date(args: argparse.Namespace, day: str | None) -> None:

@@ -78,7 +78,7 @@ def check_known(args: argparse.Namespace) -> None:
     for name, why in (
         ("fp8", "what Transformer Engine keeps in fp8 depends on its recipe"),
         ("fp4", "what Transformer Engine keeps in fp4 depends on its recipe"),
-        ("cpu_offloading", "how much of the activations has left is not known"),
+        ("cpu_offloading_num_layers", "how much of the activations has left is not known"),
         ("fine_grained_activation_offloading", "how much of the activations has left is not known"),
         ("mtp_num_layers", "layers of multi-token prediction are not counted"),
         ("hybrid_layer_pattern", "what state-space layers keep is not counted"),

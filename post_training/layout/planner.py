@@ -14,7 +14,13 @@ from post_training.layout.candidates import FLAGS, SIZES, passes
 from post_training.layout.memory import StageMemory, stage_memory
 from post_training.layout.model_size import shown_bytes
 from post_training.layout.pipeline import virtual_stages
-from post_training.layout.sizes import FLAG_RULES, RULES, batch_multiple, layouts
+from post_training.layout.sizes import (
+    FLAG_RULES,
+    RULES,
+    batch_multiple,
+    layouts,
+    overlap,
+)
 from post_training.layout.step_time import DEVICES, Device, step_seconds
 
 ALL_AGAIN = {
@@ -111,6 +117,8 @@ def plan_of(
     trial = argparse.Namespace(**(vars(args) | (changes or {})))
     if not trial.global_batch_size:
         trial.global_batch_size = batch_multiple(trial)  # as a run completes it
+    if changes:
+        trial = argparse.Namespace(**(vars(trial) | overlap(trial)))
     memory = stage_memory(trial)
     seconds = None
     if machines.device is not None and not trial.use_torch_fsdp2:
@@ -130,6 +138,10 @@ def ranked(args: argparse.Namespace, machines: Machines) -> list[Plan]:
     """
     base = argparse.Namespace(**(vars(args) | {"sequence_parallel": not args.use_torch_fsdp2}))
     base.global_batch_size = args.global_batch_size or args.world_size * args.micro_batch_size
+    # As every layout has them that has data parallelism; the given one may have none.
+    for name in ("overlap_grad_reduce", "overlap_param_gather"):
+        if name in args.derived and not args.use_torch_fsdp2:
+            setattr(base, name, True)
     # Flags that belong to the given layout.
     for name in _OF_CHUNKS:
         setattr(base, name, None)

@@ -284,3 +284,19 @@ RULES = (
 )
 # Another layout is no answer to what these refuse.
 FLAG_RULES = (_check_context_flags, fsdp.check_flags)
+
+
+def overlap(args: argparse.Namespace) -> dict[str, bool]:
+    """The flags of overlap as they hold for this layout.
+
+    A derived one is off where there is no data parallelism, and where no test compares it.
+    `--overlap-param-gather` needs the other flag and the distributed optimizer; a file may turn either off.
+    """
+    others = (args.num_experts, args.draft, args.export_kd_teacher_load, args.export_quant_cfg)
+    on = not any(others) and data_parallel_size(args) > 1 and not args.eval_only
+    reduce, gather = args.overlap_grad_reduce, args.overlap_param_gather
+    if "overlap_grad_reduce" in args.derived:
+        reduce &= on
+    if "overlap_param_gather" in args.derived:
+        gather &= reduce and args.use_distributed_optimizer and on
+    return {"overlap_grad_reduce": reduce, "overlap_param_gather": gather}

@@ -189,7 +189,10 @@ def precision(*keys: str) -> Callable[[Any, Values], Meaning]:
             return Refused(f"is not one of {', '.join(dict.fromkeys(flags.values()))}")
         said = next((values[key] for key in keys if values.get(key) is not None), None)
         flag = flags.get(str(said).lower())
-        return {} if flag is None else {flag: True}
+        # Another key says otherwise, and counts: it is named as the source.
+        if flag is None or flags.get(str(value).lower(), flag) != flag:
+            return {}
+        return {flag: True}
 
     return rule
 

@@ -37,6 +37,19 @@ ROOT = Path(os.path.abspath(__file__)).parents[2]
 PORTS, PORT_COUNT = 20000, 10000
 # Minutes that a health check may take before it counts as hung.
 HEALTH_MINUTES = 15
+# Kinds of GPUs that scripts/plan.py knows by name.
+KINDS = ("a100", "a800", "h100", "h200", "b200", "gb200")
+
+
+def kind_of(name: str) -> str:
+    """A GPU's kind as the planner knows it, by a type of Slurm's; "" where it does not."""
+    return name.lower() if name.lower() in KINDS else ""
+
+
+def planner(python: str, kind: str, processes: int, here: int, flags: list[str]) -> list[str]:
+    """The command that refuses a layout that does not fit `processes` GPUs, `here` of them on a node."""
+    gpus = f"--gpus {processes}x{kind} --gpus-per-node {here}".split()
+    return [python, str(ROOT / "scripts/plan.py"), "--check", *gpus, *flags]
 
 
 def show(kind: str, name: str) -> dict[str, str]:
@@ -84,6 +97,8 @@ class Job:
         gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
         self.here = int(os.environ.get("SFT_PROCESSES_PER_NODE") or gpus or 1)
         self.device = "cuda" if gpus else ""
+        listed_type = re.match(r"gpu:(\w+):", show("node", self.nodes[0]).get("Gres", ""))
+        self.kind = os.environ.get("SFT_GPU_TYPE", kind_of(listed_type[1] if listed_type else ""))
         self.python = "python" if os.environ.get("SFT_CONTAINER") else sys.executable
         end = show("job", self.id).get("EndTime", "Unknown")
         self.end = datetime.fromisoformat(end).timestamp() if end[0].isdigit() else float("inf")
@@ -121,6 +136,11 @@ class Job:
                 *"--nodes=1 --ntasks=1 --gres=none".split(),
             ]
             words = [self.python, self.script, *flags]
+            if self.kind and not self.restart and self.script == str(ROOT / "finetune.py"):
+                plan = planner(
+                    self.python, self.kind, self.here * len(self.nodes), self.here, flags
+                )
+                words = ["bash", "-c", f"{shlex.join(plan)} && exec {shlex.join(words)}"]
         else:
             count = len(self.nodes)
             options += [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
@@ -184,11 +204,19 @@ class Job:
                 sent = time.monotonic()
                 subprocess.run(["scancel", "--signal=TERM", self.id], check=False)
 
+    def last_error(self) -> str:
+        """What the newest log of a step that has refused something says."""
+        logs = sorted(self.folder.glob("*.log"), key=lambda log: log.stat().st_mtime)
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+        return next((line for line in reversed(lines) if line.startswith("error: ")), "")
+
     def finish(self, ending: Ending) -> int:
         """Say why this start ended, in the last line of the batch log, and requeue the job or end it."""
         text = f"restart {self.restart}: {ending.reason}"
         if self.leaving and ending.verdict == "again":
             text += f"; {self.leaving}"
+        if ending.verdict == "refused" and (line := self.last_error()):
+            text += f": {line}"
         state = show("job", self.id)
         if ending.verdict != "again":
             again = "the job ends" if ending.verdict == "complete" else "the job is not requeued"
@@ -224,12 +252,23 @@ def _is_free(port: int) -> bool:
     return True
 
 
+def _gpus(text: str) -> tuple[str, int]:
+    """What sbatch takes as `--gpus-per-node`: a type, which may be left out, and a number."""
+    kind, _, number = text.rpartition(":")
+    return kind, int(number)
+
+
 def submit(argv: list[str]) -> int:
     """Check the flags here, then submit a job that prepares the data and one that runs after it."""
     parser = argparse.ArgumentParser(prog="slurm.py submit", allow_abbrev=False)
+    setattr(parser, "error", lambda message: parser.exit(2, f"error: {message}\n"))  # noqa: B010
     parser.add_argument("--nodes", "-N", type=int, required=True)
-    parser.add_argument("--gpus-per-node", type=int, default=0)
-    parser.add_argument("--gpu-type", help="h100, 80gib ...: refuse a layout that does not fit")
+    parser.add_argument("--gpus-per-node", type=_gpus, default=("", 0), metavar="[TYPE:]NUMBER")
+    parser.add_argument(
+        "--gpu-type",
+        default=os.environ.get("SFT_GPU_TYPE"),
+        help="h100, 80gib ...: refuse a layout that does not fit (that of --gpus-per-node)",
+    )
     parser.add_argument("--processes-per-node", type=int, help="default: one for a GPU, or one")
     parser.add_argument("--data-option", action="append", default=[], help="for the data's sbatch")
     scripts = [at for at, word in enumerate(argv) if word.endswith(".sbatch")]
@@ -237,23 +276,25 @@ def submit(argv: list[str]) -> int:
         parser.error("no .sbatch script is named")
     batch, flags = argv[scripts[0]], argv[scripts[0] + 1 :]
     options, more = parser.parse_known_args(argv[: scripts[0]])
-    here = options.processes_per_node or options.gpus_per_node or 1
+    kind, gpus = options.gpus_per_node
+    here = options.processes_per_node or gpus or 1
     name = f"{Path(batch).stem}.py"
     script = ROOT / name if name == "finetune.py" else ROOT / "scripts" / name
-    if options.gpus_per_node:
+    if gpus:
         os.environ["SFT_DEVICE"] = "cuda"
-        more += [f"--gpus-per-node={options.gpus_per_node}"]
+        more += [f"--gpus-per-node={f'{kind}:' if kind else ''}{gpus}"]
     os.environ["SFT_PROCESSES_PER_NODE"] = str(here)
     ranks = {**os.environ, **launcher_variables(options.nodes * here, here)}
     command = [sys.executable, str(script), *flags, "--only"]
     if status := subprocess.run([*command, "check"], env=ranks, check=False).returncode:
         return status
+    if options.gpu_type is None:
+        options.gpu_type = kind_of(kind)
     if options.gpu_type and name == "finetune.py":
-        gpus = f"{options.nodes * options.gpus_per_node}x{options.gpu_type}"
-        planner = [sys.executable, str(ROOT / "scripts" / "plan.py"), "--check", "--gpus", gpus]
-        planner += ["--gpus-per-node", str(options.gpus_per_node)]
-        if status := subprocess.run([*planner, *flags], check=False).returncode:
+        plan = planner(sys.executable, options.gpu_type, options.nodes * here, here, flags)
+        if status := subprocess.run(plan, check=False).returncode:
             return status
+        os.environ["SFT_GPU_TYPE"] = ""  # not again there
     data = (
         "sbatch --parsable --nodes=1 --ntasks=1 --job-name=sft-data".split() + options.data_option
     )

@@ -83,6 +83,21 @@ def test_transformer_engine_needs_another_amount(run):
     assert 0.05 < abs(theirs - local) < 0.05 * local
 
 
+def test_a_node_is_planned_for_and_not_this_host(run, tmp_path):
+    """Messages overlap there by default, and Transformer Engine's flags are taken."""
+    words = ("--gpus", "16xh100", "--seq-length", "8192", "--global-batch-size", "16")
+    (tmp_path / "apart.yaml").write_text("overlap_grad_reduce: false\n")
+    whole = ("--tensor-model-parallel-size", "4", "--pipeline-model-parallel-size", "4")
+    fast, same, slow = (
+        float(rows(run(*words, *more)[1])[0][8])
+        for more in ((), whole, ("--config", str(tmp_path / "apart.yaml")))
+    )
+    assert fast == same < slow
+    for flag in ("--fp8-format hybrid", "--cpu-offloading-num-layers 2"):
+        status, out, err = run("--gpus", "8xh100", "--with-te", "--check", *flag.split())
+        assert status == 0 and out.startswith(f"not checked: {flag.split()[0]}: "), err
+
+
 def test_check_says_what_it_cannot_foretell_and_refuses_no_run_for_it(run):
     status, out, _ = run("--gpus", "8xh100", "--check", "--model-backend", "transformers")
     assert status == 0 and out.startswith("not checked: --model-backend transformers")

@@ -145,9 +145,13 @@ def test_a_mistake_a_failing_rank_and_no_progress_end_the_job(cluster, words, tm
     mistake = job("mistake", flags=three)
     failing = job("failing", "--no-requeue", command=submit)
     stuck = job("stuck")
+    large = job("large", SFT_GPU_TYPE="1gib")
     assert mistake.end() == ("FAILED", 2, 0)
-    assert "cannot be divided by tensor 3" in mistake.logs
-    assert mistake.lines[-1].endswith("its log has the line; the job is not requeued")
+    assert "its log has the line: error: " in mistake.lines[-1]
+    assert "cannot be divided by tensor 3" in mistake.lines[-1]
+    assert mistake.lines[-1].endswith("; the job is not requeued")
+    assert large.end() == ("FAILED", 2, 0)
+    assert "the layout does not fit: pipeline stage 0 needs about" in large.logs
     assert failing.end() == ("FAILED", 1, 0)
     assert any("60 rows read" in log.read_text() for log in tmp_path.glob("slurm-*.out"))
     assert "rank 1 (process" in failing.logs and "SIGKILL" in failing.logs

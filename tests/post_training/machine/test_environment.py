@@ -26,6 +26,19 @@ def test_what_the_user_has_set_stays(unset, monkeypatch):
     assert os.environ[NAME] == "8"
 
 
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_segments_of_memory_grow_unless_the_user_says_otherwise(monkeypatch, name):
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(each, "")
+        monkeypatch.delenv(each)
+    if name:
+        monkeypatch.setenv(name, "backend:native")
+    environment.let_memory_grow()
+    found = {k: v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")}
+    usual = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert found == ({name: "backend:native"} if name else usual)
+
+
 def test_still_needed_upstream_refuses_fsdp2_with_one_connection():
     from megatron.training import arguments
 

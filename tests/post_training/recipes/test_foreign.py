@@ -185,6 +185,16 @@ def test_changing_any_key_changes_what_a_run_resolves_to(parser, system):
     assert mapped - walked - without == set()
 
 
+def test_the_table_of_the_page_has_what_is_mapped_or_refused():
+    page = (FOLDER.parents[2] / "docs/recipes.md").read_text()
+    for system in WALKS:
+        for key, rule in system.rules.items():
+            word = key.rpartition(".")[2]
+            whole = {word, f"{word.partition('_')[0]}_*"}
+            told = isinstance(rule, Unused) or word == "task_type" or any(w in page for w in whole)
+            assert told, f"{system.name}: {key}"
+
+
 def test_what_a_key_without_effect_says_changes_nothing_and_is_named():
     for file in FILES.values():
         whole = read_recipe(file, [], {"train_iters"})
@@ -251,6 +261,13 @@ def test_a_global_batch_does_not_depend_on_the_processes_of_the_job(monkeypatch)
         assert read_recipe(FILES[ROLL]).settings["global_batch_size"] == 2
         alone = read_recipe(FILES[ROLL], ["sft_train.device_mapping=null", f"~{STRATEGY}"])
         assert alone.settings["global_batch_size"] == 2 * int(world)
+
+
+def test_a_flag_names_the_key_that_counts():
+    recipe = read_recipe(FILES[RLINF], [], {"train_iters"})
+    assert recipe.settings["bf16"] and recipe.where("bf16").endswith("mixed_precision.param_dtype")
+    recipe = read_recipe(FILES[ROLL], [f"{STRATEGY}.param_dtype=bf16"])
+    assert recipe.settings["bf16"] and recipe.where("bf16").endswith("param_dtype")
 
 
 def test_epochs_or_steps_is_answered_on_the_command_line():

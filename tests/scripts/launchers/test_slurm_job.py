@@ -1,12 +1,15 @@
 """Parts of the batch job that need no scheduler."""
 
 import json
+import shlex
+import subprocess
 
 import pytest
 import torch
 
+from post_training.layout.step_time import DEVICES
 from scripts.launchers import health
-from scripts.launchers.slurm import Job, lead_seconds
+from scripts.launchers.slurm import KINDS, Job, lead_seconds, submit
 
 
 def test_the_lead_follows_from_steps_and_saves(tmp_path):
@@ -38,3 +41,32 @@ def test_the_odd_node_is_named(tmp_path, monkeypatch, devices, device, wrong):
     job.folder, job.nodes = tmp_path, ["n1", "n2", "n3"]
     named = job.odd_nodes().split("; ")
     assert named == [*([f"n2 {wrong}"] if wrong else []), "n3 did not look at its devices"]
+
+
+@pytest.mark.parametrize(
+    ("options", "gpus", "given"),
+    [
+        ("--gpus-per-node h100:8", "16xh100", "h100:8"),
+        ("--gpus-per-node 8 --gpu-type 80gib", "16x80gib", "8"),
+        ("--gpus-per-node unheard_of:8", None, "unheard_of:8"),
+        ("--gpus-per-node 8", None, "8"),
+    ],
+)
+def test_submit_asks_the_planner_of_gpus_that_it_knows(monkeypatch, options, gpus, given):
+    ran = []
+
+    def run(words, **how):
+        ran.append(shlex.join(words))
+        return subprocess.CompletedProcess(words, 0, "7")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name in ("SFT_DEVICE", "SFT_PROCESSES_PER_NODE", "SFT_GPU_TYPE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.delenv("SFT_GPU_TYPE")
+    assert submit([*f"-N 2 {options} finetune.sbatch".split(), "--lr", "1"]) == 0
+    planned = [line for line in ran if "plan.py" in line]
+    assert len(planned) == (gpus is not None)
+    for line in planned:
+        assert f"--check --gpus {gpus} --gpus-per-node 8 --lr 1" in line
+    assert f" --gpus-per-node={given} finetune.sbatch --lr 1" in ran[-1]
+    assert set(KINDS) == DEVICES.keys()
