@@ -23,7 +23,11 @@ ALL_AGAIN = {
     "recompute_num_layers": 1,
 }
 CHUNKS = "num_virtual_stages_per_pipeline_rank"
-_OF_CHUNKS = (CHUNKS, "num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout")
+# Flags of one layout, which another does without.
+OF_CHUNKS = (
+    *(CHUNKS, "num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"),
+    "microbatch_group_size_per_vp_stage",
+)
 
 
 @dataclass(frozen=True)
@@ -131,13 +135,16 @@ def ranked(args: argparse.Namespace, machines: Machines) -> list[Plan]:
     base = argparse.Namespace(**(vars(args) | {"sequence_parallel": not args.use_torch_fsdp2}))
     base.global_batch_size = args.global_batch_size or args.world_size * args.micro_batch_size
     # Flags that belong to the given layout.
-    for name in _OF_CHUNKS:
+    for name in OF_CHUNKS:
         setattr(base, name, None)
     best = []
     for candidate in layouts(base):
         tp, pp, cp, _ = (candidate.changes[name] for name in SIZES)
         across = (tp or 1) * (cp or 1)
-        if candidate.numbers or (tp or 1) > machines.per_node or across > args.seq_length // 128:
+        # A flag that a layout must do without stays in the command.
+        kept = None not in candidate.changes.values() and not candidate.numbers
+        short = across > max(1, args.seq_length // 128)
+        if not kept or (tp or 1) > machines.per_node or short:
             continue
         sizes = {name: candidate.changes[name] for name in SIZES}
         sizes["sequence_parallel"] = bool(tp and tp > 1 and base.sequence_parallel)
