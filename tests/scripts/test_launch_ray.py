@@ -69,7 +69,7 @@ def test_sigterm_that_comes_twice_saves_once(monkeypatch):
             done.append("removed")
 
     monkeypatch.setattr(launch_ray, "Group", Group)
-    monkeypatch.setattr(launch_ray.ray, "init", lambda **_: None)
+    monkeypatch.setattr("ray.init", lambda **_: None)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         words = ["--nodes", "1", "--processes-per-node", "1", "--", "--lr", "1"]

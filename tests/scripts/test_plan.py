@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from post_training.arguments.parser import parse_arguments
 from post_training.errors import SetupError
-from post_training.layout.planner import Machines
+from post_training.layout.planner import Machines, ranked
 from scripts import plan
 
 QWEN = {
@@ -137,10 +138,10 @@ def test_every_command_is_one_that_a_run_takes(run, tmp_path, monkeypatch, flags
     words = ["--hf-model", str(tmp_path), *flags.split()]
     machines = Machines.of("8x80gib", 8)
     args = plan.resolve(words, machines, False)
-    plans = plan.ranked(args, machines)
+    plans = ranked(args, machines)
     assert plans
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
     for each in (plans[0], plans[-1], *plans[1:-1:4]):
         typed = shlex.split(plan.command(each, words, args, machines))
-        plan.parse_arguments(typed[typed.index("finetune.py") + 1 :])
+        parse_arguments(typed[typed.index("finetune.py") + 1 :])

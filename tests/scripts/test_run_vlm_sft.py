@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_signals_reach_the_launcher_whose_last_words_are_logged(tmp_path, number
     logs = tmp_path / "logs of müller"
     place = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LOGS": str(logs), "PROCESSES": "2"}
     words = ["bash", str(ROOT / "scripts/run_vlm_sft.sh"), "mine", "actor.seed=3", "--lr", "1e-5"]
-    started = subprocess.Popen(
+    started: Any = subprocess.Popen(
         words,
         env={**os.environ, **place},
         stdout=subprocess.PIPE,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -56,7 +57,7 @@ def doubles(tmp_path, monkeypatch):
 def job(doubles, tmp_path):
     """Runs one start of the job 12: its status, and the lines of its log."""
 
-    def job(*flags, folder="jobs 50%j", **variables):
+    def run(*flags, folder="jobs 50%j", **variables):
         (tmp_path / folder).mkdir(exist_ok=True)
         words = [sys.executable, "-m", "scripts.launchers.slurm", "run", "finetune.py", *flags]
         place = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1", "SFT_HEALTH_CHECK": "0"}
@@ -72,6 +73,7 @@ def job(doubles, tmp_path):
         )
         return done.returncode, done.stdout.splitlines()
 
+    job: Any = run
     job.progress = tmp_path / "jobs 50%j/slurm-12/progress.json"
     return job
 
@@ -79,7 +81,10 @@ def job(doubles, tmp_path):
 def test_the_steps_of_an_older_job_of_the_same_number_do_not_count(job):
     job.progress.parent.mkdir(parents=True)
     job.progress.write_text("[500, 500]")
-    assert job() == (1, ["restart 0: the run ended with status 1, before it was complete; requeued"])
+    assert job() == (
+        1,
+        ["restart 0: the run ended with status 1, before it was complete; requeued"],
+    )
     assert json.loads(job.progress.read_text()) == [5]
 
 
@@ -94,7 +99,9 @@ def test_restarts_are_counted_where_the_variable_is_missing_and_by_what_can_be_r
 
 def test_a_folder_with_a_percent_sign_is_no_pattern_of_srun(job, doubles):
     job()
-    outputs = [line for line in (doubles / "heard.srun").read_text().splitlines() if "--output" in line]
+    outputs = [
+        line for line in (doubles / "heard.srun").read_text().splitlines() if "--output" in line
+    ]
     assert len(outputs) == 2 and all("/jobs 50%%j/slurm-12/" in line for line in outputs)
 
 
