@@ -21,6 +21,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from post_training.arguments.usage import announce
+from post_training.machine import processes as processes  # knows its launcher while that is there
 
 if __name__ == "__main__":
     announce(sys.argv[1:])

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # every rank's line counts
@@ -131,6 +132,12 @@ class Group:
         remove_placement_group(self.placement)
 
 
+def leave(number: int, frame: FrameType | None) -> None:
+    """Handles SIGTERM as Ctrl-C, once: a scheduler sends it several times, which must not end the save."""
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 def start_once(options: argparse.Namespace, seen: list[int]) -> Ending:
     """One start of the run."""
     group: Group | None = None
@@ -204,7 +211,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line; returns the exit status."""
     options = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, leave)
     try:
         ray.init(address=options.address, log_to_driver=True)
     except (ConnectionError, ValueError) as error:

@@ -34,8 +34,17 @@ from post_training.arguments.parser import parse_arguments
 from post_training.arguments.ranges import Number
 from post_training.errors import SetupError
 from post_training.inference.quiet import hush
+from post_training.layout.candidates import FLAGS
 from post_training.layout.memory import check_known
-from post_training.layout.planner import Machines, Plan, check_fits, ranked, stages_table, table
+from post_training.layout.planner import (
+    OF_CHUNKS,
+    Machines,
+    Plan,
+    check_fits,
+    ranked,
+    stages_table,
+    table,
+)
 from post_training.recipes.recipe import flag_name
 
 
@@ -83,7 +92,16 @@ def command(plan: Plan, words: list[str], args: argparse.Namespace, machines: Ma
     batch = ["--global-batch-size", str(plan.args.global_batch_size)]
     if "--global-batch-size" in words:
         batch = []
-    return shlex.join([*start, "finetune.py", *words, *plan.flags(args), *batch])
+    said = {FLAGS.get(name, name).replace("-", "_") for name in OF_CHUNKS}  # by the plan
+    rest, left = [], list(words)
+    while left:
+        word = left.pop(0)
+        name, has_value, _ = word.partition("=")
+        if word[:2] == "--" and flag_name(name) in said:
+            del left[: 0 if has_value else 1]
+        else:
+            rest.append(word)
+    return shlex.join([*start, "finetune.py", *rest, *plan.flags(args), *batch])
 
 
 def main() -> int:

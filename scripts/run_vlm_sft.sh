@@ -17,12 +17,14 @@ while [[ $# -gt 0 && $1 != -* ]]; do
     overrides+=("$1")
     shift
 done
-gpus=$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)
 folder="${LOGS:-logs}/$(date +%Y%m%d-%H%M%S)"
 log="$folder/run_vlm_sft.log"
 mkdir -p "$folder"
-command=(python scripts/launch.py --nproc-per-node "${PROCESSES:-$((gpus > 0 ? gpus : 1))}" finetune.py
+command=(python scripts/launch.py ${PROCESSES:+--nproc-per-node "$PROCESSES"} finetune.py
     --config-path "${CONFIG_PATH:-scripts/conf/vlm}" --config-name "$name" "${overrides[@]}"
     --output-dir "$folder/$name" "$@")
-echo "${command[*]}" | tee "$log"
-"${command[@]}" 2>&1 | tee -a "$log"
+# The launcher takes this process's place, and signals; what writes the log hears none, or the save would
+# have nobody to print to.
+exec > >(trap '' INT TERM HUP && exec tee "$log") 2>&1
+echo "${command[*]}"
+exec "${command[@]}"

@@ -78,11 +78,14 @@ class Text:
         """The word.
 
         Raises:
-            argparse.ArgumentTypeError: it is empty, or YAML reads it as something else.
+            argparse.ArgumentTypeError: it is empty, YAML reads it as something else, or it holds what no
+                log, table or configuration can, as a path of other bytes.
         """
         if not isinstance(given, str):
             what = "a mapping" if isinstance(given, dict) else repr(given)
             raise argparse.ArgumentTypeError(f"expects text, found {what}; quote what is meant so")
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in given):
+            raise argparse.ArgumentTypeError(f"{given!r} is no text in UTF-8; rename what it names")
         if not given.strip() and not self.may_be_empty:
             raise argparse.ArgumentTypeError("is empty; give a value, or leave it out")
         return given

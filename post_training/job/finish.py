@@ -119,7 +119,8 @@ def _export_in_new_process(
     """Export the run: a whole model in a process without this one's groups.
 
     Raises:
-        SetupError: the export failed; its own message has been shown.
+        SetupError: the export is refused; its own message has been shown.
+        RunStopped: it has ended otherwise, as where the job was told to leave: it can be done again.
     """
     # Without the launcher's variables: the new process is on its own.
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "GROUP_", "ROLE_", "TORCHELASTIC_")
@@ -139,6 +140,7 @@ def _export_in_new_process(
         check=False,
     )
     if result.returncode:
-        raise SetupError(
-            "--save-hf: the export failed; the checkpoint is complete, export it again"
+        how = f"was ended by signal {-result.returncode}" if result.returncode < 0 else "failed"
+        raise (SetupError if result.returncode == 2 else RunStopped)(
+            f"--save-hf: the export {how}; the checkpoint is complete, export it again"
         )

@@ -29,7 +29,7 @@ import torch
 from post_training.arguments.completion import PATIENCE
 from post_training.job.hang_report import hang_report, place_of
 from post_training.job.rank_files import PREFIX, RankFiles, remove_left_over
-from post_training.machine.processes import is_running, this_host
+from post_training.machine.processes import PARENT, is_running, this_host
 
 # Seconds that a rank is given to say where it stands, once it has heard of an alarm.
 ANSWER_SECONDS = 10.0
@@ -73,13 +73,14 @@ class Watchdog:
             console: where messages go.
         """
         self.limit = args.hang_timeout
+        self._launcher = PARENT if "TORCHELASTIC_RUN_ID" in os.environ else 0
         if self.limit <= 0:
+            threading.Thread(target=self._follow, name="launcher", daemon=True).start()
             return
         self.rank, self._console, self._output = args.rank, console, Path(args.output_dir)
         self._hint = (
             f"to continue from the newest checkpoint in {args.save}, give the same command again"
         )
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
         self.beat("in set-up", patient=True)
         faulthandler.enable(all_threads=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -184,12 +185,10 @@ class Watchdog:
         while not self._stop.wait(min(1.0, self.limit / 20)):
             # Should a call hold the interpreter so that this thread never runs again, a C thread tells.
             faulthandler.dump_traceback_later(PATIENCE * self.limit, exit=True)
-            if self._launcher not in (0, os.getppid()):
-                self._launcher = 0
-                # Nobody is left to say it: save and end. To the main thread, whose waiting it ends.
-                main = threading.main_thread().ident
-                assert main is not None
-                signal.pthread_kill(main, signal.SIGTERM)
+            if self._look_for_launcher() and self.files is None:
+                # The ranks have not met, and may wait for a store that went with the launcher.
+                if not self._stop.wait(LAST_SECONDS) and self.files is None:
+                    os._exit(128 + signal.SIGTERM)
             now = time.monotonic()
             files = self.files
             if self._stale(now):
@@ -203,6 +202,22 @@ class Watchdog:
                         os._exit(1)  # the main thread has not ended by itself
                     if files.alarm.exists():
                         self._alarm(files)
+
+    def _look_for_launcher(self) -> bool:
+        if self._launcher in (0, os.getppid()):
+            return False
+        self._launcher = 0
+        # Nobody is left to say it: save and end. To the main thread, whose waiting it ends.
+        main = threading.main_thread().ident
+        assert main is not None
+        signal.pthread_kill(main, signal.SIGTERM)
+        return True
+
+    def _follow(self) -> None:
+        """With `--hang-timeout 0` nothing else is watched."""
+        while self._launcher:
+            self._look_for_launcher()
+            time.sleep(1.0)
 
     def _look_at_files(self) -> float:
         """Every so many seconds."""

@@ -29,7 +29,11 @@ ALL_AGAIN = {
     "recompute_num_layers": 1,
 }
 CHUNKS = "num_virtual_stages_per_pipeline_rank"
-_OF_CHUNKS = (CHUNKS, "num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout")
+# Flags of one layout, which another does without.
+OF_CHUNKS = (
+    *(CHUNKS, "num_layers_per_virtual_pipeline_stage", "pipeline_model_parallel_layout"),
+    "microbatch_group_size_per_vp_stage",
+)
 
 
 @dataclass(frozen=True)
@@ -143,13 +147,16 @@ def ranked(args: argparse.Namespace, machines: Machines) -> list[Plan]:
         if name in args.derived and not args.use_torch_fsdp2:
             setattr(base, name, True)
     # Flags that belong to the given layout.
-    for name in _OF_CHUNKS:
+    for name in OF_CHUNKS:
         setattr(base, name, None)
     best = []
     for candidate in layouts(base):
         tp, pp, cp, _ = (candidate.changes[name] for name in SIZES)
         across = (tp or 1) * (cp or 1)
-        if candidate.numbers or (tp or 1) > machines.per_node or across > args.seq_length // 128:
+        # A flag that a layout must do without stays in the command.
+        kept = None not in candidate.changes.values() and not candidate.numbers
+        short = across > max(1, args.seq_length // 128)
+        if not kept or (tp or 1) > machines.per_node or short:
             continue
         sizes = {name: candidate.changes[name] for name in SIZES}
         sizes["sequence_parallel"] = bool(tp and tp > 1 and base.sequence_parallel)

@@ -6,6 +6,9 @@ import os
 
 import psutil
 
+PARENT = os.getppid()
+"""The process that started this one, before it can be gone: imported early."""
+
 
 def this_host() -> str:
     """Machine and process namespace: process numbers mean the same within it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from post_training.errors import SetupError
 from post_training.files import DERIVED, config_of_run, json_object
 from post_training.metrics.records import ANSWERS, DATA_REPORT, QUANTISATION, STARTS, records_of
 
@@ -199,7 +201,9 @@ def write_report(folder: Path, page: Path, answers: Sequence[Path] | None = None
     records, starts = records_of(folder), records_of(folder, STARTS)
     config.pop(DERIVED, None)
     steps = [record for record in records if "lm_loss" in record]
-    data, quantised = folder / DATA_REPORT, folder / QUANTISATION
+    data, quantised = folder / DATA_REPORT, {}
+    with contextlib.suppress(SetupError):  # there is none, or a full disk has left a part of it
+        quantised = json_object(folder / QUANTISATION)
     template = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True
     ).get_template(PAGE)
@@ -214,7 +218,7 @@ def write_report(folder: Path, page: Path, answers: Sequence[Path] | None = None
         starts=starts,
         data=data.read_text(encoding="utf-8", errors="replace") if data.is_file() else "",
         answers=answers_of(own_answers(folder) if answers is None else answers),
-        quantised=json_object(quantised) if quantised.is_file() else {},
+        quantised=quantised,
         width=WIDTH,
         height=HEIGHT,
         left=LEFT,
@@ -222,5 +226,6 @@ def write_report(folder: Path, page: Path, answers: Sequence[Path] | None = None
         short=short,
     )
     partial = page.with_name(page.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    # A path in the command may hold bytes that are no text.
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
     partial.replace(page)

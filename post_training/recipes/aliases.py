@@ -108,8 +108,14 @@ def translate(
     Raises:
         SetupError: naming each key that is refused, unknown, or contradicts another.
     """
-    written = dict(_leaves(content))
-    values = Values({**system.defaults, **written})
+    leaves = list(_leaves(content))
+    written = dict(leaves)
+    if len(written) < len(leaves):
+        keys = [key for key, _ in leaves]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise SetupError(f"{source}: {twice} is given twice, with dots and as a group")
+    silent = {key: value for key, value in system.defaults.items() if written.get(key) is None}
+    values = Values({**written, **silent})
     values.given = given
     found, wrong = Translation(), []
     for key, value in values.items():
@@ -123,7 +129,7 @@ def translate(
         elif isinstance(meaning, Unused):
             found.unused[at] = meaning.why
         else:
-            by_default = "" if key in written else f" (default of {system.name})"
+            by_default = "" if key not in silent else f" (default of {system.name})"
             for name, setting in meaning.items():
                 if name not in found.settings:
                     found.settings[name] = setting
@@ -160,6 +166,8 @@ def _meaning(system: System, key: str, value: Any, values: Values) -> tuple[str,
             if isinstance(choice, (str, int)) and choice in rule:
                 return key, rule[choice]
         return key, Refused(f"is not one of {', '.join(str(choice) for choice in rule)}")
+    if value in (None, {}) and any(name.startswith(f"{key}.") for name in system.rules):
+        return key, {}  # a group of which all keys are commented out
     near = difflib.get_close_matches(key, system.rules, n=1, cutoff=0.8)
     hint = f"; did you mean {near[0]}?" if near else "; leave it out"
     return key, Refused(f"{_UNKNOWN}{hint}")

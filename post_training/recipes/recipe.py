@@ -71,8 +71,45 @@ def flag_name(key: object) -> str:
     return str(key).lstrip("-").replace("-", "_")
 
 
+# Values that a file may hold, where each alias stands for all that it names.
+_MOST_VALUES = 100_000
+
+
+def _values_in(node: yaml.Node, known: dict[int, int | None]) -> int:
+    """How many values a node holds, aliases written out.
+
+    Args:
+        node: of YAML.
+        known: what has been counted, by node; None while it is.
+
+    Raises:
+        yaml.YAMLError: it holds itself, or more than `_MOST_VALUES`.
+    """
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    line = f"line {node.start_mark.line + 1}"
+    if id(node) not in known:
+        known[id(node)] = None
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            parts = [part for pair in parts for part in pair]
+        known[id(node)] = 1 + sum(_values_in(part, known) for part in parts)
+    count = known[id(node)]
+    if count is None:
+        raise yaml.YAMLError(f"the anchor in {line} holds itself")
+    if count > _MOST_VALUES:
+        raise yaml.YAMLError(f"from {line} on more than {_MOST_VALUES} values, with aliases")
+    return count
+
+
 class _AsWritten(yaml.SafeLoader):
     """Reads plain values as they look: no key twice, of which YAML would take the last; decimal numbers."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _values_in(node, {})
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: dict[str, int] = {}
@@ -167,7 +204,7 @@ def read_recipe(
     if "base" not in content:
         return Recipe(own, origin)
     name, names = content["base"], {flag_name(key) for key in own}
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name.isprintable():
         raise SetupError(f"{source}: base: expects the name of one file, found {name!r}")
     base = read_recipe(path.parent / name, (), {*given, *names}, (*above, path.resolve()))
     derived = base.settings.get(DERIVED)

@@ -19,6 +19,8 @@ from typing import Any
 #   health    the machines are looked at
 #   run       the run itself, on all nodes
 Step = Callable[[str, list[str]], tuple[int, dict[str, Any]]]
+# Flags with which a script ends at once, before there is anything to go on with.
+_ENDS_AT_ONCE = {"-h", "--help", "--help-all", "--version", "--only"}
 # How a job ends by what became of its last start.
 STATUS = {"complete": 0, "refused": 2, "no progress": 3, "again": 1}
 
@@ -56,6 +58,8 @@ def attempt(step: Step, flags: list[str], seen: list[int], record: Callable[[], 
         seen: the newest checkpoint (or complete shards) that each start has found; this one's is added.
         record: keeps `seen` for the next start.
     """
+    if early := [word for word in flags if word.partition("=")[0] in _ENDS_AT_ONCE]:
+        return Ending("refused", f"{early[0]}: nothing is trained with it; leave it out")
     status, told = step("prepare", [*flags, "--only", "prepare"])
     if told.get("outcome") == "refused" or status == 2:
         return Ending("refused", "the flags or the data are refused; its log has the line")

@@ -35,6 +35,8 @@ from scripts.launchers.attempt import (
 ROOT = Path(os.path.abspath(__file__)).parents[2]
 # Ports of rendezvous, from here on: below those that a kernel gives out.
 PORTS, PORT_COUNT = 20000, 10000
+# Seconds between two questions to a controller that does not answer.
+WAIT = 12.0
 # Minutes that a health check may take before it counts as hung.
 HEALTH_MINUTES = 15
 # Kinds of GPUs that scripts/plan.py knows by name.
@@ -52,11 +54,16 @@ def planner(python: str, kind: str, processes: int, here: int, flags: list[str])
     return [python, str(ROOT / "scripts/plan.py"), "--check", *gpus, *flags]
 
 
-def show(kind: str, name: str) -> dict[str, str]:
-    """The fields of `scontrol show`; {} where there is no such thing."""
+def show(kind: str, name: str, tries: int = 6) -> dict[str, str]:
+    """The fields of `scontrol show`; {} where there is no such thing, or nobody answers for a minute."""
     words = ["scontrol", "show", kind, name, "-o"]
-    shown = subprocess.run(words, capture_output=True, text=True, check=False).stdout
-    return dict(re.findall(r"(\w+)=(\S*)", shown))
+    variables = {**os.environ, "SLURM_TIME_FORMAT": "standard"}  # a user's own cannot be read back
+    for number in range(tries):
+        shown = subprocess.run(words, capture_output=True, text=True, check=False, env=variables)
+        if shown.returncode == 0:
+            return dict(re.findall(r"(\w+)=(\S*)", shown.stdout))
+        time.sleep(WAIT if number < tries - 1 else 0.0)  # the controller may be starting anew
+    return {}
 
 
 def lead_seconds(metrics: Path) -> float:
@@ -69,7 +76,9 @@ def lead_seconds(metrics: Path) -> float:
         return 0.0
 
     def longest(name: str) -> float:
-        return max(map(float, re.findall(rf'"{name}": ([\d.e+-]+)', tail)), default=0.0)
+        # The last line may be written just now: 1.5e- of 1.5e-05 is no number, 1.5 is.
+        number = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+        return max(map(float, re.findall(rf'"{name}": {number}', tail)), default=0.0)
 
     save = longest("save_seconds")
     return 60.0 + 3.0 * longest("step_seconds") + 2.0 * save if save else 0.0
@@ -85,7 +94,9 @@ class Job:
             script: by its path from the repository's root.
         """
         self.script, self.id = str(ROOT / script), os.environ["SLURM_JOB_ID"]
-        self.restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        shown = show("job", self.id)
+        counts = (os.environ.get("SLURM_RESTART_COUNT"), shown.get("Restarts"))
+        self.restart = max(int(count or 0) for count in counts)
         self.folder = Path.cwd() / f"slurm-{self.id}"
         self.folder.mkdir(exist_ok=True)
         listed = ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]]
@@ -93,15 +104,15 @@ class Job:
             listed, capture_output=True, text=True, check=True
         ).stdout.split()
         # A node's name need not be one that the others can look up.
-        self.addresses = [show("node", node)["NodeAddr"] for node in self.nodes]
+        self.addresses = [show("node", node).get("NodeAddr") or node for node in self.nodes]
         gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
-        self.here = int(os.environ.get("SFT_PROCESSES_PER_NODE") or gpus or 1)
+        self.here = _count("SFT_PROCESSES_PER_NODE") or gpus or 1
         self.device = "cuda" if gpus else ""
         listed_type = re.match(r"gpu:(\w+):", show("node", self.nodes[0]).get("Gres", ""))
         self.kind = os.environ.get("SFT_GPU_TYPE", kind_of(listed_type[1] if listed_type else ""))
         self.python = "python" if os.environ.get("SFT_CONTAINER") else sys.executable
-        end = show("job", self.id).get("EndTime", "Unknown")
-        self.end = datetime.fromisoformat(end).timestamp() if end[0].isdigit() else float("inf")
+        end = shown.get("EndTime", "")
+        self.end = datetime.fromisoformat(end).timestamp() if end[:1].isdigit() else float("inf")
         self.output: Path | None = None
         self.leaving: str | None = None
         """Why the run is asked to save and end."""
@@ -120,6 +131,7 @@ class Job:
         if what == "health" and os.environ.get("SFT_HEALTH_CHECK") == "0":
             return 0, {}
         outcome = self.folder / f"{what}-{self.restart}.json"
+        logs = str(self.folder).replace("%", "%%")  # srun replaces the likes of %j
         outcome.unlink(missing_ok=True)
         environment = {**os.environ, "SFT_OUTCOME": str(outcome), "SFT_DEVICE": self.device}
         options = ["--kill-on-bad-exit=1", "--wait=3600", "--cpu-bind=none", "--open-mode=append"]
@@ -132,7 +144,7 @@ class Job:
                 del environment[name]  # srun would ask for them
             environment.update(launcher_variables(self.here * len(self.nodes), self.here))
             options += [
-                f"--output={self.folder}/prepare.log",
+                f"--output={logs}/prepare.log",
                 *"--nodes=1 --ntasks=1 --gres=none".split(),
             ]
             words = [self.python, self.script, *flags]
@@ -144,7 +156,7 @@ class Job:
         else:
             count = len(self.nodes)
             options += [f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1"]
-            options += [f"--output={self.folder}/node-%N.log"]
+            options += [f"--output={logs}/node-%N.log"]
             words = ["bash", "-c", self.on_each_node(what, flags)]
             if what == "health":
                 options.append(f"--time={HEALTH_MINUTES}")
@@ -180,10 +192,10 @@ class Job:
         """What is known of a health check that failed, by node."""
         found = []
         for node in self.nodes:
-            file = self.folder / f"look.{node}"
-            wrong = (
-                json.loads(file.read_text()) if file.is_file() else "did not look at its devices"
-            )
+            try:
+                wrong = json.loads((self.folder / f"look.{node}").read_text())
+            except (OSError, ValueError):
+                wrong = "did not look at its devices"
             found += [f"{node} {wrong}"] if wrong else []
         return "; ".join(found) or "the nodes did not meet; see their logs"
 
@@ -217,16 +229,17 @@ class Job:
             text += f"; {self.leaving}"
         if ending.verdict == "refused" and (line := self.last_error()):
             text += f": {line}"
-        state = show("job", self.id)
+        state = show("job", self.id, 1 if self.ended else 6)
         if ending.verdict != "again":
             again = "the job ends" if ending.verdict == "complete" else "the job is not requeued"
-        elif self.ended or state.get("JobState") != "RUNNING":
+        elif self.ended or state.get("JobState", "RUNNING") != "RUNNING":
             again = f"Slurm ends this start (job state {state.get('JobState')})"
         elif state.get("Requeue") == "0":
             again = "not requeued: submitted with --no-requeue"
         else:
             print(f"{text}; requeued", flush=True)
-            subprocess.run(["scontrol", "requeue", self.id], check=False)
+            if subprocess.run(["scontrol", "requeue", self.id], check=False).returncode:
+                print(f"{text}; scontrol requeue failed: submit the same again", flush=True)
             return STATUS["again"]
         print(f"{text}; {again}", flush=True)
         return STATUS[ending.verdict]
@@ -236,12 +249,38 @@ class Job:
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGCONT):
             signal.signal(number, self.hear)
         record = self.folder / "progress.json"
-        seen = json.loads(record.read_text()) if record.is_file() else []
+        # At first there is none of this job: numbers of jobs are given out again.
+        seen = _steps_in(record) if self.restart else []
 
         def step(what: str, words: list[str]) -> tuple[int, dict[str, Any]]:
             return (143, {}) if self.leaving or self.ended else self.step(what, words)
 
-        return self.finish(attempt(step, flags, seen, lambda: record.write_text(json.dumps(seen))))
+        def keep() -> None:
+            whole = record.with_suffix(".partial")
+            whole.write_text(json.dumps(seen))
+            whole.replace(record)
+
+        return self.finish(attempt(step, flags, seen, keep))
+
+
+def _steps_in(record: Path) -> list[int]:
+    """What the starts before have found; [] where a full disk has left nothing that can be read."""
+    try:
+        return [int(step) for step in json.loads(record.read_text())]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _count(name: str) -> int:
+    """A variable that counts something; 0 where it is not set.
+
+    Raises:
+        ValueError: it is no count.
+    """
+    text = os.environ.get(name) or ""
+    if text and not re.fullmatch(r"[1-9]\d*", text, re.ASCII):
+        raise ValueError(f"{name}={text}: expects a whole number of at least 1, or no value")
+    return int(text or 0)
 
 
 def _is_free(port: int) -> bool:
@@ -271,12 +310,18 @@ def submit(argv: list[str]) -> int:
     )
     parser.add_argument("--processes-per-node", type=int, help="default: one for a GPU, or one")
     parser.add_argument("--data-option", action="append", default=[], help="for the data's sbatch")
+    parser.add_argument("--dependency", "-d", help="as sbatch's; the data is waited for too")
     scripts = [at for at, word in enumerate(argv) if word.endswith(".sbatch")]
     if not scripts:
         parser.error("no .sbatch script is named")
     batch, flags = argv[scripts[0]], argv[scripts[0] + 1 :]
     options, more = parser.parse_known_args(argv[: scripts[0]])
     kind, gpus = options.gpus_per_node
+    if min(options.nodes, gpus + 1, options.processes_per_node or 1) < 1:
+        parser.error("--nodes and --processes-per-node are at least 1, --gpus-per-node at least 0")
+    other = [word for word in more if re.match(r"-G|--(gpus|gres|tres-per)\b", word)]
+    if other and not gpus:
+        parser.error(f"{other[0]}: say GPUs by --gpus-per-node, which is a process each")
     here = options.processes_per_node or gpus or 1
     name = f"{Path(batch).stem}.py"
     script = ROOT / name if name == "finetune.py" else ROOT / "scripts" / name
@@ -302,19 +347,26 @@ def submit(argv: list[str]) -> int:
     before = subprocess.run(data, env=ranks, stdout=subprocess.PIPE, text=True, check=False)
     if before.returncode:
         return before.returncode
-    after = f"--dependency=afterok:{before.stdout.strip().partition(';')[0]}"
-    words = ["sbatch", f"--nodes={options.nodes}", after, "--kill-on-invalid-dep=yes", *more]
-    words += [batch, *flags]
-    return subprocess.run(words, check=False).returncode
+    number = before.stdout.strip().partition(";")[0]
+    after = ",".join(filter(None, [f"afterok:{number}", options.dependency]))
+    words = ["sbatch", f"--nodes={options.nodes}", f"--dependency={after}"]
+    words += ["--kill-on-invalid-dep=yes", *more, batch, *flags]
+    if status := subprocess.run(words, check=False).returncode:
+        subprocess.run(["scancel", number], check=False)
+    return status
 
 
 def main() -> int:
     """Command line; returns the exit status."""
     what, *words = sys.argv[1:] or [""]
-    if what == "run" and words:
-        return Job(words[0]).run(words[1:])
-    if what == "submit":
-        return submit(words)
+    try:
+        if what == "run" and words:
+            return Job(words[0]).run(words[1:])
+        if what == "submit":
+            return submit(words)
+    except (OSError, ValueError) as error:  # a full disk, no sbatch, a variable that is no number
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
     print(__doc__, file=sys.stderr)
     return 2
 

@@ -22,6 +22,7 @@ from tests.runs.resume import DROPOUT, numbers
 
 pytest.importorskip("ray")
 
+from scripts import launch_ray
 from scripts.launch_ray import parse
 
 STEPS = 9
@@ -43,6 +44,40 @@ def test_other_mappings_are_refused(mapping, capsys):
     with pytest.raises(SystemExit):
         parse(["--device-mapping", mapping, "--processes-per-node", "1", "--", "--lr", "1"])
     assert "--device-mapping" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_sigterm_that_comes_twice_saves_once(monkeypatch):
+    done = []
+
+    class Group:
+        def __init__(self, options):
+            self.running = ["run"]
+
+        def step(self, what, flags):
+            if what == "run":
+                os.kill(os.getpid(), signal.SIGTERM)
+            return 0, {"progress": 0}
+
+        def stop(self, grace):
+            os.kill(os.getpid(), signal.SIGTERM)  # as SLURM sends it
+            done.append("saved")
+
+        def wait(self, running):
+            return 0, {"outcome": "stopped", "step": 3, "reason": "SIGTERM received"}
+
+        def remove(self):
+            done.append("removed")
+
+    monkeypatch.setattr(launch_ray, "Group", Group)
+    monkeypatch.setattr("ray.init", lambda **_: None)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        words = ["--nodes", "1", "--processes-per-node", "1", "--", "--lr", "1"]
+        assert launch_ray.main(words) == 0
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert done == ["saved", "removed"]
 
 
 @pytest.fixture

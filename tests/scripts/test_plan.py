@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+from post_training.arguments.parser import parse_arguments
 from post_training.errors import SetupError
-from post_training.layout.planner import Machines
+from post_training.layout.planner import Machines, ranked
 from scripts import plan
 
 QWEN = {
@@ -135,3 +136,27 @@ def test_the_command_takes_back_what_the_layout_has_no_more(run):
 def test_where_times_are_not_known_the_model_is_cut_into_few_parts(run):
     status, out, _ = run("--gpus", "8x80gib", "--seq-length", "2048", "--use-torch-fsdp2")
     assert status == 0 and rows(out)[0][:7] == ["1", "1", "1", "1", "8", "1", "none"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--seq-length 100",
+        "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 10",
+        "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 7 --global-batch-size 64",
+        "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank=2 --global-batch-size 64 "
+        "--microbatch-group-size-per-virtual-pipeline-stage 4",
+    ],
+)
+def test_every_command_is_one_that_a_run_takes(run, tmp_path, monkeypatch, flags):
+    run("--gpus", "8x80gib")  # writes the configuration
+    words = ["--hf-model", str(tmp_path), *flags.split()]
+    machines = Machines.of("8x80gib", 8)
+    args = plan.resolve(words, machines, False)
+    plans = ranked(args, machines)
+    assert plans
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    for each in (plans[0], plans[-1], *plans[1:-1:4]):
+        typed = shlex.split(plan.command(each, words, args, machines))
+        parse_arguments(typed[typed.index("finetune.py") + 1 :])

@@ -128,6 +128,13 @@ def test_an_empty_word_is_no_word(flags):
                 flags.parser.parse_args([flag, ""])
 
 
+@pytest.mark.parametrize("path", ["runs/\udcff", "runs/a\0b"])
+def test_a_path_that_is_no_text_is_refused(flags, path):
+    for flag in ("--output-dir", "--finetune-data-files", "--hf-model"):
+        with pytest.raises(SetupError, match=f"{flag}.* is no text in UTF-8"):
+            flags.parser.parse_args([flag, path])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "told"),

@@ -197,19 +197,38 @@ def test_under_a_launcher(words, tmp_path, launcher, fault, text):
     assert "SIGTERM: saving" not in done.stderr
 
 
-def test_a_rank_whose_launcher_is_gone_is_told_to_save(monkeypatch, tmp_path):
+@pytest.mark.parametrize("limit", [LIMIT, 0])
+def test_a_rank_whose_launcher_is_gone_is_told_to_save(monkeypatch, tmp_path, limit):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     heard = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *args: heard.set())
     dog = Watchdog()
+    dog.files = RankFiles(tmp_path, rank=0, world=1)
     try:
-        dog.start(Namespace(hang_timeout=LIMIT, rank=0, output_dir=tmp_path, save=""), sys.stderr)
+        dog.start(Namespace(hang_timeout=limit, rank=0, output_dir=tmp_path, save=""), sys.stderr)
         monkeypatch.setattr(os, "getppid", lambda: 1)
         # In short waits: a handler runs between two of them, whatever thread the signal reached.
         assert any(heard.wait(0.1) for _ in range(int(10 * LIMIT)))
     finally:
         dog.stop()
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_rank_that_waits_in_c_for_a_launcher_that_is_gone_ends(tmp_path):
+    code = f"""
+import os, sys, time
+from argparse import Namespace
+from post_training.job import watchdog
+watchdog.LAST_SECONDS = 0.1
+watchdog.signal.pthread_kill = lambda *args: None  # no handler runs
+dog = watchdog.Watchdog()
+dog.start(Namespace(hang_timeout={LIMIT}, rank=0, output_dir={str(tmp_path)!r}, save=""), sys.stderr)
+os.getppid = lambda: 1
+time.sleep({LIMIT})
+"""
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "one", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, timeout=LIMIT)
+    assert done.returncode == 143
 
 
 # --- its parts -----------------------------------------------------------------------------------

@@ -115,6 +115,16 @@ def test_a_page_of_values_of_other_types(run):
     assert "script" not in Page((run / "page.html").read_text()).tags
 
 
+@pytest.mark.parametrize("quantised", ["", "[1]", '{"before": 1.'])
+def test_no_file_of_a_run_keeps_the_page_from_being_written(tmp_path, quantised):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)) + "\n")
+    (tmp_path / "quantisation.json").write_text(quantised)
+    start = {"iteration": 0, "command": "finetune.py --output-dir r\udcff"}  # as a shell gives it
+    (tmp_path / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    write_report(tmp_path, tmp_path / "page.html")
+    assert "--output-dir r\\udcff" in (tmp_path / "page.html").read_text()
+
+
 def test_places_of_points():
     drawing: Any = draw("x", {"a": [(0, 1.0), (10, 3.0)]}, [5])
     assert drawing.lines[0].path == "M58.0,216.0 L628.0,10.0" and drawing.restarts == [343.0]

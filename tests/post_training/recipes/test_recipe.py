@@ -123,3 +123,30 @@ def test_recipes_that_are_not_named_right(write, words, told):
     folder = write(run="lr: 1").parent
     with pytest.raises(SetupError, match=told):
         CommandLine(words.replace("DIR", str(folder)).split()).recipe  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("actor: &a {seed: *a}", "the anchor in line 1 holds itself"),
+        ("lr: &a [*a]", "the anchor in line 1 holds itself"),
+        (
+            "a0: &a0 [x, x]\n"
+            + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 30))
+            + "actor: {seed: *a29}",
+            "on more than 100000 values, with aliases",
+        ),
+        ("actor: {seed: 3}\nactor.seed: 4", "actor.seed is given twice"),
+        ('base: "a\\0b"', "base: expects the name of one file"),
+    ],
+)
+def test_yaml_that_never_ends_or_says_two_things(write, text, told):
+    with pytest.raises(SetupError, match=told):
+        read_recipe(write(run=text))
+
+
+def test_a_key_of_another_system_without_a_value_says_nothing(write):
+    silent = read_recipe(write(run="sft_train: {training_args: {}}"))
+    null = read_recipe(write(run="save_steps:\nsft_train: {training_args: {learning_rate: null}}"))
+    assert null.settings == silent.settings and null.settings["lr"] == 5e-5
+    assert null.origin["lr"].endswith("(default of ROLL)")

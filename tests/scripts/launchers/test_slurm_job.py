@@ -21,6 +21,9 @@ def test_the_lead_follows_from_steps_and_saves(tmp_path):
     with file.open("a") as more:
         more.write(json.dumps({"iteration": 3, "save_seconds": 100.0}) + "\n")
     assert lead_seconds(file) == 60.0 + 3 * 4.0 + 2 * 100.0
+    with file.open("a") as more:
+        more.write('{"iteration": 4, "step_seconds": 1.5e-')  # a line that is being written
+    assert lead_seconds(file) == 60.0 + 3 * 4.0 + 2 * 100.0
 
 
 @pytest.mark.parametrize(
