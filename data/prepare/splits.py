@@ -163,7 +163,8 @@ def _prepare_one(
 def option_fields(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The flags as fields of ``PrepareOptions``, with the image layout of the tokenizer's folder."""
     processor = image_processor(args, tokenizer)
-    read = [] if args.answer_tokens is None else [args.kind_key or "kind"]  # by who counts answers
+    # Read by who counts answers, which only a run does.
+    kind = args.kind_key or ("kind" if getattr(args, "answer_tokens", None) is not None else None)
     return {
         "on_bad_row": args.on_bad_row,
         "overlong": args.overlong,
@@ -175,7 +176,7 @@ def option_fields(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) 
             args.query_key,
             args.response_key,
             args.messages_key,
-            (*(args.ignore_columns or ()), *read),
+            (*(args.ignore_columns or ()), *([kind] if kind else [])),
             args.strict_columns,
             args.choice_key,
             args.answer_key,

@@ -273,6 +273,13 @@ CASES = (
         Case("ep2-tp2-etp1", EP2 + TP2 + ETP1, 2, family=family, layers=layers, recipe=UNPACKED_SGD)
         for family, layers in (("deepseek_v3", 2), ("gpt_oss", 2), ("nemotron_h", 4))
     ),
+    *(
+        Case("tp2-sp", TP2 + SP, 2, family=family, variant=variant, recipe=UNPACKED_SGD)
+        for family, variant in (
+            *(("glm4", ""), ("granite", ""), ("phi3", ""), ("mamba2", "")),
+            ("mistral", "window"),
+        )
+    ),
     # Factors; norms behind the parts of a layer, biases of queries; one tensor of queries, keys and values.
     *(
         Case(

@@ -51,16 +51,15 @@ def test_a_size_of_files(capsys, monkeypatch):
         assert "error: --max-shard-size: expects a size" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "given"),
-    [([], b"\xff\xfe\n"), (["--prompt", "a\udcffb"], b"")],
-    ids=["stdin", "word"],
-)
-def test_a_prompt_that_is_no_text(monkeypatch, capsys, words, given):
-    monkeypatch.setattr(sys, "argv", ["generate.py", "--output-dir", "r", *words])
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+def test_a_prompt_that_is_no_text(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--output-dir", "r"])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n")))
     assert generate.main() == 2
     assert "is not UTF-8" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--output-dir", "r", "--prompt", "a\udcffb"])
+    with pytest.raises(SystemExit, match="2"):
+        generate.main()
+    assert "is no text in UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [["--chat-template-variables", "5"], ["--template-date", "x"]])
