@@ -153,9 +153,8 @@ class TaskModel:
         self._has_run = True
         outputs = self._chunk(*args, **kwargs)
         labels, loss = kwargs.get("labels"), getattr(outputs, "loss", None)
-        shifted = kwargs.get(
-            "shift_labels"
-        )  # in their place, where a model of transformers takes them
+        # In their place, where a model of transformers takes them.
+        shifted = kwargs.get("shift_labels")
         summed = kwargs.get("num_items_in_batch") is not None  # by the task
         if isinstance(labels, Tensor) and isinstance(loss, Tensor) and not summed:
             if self._predicts_next and isinstance(shifted, Tensor):
