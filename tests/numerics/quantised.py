@@ -39,6 +39,7 @@ FORMATS = {
     "qwen3_moe": ("INT8_WEIGHT_ONLY_CFG", "blocks.yaml"),
     "deepseek_v3": ("blocks.yaml",),
     "gpt_oss": ("INT8_WEIGHT_ONLY_CFG",),
+    **dict.fromkeys(("glm4", "granite", "phi3"), ("INT8_DEFAULT_CFG", "blocks.yaml")),
 }
 BOUND = 1e-5
 
@@ -78,6 +79,11 @@ CASES = (
             ("tp2-sp", TP2 + SP + ETP1),
             ("pp2", PP2),
         )
+    ),
+    *(
+        Case(layout, flags, 2, family)
+        for family in ("glm4", "granite", "phi3")
+        for layout, flags in (("tp2-sp", TP2 + SP), ("pp2", PP2), ("dp2-mbs2", MBS2))
     ),
 )
 
