@@ -13,6 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data import SFTDataset
+from post_training.metrics.records import OWN_FIELDS
 from post_training.tasks.rows import numbered
 from tests.helpers import chat_task, vision
 from tests.helpers.launch import ROOT, finetune, start_finetune
@@ -72,6 +73,8 @@ def test_losses_are_those_of_a_plain_loop(flags, hf_model, chat_data, tmp_path, 
     assert [step["grad_norm"] for step in run.steps] == pytest.approx(norms, rel=1e-5)
     (evaluation,) = run.evaluations
     assert evaluation["total"] == 60 and "loss" not in evaluation
+    # A task may say how many tokens are right, which a run without one counts; nothing else of these.
+    assert run.steps[0].keys() - OWN_FIELDS == {"token_accuracy"}
 
 
 def test_a_task_goes_on_where_it_stopped_in_another_number_of_processes(flags, tmp_path):
