@@ -68,7 +68,7 @@ def model_config(
     else:
         config = gpt_config_from_args(args)
         config.transformer_layer_spec = functools.partial(
-            decoder_block_spec, hf_config=args.hf_config
+            decoder_block_spec, hf_config=args.hf_config, norms_apart=args.lora is not None
         )
     transformer = config.transformer
     factors = None

@@ -45,7 +45,6 @@ _OF_MEGATRON = (
         "beside Megatron's layers factors are trained with its distributed optimizer; add "
         "--model-backend transformers, or leave it out",
     ),
-    ("transformer_impl", "local", "factors lie beside the local layers only"),
     ("base_precision", None, "Megatron's layers keep theirs; add --model-backend transformers"),
 )
 _ALONE = (
@@ -127,8 +126,14 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
         _check_modules(args, chosen)
         return settings
     _check_ranks(args, chosen)
+    of_experts = any(target.weight.of_expert for target in chosen.values())
+    if of_experts and args.moe_grouped_gemm:
+        raise SetupError(
+            "--moe-grouped-gemm: --lora-targets names matrices of experts, which are computed one by one "
+            "then; leave it out, or name others, such as attention"
+        )
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    if args.lora_dropout and etp > 1 and any(t.weight.of_expert for t in chosen.values()):
+    if args.lora_dropout and etp > 1 and of_experts:
         raise SetupError(
             f"--lora-dropout {args.lora_dropout}: ranks of --expert-tensor-parallel-size {etp} would drop "
             f"different parts of one expert's input; use --expert-tensor-parallel-size 1"

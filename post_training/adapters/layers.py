@@ -35,6 +35,15 @@ NAME = "adapter"
 """Of the module in the layer that it belongs to."""
 
 
+def group_of(layer: Any) -> Any:
+    """The ranks that a layer's matrix is split over.
+
+    Transformer Engine's own attribute is None in experts, whose messages are the dispatcher's; Megatron
+    keeps the group beside it.
+    """
+    return layer._tp_group if hasattr(layer, "_tp_group") else layer.tp_group
+
+
 class Factors(torch.nn.Module):
     """A and B of one matrix: this rank's part, in fp32 whatever the model is turned to."""
 
@@ -45,7 +54,7 @@ class Factors(torch.nn.Module):
         """For a matrix of `layer`, from whole factors."""
         super().__init__()
         self.target = target
-        group, expert = layer.tp_group, target.weight.of_expert
+        group, expert = group_of(layer), target.weight.of_expert
         rank, size = group.rank(), group.size()
         row = target.weight.layout == "columns" or target.is_embedding
         # Which of the two is split, and along which of its dimensions.
@@ -93,7 +102,7 @@ class Adapter(torch.nn.Module):
         self.factors = torch.nn.ModuleList(factors)
         self.dropout = dropout
         self.weight = factors[0].target.weight
-        size = layer.tp_group.size()
+        size = group_of(layer).size()
         self.groups = self.weight.groups // size
         self.rows = [shape[0] // size for shape in self.weight.tensors.values()]
         # Before the hook that multiplies a family's logits (`model/residual.py`): these are part of them.
@@ -124,7 +133,7 @@ class Adapter(torch.nn.Module):
         return functional.linear(x, a.to(x.dtype))
 
     def _column(self, layer: Any, x: Tensor) -> Tensor:
-        group, dispatched = layer.tp_group, self.weight.of_expert
+        group, dispatched = group_of(layer), self.weight.of_expert
         gathers = layer.sequence_parallel and not dispatched
         low, second = [], []
         for each in self:
@@ -160,7 +169,7 @@ class Adapter(torch.nn.Module):
         (each,) = self
         a, b = each()
         h = self._low(x, a, split=True) * each.target.scaling
-        group = layer.tp_group
+        group = group_of(layer)
         if self.weight.of_expert:
             b = mappings.copy_to_tensor_model_parallel_region(b, group=group)
         elif layer.sequence_parallel:
@@ -178,9 +187,9 @@ class Adapter(torch.nn.Module):
         h = h * held.unsqueeze(-1) * each.target.scaling
         if layer.reduce_scatter_embeddings:
             h = h.transpose(0, 1).contiguous()
-            h = mappings.reduce_scatter_to_sequence_parallel_region(h, group=layer.tp_group)
+            h = mappings.reduce_scatter_to_sequence_parallel_region(h, group=group_of(layer))
         else:
-            h = mappings.reduce_from_tensor_model_parallel_region(h, group=layer.tp_group)
+            h = mappings.reduce_from_tensor_model_parallel_region(h, group=group_of(layer))
         return functional.linear(h, b)
 
     @torch.no_grad()
@@ -296,7 +305,7 @@ def _sharded_state_dict(
     state = {}
     names = {module: name for name, module in chunk.named_modules()}
     for layer, adapter in adapters(chunk):
-        group = layer.tp_group
+        group = group_of(layer)
         if adapter.weight.of_expert:
             copy = parallel_state.get_expert_data_parallel_rank()
         else:

@@ -18,7 +18,7 @@ import os
 import torch
 
 from post_training.adapters.flags import lora_of
-from post_training.adapters.settings import LoraSettings
+from post_training.adapters.settings import LoraSettings, chosen_targets
 from post_training.arguments.backend import check_task, check_transformers
 from post_training.arguments.distillation import complete_distillation
 from post_training.arguments.experts import complete_expert_flags
@@ -26,6 +26,7 @@ from post_training.arguments.schedule import check_step_flags, complete_recomput
 from post_training.errors import SetupError, failed_condition
 from post_training.layout import hybrid, sizes
 from post_training.machine.device import device_type
+from post_training.machine.kernels import has_grouped_gemm
 from post_training.quantisation.formats import quantisation_of
 
 # Set-up, the first step, an evaluation's first batch and saving may take this many times as long as an
@@ -110,6 +111,10 @@ def complete_flags(args: argparse.Namespace) -> None:
         args.derived.append("sequence_parallel")
     complete_distillation(args)
     args.lora = lora_of(args)
+    if args.moe_grouped_gemm is None:
+        targets = chosen_targets(args.hf_config, args.lora) if args.lora else {}
+        of_experts = any(target.weight.of_expert for target in targets.values())
+        args.moe_grouped_gemm = has_grouped_gemm() and not of_experts
     args.quantisation = quantisation_of(args)
     sizes.check(args)
     overlap = sizes.overlap(args)

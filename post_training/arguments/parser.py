@@ -27,7 +27,6 @@ from post_training.errors import SetupError
 from post_training.hf.config import NO_MODEL, load_hf_config, megatron_flags, plain_flags
 from post_training.hf.families import family_of
 from post_training.machine.kernels import (
-    has_grouped_gemm,
     has_packed_kernel,
     has_transformer_engine,
 )
@@ -239,8 +238,6 @@ def parse_arguments(
                 "--transformer-impl transformer_engine: Transformer Engine needs a CUDA device and "
                 "its package (pip install '.[te]'); leave the flag out to use the local attention"
             )
-        if command.value("lora_rank", written) or command.value("lora_adapter", written):
-            use_te = use_te and transformer_impl is not None  # refused below
         if use_te and transformer_impl is None:
             use_te = has_packed_kernel(fp32=bool(command.value("fp32", written)))
         derived.update(sft_defaults())
@@ -272,7 +269,9 @@ def parse_arguments(
                     )
                 derived.update(platform_defaults(False))
             if derived["transformer_impl"] == "transformer_engine" and "num_experts" in derived:
-                derived["moe_grouped_gemm"] = has_grouped_gemm()
+                derived["moe_grouped_gemm"] = (
+                    None  # where the GPU can, and no factors are in the way
+                )
         unknown = derived.keys() - {action.dest for action in parser._actions}
         assert not unknown, f"not flags of this Megatron: {sorted(unknown)}"
         parser.set_defaults(**{key: v for key, v in derived.items() if key not in written})

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
+from megatron.core.extensions import transformer_engine as te
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -26,7 +27,11 @@ def uses_packed_attention(settings: Any) -> bool:
 
 
 def decoder_block_spec(
-    config: Any, vp_stage: int | None = None, hf_config: Any = None
+    config: Any,
+    vp_stage: int | None = None,
+    hf_config: Any = None,
+    *,
+    norms_apart: bool = False,
 ) -> TransformerBlockSubmodules:
     """Spec of the decoder layers of one pipeline stage.
 
@@ -34,6 +39,8 @@ def decoder_block_spec(
         config: a Megatron `GPTModelConfig`.
         vp_stage: the virtual pipeline stage, or None.
         hf_config: the HuggingFace configuration, or None: what Megatron's own does not say.
+        norms_apart: Transformer Engine's norms are layers of their own, so that what the matrices behind
+            them read is seen from outside, as low-rank factors must.
 
     Returns:
         Megatron's block spec. For `--transformer-impl local` its core attention is `PackedAttention`
@@ -59,6 +66,8 @@ def decoder_block_spec(
             experts = dataclasses.replace(parts.mlp.keywords["submodules"], router=DocumentRouter)
             parts.mlp = functools.partial(MoELayer, submodules=experts)
         if use_te:
+            if norms_apart:
+                _take_norms_apart(parts)
             continue
         if hf_config is not None:
             _add_by_family(parts, transformer, hf_config)
@@ -73,6 +82,19 @@ def decoder_block_spec(
     if not use_te:
         block.layer_norm = LocalNorm
     return block
+
+
+def _take_norms_apart(parts: Any) -> None:
+    """Turn Transformer Engine's layers that begin with a norm into a norm and a layer."""
+    fused = te.TELayerNormColumnParallelLinear
+    attention = parts.self_attention.submodules
+    if attention.linear_qkv is fused:
+        parts.input_layernorm, attention.linear_qkv = te.TENorm, te.TEColumnParallelLinear
+    dense = parts.mlp.keywords["submodules"]
+    if getattr(dense, "linear_fc1", None) is fused:
+        parts.pre_mlp_layernorm = te.TENorm
+        dense = dataclasses.replace(dense, linear_fc1=te.TEColumnParallelLinear)
+        parts.mlp = functools.partial(parts.mlp.func, submodules=dense)
 
 
 def _add_by_family(parts: Any, transformer: Any, hf_config: Any) -> None:

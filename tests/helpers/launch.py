@@ -282,6 +282,13 @@ def run_script(
     )
 
 
+def finetune_on_double(double: str, folder: Path, *flags: str, world: int = 1) -> Finished:
+    """Run `finetune.py FLAGS` where a module of `tests.helpers` stands for what this machine lacks."""
+    words = ("-m", f"tests.helpers.{double}", "finetune.py", *flags, "--output-dir", str(folder))
+    done = run_script(*words, world=world if world > 1 else None)
+    return Finished(done.returncode, [done.returncode], done.stderr, folder)
+
+
 def _call_rank(
     function: Callable[..., Any],
     pickled_args: bytes,

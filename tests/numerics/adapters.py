@@ -37,6 +37,7 @@ from tests.numerics.equivalence import (
     PP2,
     RECOMPUTE,
     SP,
+    TE,
     TP2,
     VPP2,
 )
@@ -127,6 +128,16 @@ CASES = (
     # Embeddings and logits are multiplied, behind the factors.
     Case("one", family="granite", settings=SOME, slow=False),
     Case("ep2-pp2", EP2 + PP2, 4, family="qwen3_moe"),
+    Case("te-one", TE, family="llama"),
+    Case("te-tp2-sp", TE + TP2 + SP, 2, slow=False),
+    Case("te-tp2-sp", TE + TP2 + SP, 2, settings=SOME),
+    Case("te-pp2-mbs2", TE + PP2 + MBS2, 2, family="qwen2"),
+    Case("te-tp2-cp2", TE + TP2 + CP2, 4),
+    Case("te-tp2-sp-recompute", TE + TP2 + SP + RECOMPUTE, 2),
+    Case("te-ep2", TE + EP2, 2, family="qwen3_moe", settings=ATTENTION),
+    Case("te-ep2", TE + EP2, 2, family="qwen3_moe"),
+    Case("te-tp2-sp", TE + TP2 + SP, 2, family="qwen3_moe"),
+    Case("te-ep2-tp2-etp1", TE + EP2 + TP2 + ETP1, 2, family="qwen3_moe"),
     *(
         hf(world, family, slow=(family, world) != ("llama", 2))
         for family in ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen2_5_vl")

@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor
 
 from tests.helpers import megatron_model, reference
-from tests.helpers.launch import Finished, finetune, run_rank
+from tests.helpers.launch import Finished, finetune, finetune_on_double, run_rank
 from tests.helpers.models import save_model
 from tests.helpers.reference import Recipe, Trajectory
 from tests.helpers.rows import make_rows, write_rows
@@ -56,6 +56,8 @@ ALLGATHER = ("--moe-token-dispatcher-type", "allgather")
 SP = ("--sequence-parallel",)
 FSDP2 = ("--use-torch-fsdp2",)
 HF = ("--model-backend", "transformers")
+# Layers of Transformer Engine, or of what stands for it (`tests/helpers/transformer_engine_double.py`).
+TE = ("--transformer-impl", "transformer_engine")
 FIRST1 = ("--decoder-first-pipeline-num-layers", "1")
 LAST1 = ("--decoder-last-pipeline-num-layers", "1")
 ONE_THEN_TWO = ("--pipeline-model-parallel-layout", "Et|ttL")
@@ -393,6 +395,15 @@ CASES = (
     Case("fsdp2x2", FSDP2, 2, family="llama"),
     Case("fsdp2x2", FSDP2, 2, family="qwen2"),
     Case("fsdp2x2", FSDP2, 2, family="qwen3_moe"),
+    Case("te-one", TE),
+    Case("te-tp2-sp", TE + TP2 + SP, 2),
+    Case("te-pp2-mbs2", TE + PP2 + MBS2, 2, family="qwen2"),
+    Case("te-tp2-cp2", TE + TP2 + CP2, 4, family="llama"),
+    # All experts of a rank in one call.
+    Case("te-one", TE, family="qwen3_moe"),
+    Case("te-ep2", TE + EP2, 2, family="qwen3_moe"),
+    Case("te-tp2-sp", TE + TP2 + SP, 2, family="qwen3_moe"),
+    Case("te-ep2-tp2-etp1", TE + EP2 + TP2 + ETP1, 2, family="qwen3_moe"),
     # With the load balancing loss.
     Case("one", family="qwen3_moe", recipe=BALANCED),
     Case("mbs4", MBS4, family="qwen3_moe", recipe=BALANCED),
@@ -498,12 +509,12 @@ class Matrix:
 
     def train(self, case: Any, output: Path, *flags: str, recipe: Recipe | None = None) -> Finished:
         """Train a case through finetune.py."""
-        return finetune(
-            output,
-            *("--hf-model", str(self.model(case)), "--finetune-data-files", str(self.data(case))),
-            *(*(recipe or case.recipe).flags(), *case.flags, *flags),
-            world=case.world,
-        ).ok()
+        words = ["--hf-model", str(self.model(case)), "--finetune-data-files", str(self.data(case))]
+        words += [*(recipe or case.recipe).flags(), *case.flags, *flags]
+        if set(TE) <= set(words):
+            double = "transformer_engine_double"
+            return finetune_on_double(double, output, *words, world=case.world).ok()
+        return finetune(output, *words, world=case.world).ok()
 
     def compare(self, case: Any, output: Path) -> Comparison:
         """Train a case and compare it."""

@@ -7,6 +7,7 @@ import torch
 
 from post_training.arguments import completion, defaults, parser
 from post_training.arguments.parser import parse_arguments
+from post_training.errors import SetupError
 
 
 @pytest.fixture
@@ -79,3 +80,20 @@ def test_fp32_of_a_config_file_counts_too(gpu, words, tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("fp32: true\n")
     assert parse_arguments([*words, "--config", str(file)]).transformer_impl == "local"
+
+
+def test_experts_with_factors_are_computed_one_by_one(gpu, words):
+    gpu()
+    lora = [*words, "--lora-rank", "4", "--lora-targets"]
+    for targets, grouped in (("attention", True), ("all", False)):
+        args = parse_arguments([*lora, targets])
+        assert args.transformer_impl == "transformer_engine"
+        assert args.moe_grouped_gemm is grouped
+    assert parse_arguments([*lora, "attention", "--moe-grouped-gemm"]).moe_grouped_gemm is True
+    with pytest.raises(
+        SetupError, match="--moe-grouped-gemm: --lora-targets names matrices of exp"
+    ):
+        parse_arguments([*lora, "all", "--moe-grouped-gemm"])
+    gpu(capability=(7, 5))
+    te = ["--transformer-impl", "transformer_engine"]
+    assert parse_arguments([*lora, "attention", *te]).moe_grouped_gemm is False
