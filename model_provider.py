@@ -227,6 +227,9 @@ def _add_adapters(
     targets = chosen_targets(args.hf_config, args.lora)
     folder = args.lora_adapter if begins else None
     for chunk in chunks:
+        for parameter in chunk.parameters() if args.fsdp_compute_dtype is not None else ():
+            # A frozen base is kept as it is computed.
+            parameter.data = parameter.data.to(args.fsdp_compute_dtype)
         add_adapters(
             chunk, targets, dropout=args.lora_dropout or 0.0, seed=args.seed, folder=folder
         )

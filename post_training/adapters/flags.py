@@ -39,12 +39,6 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
 
 # What an adapter cannot be trained with, the value that it can, and why.
 _OF_MEGATRON = (
-    (
-        "use_torch_fsdp2",
-        False,
-        "beside Megatron's layers factors are trained with its distributed optimizer; add "
-        "--model-backend transformers, or leave it out",
-    ),
     ("base_precision", None, "Megatron's layers keep theirs; add --model-backend transformers"),
 )
 _ALONE = (
@@ -94,7 +88,7 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
         if value != allowed:
             said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             raise SetupError(f"{said}: not with {flag}: {why}")
-    exact = args.use_distributed_optimizer or theirs or args.skip_train
+    exact = args.use_distributed_optimizer or args.use_torch_fsdp2 or args.skip_train
     if (args.bf16 or args.fp16) and not exact:
         raise SetupError(
             f"{flag}: beside a base in 16 bits only Megatron's distributed optimizer saves factors in "

@@ -124,20 +124,6 @@ def fill_factors(
             fill(found[key], value, key)
 
 
-def save_factors_only(wrapper: Any) -> None:
-    """Leave the base out of a model's state; it is read from its own files."""
-
-    def leave_out(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name in [n for n in state if n.startswith(prefix) and ".lora_" not in n]:
-            del state[name]
-
-    def excuse(module: Any, keys: Any) -> None:
-        keys.missing_keys[:] = [name for name in keys.missing_keys if ".lora_" in name]
-
-    wrapper.register_state_dict_post_hook(leave_out)
-    wrapper.register_load_state_dict_post_hook(excuse)
-
-
 @torch.no_grad()
 def merge_factors(model: Any, *, rounded: bool = True) -> None:
     """Turn a whole model with factors into one without that computes the same.

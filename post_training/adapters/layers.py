@@ -13,7 +13,6 @@ each HuggingFace matrix has factors of its own, so that no shard is in another o
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import types
 from collections.abc import Iterable, Iterator
@@ -262,7 +261,7 @@ def add_adapters(
         # without factors must hand on gradients.
         chunk.embedding.register_forward_hook(_begin_gradients)
     chunk.sharded_state_dict = types.MethodType(_sharded_state_dict, chunk)
-    chunk.load_state_dict = functools.partial(_load_state_dict, chunk)
+    save_factors_only(chunk)
 
 
 def _begin_gradients(module: Any, inputs: Any, output: Tensor) -> Tensor:
@@ -322,11 +321,15 @@ def _sharded_state_dict(
     return state
 
 
-def _load_state_dict(chunk: Any, state: dict[str, Tensor], strict: bool = True) -> None:
-    """Take over the factors of a checkpoint, all of them."""
-    own = {name: p for name, p in chunk.named_parameters() if f".{NAME}.factors." in name}
-    if own.keys() != state.keys():
-        raise RuntimeError(f"factors differ: {sorted(own.keys() ^ state.keys())[:3]}")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+def save_factors_only(model: torch.nn.Module) -> None:
+    """Leave the base out of a model's state; it is read from its own files."""
+
+    def leave_out(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [n for n in state if n.startswith(prefix) and ".lora_" not in n]:
+            del state[name]
+
+    def excuse(module: Any, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if ".lora_" in name]
+
+    model.register_state_dict_post_hook(leave_out)
+    model.register_load_state_dict_post_hook(excuse)

@@ -37,8 +37,6 @@ class CommandLine:
             "--yaml-cfg",
             "--model-backend",
             "--task",
-            "--lora-rank",
-            "--lora-adapter",
         ):
             early.add_argument(flag, nargs="?")
         for flag in ("--fp32", "--trust-remote-code", "--use-torch-fsdp2"):

@@ -22,7 +22,8 @@ from megatron.training.models.dist_utils import unimodal_build_distributed_model
 from megatron.training.models.gpt import GPTModelConfig
 from torch.distributed.checkpoint import FileSystemReader
 
-from post_training.adapters.injected import fill_factors, inject, save_factors_only
+from post_training.adapters.injected import fill_factors, inject
+from post_training.adapters.layers import save_factors_only
 from post_training.adapters.settings import LoraSettings
 from post_training.checkpoint.store import Checkpoint
 from post_training.checkpoint.torch_dcp import MODEL_PREFIX

@@ -6,12 +6,15 @@ Experts, which transformers fuses, have such sums in any case.
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 from torch.nn.utils import parametrize
+from transformers import AutoConfig
 
 from post_training.adapters.injected import round_to_nf4
 from post_training.adapters.layers import new_factors
@@ -92,9 +95,28 @@ def adapt(model: Any, settings: LoraSettings, peft: bool = HAS_PEFT) -> dict[str
     return found
 
 
+def _names_under_fsdp2(run: Path, manifest: dict[str, Any]) -> dict[str, str]:
+    """PEFT's names of what FSDP2 saves of factors beside Megatron's layers, by the name of their module."""
+    folder = yaml.safe_load((run / "config.yaml").read_text())["hf_model"]
+    settings = LoraSettings.of(manifest["origin"]["lora"])
+    beside: dict[str, list[Target]] = {}
+    for target in chosen_targets(AutoConfig.from_pretrained(folder), settings).values():
+        beside.setdefault(target.parameter.removesuffix(".weight"), []).append(target)
+    return {
+        f"model.{layer}.adapter.factors.{number}.{name}": key
+        for layer, targets in beside.items()
+        for number, target in enumerate(sorted(targets, key=lambda each: each.part))
+        for name, key in zip(("lora_a", "lora_b"), target.keys, strict=True)
+    }
+
+
 def factors_in(run: Path) -> dict[str, Tensor]:
     """The factors of the newest checkpoint of a run, by PEFT's names, whatever layout wrote it."""
-    every = tensors(max((run / "checkpoints").glob("iter_*[0-9]")))
+    checkpoint = max((run / "checkpoints").glob("iter_*[0-9]"))
+    every = tensors(checkpoint)
+    if any(".factors." in key for key in every):
+        names = _names_under_fsdp2(run, json.loads((checkpoint / "manifest.json").read_text()))
+        return {names[key]: value for key, value in every.items() if key in names}
     return {
         key.removeprefix("model.model.").removeprefix("adapter.").replace(".default", ""): value
         for key, value in every.items()

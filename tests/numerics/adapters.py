@@ -31,6 +31,7 @@ from tests.numerics.equivalence import (
     ETP1,
     ETP2,
     FIRST1,
+    FSDP2,
     HF,
     MBS2,
     OVERLAP,
@@ -128,6 +129,13 @@ CASES = (
     # Embeddings and logits are multiplied, behind the factors.
     Case("one", family="granite", settings=SOME, slow=False),
     Case("ep2-pp2", EP2 + PP2, 4, family="qwen3_moe"),
+    # Every factor, and the frozen base, cut over all ranks.
+    Case("fsdp2x2", FSDP2, 2, slow=False),
+    Case("fsdp2x2", FSDP2, 2, settings=SOME),
+    Case("fsdp2x2-recompute-mbs2", FSDP2 + RECOMPUTE + MBS2, 2, family="llama"),
+    Case("fsdp2x4-cp2", FSDP2 + CP2, 4, family="qwen2"),
+    Case("fsdp2x2", FSDP2, 2, family="qwen3_moe"),
+    Case("te-fsdp2x2", TE + FSDP2, 2),
     Case("te-one", TE, family="llama"),
     Case("te-tp2-sp", TE + TP2 + SP, 2, slow=False),
     Case("te-tp2-sp", TE + TP2 + SP, 2, settings=SOME),

@@ -21,7 +21,18 @@ from tests.helpers.launch import finetune, run_script
 from tests.helpers.models import load_model
 from tests.helpers.reference import Recipe
 from tests.numerics.adapters import CASES, LAST, Case, Matrix, hf
-from tests.numerics.equivalence import EP2, HF, PP2, SP, STEP_BOUND, TE, TP2, UPDATE_BOUNDS
+from tests.numerics.equivalence import (
+    CP2,
+    EP2,
+    FSDP2,
+    HF,
+    PP2,
+    SP,
+    STEP_BOUND,
+    TE,
+    TP2,
+    UPDATE_BOUNDS,
+)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +62,7 @@ def test_equals_peft_in_a_plain_loop(case, matrix, tmp_path):
 
 LAYOUTS: dict[str, list[tuple[tuple[str, ...], int]]] = {
     "megatron": [(EP2 + TP2, 4), (PP2, 2), (TE, 1), (TP2 + SP, 2)],
+    "fsdp2": [(FSDP2, 2), (FSDP2, 1), (FSDP2 + CP2, 2), (FSDP2, 1)],
     "transformers": [(HF, 4), (HF, 1), (HF, 2), (HF, 1)],
 }
 

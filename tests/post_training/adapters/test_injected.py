@@ -11,8 +11,8 @@ from post_training.adapters.injected import (
     inject,
     merge_factors,
     round_to_nf4,
-    save_factors_only,
 )
+from post_training.adapters.layers import save_factors_only
 from post_training.adapters.peft_config import CONFIG
 from post_training.adapters.peft_folder import read_settings, write_adapter
 from post_training.adapters.settings import LoraSettings, chosen_targets

@@ -70,7 +70,6 @@ def test_what_is_trained_is_told_and_counted(parse_for):
         ("qwen3", "--lora-rank 4 --lora-targets q_proj .*", "one pattern alone"),
         ("qwen3_moe", "--lora-rank 4 --lora-targets gate", "the router model.layers.0.mlp.gate"),
         ("qwen3_moe", "--lora-rank 4 --lora-targets .*gate.*", "the router"),
-        ("qwen3", "--lora-rank 4 --use-torch-fsdp2", "add --model-backend transformers"),
         ("qwen3", "--lora-rank 4 --base-precision nf4", "add --model-backend transformers"),
         ("qwen3", f"--base-precision nf4 {HF}", "there is no adapter"),
         ("qwen3", f"--lora-rank 65 {HF}", "at most 64"),
