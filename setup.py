@@ -46,7 +46,8 @@ EXTRAS = {
     "lora": ["peft"],  # trains models of transformers, reads an exported adapter back
     "ray": ["ray>=2.40"],  # scripts/launch_ray.py
     "wandb": ["wandb"],
-    "mlflow": ["mlflow"],
+    # The client, and what it writes a local file with; the whole of MLflow wants an older pandas.
+    "mlflow": ["mlflow-skinny>=3", "sqlalchemy", "alembic"],
 }
 
 setup(

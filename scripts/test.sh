@@ -4,7 +4,7 @@
 #   bash scripts/test.sh tests/data -x      any arguments of pytest
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/env.sh dev lora ray
+source scripts/env.sh dev lora ray wandb mlflow
 
 # Tests start several processes; one thread each keeps them from fighting over the cores.
 export OMP_NUM_THREADS=1

@@ -147,7 +147,7 @@ OTHERS = (
     ),
     *("falcon_h1", "mamba", "mamba2", "qwen3_next", "nemotron_h", "lfm2", "granitemoehybrid"),
 )
-QUICK = {("gemma2", 2), ("falcon_h1", 2)}
+QUICK = {("gemma2", 2)}
 
 CASES = (
     # One process, then each axis alone.

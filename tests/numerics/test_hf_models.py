@@ -73,6 +73,7 @@ def test_the_run_is_evaluated_and_exported(words, straight, tmp_path):
     assert ours.returncode == 0 and ours.stdout == theirs.stdout, ours.stderr
 
 
+@pytest.mark.slow
 def test_random_weights_and_bf16(hf_model, chat_data, tmp_path):
     """fp32 shards that are computed in bf16; a seed gives the same model on any number of processes."""
     model = ["--hf-model", str(hf_model("gemma2")), "--finetune-data-files", str(chat_data.file)]

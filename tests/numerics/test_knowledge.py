@@ -143,7 +143,7 @@ def parts_of(run):
     [
         pytest.param("both", (), 1, id="one"),
         pytest.param("both", PP2 + MBS2, 2, id="pp2-mbs2"),
-        pytest.param("hidden", TP2 + SP, 2, id="hidden-tp2-sp"),
+        pytest.param("hidden", TP2 + SP, 2, id="hidden-tp2-sp", marks=pytest.mark.slow),
         pytest.param("both", TP2, 2, id="tp2", marks=pytest.mark.slow),
         pytest.param("both", TP2 + SP, 2, id="tp2-sp", marks=pytest.mark.slow),
         pytest.param("both", (), 2, id="dp2", marks=pytest.mark.slow),
@@ -191,6 +191,7 @@ def test_all_tokens_stored_teach_what_the_teacher_does(case, tmp_path, flags, wo
         assert found == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_student_is_the_uninterrupted_one_without_its_teacher(case, tmp_path):
     """Bit for bit; its checkpoint and export are a student's, whose weights the teacher is no part of."""
     flags = ("both", *TP2, "--save-hf")

@@ -77,6 +77,7 @@ def test_losses_are_those_of_a_plain_loop(flags, hf_model, chat_data, tmp_path, 
     assert run.steps[0].keys() - OWN_FIELDS == {"token_accuracy"}
 
 
+@pytest.mark.slow
 def test_a_task_goes_on_where_it_stopped_in_another_number_of_processes(flags, tmp_path):
     """So does its evaluation, of the run and of its checkpoint alone (`--eval-only`)."""
     whole = finetune(tmp_path / "whole", *flags, "--micro-batch-size", "2")

@@ -39,6 +39,7 @@ def test_every_model_has_a_recipe_for_one_node_and_one_for_several():
 NOT_FORETOLD = {"Mamba-Codestral-7B-v0.1", "Nemotron-H-8B-Base-8K"}
 
 
+@pytest.mark.slow
 def test_every_recipe_passes_the_checks_of_a_run_and_fits_its_nodes(monkeypatch, tmp_path):
     for name in ("RANK", "LOCAL_RANK"):
         monkeypatch.setenv(name, "0")

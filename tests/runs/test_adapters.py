@@ -34,7 +34,10 @@ def valid(tmp_path_factory):
     return write_rows(tmp_path_factory.mktemp("rows") / "valid.jsonl", make_rows(17, seed=1))
 
 
-@pytest.fixture(scope="module", params=["megatron", pytest.param("transformers", marks=needs_peft)])
+@pytest.fixture(
+    scope="module",
+    params=["megatron", pytest.param("transformers", marks=[needs_peft, pytest.mark.slow])],
+)
 def backend(request):
     return request.param
 

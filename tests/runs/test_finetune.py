@@ -524,6 +524,7 @@ def test_folder_without_all_weights_is_refused(folder, chat_data, tmp_path, how)
         assert text in message
 
 
+@pytest.mark.slow
 def test_the_first_rank_tells_an_error_and_the_others_unless_a_launcher_ends_them(words, tmp_path):
     file = str(tmp_path / "nowhere.jsonl")
     running = start_finetune(tmp_path / "out", *words, "--finetune-data-files", file, world=2)

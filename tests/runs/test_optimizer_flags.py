@@ -129,7 +129,7 @@ def test_no_flag_is_forgotten():
 
 
 def _cases():
-    yield "", TAKEN
+    yield pytest.param("", TAKEN, marks=pytest.mark.slow)
     yield "", BACK
     for form, names in FORMS.items():
         yield form, {name: tuple(f"{form} {words}" for words in TAKEN[name]) for name in names}

@@ -126,6 +126,7 @@ def test_a_copied_run_reads_its_own_checkpoints(run, tmp_path):
     assert str(copy / "checkpoints") in done.stdout
 
 
+@pytest.mark.slow
 def test_a_damaged_run_is_exported_or_refused(run, tmp_path):
     """Megatron ends with status 0 where it cannot read the tracker file: nothing was exported."""
     copy = tmp_path / "copy"

@@ -34,6 +34,7 @@ def writer_of(folder, documents, fields=FIELDS, made_by=MADE_BY, shard_bytes=SHA
     return FeatureWriter(folder, documents, fields, made_by, shard_bytes)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_and_gone_on_with_the_bytes_are_the_same(tmp_path):
     command = [sys.executable, "-m", "tests.data.features.kill_worker", str(tmp_path)]
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}

@@ -216,6 +216,7 @@ def real_processor(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_preview_shows_the_pictures(base, tmp_path):
     vision.make_rows(tmp_path, 4, 1.0)
     page = tmp_path / "page.html"

@@ -1,5 +1,6 @@
 """Drafts against EAGLE-3 in plain PyTorch, over layouts, and apart from their neighbours in a pack."""
 
+import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -114,6 +115,7 @@ def _plain(folder, pack, served, config, tokens, detach):
     return total.detach(), tensors
 
 
+@pytest.mark.slow
 def test_a_draft_is_eagle_3_of_each_document(hf_model, tmp_path):
     """Losses and gradients, of the whole vocabulary and a part, of steps apart (`--draft-detach-steps`).
 
@@ -140,6 +142,7 @@ def test_a_draft_is_eagle_3_of_each_document(hf_model, tmp_path):
         assert not torch.equal(here[:, :first], there[:, :first])
 
 
+@pytest.mark.slow
 def test_a_draft_is_the_same_on_every_tensor_parallel_layout(hf_model, tmp_path):
     folder, packs = hf_model("qwen3", tied=True), list(_packs())
     for cut in (None, 100):
