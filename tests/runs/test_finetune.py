@@ -183,7 +183,8 @@ def test_importing_it_loads_no_library_that_comes_later():
         "pyarrow",
         "pandas",
     }
-    later |= {"mlflow", "modelopt", "wandb", "torch._dynamo", "torch._inductor"}
+    # Megatron itself imports wandb where it is installed.
+    later |= {"mlflow", "modelopt", "torch._dynamo", "torch._inductor"}
     assert "megatron" in loaded and not later & (loaded | set(done))
 
 
