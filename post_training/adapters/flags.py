@@ -40,6 +40,11 @@ def add_lora_arguments(parser: argparse.ArgumentParser) -> None:
 # What an adapter cannot be trained with, the value that it can, and why.
 _OF_MEGATRON = (
     ("base_precision", None, "Megatron's layers keep theirs; add --model-backend transformers"),
+    ("fp4", None, "factors are not computed in 4 bits"),
+    ("te_precision_config_file", None, "factors are not computed in 8 bits"),
+    ("defer_embedding_wgrad_compute", False, "the output layer is frozen"),
+    ("optimizer_cpu_offload", False, "factors and their optimizer stay on the device"),
+    ("use_precision_aware_optimizer", False, "factors of fp32 are their own master copies"),
 )
 _ALONE = (
     ("fp8", None, "factors are not computed in 8 bits"),
@@ -86,7 +91,8 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
     for name, allowed, why in _ALONE if theirs else _OF_MEGATRON + _ALONE:
         value = getattr(args, name, allowed)
         if value != allowed:
-            said = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            name = name.replace("_", "-") + "-format" * (name in ("fp8", "fp4"))
+            said = f"--{name}" + ("" if value is True else f" {value}")
             raise SetupError(f"{said}: not with {flag}: {why}")
     exact = args.use_distributed_optimizer or args.use_torch_fsdp2 or args.skip_train
     if (args.bf16 or args.fp16) and not exact:
@@ -125,6 +131,12 @@ def lora_of(args: argparse.Namespace) -> LoraSettings | None:
         raise SetupError(
             "--moe-grouped-gemm: --lora-targets names matrices of experts, which are computed one by one "
             "then; leave it out, or name others, such as attention"
+        )
+    shared = next((n for n, t in chosen.items() if ".shared_experts." in t.parameter), None)
+    if args.moe_shared_expert_overlap and shared:
+        raise SetupError(
+            f"--moe-shared-expert-overlap: --lora-targets names {shared}, whose input is gathered apart "
+            f"then; leave it out, or name others, such as attention"
         )
     etp = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
     if args.lora_dropout and etp > 1 and of_experts:

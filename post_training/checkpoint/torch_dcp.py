@@ -48,9 +48,12 @@ def check_format(args: argparse.Namespace, checkpoint: Checkpoint, written: dict
     if with_fsdp2 != args.use_torch_fsdp2:
         how = "with" if with_fsdp2 else "without"
         fix = "add it" if with_fsdp2 else "leave it out"
+        # Of an adapter's run a whole model would be the merged one.
+        adapter = "lora" in (checkpoint.manifest or {}).get("origin", {})
+        export, flag = (" --adapter", "--lora-adapter") if adapter else ("", "--hf-model")
         raise SetupError(
             f"{checkpoint.path} was written {how} --use-torch-fsdp2 (format {found}): {fix} to continue; "
-            f"or export it with scripts/export_hf.py, and give that folder as --hf-model with another "
+            f"or export it with scripts/export_hf.py{export}, and give that folder as {flag} with another "
             f"--output-dir"
         )
     before = written.get("transformer_impl", args.transformer_impl)

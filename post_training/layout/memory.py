@@ -277,7 +277,8 @@ def _buffers(args: argparse.Namespace, layers: Sequence[float], held: Parameters
         number = 1 if args.recompute_method == "block" else args.recompute_num_layers or 1
         buffers += max(layers) * min(number, len(layers))
     if args.use_torch_fsdp2 and args.fsdp_sharding == "full":
-        # A unit and the next one, whole; and the gradient of one, also in fp32 to be summed.
+        # A unit and the next one, whole; and the gradient of one, also in fp32 to be summed, if it has any.
         unit = max(held.total / max(1, len(layers)), hidden * vocabulary_rows(args))
-        buffers += unit * (3 * element_bytes(args) + 4)
+        buffers += unit * (2 * element_bytes(args))
+        buffers += unit * (element_bytes(args) + 4) if args.lora is None else 0
     return buffers

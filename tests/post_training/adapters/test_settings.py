@@ -71,6 +71,11 @@ def test_what_is_trained_is_told_and_counted(parse_for):
         ("qwen3_moe", "--lora-rank 4 --lora-targets gate", "the router model.layers.0.mlp.gate"),
         ("qwen3_moe", "--lora-rank 4 --lora-targets .*gate.*", "the router"),
         ("qwen3", "--lora-rank 4 --base-precision nf4", "add --model-backend transformers"),
+        (
+            "deepseek_v3",
+            "--lora-rank 4 --moe-shared-expert-overlap",
+            "names model.layers.1.mlp.shared_experts.gate_proj",
+        ),
         ("qwen3", f"--base-precision nf4 {HF}", "there is no adapter"),
         ("qwen3", f"--lora-rank 65 {HF}", "at most 64"),
         (

@@ -90,3 +90,19 @@ def test_another_implementation_of_the_layers_is_refused(checkpoint):
         check_format(args, checkpoint[0], {"transformer_impl": "transformer_engine"})
     args.skip_train = True
     check_format(args, checkpoint[0], {"transformer_impl": "transformer_engine"})
+
+
+@pytest.mark.parametrize(
+    ("origin", "told"),
+    [
+        ({}, r"export_hf\.py, and give that folder as --hf-model"),
+        ({"lora": {}}, r"export_hf\.py --adapter, and give that folder as --lora-adapter"),
+    ],
+)
+def test_the_way_out_of_a_format_keeps_what_is_trained(checkpoint, origin, told):
+    file = checkpoint[0].path / "manifest.json"
+    origin["ckpt_format"] = "torch_dcp"
+    file.write_text(json.dumps({"files": {}, "origin": origin}))
+    args = Namespace(use_torch_fsdp2=False, skip_train=False, transformer_impl="local")
+    with pytest.raises(SetupError, match=told):
+        check_format(args, Checkpoint.at(checkpoint[0].path), {})

@@ -140,6 +140,8 @@ def _bytes(tensor):
         ("qwen3_moe", 2, "--expert-model-parallel-size 2"),
         ("qwen3", 2, "--tensor-model-parallel-size 2 --lora-rank 4"),
         ("llama", 2, "--use-torch-fsdp2"),
+        ("llama", 2, "--use-torch-fsdp2 --lora-rank 4"),
+        ("qwen2", 2, "--use-torch-fsdp2 --lora-rank 4 --bf16"),
     ],
 )
 def test_states_are_those_of_the_real_tensors(hf_model, tmp_path, family, world, flags):

@@ -97,3 +97,19 @@ def test_experts_with_factors_are_computed_one_by_one(gpu, words):
     gpu(capability=(7, 5))
     te = ["--transformer-impl", "transformer_engine"]
     assert parse_arguments([*lora, "attention", *te]).moe_grouped_gemm is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--fp8-format", "hybrid"], "--fp8-format hybrid: not with --lora-rank: factors"),
+        (["--fp4-format", "e2m1"], "--fp4-format e2m1: not with --lora-rank: factors"),
+        (["--optimizer-cpu-offload"], "stay on the device"),
+        (["--use-precision-aware-optimizer"], "their own master copies"),
+    ],
+)
+def test_what_transformer_engine_can_and_factors_cannot(gpu, words, flags, told):
+    gpu()
+    parse_arguments([*words, *flags])
+    with pytest.raises(SetupError, match=told):
+        parse_arguments([*words, *flags, "--lora-rank", "4"])
