@@ -269,9 +269,8 @@ def parse_arguments(
                     )
                 derived.update(platform_defaults(False))
             if derived["transformer_impl"] == "transformer_engine" and "num_experts" in derived:
-                derived["moe_grouped_gemm"] = (
-                    None  # where the GPU can, and no factors are in the way
-                )
+                # Where the GPU can, and no factors are in the way.
+                derived["moe_grouped_gemm"] = None
         unknown = derived.keys() - {action.dest for action in parser._actions}
         assert not unknown, f"not flags of this Megatron: {sorted(unknown)}"
         parser.set_defaults(**{key: v for key, v in derived.items() if key not in written})

@@ -267,7 +267,7 @@ class Refused:
     """What Megatron names or derives from, and no run here uses."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError(type(self).__name__)
+        raise AssertionError(f"{type(self).__name__}: no run here uses it")
 
 
 def pretend() -> None:

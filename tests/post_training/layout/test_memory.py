@@ -5,7 +5,9 @@ from argparse import Namespace
 import pytest
 
 from post_training.errors import SetupError
+from post_training.layout import memory
 from post_training.layout.memory import in_flight, stage_memory
+from post_training.layout.parameters import Parameters
 from tests.helpers import megatron_model
 from tests.helpers.launch import run_ranks
 from tests.helpers.public_points import GIB, memory_error, points
@@ -68,6 +70,16 @@ def test_every_flag_that_sets_bytes_moves_them():
     ]
     assert all(total(**changes) < usual for changes in less), [total(**c) < usual for c in less]
     assert all(total(**changes) > usual for changes in more), [total(**c) > usual for c in more]
+
+
+@pytest.mark.parametrize(("lora", "bytes_each"), [(None, 2 + 2 + 2 + 4), (object(), 2 + 2)])
+def test_only_what_is_trained_has_a_gradient_under_fsdp2(lora, bytes_each):
+    """Of a unit and the next one, gathered in bf16; with factors both are frozen."""
+    _, base = next(points())
+    changes = {"use_torch_fsdp2": True, "fsdp_sharding": "full", "lora": lora}
+    args = Namespace(**vars(base) | changes)
+    one, two = (memory._buffers(args, [0.0], Parameters(size, 0.0)) for size in (1e12, 2e12))
+    assert (two - one) / 1e12 == pytest.approx(bytes_each)
 
 
 def test_micro_batches_in_flight():
